@@ -1,0 +1,171 @@
+"""Options: frozen dataclasses that validate themselves and describe their own command line.
+
+Every field carries its help text and bounds in its metadata. Command lines, JSON
+(``--additional-config``) and YAML are all read through :func:`from_mapping` and
+:func:`add_arguments`, so that a new option is one line in one place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from hexgen_vllm.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare an option of a config dataclass.
+
+    Args:
+        default: its value when not given.
+        doc: one line of help, with the unit.
+        least: smallest legal number.
+        most: largest legal number.
+        choices: legal words.
+    """
+    meta = {"doc": doc, "least": least, "most": most, "choices": choices}
+    if isinstance(default, tuple | dict | list):
+        return field(default_factory=lambda: default, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+def check(config: object) -> None:
+    """Validate every declared bound of ``config``.
+
+    Raises:
+        ConfigError: a value is out of bounds; the message names the option.
+    """
+    for f in fields(config):  # type: ignore[arg-type]
+        value, meta = getattr(config, f.name), f.metadata
+        if value is None or not meta:
+            continue
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            _check_number(f.name, value, meta["least"], meta["most"])
+        if meta["choices"] and value not in meta["choices"]:
+            words = ", ".join(meta["choices"])
+            raise ConfigError(f"{f.name} must be one of {words}, not {value!r}.")
+
+
+def _check_number(name: str, value: float, least: float | None, most: float | None) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, not {value}.")
+    if least is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least:g}, not {value:g}.")
+    if most is not None and value > most:
+        raise ConfigError(f"{name} must be at most {most:g}, not {value:g}.")
+
+
+def _plain_type(hint: Any) -> Any:
+    """Return the type under ``X | None``."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(t for t in get_args(hint) if t is not type(None))
+    return hint
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    wanted = _plain_type(hint)
+    if value is None or wanted is Any or get_origin(wanted) is not None:
+        return tuple(value) if get_origin(wanted) is tuple and value is not None else value
+    if wanted is bool and not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, not {value!r}.")
+    if wanted in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{name} must be a number, not {value!r}.")
+        if wanted is int and value != int(value):
+            raise ConfigError(f"{name} must be a whole number, not {value!r}.")
+        return wanted(value)
+    if wanted is str and not isinstance(value, str):
+        raise ConfigError(f"{name} must be text, not {value!r}.")
+    return value
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "option") -> T:
+    """Build config ``cls`` from decoded JSON or YAML.
+
+    Raises:
+        ConfigError: a name is unknown, or a value has the wrong type or is out of bounds.
+    """
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"unknown {where} {name!r}; known are {', '.join(sorted(known))}."
+            )
+    return cls(**{n: _converted(n, v, hints[n]) for n, v in values.items()})
+
+
+def add_arguments(parser: Any, cls: type[Any], *, prefix: str = "") -> None:
+    """Add one ``--{prefix}{name}`` per option of ``cls``; nothing given leaves nothing set."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        if not f.metadata or f.metadata.get("hidden"):
+            continue
+        flag = f"--{prefix}{f.name.replace('_', '-')}"
+        wanted = _plain_type(hints[f.name])
+        shown = getattr(cls(), f.name)
+        text = f"{f.metadata['doc']} (default: {shown})".replace("%", "%%")
+        common: dict[str, Any] = {"dest": _dest(prefix, f.name), "default": None, "help": text}
+        if wanted is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif get_origin(wanted) is tuple:
+            parser.add_argument(flag, nargs="+", **common)
+        elif f.metadata["choices"]:
+            parser.add_argument(flag, choices=f.metadata["choices"], **common)
+        elif wanted in (int, float, str):
+            parser.add_argument(flag, type=wanted, metavar=wanted.__name__.upper(), **common)
+
+
+def _dest(prefix: str, name: str) -> str:
+    return prefix.replace("-", "_") + name
+
+
+def given(args: argparse.Namespace, cls: type[Any], *, prefix: str = "") -> dict[str, Any]:
+    """Return the options of ``cls`` that the command line set, by option name."""
+    found = {f.name: getattr(args, _dest(prefix, f.name), None) for f in fields(cls)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of the engine's scheduler (``additional_config["hexgen"]``, ``--hexgen-…``)."""
+
+    order: str = option(
+        "slack", "order of waiting calls", choices=("slack", "hexgen", "edf", "fcfs")
+    )
+    default_deadline_s: float = option(
+        60.0, "deadline of calls that bring none, seconds from their arrival", least=1e-3
+    )
+    displace: bool = option(True, "let an urgent waiting call preempt running ones")
+    displace_slack_s: float = option(
+        2.0, "displace only for a call whose slack is below this, seconds", least=0.0
+    )
+    displace_gap_s: float = option(
+        0.5, "a victim has at least this much more slack than the urgent call, seconds", least=0.0
+    )
+    max_displacements: int = option(3, "times one call may be displaced", least=0)
+    protect_last_tokens: int = option(
+        16, "never displace a call with this few output tokens left", least=0
+    )
+    prefill_tokens_per_s: float = option(
+        5000.0, "prefill rate assumed until measured, tokens/s", least=1e-3
+    )
+    decode_tokens_per_s: float = option(
+        50.0, "decode rate of one call assumed until measured, tokens/s", least=1e-3
+    )
+
+    def __post_init__(self) -> None:
+        check(self)

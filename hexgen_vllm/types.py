@@ -1,0 +1,243 @@
+"""Values that travel between the wire, the policies and their drivers.
+
+Times are seconds on the driver's clock (absolute unless named ``_in_s``), sizes are tokens.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+NO_DEADLINE = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One LLM call of a workflow, as every policy sees it.
+
+    Attributes:
+        call_id: unique in the process that made it.
+        workflow_id: the workflow it belongs to; a call without one is its own workflow.
+        workflow_type: name under which the shape of such workflows is learned.
+        stage: name of the stage, such as ``revise``.
+        tenant: who pays; used for fair shares.
+        model: served model name; an engine must serve it.
+        arrived_s: when it was received.
+        deadline_s: end-to-end deadline of the whole workflow, ``inf`` when none.
+        prompt_tokens: prompt length; an estimate in the router, exact in an engine.
+        expected_output_tokens: hint of the client, ``None`` when it gave none.
+        max_output_tokens: hard limit of the request, ``None`` when it set none.
+        stages_left: hint of the client: stages that follow this one.
+        final: the client says that nothing follows this call.
+        priority: importance, higher is sooner; 0 is normal.
+        prefix: chain hashes of the prompt's leading chunks, for prefix affinity.
+        prefix_chunk_tokens: tokens that one entry of ``prefix`` stands for.
+    """
+
+    call_id: str
+    workflow_id: str
+    arrived_s: float
+    prompt_tokens: int
+    workflow_type: str = "default"
+    stage: str = "default"
+    tenant: str = "default"
+    model: str = ""
+    deadline_s: float = NO_DEADLINE
+    expected_output_tokens: int | None = None
+    max_output_tokens: int | None = None
+    stages_left: int | None = None
+    final: bool = False
+    priority: int = 0
+    prefix: tuple[int, ...] = ()
+    prefix_chunk_tokens: int = 0
+
+
+class EngineKind(enum.Enum):
+    """What a router can ask of an engine."""
+
+    HEXGEN = "hexgen"  # our scheduler: takes deadline, tail and stage
+    PRIORITY = "priority"  # stock vLLM, --scheduling-policy priority: takes one number
+    FCFS = "fcfs"  # stock vLLM: takes nothing
+
+
+class EngineState(enum.Enum):
+    """Whether an engine gets new calls."""
+
+    READY = "ready"
+    DRAINING = "draining"  # finishes what it has, gets nothing new
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What is known of an engine when it joins.
+
+    Attributes:
+        engine_id: stable name; ties between engines break by it.
+        models: served model names; empty means any.
+        kind: what it can order by.
+        max_num_seqs: sequences it runs at once, ``None`` when unknown.
+        kv_tokens: tokens its KV cache holds, ``None`` when unknown.
+    """
+
+    engine_id: str
+    models: frozenset[str] = frozenset()
+    kind: EngineKind = EngineKind.FCFS
+    max_num_seqs: int | None = None
+    kv_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Time of one engine step, in seconds.
+
+    t = c0 + c1*n_decode + c2*ctx_decode + p0*[prefill > 0] + p1*n_prefill + p2*prefill_ctx,
+    where ``ctx_decode`` is the sum of context tokens over decoding sequences and ``prefill_ctx``
+    the sum over prefill chunks of tokens times context.
+    """
+
+    c0: float
+    c1: float
+    c2: float
+    p0: float
+    p1: float
+    p2: float
+
+    def step_s(
+        self,
+        n_decode: float,
+        ctx_decode: float = 0.0,
+        n_prefill: float = 0.0,
+        prefill_ctx: float = 0.0,
+    ) -> float:
+        """Return the predicted seconds of one step."""
+        t = self.c0 + self.c1 * n_decode + self.c2 * ctx_decode
+        if n_prefill > 0:
+            t += self.p0 + self.p1 * n_prefill + self.p2 * prefill_ctx
+        return t
+
+    def prefill_s(self, tokens: float, context: float = 0.0, chunk: int = 2048) -> float:
+        """Return the seconds that prefilling ``tokens`` after ``context`` cached ones adds."""
+        if tokens <= 0:
+            return 0.0
+        steps = math.ceil(tokens / chunk)
+        return steps * self.p0 + self.p1 * tokens + self.p2 * tokens * (context + tokens / 2)
+
+    def scaled(self, factor: float) -> StepCost:
+        """Return the cost of a device ``factor`` times slower."""
+        return StepCost(*(factor * v for v in (self.c0, self.c1, self.c2, self.p0, self.p1, self.p2)))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """Telemetry of one engine at one moment; ``None`` means unknown, never zero.
+
+    Attributes:
+        cost: fitted step cost.
+        fit_error: median relative error of the fit on recent steps (0.1 is 10 %).
+        running: sequences in the batch.
+        waiting: calls queued in the engine.
+        kv_usage: share of KV blocks in use, 0 to 1.
+        preemptions: preemptions since start.
+        prefill_share: share of busy time spent on prefill, 0 to 1.
+    """
+
+    cost: StepCost | None = None
+    fit_error: float | None = None
+    running: int | None = None
+    waiting: int | None = None
+    kv_usage: float | None = None
+    preemptions: int | None = None
+    prefill_share: float | None = None
+
+
+class Tail(NamedTuple):
+    """Work on the critical path after a call: later calls, their prompt and output tokens."""
+
+    calls: float
+    prefill_tokens: float
+    output_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Send a call to an engine now.
+
+    Attributes:
+        call_id: the call.
+        engine_id: where it goes.
+        reason: short word for metrics and diagnostics, such as ``finish``.
+        score: the value that won; its meaning depends on the policy.
+        finish_s: predicted completion, ``None`` when the policy does not predict.
+        tail_s: predicted seconds of critical path after this call.
+        expected_output_tokens: output length the decision stands on.
+        uncached_tokens: prompt tokens expected to need prefill there.
+        background: the workflow is demoted.
+    """
+
+    call_id: str
+    engine_id: str
+    reason: str
+    score: float = 0.0
+    finish_s: float | None = None
+    tail_s: float = 0.0
+    expected_output_tokens: int = 0
+    uncached_tokens: int = 0
+    background: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Do not serve a call; ``reason`` is a word of the overload vocabulary."""
+
+    call_id: str
+    reason: str
+    message: str
+    status: int = 503
+    retry_after_s: float = 1.0
+
+
+Decision = Placement | Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """How a call ended.
+
+    Attributes:
+        ok: it was answered in full.
+        prompt_tokens: true prompt length if the engine said it.
+        cached_tokens: prompt tokens served from the prefix cache, if said.
+        output_tokens: true output length if known.
+        reason: ``stop``, ``length``, ``abort``, or a failure word.
+    """
+
+    ok: bool
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    reason: str = "stop"
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A placed call and what is known of its progress (mutable, owned by the coordinator)."""
+
+    call: Call
+    placement: Placement
+    placed_s: float
+    latest_start_s: float
+    first_token_s: float | None = None
+    output_tokens: int = 0
+    concurrency: list[float] = field(default_factory=list)
+
+    @property
+    def started(self) -> bool:
+        """Whether the first token has come, so that its prefill is done."""
+        return self.first_token_s is not None
+
+    def output_left(self) -> int:
+        """Return output tokens still expected, at least 1."""
+        return max(self.placement.expected_output_tokens - self.output_tokens, 1)

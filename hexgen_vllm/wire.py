@@ -1,0 +1,209 @@
+"""What the project's fields are called on the wire, and how they are read and written.
+
+One table, two spellings: header ``x-hexgen-workflow-deadline-ms`` and flat ``vllm_xargs`` key
+``hexgen_workflow_deadline_ms``. Deadlines cross processes as remaining milliseconds: only the
+receiver's clock decides what they mean. Clients get strict reading (a bad value is their error);
+an engine reads leniently, because a request that reached it must be served.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
+
+from hexgen_vllm.errors import BadRequest
+
+HEADER_PREFIX: Final = "x-hexgen-"
+XARGS_PREFIX: Final = "hexgen_"
+MAX_ID_CHARS: Final = 128
+MAX_TIME_MS: Final = 1e12
+
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class CallMeta:
+    """What a request says about its workflow; ``None`` means not said.
+
+    Attributes:
+        workflow_id: up to 128 printable ASCII characters.
+        workflow_type: name, up to 64 characters of ``[A-Za-z0-9_.:/-]``.
+        workflow_deadline_ms: milliseconds left for the whole workflow, > 0.
+        stage: name, as ``workflow_type``.
+        stages_left: stages after this one, >= 0.
+        expected_output_tokens: > 0.
+        workflow_final: nothing follows this call.
+        tenant: name, as ``workflow_type``.
+        tail_ms: predicted milliseconds of critical path after this call, >= 0 (router to engine).
+        background: the workflow is demoted (router to engine).
+    """
+
+    workflow_id: str | None = None
+    workflow_type: str | None = None
+    workflow_deadline_ms: float | None = None
+    stage: str | None = None
+    stages_left: int | None = None
+    expected_output_tokens: int | None = None
+    workflow_final: bool | None = None
+    tenant: str | None = None
+    tail_ms: float | None = None
+    background: bool | None = None
+
+
+def _id(value: object) -> str:
+    if isinstance(value, str) and _ID.fullmatch(value):
+        return value
+    raise ValueError(f"must be 1 to {MAX_ID_CHARS} printable ASCII characters without spaces")
+
+
+def _name(value: object) -> str:
+    if isinstance(value, str) and _NAME.fullmatch(value):
+        return value
+    raise ValueError("must be 1 to 64 characters of letters, digits and _ . : / -")
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("must be a number")
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError("must be a number") from None
+    if not math.isfinite(number):
+        raise ValueError("must be finite")
+    return number
+
+
+def _positive_ms(value: object) -> float:
+    number = _number(value)
+    if not 0 < number <= MAX_TIME_MS:
+        raise ValueError(f"must be more than 0 and at most {MAX_TIME_MS:.0e} milliseconds")
+    return number
+
+
+def _tail_ms(value: object) -> float:
+    number = _number(value)
+    if not 0 <= number <= MAX_TIME_MS:
+        raise ValueError(f"must be from 0 to {MAX_TIME_MS:.0e} milliseconds")
+    return number
+
+
+def _count(value: object, least: int) -> int:
+    number = _number(value)
+    if number != int(number) or not least <= number <= 2**31 - 1:
+        raise ValueError(f"must be a whole number of at least {least}")
+    return int(number)
+
+
+def _flag(value: object) -> bool:
+    text = str(value).lower()
+    if text in ("1", "true", "1.0"):
+        return True
+    if text in ("0", "false", "0.0"):
+        return False
+    raise ValueError("must be true or false")
+
+
+_READERS: Final[dict[str, Callable[[object], Any]]] = {
+    "workflow_id": _id,
+    "workflow_type": _name,
+    "workflow_deadline_ms": _positive_ms,
+    "stage": _name,
+    "stages_left": lambda v: _count(v, 0),
+    "expected_output_tokens": lambda v: _count(v, 1),
+    "workflow_final": _flag,
+    "tenant": _name,
+    "tail_ms": _tail_ms,
+    "background": _flag,
+}
+FIELDS: Final = tuple(f.name for f in fields(CallMeta))
+_HEADERS: Final = {HEADER_PREFIX + f.replace("_", "-"): f for f in FIELDS}
+_XARGS: Final = {XARGS_PREFIX + f: f for f in FIELDS}
+
+
+def header_name(field: str) -> str:
+    """Return the header that carries ``field``."""
+    return HEADER_PREFIX + field.replace("_", "-")
+
+
+def _read(source: Mapping[str, object], names: Mapping[str, str], prefix: str) -> CallMeta:
+    found: dict[str, Any] = {}
+    for key, value in source.items():
+        lowered = key.lower()
+        if not lowered.startswith(prefix):
+            continue
+        field = names.get(lowered)
+        if field is None:
+            raise BadRequest(f"{key} is not a known field.", param=key)
+        try:
+            found[field] = _READERS[field](value)
+        except ValueError as error:
+            raise BadRequest(f"{key} {error}.", param=key) from None
+    return CallMeta(**found)
+
+
+def from_headers(headers: Mapping[str, str]) -> CallMeta:
+    """Read the ``x-hexgen-*`` headers of a request; other headers are ignored.
+
+    Raises:
+        BadRequest: a value is wrong or a name under our prefix is unknown; ``param`` names it.
+    """
+    return _read(headers, _HEADERS, HEADER_PREFIX)
+
+
+def from_xargs(xargs: Mapping[str, object]) -> CallMeta:
+    """Read the flat ``hexgen_*`` keys of a body's ``vllm_xargs``; other keys are ignored.
+
+    Raises:
+        BadRequest: a value is wrong or a name under our prefix is unknown; ``param`` names it.
+    """
+    return _read(xargs, _XARGS, XARGS_PREFIX)
+
+
+def read_leniently(xargs: Mapping[str, object]) -> tuple[CallMeta, tuple[str, ...]]:
+    """Read ``hexgen_*`` keys where refusing is too late.
+
+    Returns:
+        What could be read, and the keys that could not.
+    """
+    found: dict[str, Any] = {}
+    bad: list[str] = []
+    for key, value in xargs.items():
+        if not key.startswith(XARGS_PREFIX):
+            continue
+        field = _XARGS.get(key)
+        try:
+            if field is None:
+                raise ValueError
+            found[field] = _READERS[field](value)
+        except ValueError:
+            bad.append(key)
+    return CallMeta(**found), tuple(bad)
+
+
+def merged(first: CallMeta, second: CallMeta) -> CallMeta:
+    """Return ``first`` with its gaps filled from ``second``."""
+    gaps = {f: getattr(second, f) for f in FIELDS if getattr(first, f) is None}
+    return replace(first, **gaps)
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def to_headers(meta: CallMeta) -> dict[str, str]:
+    """Return the headers that say what ``meta`` says."""
+    values = ((f, getattr(meta, f)) for f in FIELDS)
+    return {header_name(f): _spelled(v) for f, v in values if v is not None}
+
+
+def to_xargs(meta: CallMeta) -> dict[str, str | int | float]:
+    """Return flat ``vllm_xargs`` (also ``SamplingParams.extra_args``) that say what ``meta`` says."""
+    values = ((f, getattr(meta, f)) for f in FIELDS)
+    return {XARGS_PREFIX + f: int(v) if isinstance(v, bool) else v for f, v in values if v is not None}
