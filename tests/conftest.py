@@ -1,0 +1,38 @@
+"""What every test shares: a quiet, offline environment, and no GPU test without a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+for name, value in QUIET.items():  # at import: libraries read some of these only once
+    os.environ.setdefault(name, value)
+
+
+def has_gpu() -> bool:
+    """Tell whether an NVIDIA GPU can be used, without loading torch where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu and not has_gpu():
+        for item in for_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
