@@ -102,9 +102,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "optio
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise ConfigError(
-                f"unknown {where} {name!r}; known are {', '.join(sorted(known))}."
-            )
+            raise ConfigError(f"unknown {where} {name!r}; known are {', '.join(sorted(known))}.")
     return cls(**{n: _converted(n, v, hints[n]) for n, v in values.items()})
 
 
@@ -165,6 +163,43 @@ class EngineOptions:
     )
     decode_tokens_per_s: float = option(
         50.0, "decode rate of one call assumed until measured, tokens/s", least=1e-3
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class DispatchOptions:
+    """Options of placement (the router and the simulator)."""
+
+    policy: str = option(
+        "slack",
+        "how calls are placed",
+        choices=("round_robin", "least_outstanding", "hexgen", "slack"),
+    )
+    alpha: float = option(0.2, "hexgen: weight of device speed against load", least=0.0, most=1.0)
+    hexgen_form: str = option(
+        "code", "hexgen: score of the public code or of the paper", choices=("code", "paper")
+    )
+    beta: float = option(1.0, "hexgen, paper form: seconds squared that scale 1/t_queue", least=0.0)
+    externality: float = option(
+        0.5, "slack: weight of the delay a call causes to others on the engine", least=0.0
+    )
+    hold_depth: int = option(
+        2, "slack: calls an engine gets beyond its sequence slots; -1 places at once", least=-1
+    )
+    default_deadline_s: float = option(
+        60.0, "deadline of workflows that bring none, seconds", least=1e-3
+    )
+    default_output_tokens: int = option(
+        256, "output length assumed of a stage never seen, tokens", least=1
+    )
+    length_quantile: float = option(
+        0.5, "quantile of output length that routing expects", least=0.0, most=1.0
+    )
+    slack_quantile: float = option(
+        0.8, "quantile of the remaining path that slack allows for", least=0.0, most=1.0
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 NO_DEADLINE = math.inf
@@ -127,7 +127,9 @@ class StepCost:
 
     def scaled(self, factor: float) -> StepCost:
         """Return the cost of a device ``factor`` times slower."""
-        return StepCost(*(factor * v for v in (self.c0, self.c1, self.c2, self.p0, self.p1, self.p2)))
+        return StepCost(
+            *(factor * v for v in (self.c0, self.c1, self.c2, self.p0, self.p1, self.p2))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,8 @@ class Placement:
         reason: short word for metrics and diagnostics, such as ``finish``.
         score: the value that won; its meaning depends on the policy.
         finish_s: predicted completion, ``None`` when the policy does not predict.
+        due_s: when the call must end for the workflow to be on time, ``inf`` without deadline.
+        deadline_s: deadline of the workflow.
         tail_s: predicted seconds of critical path after this call.
         expected_output_tokens: output length the decision stands on.
         uncached_tokens: prompt tokens expected to need prefill there.
@@ -182,6 +186,8 @@ class Placement:
     reason: str
     score: float = 0.0
     finish_s: float | None = None
+    due_s: float = NO_DEADLINE
+    deadline_s: float = NO_DEADLINE
     tail_s: float = 0.0
     expected_output_tokens: int = 0
     uncached_tokens: int = 0
@@ -228,10 +234,9 @@ class InFlight:
     call: Call
     placement: Placement
     placed_s: float
-    latest_start_s: float
     first_token_s: float | None = None
     output_tokens: int = 0
-    concurrency: list[float] = field(default_factory=list)
+    batch: int = 1  # calls on the engine when it was placed, itself included
 
     @property
     def started(self) -> bool:

@@ -204,6 +204,6 @@ def to_headers(meta: CallMeta) -> dict[str, str]:
 
 
 def to_xargs(meta: CallMeta) -> dict[str, str | int | float]:
-    """Return flat ``vllm_xargs`` (also ``SamplingParams.extra_args``) that say what ``meta`` says."""
-    values = ((f, getattr(meta, f)) for f in FIELDS)
-    return {XARGS_PREFIX + f: int(v) if isinstance(v, bool) else v for f, v in values if v is not None}
+    """Return flat ``vllm_xargs`` (or ``SamplingParams.extra_args``) that say what ``meta`` says."""
+    values = ((XARGS_PREFIX + f, getattr(meta, f)) for f in FIELDS)
+    return {k: int(v) if isinstance(v, bool) else v for k, v in values if v is not None}

@@ -1,0 +1,14 @@
+"""The decisions, as pure functions of values and ``now``.
+
+    estimate     distributions learned from what was seen
+    workflow     what comes after a call: remaining critical path, with the retry posterior
+    cost_model   step cost of an engine, fitted online
+    slack        latest start, slack, and the paper's stage budgets
+    load         what an engine is doing and what one more call would mean
+    dispatch     which engine
+    urgency      order of waiting calls
+    preemption   which running call gives way
+    coordinator  the state machine that joins them; router and simulator drive it
+
+Nothing here reads a clock, does I/O, logs, draws random numbers, or knows torch or vLLM.
+"""

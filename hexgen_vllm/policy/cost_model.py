@@ -78,12 +78,42 @@ class CostFit:
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Learn that a step of ``shape`` took ``seconds``; values <= 0 are ignored."""
-        if seconds <= 0:
+        if seconds > 0:
+            self.prefills += shape.n_prefill > 0
+            self._observe(shape.features(), seconds)
+
+    def observe_call(
+        self, output_tokens: int, n_decode: float, context: float, uncached: int, seconds: float
+    ) -> None:
+        """Learn from a whole call, where the steps themselves cannot be seen.
+
+        A call is ``output_tokens`` decode steps plus its prefill; dividing by the number of steps
+        gives one average step, in which the model is linear too.
+
+        Args:
+            output_tokens: tokens it produced.
+            n_decode: mean number of sequences it shared the batch with, itself included.
+            context: its mean context tokens.
+            uncached: prompt tokens that had to be prefilled.
+            seconds: from its start (not its queueing) to its end.
+        """
+        if seconds <= 0 or output_tokens <= 0:
             return
-        x = shape.features()
+        n = output_tokens
+        raw = (
+            1.0,
+            n_decode,
+            n_decode * context,
+            1.0 / n,
+            uncached / n,
+            uncached * uncached / 2 / n,
+        )
+        self.prefills += 1
+        self._observe(tuple(r * s for r, s in zip(raw, _SCALES, strict=True)), seconds / n)
+
+    def _observe(self, x: tuple[float, ...], seconds: float) -> None:
         residual = seconds - sum(t * v for t, v in zip(self._theta, x, strict=True))
         self.steps += 1
-        self.prefills += shape.n_prefill > 0
         if self.steps > _N:
             self._errors.append(abs(residual) / seconds)
         self._update(x, residual, self._weight(residual))

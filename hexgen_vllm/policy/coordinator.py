@@ -1,0 +1,335 @@
+"""The one state machine behind router and simulator: events and ``now`` in, decisions out.
+
+A driver tells it what happened and carries out what it returns. The router drives it with
+asyncio and real time, the simulator with a heap and virtual time.
+
+    call_arrived ──► workflow context ──► demand (length, tail, due) ──► held, in order of due
+                                                                          │ room on an engine
+                     call_started, call_progressed, call_finished ◄── Placement
+
+Calls wait here, not in the engines, once the engines are full (``hold_depth``): the later a call
+is bound to an engine, the better both are known. Baseline policies bind at once.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Final
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.dispatch import POLICIES, UNMEASURED, Choice
+from hexgen_vllm.policy.load import Demand, EngineLoad
+from hexgen_vllm.policy.workflow import NOTHING, Shapes, Workflows
+from hexgen_vllm.types import (
+    NO_DEADLINE,
+    Call,
+    CallResult,
+    Decision,
+    EngineReport,
+    EngineSpec,
+    EngineState,
+    InFlight,
+    Placement,
+    Rejection,
+    Tail,
+)
+
+_SCAN: Final = 32  # held calls looked at per event; bounds the cost of one event
+_LOG: Final = 1024
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Held:
+    due_s: float
+    sequence: int
+    call_id: str
+
+
+@dataclass(slots=True)
+class _Open:
+    """A call that has not ended."""
+
+    demand: Demand
+    held: _Held | None = None
+    engine: EngineLoad | None = None
+    refused_by: frozenset[str] = frozenset()
+
+
+class Coordinator:
+    """Places calls on engines.
+
+    All methods take ``now`` in seconds of one clock that never goes back. Methods that can free
+    or add capacity return decisions, which may concern other calls than the one named.
+
+    Args:
+        options: the policy and its knobs.
+        shapes: learned workflow shapes to start from.
+    """
+
+    def __init__(self, options: DispatchOptions, shapes: Shapes | None = None) -> None:
+        self.options = options
+        self.engines: dict[str, EngineLoad] = {}
+        self.workflows = Workflows(shapes or Shapes())
+        self.log: deque[tuple[float, Decision]] = deque(maxlen=_LOG)
+        self._dispatch = POLICIES[options.policy](options)
+        self._holds = options.policy == "slack" and options.hold_depth >= 0
+        self._open: dict[str, _Open] = {}
+        self._held: list[_Held] = []
+        self._sequence = 0
+
+    # Engines
+
+    def engine_joined(self, spec: EngineSpec, now: float) -> list[Decision]:
+        """Add an engine, or note that one restarted."""
+        known = self.engines.get(spec.engine_id)
+        if known is None:
+            self.engines[spec.engine_id] = EngineLoad(spec)
+        else:
+            known.restarted(spec)
+        return self._release(now)
+
+    def engine_left(self, engine_id: str) -> None:
+        """Forget an engine; its driver ends or bounces the calls it had."""
+        self.engines.pop(engine_id, None)
+
+    def engine_changed(self, engine_id: str, state: EngineState, now: float) -> list[Decision]:
+        """Note that an engine became ready, draining or down."""
+        engine = self.engines[engine_id]
+        if state is EngineState.READY and engine.state is EngineState.DOWN:
+            engine.prefixes.clear()
+        engine.state = state
+        return self._release(now)
+
+    def engine_reported(self, engine_id: str, report: EngineReport) -> None:
+        """Take in telemetry."""
+        self.engines[engine_id].report = report
+
+    # Calls
+
+    def call_arrived(self, call: Call, now: float) -> list[Decision]:
+        """Take in a call; an empty answer means that it is held."""
+        demand = self._demand(call, now)
+        self._open[call.call_id] = entry = _Open(demand)
+        if not self._holds or not self._candidates(entry):
+            return [self._settled(entry, now)]
+        self._hold(entry)
+        return self._release(now)
+
+    def call_started(self, call_id: str, now: float) -> None:
+        """Note the first token of a call."""
+        entry = self._in_flight(call_id)
+        if entry is not None and not entry[1].started:
+            entry[1].first_token_s = now
+            entry[1].output_tokens = max(entry[1].output_tokens, 1)
+            entry[0].started(entry[1])
+
+    def call_progressed(self, call_id: str, output_tokens: int, now: float) -> None:
+        """Note that a call has ``output_tokens`` tokens so far; its expectation is refined."""
+        found = self._in_flight(call_id)
+        if found is None:
+            return
+        self.call_started(call_id, now)
+        flight = found[1]
+        flight.output_tokens = output_tokens
+        if output_tokens >= flight.placement.expected_output_tokens:
+            longer = self._output_tokens(flight.call, seen=output_tokens)
+            flight.placement = replace(flight.placement, expected_output_tokens=longer)
+
+    def call_bounced(self, call_id: str, now: float) -> list[Decision]:
+        """Place a call elsewhere: its engine failed before the first byte of an answer."""
+        entry = self._open.get(call_id)
+        if entry is None or entry.engine is None:
+            return []
+        entry.engine.removed(call_id)
+        entry.refused_by |= {entry.engine.engine_id}
+        entry.engine = None
+        return [self._settled(entry, now), *self._release(now)]
+
+    def call_finished(self, call_id: str, result: CallResult, now: float) -> list[Decision]:
+        """Note that a call ended, well or not; also for one still held."""
+        entry = self._open.pop(call_id, None)
+        if entry is None:
+            return []
+        self._unhold(entry)
+        if entry.engine is not None:
+            flight = entry.engine.removed(call_id)
+            if flight is not None and result.ok:
+                self._learn_rate(entry.engine, flight, result, now)
+        self.workflows.ended(entry.demand.call, result, now)
+        return self._release(now)
+
+    def workflow_finished(self, workflow_id: str) -> None:
+        """Note the client's word that a workflow is over."""
+        self.workflows.finished(workflow_id)
+
+    def tick(self, now: float) -> list[Decision]:
+        """Do what time alone causes; call about once a second."""
+        self.workflows.expire(now)
+        return self._release(now)
+
+    @property
+    def held(self) -> int:
+        """Calls waiting here for room on an engine."""
+        return len(self._held)
+
+    def in_flight(self, call_id: str) -> InFlight | None:
+        """Return a placed call's accounting."""
+        found = self._in_flight(call_id)
+        return None if found is None else found[1]
+
+    # Estimates
+
+    def _demand(self, call: Call, now: float) -> Demand:
+        run, seen = self.workflows.arrived(call, now)
+        if run.deadline_s == NO_DEADLINE:
+            run.deadline_s = run.started_s + self.options.default_deadline_s
+        output = self._output_tokens(call)
+        tail_s = self._tail_s(call, seen.ordinal, output)
+        return Demand(call, output, run.deadline_s, tail_s, run.deadline_s - tail_s)
+
+    def _output_tokens(self, call: Call, seen: int = 0) -> int:
+        hint = call.expected_output_tokens
+        if hint is not None and hint > seen:
+            expected = hint
+        else:
+            learned = self.workflows.shapes.output_tokens(
+                call.workflow_type, call.stage, self.options.length_quantile, seen
+            )
+            expected = learned or max(self.options.default_output_tokens, seen + 1)
+        most = call.max_output_tokens
+        return expected if most is None else max(min(expected, most), 1)
+
+    def _tail_s(self, call: Call, ordinal: int, output: int) -> float:
+        if call.final:
+            return 0.0
+        tail = self.workflows.shapes.tail(
+            call.workflow_type, call.stage, ordinal, self.options.slack_quantile, call.stages_left
+        )
+        if tail is NOTHING and call.stages_left:
+            n = call.stages_left
+            tail = Tail(n, n * call.prompt_tokens, n * output)
+        return self._seconds(tail)
+
+    def _seconds(self, tail: Tail) -> float:
+        """Return the time of a path at the fleet's present pace (harmonic mean of engines)."""
+        decode_rate = prefill_rate = 0.0
+        ready = [e for e in self.engines.values() if e.state is EngineState.READY]
+        for engine in ready:
+            cost = engine.cost() or UNMEASURED
+            decode_rate += 1.0 / max(
+                cost.step_s(min(engine.slots, len(engine.in_flight) + 1)), 1e-6
+            )
+            prefill_rate += 1.0 / max(cost.p1, 1e-9)
+        if not ready:
+            return 0.0
+        n = len(ready)
+        return tail.output_tokens * n / decode_rate + tail.prefill_tokens * n / prefill_rate
+
+    def _learn_rate(
+        self, engine: EngineLoad, flight: InFlight, result: CallResult, now: float
+    ) -> None:
+        """Fit an engine that does not report its own step cost from what its calls took."""
+        if engine.report.cost is not None or not result.output_tokens:
+            return
+        batch = (flight.batch + len(engine.in_flight) + 1) / 2
+        if flight.batch > engine.slots:
+            return  # it queued in the engine for an unknown time
+        prompt = result.prompt_tokens or flight.call.prompt_tokens
+        uncached = flight.placement.uncached_tokens
+        if result.cached_tokens is not None:
+            uncached = max(prompt - result.cached_tokens, 1)
+        context = prompt + result.output_tokens / 2
+        seconds = now - flight.placed_s
+        engine.traffic_fit.observe_call(result.output_tokens, batch, context, uncached, seconds)
+
+    # Placement
+
+    def _candidates(self, entry: _Open) -> list[EngineLoad]:
+        call, refused = entry.demand.call, entry.refused_by
+        found = [e for e in self.engines.values() if e.serves(call) and e.engine_id not in refused]
+        return sorted(found, key=lambda e: e.engine_id)
+
+    def _hold(self, entry: _Open) -> None:
+        self._sequence += 1
+        entry.held = _Held(entry.demand.due_s, self._sequence, entry.demand.call.call_id)
+        insort(self._held, entry.held)
+
+    def _unhold(self, entry: _Open) -> None:
+        if entry.held is not None:
+            self._held.remove(entry.held)
+            entry.held = None
+
+    def _release(self, now: float) -> list[Decision]:
+        """Place held calls, most urgent first, while engines have room.
+
+        A call may prefer an engine that has no room yet: it then stays, and claims a place there,
+        so that calls behind it see the queue.
+        """
+        decisions: list[Decision] = []
+        if not self._held or not self._any_room():
+            return decisions
+        claims: dict[str, int] = {}
+        for held in self._held[:_SCAN]:
+            entry = self._open[held.call_id]
+            candidates = self._candidates(entry)
+            if not candidates:
+                self._unhold(entry)
+                decisions.append(self._refused(entry, now))
+                continue
+            choice = self._dispatch.choose(entry.demand, candidates, claims)
+            if not choice.engine.room(self.options.hold_depth):
+                claims[choice.engine.engine_id] = claims.get(choice.engine.engine_id, 0) + 1
+                continue
+            self._unhold(entry)
+            decisions.append(self._placed(entry, choice, now))
+        return decisions
+
+    def _settled(self, entry: _Open, now: float) -> Decision:
+        """Place a call at once, or refuse it when nobody can take it."""
+        candidates = self._candidates(entry)
+        if not candidates:
+            return self._refused(entry, now)
+        return self._placed(entry, self._dispatch.choose(entry.demand, candidates, {}), now)
+
+    def _any_room(self) -> bool:
+        depth = self.options.hold_depth
+        return any(e.state is not EngineState.READY or e.room(depth) for e in self.engines.values())
+
+    def _placed(self, entry: _Open, choice: Choice, now: float) -> Placement:
+        demand, engine, forecast = entry.demand, choice.engine, choice.forecast
+        cached = engine.prefixes.match(demand.call)
+        placement = Placement(
+            call_id=demand.call.call_id,
+            engine_id=engine.engine_id,
+            reason=choice.reason,
+            score=choice.score,
+            finish_s=None if forecast is None else now + forecast.finish_in_s,
+            due_s=demand.due_s,
+            deadline_s=demand.deadline_s,
+            tail_s=demand.tail_s,
+            expected_output_tokens=demand.output_tokens,
+            uncached_tokens=max(demand.call.prompt_tokens - cached, 1),
+        )
+        flight = InFlight(demand.call, placement, now, batch=len(engine.in_flight) + 1)
+        engine.placed(flight)
+        entry.engine = engine
+        self.log.append((now, placement))
+        return placement
+
+    def _refused(self, entry: _Open, now: float) -> Rejection:
+        call = entry.demand.call
+        del self._open[call.call_id]
+        self.workflows.ended(call, CallResult(ok=False, reason="rejected-no-endpoints"), now)
+        rejection = Rejection(
+            call.call_id, "rejected-no-endpoints", "No engine can take this call now."
+        )
+        self.log.append((now, rejection))
+        return rejection
+
+    def _in_flight(self, call_id: str) -> tuple[EngineLoad, InFlight] | None:
+        entry = self._open.get(call_id)
+        if entry is None or entry.engine is None:
+            return None
+        return entry.engine, entry.engine.in_flight[call_id]

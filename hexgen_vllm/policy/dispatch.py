@@ -1,0 +1,187 @@
+"""Placement: which engine gets a call.
+
+Every policy answers the same question, :meth:`Dispatch.choose`, over engines that can serve the
+call, given in order of their name, so that ties break the same way everywhere.
+
+| name | score, best first | needs | starves |
+|---|---|---|---|
+| ``round_robin`` | turn | nothing | nothing |
+| ``least_outstanding`` | fewest calls in flight | nothing | nothing |
+| ``hexgen`` | the paper's blend of speed fit and assigned work | solo times | slow engines at alpha 1 |
+| ``slack`` | earliest predicted finish plus delay caused to others | rates | nothing |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple, Protocol
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.load import Demand, EngineLoad, Forecast
+from hexgen_vllm.types import StepCost
+
+# Used where no engine has been measured: then only relative load matters, not these seconds.
+# Rates of a mid-range device with a 70B model (published batch-1 latencies of an L40S).
+UNMEASURED: Final = StepCost(c0=0.04, c1=2e-4, c2=1e-8, p0=0.0, p1=1 / 2200, p2=0.0)
+
+
+class Choice(NamedTuple):
+    """The engine chosen, why, and what is expected there."""
+
+    engine: EngineLoad
+    score: float
+    reason: str
+    forecast: Forecast | None = None
+
+
+class Dispatch(Protocol):
+    """A placement policy. It may keep counters; it never reads a clock."""
+
+    def choose(
+        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+    ) -> Choice:
+        """Return the engine for ``demand``.
+
+        Args:
+            demand: the call and its estimates.
+            engines: engines that can serve it, not empty, sorted by name.
+            claims: per engine, more urgent calls that wait for it outside; may be ignored.
+        """
+        ...
+
+
+def fleet_cost(engines: Sequence[EngineLoad]) -> StepCost:
+    """Return the mean cost of the measured engines; what an unmeasured one is taken for.
+
+    An engine nobody measured so gets its share of calls and becomes measured.
+    """
+    known = [c for e in engines if (c := e.cost()) is not None]
+    if not known:
+        return UNMEASURED
+    n = len(known)
+    return StepCost(
+        c0=sum(c.c0 for c in known) / n,
+        c1=sum(c.c1 for c in known) / n,
+        c2=sum(c.c2 for c in known) / n,
+        p0=sum(c.p0 for c in known) / n,
+        p1=sum(c.p1 for c in known) / n,
+        p2=sum(c.p2 for c in known) / n,
+    )
+
+
+class RoundRobin:
+    """Engines in turn, as a plain load balancer does."""
+
+    def __init__(self, options: DispatchOptions) -> None:
+        self._turn = 0
+
+    def choose(
+        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+    ) -> Choice:
+        """Return the next engine."""
+        engine = engines[self._turn % len(engines)]
+        self._turn += 1
+        return Choice(engine, 0.0, "turn")
+
+
+class LeastOutstanding:
+    """The engine with the fewest calls in flight, as most routers do.
+
+    Ties go round, so that idle engines share the first calls.
+    """
+
+    def __init__(self, options: DispatchOptions) -> None:
+        self._turn = 0
+
+    def choose(
+        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+    ) -> Choice:
+        """Return the least loaded engine by call count."""
+        least = min(len(e.in_flight) for e in engines)
+        level = [e for e in engines if len(e.in_flight) == least]
+        self._turn += 1
+        return Choice(level[self._turn % len(level)], -least, "fewest_calls")
+
+
+class HexGen:
+    """The dispatcher of HEXGEN-TEXT2SQL (arXiv 2505.05286).
+
+    Form ``code`` (the public simulator, base = the first engine)::
+
+        score(e) = alpha * T_base / T_e - (1 - alpha) * W_e / W_base
+
+    with T_e the call's time alone on e and W_e all service seconds ever assigned to e; W never
+    falls. Form ``paper``::
+
+        score(e) = (1 - alpha) * beta / t_queue(e) - alpha * T_e
+
+    with t_queue(e) the sum of T_e over calls in flight there. Both ignore batching and the
+    prefix cache, as published. Engines without measured rates are taken for average.
+    """
+
+    def __init__(self, options: DispatchOptions) -> None:
+        self._options = options
+
+    def choose(
+        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+    ) -> Choice:
+        """Return the engine with the highest score."""
+        default = fleet_cost(engines)
+        solo = [e.solo_s(demand, e.cost() or default) for e in engines]
+        score = self._paper if self._options.hexgen_form == "paper" else self._code
+        scores = score(solo, engines)
+        best = max(range(len(engines)), key=lambda i: (scores[i], -i))
+        engines[best].assigned_s += solo[best]
+        return Choice(engines[best], scores[best], "hexgen_score")
+
+    def _code(self, solo: list[float], engines: Sequence[EngineLoad]) -> list[float]:
+        alpha, base = self._options.alpha, engines[0]
+        if base.assigned_s <= 0:  # as published, the first call goes to the base engine
+            return [-float(i) for i in range(len(engines))]
+        return [
+            alpha * solo[0] / t - (1 - alpha) * e.assigned_s / base.assigned_s
+            for t, e in zip(solo, engines, strict=True)
+        ]
+
+    def _paper(self, solo: list[float], engines: Sequence[EngineLoad]) -> list[float]:
+        alpha, beta = self._options.alpha, self._options.beta
+        return [
+            (1 - alpha) * beta / max(len(e.in_flight) * t, 1e-3) - alpha * t
+            for t, e in zip(solo, engines, strict=True)
+        ]
+
+
+class EarliestFinish:
+    """Ours: smallest predicted finish plus the delay the call causes to others.
+
+    ``score = finish + externality * delay_others`` in seconds; lower is better. Uncached
+    prefill, slots, batch interference and measured rates are all in the forecast, so affinity to
+    a prefix is worth exactly the seconds of prefill it saves.
+    """
+
+    def __init__(self, options: DispatchOptions) -> None:
+        self._options = options
+
+    def choose(
+        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+    ) -> Choice:
+        """Return the engine with the lowest score."""
+        default = fleet_cost(engines)
+        best: Choice | None = None
+        for engine in engines:
+            waiting = claims.get(engine.engine_id, 0)
+            forecast = engine.forecast(demand, engine.cost() or default, waiting)
+            score = forecast.finish_in_s + self._options.externality * forecast.delay_others_s
+            if best is None or score < best.score:
+                best = Choice(engine, score, "finish", forecast)
+        if best is None:
+            raise ValueError("no engines to choose from")
+        return best
+
+
+POLICIES: Final[dict[str, Callable[[DispatchOptions], Dispatch]]] = {
+    "round_robin": RoundRobin,
+    "least_outstanding": LeastOutstanding,
+    "hexgen": HexGen,
+    "slack": EarliestFinish,
+}

@@ -1,0 +1,235 @@
+"""What one engine is doing, dead-reckoned from the calls placed on it, and what adding one costs.
+
+In-flight accounting in tokens is primary: it has no lag. Telemetry corrects rates. The prediction
+is a closed form of vLLM V1's batching: a call waits for a sequence slot, then for the prefill
+ahead of it, then decodes in a batch whose steps prefill chunks of other calls lengthen.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from hexgen_vllm.policy.cost_model import CostFit
+from hexgen_vllm.types import (
+    Call,
+    EngineKind,
+    EngineReport,
+    EngineSpec,
+    EngineState,
+    InFlight,
+    StepCost,
+)
+
+_MAX_SHARE: Final = 0.8
+_DEFAULT_SLOTS: Final = 256
+
+
+class Forecast(NamedTuple):
+    """What placing a call on an engine now would mean, all in seconds from now.
+
+    Attributes:
+        wait_s: until a sequence slot is free.
+        prefill_s: from then until its first token.
+        decode_s: from then until its last token.
+        delay_others_s: sum over the other calls there of the time it adds to them.
+        uncached_tokens: prompt tokens that need prefill.
+    """
+
+    wait_s: float
+    prefill_s: float
+    decode_s: float
+    delay_others_s: float
+    uncached_tokens: int
+
+    @property
+    def finish_in_s(self) -> float:
+        """Seconds from now to the last token."""
+        return self.wait_s + self.prefill_s + self.decode_s
+
+
+class PrefixIndex:
+    """Which prompt chunks an engine's prefix cache probably holds (least recently used go first).
+
+    Args:
+        capacity_tokens: size of the KV cache; ``None`` assumes 200,000 tokens.
+    """
+
+    def __init__(self, capacity_tokens: int | None) -> None:
+        self._capacity = capacity_tokens or 200_000
+        self._tokens: OrderedDict[int, int] = OrderedDict()
+        self._held = 0
+
+    def match(self, call: Call) -> int:
+        """Return how many leading prompt tokens of ``call`` are probably cached."""
+        n = 0
+        for key in call.prefix:
+            if key not in self._tokens:
+                break
+            n += call.prefix_chunk_tokens
+        return min(n, max(call.prompt_tokens - 1, 0))
+
+    def add(self, call: Call) -> None:
+        """Note that the engine now computes the prompt of ``call``."""
+        # Leading chunks are touched last: vLLM evicts the tail of a prefix first.
+        for key in reversed(call.prefix):
+            if key not in self._tokens:
+                self._tokens[key] = call.prefix_chunk_tokens
+                self._held += call.prefix_chunk_tokens
+            self._tokens.move_to_end(key)
+        while self._held > self._capacity and self._tokens:
+            self._held -= self._tokens.popitem(last=False)[1]
+
+    def clear(self) -> None:
+        """Forget everything (the engine restarted)."""
+        self._tokens.clear()
+        self._held = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A call with what was estimated about it.
+
+    Attributes:
+        call: the call.
+        output_tokens: expected output length.
+        deadline_s: D, deadline of its workflow.
+        tail_s: R, predicted critical path after it.
+        due_s: D - R, when it must end; ``inf`` without deadline.
+    """
+
+    call: Call
+    output_tokens: int
+    deadline_s: float
+    tail_s: float
+    due_s: float
+
+
+class EngineLoad:
+    """One engine as dispatch sees it (mutable, owned by the coordinator)."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.state = EngineState.READY
+        self.report = EngineReport()
+        self.prefixes = PrefixIndex(spec.kv_tokens)
+        self.in_flight: dict[str, InFlight] = {}
+        self.assigned_s = 0.0  # W_e of the paper: service seconds ever assigned
+        self.traffic_fit = CostFit(min_steps=12)
+        self._queued_prefill = 0
+        self._context = 0
+
+    @property
+    def engine_id(self) -> str:
+        """The engine's name."""
+        return self.spec.engine_id
+
+    @property
+    def slots(self) -> int:
+        """Sequences the engine runs at once."""
+        return self.spec.max_num_seqs or _DEFAULT_SLOTS
+
+    def serves(self, call: Call) -> bool:
+        """Whether the engine takes new calls for the call's model."""
+        models = self.spec.models
+        return self.state is EngineState.READY and (not models or call.model in models)
+
+    def cost(self) -> StepCost | None:
+        """Return the measured step cost: telemetry first, own traffic second, else unknown."""
+        return self.report.cost or self.traffic_fit.cost()
+
+    def restarted(self, spec: EngineSpec) -> None:
+        """Forget what a restart makes untrue; calls in flight stay until their driver ends them."""
+        self.spec = spec
+        self.state = EngineState.READY
+        self.report = EngineReport()
+        self.prefixes = PrefixIndex(spec.kv_tokens)
+        self.traffic_fit = CostFit(min_steps=12)
+
+    def placed(self, entry: InFlight) -> None:
+        """Account for a call sent here."""
+        self.in_flight[entry.call.call_id] = entry
+        self._queued_prefill += entry.placement.uncached_tokens
+        self._context += entry.call.prompt_tokens
+        self.prefixes.add(entry.call)
+
+    def started(self, entry: InFlight) -> None:
+        """Account for the first token of a call: its prefill is done."""
+        self._queued_prefill -= entry.placement.uncached_tokens
+
+    def removed(self, call_id: str) -> InFlight | None:
+        """Account for the end of a call, however it ended."""
+        entry = self.in_flight.pop(call_id, None)
+        if entry is not None:
+            self._context -= entry.call.prompt_tokens
+            if not entry.started:
+                self._queued_prefill -= entry.placement.uncached_tokens
+        return entry
+
+    def outstanding_tokens(self) -> int:
+        """Return prompt tokens to prefill plus output tokens to come."""
+        return self._queued_prefill + sum(e.output_left() for e in self.in_flight.values())
+
+    def queued_prefill_tokens(self) -> int:
+        """Return prompt tokens of calls whose first token has not come."""
+        return self._queued_prefill
+
+    def solo_s(self, demand: Demand, cost: StepCost) -> float:
+        """Return the call's time alone on the idle engine without prefix cache (t_comp)."""
+        call = demand.call
+        step = cost.step_s(1, call.prompt_tokens)
+        return cost.prefill_s(call.prompt_tokens) + demand.output_tokens * step
+
+    def room(self, depth: int) -> bool:
+        """Return whether fewer than ``depth`` calls are here beyond the sequence slots."""
+        return len(self.in_flight) < self.slots + depth
+
+    def forecast(self, demand: Demand, cost: StepCost, claims: int = 0) -> Forecast:
+        """Return what placing ``demand`` here now would mean under ``cost``.
+
+        Calls that have not started and are due earlier are ahead of it when the engine orders
+        them; all are when it does not.
+
+        Args:
+            demand: the call.
+            cost: the engine's step cost.
+            claims: more urgent calls that are waiting for this engine elsewhere.
+        """
+        call = demand.call
+        entries = self.in_flight.values()
+        cached = self.prefixes.match(call)
+        uncached = max(call.prompt_tokens - cached, 1)
+        waiting = [e for e in entries if not e.started]
+        ordered = self.spec.kind is not EngineKind.FCFS
+        ahead = [e for e in waiting if not ordered or e.placement.due_s <= demand.due_s]
+        batch = min(self.slots, len(self.in_flight) + 1)
+        step = cost.step_s(batch, self._context * batch / (len(self.in_flight) + 1))
+        busy = 1.0 - min(self.report.prefill_share or 0.0, _MAX_SHARE)
+        prefill_ahead = sum(e.placement.uncached_tokens for e in ahead)
+        own_prefill = cost.prefill_s(uncached, cached)
+        return Forecast(
+            wait_s=self._slot_wait_tokens(len(ahead), claims) * step / busy,
+            prefill_s=cost.prefill_s(prefill_ahead) + own_prefill,
+            decode_s=demand.output_tokens * step / busy,
+            delay_others_s=self._delay_s(own_prefill, demand.output_tokens, cost, len(waiting)),
+            uncached_tokens=uncached,
+        )
+
+    def _slot_wait_tokens(self, ahead: int, claims: int) -> float:
+        """Return decode steps until a slot is free for the call after ``ahead`` others."""
+        queued = len(self.in_flight) + claims - self.slots
+        if queued < 0:
+            return 0.0
+        position = min(queued, ahead + claims)
+        left = sorted(e.output_left() for e in self.in_flight.values()) or [0]
+        rounds, index = divmod(position, max(self.slots, 1))
+        mean = sum(left) / len(left)
+        return left[min(index, len(left) - 1)] + rounds * mean
+
+    def _delay_s(self, own_prefill_s: float, output: int, cost: StepCost, waiting: int) -> float:
+        """Return the time the call adds to all others: its prefill stalls them, its row slows."""
+        others = len(self.in_flight)
+        decoding = min(others - waiting, self.slots)
+        shared = min(output, sum(e.output_left() for e in self.in_flight.values()) / max(others, 1))
+        return own_prefill_s * others + cost.c1 * shared * decoding
