@@ -6,6 +6,11 @@ import os
 import shutil
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Two busy cores make any time limit a coin toss; the number of examples bounds the work.
+settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")
 
 QUIET = {
     "VLLM_NO_USAGE_STATS": "1",

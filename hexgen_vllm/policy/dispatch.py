@@ -7,13 +7,14 @@ call, given in order of their name, so that ties break the same way everywhere.
 |---|---|---|---|
 | ``round_robin`` | turn | nothing | nothing |
 | ``least_outstanding`` | fewest calls in flight | nothing | nothing |
-| ``hexgen`` | the paper's blend of speed fit and assigned work | solo times | slow engines at alpha 1 |
+| ``hexgen`` | the paper's blend of speed fit and assigned work | solo times | the slow at alpha 1 |
 | ``slack`` | earliest predicted finish plus delay caused to others | rates | nothing |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Final, NamedTuple, Protocol
 
 from hexgen_vllm.config import DispatchOptions
@@ -23,6 +24,7 @@ from hexgen_vllm.types import StepCost
 # Used where no engine has been measured: then only relative load matters, not these seconds.
 # Rates of a mid-range device with a 70B model (published batch-1 latencies of an L40S).
 UNMEASURED: Final = StepCost(c0=0.04, c1=2e-4, c2=1e-8, p0=0.0, p1=1 / 2200, p2=0.0)
+OPTIMISM: Final = 0.9
 
 
 class Choice(NamedTuple):
@@ -50,23 +52,16 @@ class Dispatch(Protocol):
         ...
 
 
-def fleet_cost(engines: Sequence[EngineLoad]) -> StepCost:
-    """Return the mean cost of the measured engines; what an unmeasured one is taken for.
+def assumed_cost(engines: Sequence[EngineLoad]) -> StepCost:
+    """Return what an unmeasured engine is taken for: a little faster than the measured ones.
 
-    An engine nobody measured so gets its share of calls and becomes measured.
+    The optimism matters: at the mean exactly, ties could keep an engine unmeasured forever.
     """
     known = [c for e in engines if (c := e.cost()) is not None]
     if not known:
         return UNMEASURED
-    n = len(known)
-    return StepCost(
-        c0=sum(c.c0 for c in known) / n,
-        c1=sum(c.c1 for c in known) / n,
-        c2=sum(c.c2 for c in known) / n,
-        p0=sum(c.p0 for c in known) / n,
-        p1=sum(c.p1 for c in known) / n,
-        p2=sum(c.p2 for c in known) / n,
-    )
+    n = len(known) / OPTIMISM
+    return StepCost(*(sum(getattr(c, f.name) for c in known) / n for f in fields(StepCost)))
 
 
 class RoundRobin:
@@ -126,7 +121,7 @@ class HexGen:
         self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
     ) -> Choice:
         """Return the engine with the highest score."""
-        default = fleet_cost(engines)
+        default = assumed_cost(engines)
         solo = [e.solo_s(demand, e.cost() or default) for e in engines]
         score = self._paper if self._options.hexgen_form == "paper" else self._code
         scores = score(solo, engines)
@@ -166,7 +161,7 @@ class EarliestFinish:
         self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
     ) -> Choice:
         """Return the engine with the lowest score."""
-        default = fleet_cost(engines)
+        default = assumed_cost(engines)
         best: Choice | None = None
         for engine in engines:
             waiting = claims.get(engine.engine_id, 0)

@@ -41,7 +41,7 @@ def slack(latest_start_s: float, now: float) -> float:
 
 
 def stage_budget(budget_s: float, service_s: float, tail_s: float) -> float:
-    """Return b, the paper's share of ``budget_s`` for a stage of ``service_s`` before ``tail_s``."""
+    """Return b, the paper's share of ``budget_s`` for a stage before ``tail_s`` of other work."""
     work_s = service_s + tail_s
     return budget_s if work_s <= 0 else budget_s * service_s / work_s
 

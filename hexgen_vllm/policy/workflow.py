@@ -250,16 +250,15 @@ class Workflows:
             return
         run.in_flight -= 1
         run.last_seen_s = now
-        seen = run.calls.get(call.call_id)
-        if seen is None:
-            return
-        if not result.ok or result.output_tokens is None:
-            del run.calls[call.call_id]
-        else:
-            seen.ended_s, seen.output_tokens = now, result.output_tokens
-            prompt = result.prompt_tokens or seen.prompt_tokens
-            seen.uncached_tokens = max(prompt - (result.cached_tokens or 0), 0)
+        if result.ok and result.output_tokens is not None:
             self.shapes.learn_output(run.workflow_type, call.stage, result.output_tokens)
+            seen = run.calls.get(call.call_id)
+            if seen is not None:
+                seen.ended_s, seen.output_tokens = now, result.output_tokens
+                prompt = result.prompt_tokens or seen.prompt_tokens
+                seen.uncached_tokens = max(prompt - (result.cached_tokens or 0), 0)
+        else:
+            run.calls.pop(call.call_id, None)
         if call.final and run.in_flight == 0:
             self.finished(call.workflow_id)
 

@@ -1,0 +1,149 @@
+"""Tails are the critical path, and the posterior moves with every round."""
+
+from __future__ import annotations
+
+import random
+
+from hexgen_vllm.policy.estimate import Window
+from hexgen_vllm.policy.workflow import NOTHING, SeenCall, Shapes, Workflows, tails
+from hexgen_vllm.types import Call, CallResult, Tail
+
+
+def seen(stage: str, start: float, end: float, output: int, prompt: int = 0) -> SeenCall:
+    return SeenCall(stage, 0, start, prompt, end, prompt, output)
+
+
+def test_tail_of_a_chain_is_what_follows() -> None:
+    a, b, c = seen("a", 0, 1, 10), seen("b", 1, 2, 20, 500), seen("c", 2, 3, 30)
+    assert tails([a, b, c]) == [Tail(2, 500, 50), Tail(1, 0, 30), NOTHING]
+
+
+def test_parallel_siblings_count_once_by_the_heavier() -> None:
+    first = seen("link", 0, 1, 5)
+    short, long = seen("candidate", 1, 2, 100), seen("candidate", 1, 4, 300)
+    last = seen("evaluate", 4, 5, 20)
+    found = tails([first, short, long, last])
+    assert found[0] == Tail(2, 0, 320)
+    assert found[1] == found[2] == Tail(1, 0, 20)
+
+
+def test_order_of_input_does_not_matter() -> None:
+    calls = [seen(f"s{i}", i, i + 0.5, 10 * i) for i in range(8)]
+    shuffled = calls[:]
+    random.Random(1).shuffle(shuffled)
+    by_stage = dict(zip((c.stage for c in shuffled), tails(shuffled), strict=True))
+    assert [by_stage[c.stage] for c in calls] == tails(calls)
+
+
+def run_workflow(flows: Workflows, name: str, rounds: int, now: float) -> float:
+    """Play link, then ``rounds`` of revise with 100 tokens each, then a final evaluate of 20."""
+    for i, stage in enumerate(["link", *["revise"] * rounds, "evaluate"]):
+        final = stage == "evaluate"
+        call = Call(f"{name}-{i}", name, now, 10, "t", stage, final=final)
+        flows.arrived(call, now)
+        now += 1
+        tokens = {"link": 5, "revise": 100, "evaluate": 20}[stage]
+        flows.ended(call, CallResult(ok=True, output_tokens=tokens), now)
+    return now
+
+
+def test_retry_posterior_conditions_on_rounds_done() -> None:
+    shapes = Shapes()
+    flows = Workflows(shapes)
+    now = 0.0
+    # 3 of 4 workflows need one round; every fourth needs five.
+    for i in range(80):
+        now = run_workflow(flows, f"w{i}", 5 if i % 4 == 0 else 1, now)
+    first = shapes.tail("t", "revise", 0, 0.5)
+    second = shapes.tail("t", "revise", 1, 0.5)
+    assert first == Tail(1, 10, 20), "most often the first round is the last"
+    assert second == Tail(4, 40, 320), "who needs a second round needs three more after it"
+    assert shapes.tail("t", "revise", 0, 0.9).output_tokens == 420
+
+
+def test_backs_off_from_unseen_ordinal_to_stage_to_type() -> None:
+    shapes = Shapes()
+    flows = Workflows(shapes)
+    now = 0.0
+    for i in range(20):
+        now = run_workflow(flows, f"w{i}", 2, now)
+    assert shapes.tail("t", "revise", 77, 0.5) in (Tail(1, 10, 20), Tail(2, 20, 120))
+    assert shapes.tail("t", "never seen", 0, 0.5) != NOTHING
+    assert shapes.tail("other type", "revise", 0, 0.5) == NOTHING
+
+
+def test_client_word_that_nothing_follows_is_believed() -> None:
+    shapes = Shapes()
+    flows = Workflows(shapes)
+    now = 0.0
+    for i in range(20):
+        now = run_workflow(flows, f"w{i}", 2, now)
+    assert shapes.tail("t", "link", 0, 0.5, stages_left=0) == NOTHING
+
+
+def test_failed_calls_teach_nothing() -> None:
+    shapes = Shapes()
+    flows = Workflows(shapes)
+    call = Call("c", "w", 0.0, 10, "t", "revise", final=True)
+    flows.arrived(call, 0.0)
+    flows.ended(call, CallResult(ok=False, reason="abort"), 1.0)
+    assert len(flows) == 0
+    assert shapes.output_tokens("t", "revise", 0.5) is None
+
+
+def test_output_length_grows_with_what_was_seen() -> None:
+    shapes = Shapes()
+    for n in [10] * 90 + [100] * 10:
+        shapes.learn_output("t", "s", n)
+    assert shapes.output_tokens("t", "s", 0.5) == 10
+    assert shapes.output_tokens("t", "s", 0.5, seen=10) == 100
+    longer = shapes.output_tokens("t", "s", 0.5, seen=100)
+    assert longer is not None
+    assert longer > 100
+
+
+def test_silent_workflows_expire_and_busy_ones_do_not() -> None:
+    flows = Workflows(Shapes(), idle_s=10.0)
+    idle, busy = Call("a", "idle", 0.0, 1), Call("b", "busy", 0.0, 1)
+    for call in (idle, busy):
+        flows.arrived(call, 0.0)
+    flows.ended(idle, CallResult(ok=True, output_tokens=1), 1.0)
+    assert flows.expire(5.0) == []
+    assert [r.workflow_id for r in flows.expire(20.0)] == ["idle"]
+    assert len(flows) == 1
+
+
+def test_open_workflows_are_bounded() -> None:
+    flows = Workflows(Shapes(), max_open=10)
+    for i in range(50):
+        flows.arrived(Call(f"c{i}", f"w{i}", float(i), 1), float(i))
+        flows.expire(float(i))
+    assert len(flows) == 10
+
+
+def test_a_huge_workflow_teaches_a_bounded_part() -> None:
+    flows = Workflows(Shapes())
+    now = 0.0
+    for i in range(2000):
+        call = Call(f"c{i}", "w", now, 1, final=i == 1999)
+        run, _ = flows.arrived(call, now)
+        now += 1
+        flows.ended(call, CallResult(ok=True, output_tokens=1), now)
+        assert len(run.calls) <= 256
+    assert len(flows) == 0
+
+
+def test_window_quantiles_match_a_sorted_list() -> None:
+    rng = random.Random(3)
+    window: Window[int] = Window(50)
+    kept: list[int] = []
+    for _ in range(500):
+        value = rng.randint(0, 30)
+        window.add(value)
+        kept = [*kept, value][-50:]
+        q = rng.random()
+        assert window.quantile(q) == sorted(kept)[min(int(q * len(kept)), len(kept) - 1)]
+        floor = rng.randint(0, 30)
+        above = sorted(v for v in kept if v > floor)
+        want = above[min(int(q * len(above)), len(above) - 1)] if above else None
+        assert window.above(floor, q) == want

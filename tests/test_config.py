@@ -1,0 +1,60 @@
+"""Options validate themselves, and one declaration serves command line and files."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from hexgen_vllm.config import (
+    DispatchOptions,
+    EngineOptions,
+    add_arguments,
+    from_mapping,
+    given,
+)
+from hexgen_vllm.errors import ConfigError
+
+
+def test_unknown_option_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown option 'orderr'; known are .*order"):
+        from_mapping(EngineOptions, {"orderr": "slack"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"order": "lifo"}, "order must be one of"),
+        ({"default_deadline_s": 0}, "default_deadline_s must be at least"),
+        ({"default_deadline_s": "soon"}, "default_deadline_s must be a number"),
+        ({"default_deadline_s": float("nan")}, "must be finite"),
+        ({"max_displacements": 1.5}, "must be a whole number"),
+        ({"max_displacements": True}, "must be a number"),
+        ({"displace": 1}, "must be true or false"),
+    ],
+)
+def test_bad_values_get_one_sentence(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        from_mapping(EngineOptions, values)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_become_floats_where_a_float_is_meant() -> None:
+    options = from_mapping(EngineOptions, {"default_deadline_s": 5})
+    assert isinstance(options.default_deadline_s, float)
+
+
+def test_command_line_comes_from_the_fields() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, EngineOptions, prefix="hexgen-")
+    args = parser.parse_args(["--hexgen-order", "edf", "--no-hexgen-displace"])
+    assert given(args, EngineOptions, prefix="hexgen-") == {"order": "edf", "displace": False}
+    help_text = parser.format_help()
+    assert "--hexgen-default-deadline-s" in help_text
+
+
+def test_nothing_given_leaves_the_defaults() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, DispatchOptions)
+    assert given(parser.parse_args([]), DispatchOptions) == {}
+    assert from_mapping(DispatchOptions, {}) == DispatchOptions()
