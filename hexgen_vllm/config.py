@@ -151,12 +151,18 @@ class EngineOptions:
     displace_slack_s: float = option(
         2.0, "displace only for a call whose slack is below this, seconds", least=0.0
     )
+    displace_late_s: float = option(
+        5.0, "nor for a call whose latest start passed longer ago than this, seconds", least=0.0
+    )
     displace_gap_s: float = option(
         0.5, "a victim has at least this much more slack than the urgent call, seconds", least=0.0
     )
     max_displacements: int = option(3, "times one call may be displaced", least=0)
     protect_last_tokens: int = option(
         16, "never displace a call with this few output tokens left", least=0
+    )
+    background_max_wait_s: float = option(
+        120.0, "after this long a background call is ordered among the others, seconds", least=0.0
     )
     prefill_tokens_per_s: float = option(
         5000.0, "prefill rate assumed until measured, tokens/s", least=1e-3

@@ -1,0 +1,168 @@
+"""Whether running calls make room for an urgent waiting one, and which.
+
+A stock batch never lets go: an urgent call that finds no slot or no KV block waits until
+something ends. Displacement preempts the running calls that can best afford it. It costs the work
+that a victim has to do again, so it is bounded on every side.
+
+Formula. With L the latest start (:mod:`hexgen_vllm.policy.slack`), c the candidate, v a running
+call and ``redo_s`` the seconds that v needs to compute again what it would lose:
+
+    gain(v) = L_v - redo_s(v) - L_c
+
+The candidate qualifies while ``-displace_late_s <= L_c - now < displace_slack_s``: with more
+slack it can wait, and once it is that late the victim would pay for nothing. A victim qualifies
+if ``gain > displace_gap_s`` (strict, after its own loss), it stands behind the candidate in the
+queue's order, it was displaced fewer than ``max_displacements`` times, more than
+``protect_last_tokens`` of its output are left, and its blocks can be freed now. Victims are taken
+by ``gain / (1 + tokens lost)``, largest first, until the candidate fits; those that turn out not
+to be needed are spared. If all of them together do not make enough room, nobody is displaced.
+
+Ping-pong cannot happen: a victim that comes back still has more slack than its candidate had, by
+more than the gap, so it does not qualify to displace it.
+
+Inputs are plain values; :class:`RunningView` names their units. ``latest_start_s`` of a running
+call should not be credited with its progress, or calls with equal deadlines displace each other
+in turn (least-laxity thrash): use the smaller of its value now and when it was admitted.
+
+Cost: O(n log n) in the running calls given.
+
+What it can starve: a call loses its place at most ``max_displacements`` times; after that it
+runs to its end unless the KV cache overflows. Do not use it where recomputing is dearer than
+being late (``displace=False``), nor to shield one client from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hexgen_vllm.config import EngineOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The most urgent waiting call and what it lacks.
+
+    Attributes:
+        key_s: its place in the queue's order; smaller is sooner.
+        latest_start_s: L, absolute seconds.
+        slots_short: batch slots that must become free, 0 or less when there are enough.
+        blocks_short: KV blocks that must become free, 0 or less when there are enough.
+    """
+
+    key_s: float
+    latest_start_s: float
+    slots_short: int
+    blocks_short: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunningView:
+    """A running call as a possible victim.
+
+    Attributes:
+        key_s: its place in the queue's order; smaller is sooner.
+        latest_start_s: L, absolute seconds, not credited with progress.
+        redo_s: seconds to compute again what it would lose.
+        lost_tokens: tokens of KV that nobody shares with it.
+        blocks_released: KV blocks that become free with it.
+        output_left: output tokens it still expects to write.
+        displacements: times it was displaced so far.
+        can_free: its blocks become free at once.
+    """
+
+    key_s: float
+    latest_start_s: float
+    redo_s: float
+    lost_tokens: int
+    blocks_released: int
+    output_left: int
+    displacements: int
+    can_free: bool = True
+
+
+class Displacement(NamedTuple):
+    """The decision: indices into the running calls given, and why."""
+
+    victims: tuple[int, ...]
+    reason: str
+
+
+def urgent(latest_start_s: float, limits: EngineOptions, now: float) -> bool:
+    """Return whether a waiting call is urgent enough to displace, and not too late for it."""
+    return -limits.displace_late_s <= latest_start_s - now < limits.displace_slack_s
+
+
+def gain_s(candidate: Candidate, view: RunningView) -> float:
+    """Return the slack that the victim would have more than the candidate, after its loss."""
+    return view.latest_start_s - view.redo_s - candidate.latest_start_s
+
+
+def eligible(candidate: Candidate, view: RunningView, limits: EngineOptions) -> bool:
+    """Return whether ``view`` may be displaced for ``candidate``."""
+    return (
+        view.can_free
+        and view.key_s > candidate.key_s
+        and view.displacements < limits.max_displacements
+        and view.output_left > limits.protect_last_tokens
+        and gain_s(candidate, view) > limits.displace_gap_s
+    )
+
+
+def choose_victims(
+    candidate: Candidate, running: Sequence[RunningView], limits: EngineOptions, now: float
+) -> Displacement:
+    """Return the running calls to displace for ``candidate``, best first, or none and why.
+
+    The reason is ``displaced``, or why not: ``off``, ``fits``, ``not-urgent``, ``no-victim``
+    (nobody qualifies) or ``would-not-fit`` (all who qualify are too few).
+    """
+    if not limits.displace:
+        return Displacement((), "off")
+    if candidate.slots_short <= 0 and candidate.blocks_short <= 0:
+        return Displacement((), "fits")
+    if not urgent(candidate.latest_start_s, limits, now):
+        return Displacement((), "not-urgent")
+    able = [i for i, view in enumerate(running) if eligible(candidate, view, limits)]
+    if not able:
+        return Displacement((), "no-victim")
+    able.sort(key=lambda i: (-_worth(candidate, running[i]), i))
+    taken = _enough(candidate, running, able)
+    if not taken:
+        return Displacement((), "would-not-fit")
+    return Displacement(_spared(candidate, running, taken), "displaced")
+
+
+def _worth(candidate: Candidate, view: RunningView) -> float:
+    return gain_s(candidate, view) / (1 + view.lost_tokens)
+
+
+def _fits(candidate: Candidate, running: Sequence[RunningView], victims: Sequence[int]) -> bool:
+    blocks = sum(running[i].blocks_released for i in victims)
+    return len(victims) >= candidate.slots_short and blocks >= candidate.blocks_short
+
+
+def _enough(
+    candidate: Candidate, running: Sequence[RunningView], able: Sequence[int]
+) -> list[int]:
+    """Return the shortest head of ``able`` that makes enough room, or nothing."""
+    slots, blocks = candidate.slots_short, candidate.blocks_short
+    for count, i in enumerate(able, 1):
+        slots -= 1
+        blocks -= running[i].blocks_released
+        if slots <= 0 and blocks <= 0:
+            return list(able[:count])
+    return []
+
+
+def _spared(
+    candidate: Candidate, running: Sequence[RunningView], taken: list[int]
+) -> tuple[int, ...]:
+    """Drop victims that the others make unnecessary, worst first."""
+    kept = list(taken)
+    for i in reversed(taken):
+        rest = [j for j in kept if j != i]
+        if rest and _fits(candidate, running, rest):
+            kept = rest
+    return tuple(kept)

@@ -1,0 +1,145 @@
+"""A min-heap whose entries can be removed and re-keyed: the order of waiting calls.
+
+Key: any number of :mod:`hexgen_vllm.policy.slack` (a latest start, a deadline, an arrival), in
+seconds; the smallest goes first. Ties break by arrival, then by order of insertion, so the order
+is total and the same input gives the same output.
+
+Cost: push, pop, remove and re-key are O(log n) amortised; peek is O(1) amortised. Removal only
+forgets the entry; the heap drops it when it surfaces, and is rebuilt when more than half of it is
+forgotten, so that memory stays proportional to what is queued.
+
+What it can starve: as long as keys are absolute times, a waiting key stands still while the keys
+of newcomers grow with the clock, so nothing waits behind newcomers for ever. A key that is not a
+time, such as :func:`background_key`, has no such promise: its owner must age it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Hashable, Iterator
+from typing import Final, Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+BACKGROUND_S: Final = 1e12
+"""Added to the key of background calls; beyond any time or deadline that a call can have."""
+
+_REBUILD_LEAST: Final = 64
+
+
+def background_key(work_s: float) -> float:
+    """Return the key of a demoted call: behind all others, least remaining work first.
+
+    Args:
+        work_s: seconds of work left on the call and after it.
+    """
+    return BACKGROUND_S + work_s
+
+
+class UrgencyHeap(Generic[T]):
+    """Items ordered by (key, arrival, insertion); each item is in it at most once.
+
+    Items are told apart by hash and equality, as in a set.
+    """
+
+    __slots__ = ("_entries", "_heap", "_next")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, float, int, T]] = []
+        self._entries: dict[T, tuple[float, float, int, T]] = {}
+        self._next = 0
+
+    def push(self, item: T, key: float, arrived_s: float) -> None:
+        """Add ``item``.
+
+        Raises:
+            ValueError: it is already in, or ``key`` is not a number.
+        """
+        if item in self._entries:
+            raise ValueError("the item is already queued")
+        self._next += 1
+        self._put(item, key, arrived_s, self._next)
+
+    def rekey(self, item: T, key: float) -> None:
+        """Move ``item`` to ``key``; its arrival and its place among ties stay.
+
+        Raises:
+            KeyError: it is not in.
+            ValueError: ``key`` is not a number.
+        """
+        old, arrived_s, order, _ = self._entries[item]
+        if old != key:
+            self._put(item, key, arrived_s, order)
+
+    def remove(self, item: T) -> None:
+        """Take ``item`` out.
+
+        Raises:
+            KeyError: it is not in.
+        """
+        del self._entries[item]
+
+    def discard(self, item: T) -> bool:
+        """Take ``item`` out if it is in; return whether it was."""
+        return self._entries.pop(item, None) is not None
+
+    def peek(self) -> T:
+        """Return the first item.
+
+        Raises:
+            IndexError: nothing is queued.
+        """
+        return self._first()[3]
+
+    def pop(self) -> T:
+        """Take out and return the first item.
+
+        Raises:
+            IndexError: nothing is queued.
+        """
+        item = self._first()[3]
+        heapq.heappop(self._heap)
+        del self._entries[item]
+        return item
+
+    def key_of(self, item: T) -> float:
+        """Return the key of ``item``.
+
+        Raises:
+            KeyError: it is not in.
+        """
+        return self._entries[item][0]
+
+    def unordered(self) -> list[T]:
+        """Return the items in no particular order, cheaply."""
+        return list(self._entries)
+
+    def __iter__(self) -> Iterator[T]:
+        """Iterate in order over a snapshot."""
+        return (entry[3] for entry in sorted(self._entries.values(), key=lambda e: e[:3]))
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def _first(self) -> tuple[float, float, int, T]:
+        heap, entries = self._heap, self._entries
+        while heap and entries.get(heap[0][3]) is not heap[0]:
+            heapq.heappop(heap)
+        return heap[0]
+
+    def _put(self, item: T, key: float, arrived_s: float, order: int) -> None:
+        if math.isnan(key):
+            raise ValueError("the key is not a number")
+        entry = (key, arrived_s, order, item)
+        self._entries[item] = entry
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > max(_REBUILD_LEAST, 2 * len(self._entries)):
+            self._heap = list(self._entries.values())
+            heapq.heapify(self._heap)
