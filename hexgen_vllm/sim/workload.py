@@ -1,0 +1,170 @@
+"""What a workload is made of: workflows, their groups of parallel calls, shared prompt layers.
+
+Values only. Generators and readers make them, the simulator and the live bench play them.
+Lengths are tokens, times are seconds since the start of the run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from hexgen_vllm.errors import ConfigError
+
+
+class Layer(NamedTuple):
+    """A leading part of a prompt: the first ``tokens`` tokens of the stream ``stream``.
+
+    Two layers of one stream share their common length token for token, wherever they occur.
+    """
+
+    stream: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallSpec:
+    """One LLM call.
+
+    Attributes:
+        stage: name of the stage.
+        prompt_tokens: prompt length, at least 1.
+        output_tokens: output length, at least 1.
+        layers: leading layers of the prompt, widest shared first: the stage's template, the
+            database schema, what the workflow's calls share. The rest of the prompt is this
+            call's own and equals no other call's.
+    """
+
+    stage: str
+    prompt_tokens: int
+    output_tokens: int
+    layers: tuple[Layer, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.output_tokens < 1:
+            raise ConfigError(f"a {self.stage} call needs at least 1 prompt and 1 output token.")
+        if self.shared_tokens > self.prompt_tokens:
+            raise ConfigError(f"the layers of a {self.stage} call are longer than its prompt.")
+
+    @property
+    def shared_tokens(self) -> int:
+        """Prompt tokens that lie in layers."""
+        return sum(layer.tokens for layer in self.layers)
+
+    @property
+    def own_tokens(self) -> int:
+        """Prompt tokens after the layers."""
+        return self.prompt_tokens - self.shared_tokens
+
+
+Group = tuple[CallSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowSpec:
+    """One workflow: groups in sequence, the calls of a group in parallel.
+
+    Attributes:
+        workflow_id: unique in the workload.
+        type: name under which the shape of such workflows is learned.
+        stages: groups; a group starts when every call of the one before has ended.
+        arrival_s: when it starts, seconds since the start of the run.
+        tenant: who sends it.
+    """
+
+    workflow_id: str
+    type: str
+    stages: tuple[Group, ...]
+    arrival_s: float = 0.0
+    tenant: str = "default"
+
+    def __post_init__(self) -> None:
+        if not self.stages or not all(self.stages):
+            raise ConfigError(f"workflow {self.workflow_id} has no call, or a group without one.")
+
+    def calls(self) -> Iterator[CallSpec]:
+        """Yield every call, in order of groups."""
+        for group in self.stages:
+            yield from group
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens of all calls."""
+        return sum(call.prompt_tokens for call in self.calls())
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens of all calls."""
+        return sum(call.output_tokens for call in self.calls())
+
+
+def workflow_stream(workflow_id: str) -> str:
+    """Return the stream of the layer that only the calls of one workflow share."""
+    return f"workflow:{workflow_id}"
+
+
+def generator(seed: int, *names: object) -> random.Random:
+    """Return a random stream of its own for ``names``; equal arguments give equal streams.
+
+    Each workflow has its own, so that the k-th workflow does not depend on how many are made.
+    """
+    return random.Random("/".join(str(part) for part in (seed, *names)))
+
+
+def timed(specs: Iterable[WorkflowSpec], arrivals_s: Sequence[float]) -> tuple[WorkflowSpec, ...]:
+    """Return ``specs`` with the given arrival times, one each.
+
+    Raises:
+        ConfigError: the numbers of workflows and times differ.
+    """
+    listed = tuple(specs)
+    if len(listed) != len(arrivals_s):
+        raise ConfigError(f"{len(listed)} workflows cannot arrive at {len(arrivals_s)} times.")
+    return tuple(replace(s, arrival_s=float(at)) for s, at in zip(listed, arrivals_s, strict=True))
+
+
+def renamed(spec: WorkflowSpec, workflow_id: str) -> WorkflowSpec:
+    """Return ``spec`` as another workflow: what it shared with nobody else is new as well."""
+    old, new = workflow_stream(spec.workflow_id), workflow_stream(workflow_id)
+
+    def moved(call: CallSpec) -> CallSpec:
+        layers = (
+            layer._replace(stream=new) if layer.stream == old else layer for layer in call.layers
+        )
+        return replace(call, layers=tuple(layers))
+
+    stages = tuple(tuple(moved(call) for call in group) for group in spec.stages)
+    return replace(spec, workflow_id=workflow_id, stages=stages)
+
+
+def scaled(spec: WorkflowSpec, length_scale: float) -> WorkflowSpec:
+    """Return ``spec`` with every length times ``length_scale``, at least 1.
+
+    Boundaries of layers are rounded from the front, so prompts that shared a layer still do.
+
+    Raises:
+        ConfigError: ``length_scale`` is not more than 0.
+    """
+    if not length_scale > 0:
+        raise ConfigError(f"length_scale must be more than 0, not {length_scale:g}.")
+    stages = tuple(tuple(_scaled_call(c, length_scale) for c in group) for group in spec.stages)
+    return replace(spec, stages=stages)
+
+
+def _scaled_call(call: CallSpec, scale: float) -> CallSpec:
+    prompt = max(1, round(call.prompt_tokens * scale))
+    most = prompt - 1 if call.own_tokens and prompt > 1 else prompt  # own prompts stay own
+    layers, end, scaled_end = [], 0, 0
+    for layer in call.layers:
+        end += layer.tokens
+        boundary = min(round(end * scale), most)
+        layers.append(Layer(layer.stream, boundary - scaled_end))
+        scaled_end = boundary
+    return CallSpec(
+        stage=call.stage,
+        prompt_tokens=prompt,
+        output_tokens=max(1, round(call.output_tokens * scale)),
+        layers=tuple(layer for layer in layers if layer.tokens > 0),
+    )
