@@ -2,7 +2,7 @@
 
 The libraries are an extra: with a compiler they are built and shipped, without one the package
 installs all the same and uses its Python and Triton code. ``HEXGEN_BUILD_NATIVE=0`` leaves them
-out, ``HEXGEN_BUILD_NATIVE=1`` makes a failed build an error.
+out, ``HEXGEN_BUILD_NATIVE=1`` makes it an error when none can be built.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -19,60 +20,62 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
 KERNELS = Path("hexgen_vllm", "kernels")
 BUILDERS = ("build_cpu", "build_cuda")
 
 
 def native_mode() -> str:
-    """``auto`` (build what can be built), ``0`` (nothing) or ``1`` (a failure is an error)."""
+    """``auto`` (build what can be built), ``0`` (nothing) or ``1`` (none is an error)."""
     mode = os.environ.get("HEXGEN_BUILD_NATIVE", "auto")
     if mode not in {"0", "1", "auto"}:
-        raise SystemExit(f"HEXGEN_BUILD_NATIVE must be 0, 1 or auto, not {mode!r}")
+        raise SystemExit(f"HEXGEN_BUILD_NATIVE must be 0, 1 or auto, not {mode!r}.")
     return mode
 
 
-def load_builder() -> ModuleType | None:
-    """Load ``kernels/build.py`` by path: its package may not be importable at build time."""
-    path = ROOT / KERNELS / "build.py"
-    if not path.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("hexgen_native_build", path)
+def load_builder() -> ModuleType:
+    """Load ``kernels/build.py`` by its path: what the package imports may not be there yet."""
+    name = "hexgen_native_build"
+    spec = importlib.util.spec_from_file_location(name, ROOT / KERNELS / "build.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def build_native(out_dir: Path) -> list[Path]:
-    """Build every library this machine can build into an emptied ``out_dir``; return them."""
+    """Build every library that this machine can build into an emptied ``out_dir``."""
     mode = native_mode()
     shutil.rmtree(out_dir, ignore_errors=True)
     if mode == "0":
         return []
-    built: list[Path] = []
-    try:
-        builder = load_builder()
-        if builder is not None:
-            out_dir.mkdir(parents=True)
-            built = [lib for name in BUILDERS if (lib := getattr(builder, name)(out_dir))]
-    except Exception as error:
-        if mode == "1":
-            raise
-        print(f"hexgen-vllm: native libraries left out: {error}")
+    builder = load_builder()
+    results = [getattr(builder, name)(out_dir) for name in BUILDERS]
+    for result in results:
+        print(f"hexgen-vllm: {result.reason}")
+    built = [result.path for result in results if result.path is not None]
     if mode == "1" and not built:
-        raise SystemExit("HEXGEN_BUILD_NATIVE=1, but no native library could be built")
-    print(f"hexgen-vllm: native libraries: {', '.join(lib.name for lib in built) or 'none'}")
+        raise SystemExit("HEXGEN_BUILD_NATIVE=1, but no native library could be built.")
     return built
 
 
 class BuildPy(build_py):
-    """Copies the Python files, then builds the libraries beside them."""
+    """Copies the Python files, then puts the libraries and their sources beside them.
+
+    An editable install finds the sources in ``csrc/``; a wheel takes them along, so that a
+    machine with a compiler can build what the machine that made the wheel could not.
+    """
 
     def run(self) -> None:
         super().run()
-        base = ROOT if self.editable_mode else Path(self.build_lib)
-        build_native(base / KERNELS / "_lib")
+        if self.editable_mode:
+            build_native(ROOT / KERNELS / "_lib")
+            return
+        kernels = Path(self.build_lib, KERNELS)
+        build_native(kernels / "_lib")
+        shutil.rmtree(kernels / "csrc", ignore_errors=True)
+        shutil.copytree(SOURCES, kernels / "csrc")
 
 
 class BdistWheel(bdist_wheel):

