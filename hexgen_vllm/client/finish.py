@@ -1,0 +1,55 @@
+"""Telling a router that a workflow has ended, by vllm-router's convention.
+
+``POST {base_url without /v1}/finish_session?session_id=…``. It only lets the router forget the
+workflow sooner, so it is tried once, briefly, and its failure is nobody's concern.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from inspect import iscoroutinefunction
+from typing import Any, Final, cast
+from urllib.parse import quote
+
+TIMEOUT_S: Final = 2.0
+
+
+def finish_url(base_url: str, workflow_id: str) -> str:
+    """Return the URL that ends ``workflow_id`` at the router behind ``base_url``."""
+    root = base_url.rstrip("/").removesuffix("/v1")
+    return f"{root}/finish_session?session_id={quote(workflow_id, safe='')}"
+
+
+def finish(client: object, workflow_id: str) -> None:
+    """End the workflow through a synchronous client; never raises for what the server does.
+
+    An asynchronous client cannot be awaited here: then nothing is sent.
+    """
+    with suppress(Exception):
+        post = _post(client)
+        if not iscoroutinefunction(post):
+            post(finish_url(_base_url(client), workflow_id), cast_to=object)
+
+
+async def finish_async(client: object, workflow_id: str) -> None:
+    """End the workflow through a client of either kind; never raises for what the server does."""
+    with suppress(Exception):
+        post = _post(client)
+        if not iscoroutinefunction(post):
+            await asyncio.to_thread(finish, client, workflow_id)
+            return
+        await cast(
+            "Awaitable[object]",
+            post(finish_url(_base_url(client), workflow_id), cast_to=object),
+        )
+
+
+def _base_url(client: object) -> str:
+    return str(cast("Any", client).base_url)
+
+
+def _post(client: object) -> Callable[..., object]:
+    short = cast("Any", client).with_options(max_retries=0, timeout=TIMEOUT_S)
+    return cast("Callable[..., object]", short.post)

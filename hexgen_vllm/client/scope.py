@@ -1,0 +1,102 @@
+"""What a call inherits from where it is made: workflow, deadline, enclosing stage.
+
+Scopes are linked from inner to outer and held in a context variable, so that tasks started inside
+a workflow see it and tasks beside it do not.
+"""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from hexgen_vllm import wire
+from hexgen_vllm.clock import Clock
+from hexgen_vllm.errors import BadRequest, ConfigError, HexgenError
+
+MIN_REMAINING_MS: Final = 1.0  # what is sent once the deadline has passed
+
+
+class DeadlineExceeded(HexgenError, TimeoutError):  # noqa: N818 - named after what happened
+    """The workflow's deadline has passed, so the call was not sent."""
+
+
+@dataclass(slots=True)
+class Calls:
+    """What the calls of a workflow, those of its parts included, have said of its end."""
+
+    open_end: bool = False  # a call was made, and none since said that it is the last
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """One open workflow or stage.
+
+    Attributes:
+        workflow_id: sent with every call.
+        clock: what ``deadline_s`` is measured on; inner scopes use the same one.
+        deadline_s: moment on ``clock`` by which the workflow must end, ``inf`` when none.
+        type: type of workflow, ``None`` when not said.
+        tenant: who pays, ``None`` when not said.
+        stage: name of the enclosing stage, "" when there is none.
+        calls: shared by the scopes of one workflow.
+        outer: the scope around this one.
+    """
+
+    workflow_id: str
+    clock: Clock
+    deadline_s: float = math.inf
+    type: str | None = None
+    tenant: str | None = None
+    stage: str = ""
+    calls: Calls = field(default_factory=Calls, compare=False)
+    outer: Scope | None = field(default=None, repr=False, compare=False)
+
+    def remaining_s(self) -> float:
+        """Return seconds until the deadline: ``inf`` when there is none, negative when passed."""
+        return self.deadline_s - self.clock.now()
+
+    def remaining_ms(self) -> float | None:
+        """Return the milliseconds to send: at least 1, ``None`` when there is no deadline."""
+        if math.isinf(self.deadline_s):
+            return None
+        return max(self.remaining_s() * 1000.0, MIN_REMAINING_MS)
+
+    def within(self, stage: str) -> str:
+        """Return the full name of ``stage`` here: ``outer/inner`` inside an open stage."""
+        return f"{self.stage}/{stage}" if self.stage else stage
+
+
+_current: ContextVar[Scope | None] = ContextVar("hexgen_scope", default=None)
+
+
+def current() -> Scope | None:
+    """Return the innermost open scope of this task or thread."""
+    return _current.get()
+
+
+def enter(scope: Scope) -> Scope:
+    """Open ``scope`` inside the current one and return it as linked."""
+    linked = replace(scope, outer=_current.get())
+    _current.set(linked)
+    return linked
+
+
+def leave(scope: Scope) -> None:
+    """Close ``scope`` if it is the innermost one; in another task there is nothing to close."""
+    inner = _current.get()
+    if inner is not None and inner == scope:
+        _current.set(inner.outer)
+
+
+def checked(meta: wire.CallMeta) -> wire.CallMeta:
+    """Return ``meta`` if a server will accept it.
+
+    Raises:
+        ConfigError: it will not; names the field.
+    """
+    try:
+        return wire.from_xargs(wire.to_xargs(meta))
+    except BadRequest as error:
+        raise ConfigError(str(error).removeprefix(wire.XARGS_PREFIX)) from None

@@ -1,0 +1,66 @@
+"""What a test server was sent, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Recorder:
+    """Requests in order of arrival, and where to send them.
+
+    Attributes:
+        url: base URL for a client, with ``/v1``.
+        calls: path and ``x-hexgen-*`` headers, without the prefix, of every call.
+        finished: ids of the workflows whose end was announced.
+        finish_status: how announcements are answered.
+    """
+
+    url: str = ""
+    calls: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    finish_status: int = 200
+
+    @property
+    def headers(self) -> list[dict[str, str]]:
+        return [headers for _, headers in self.calls]
+
+    @property
+    def last(self) -> dict[str, str]:
+        return self.calls[-1][1]
+
+
+ANSWERS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "yes"},
+            }
+        ],
+    },
+    "/v1/completions": {
+        "id": "c",
+        "object": "text_completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "finish_reason": "stop", "text": "yes"}],
+    },
+    "/v1/embeddings": {
+        "object": "list",
+        "model": "m",
+        "data": [{"object": "embedding", "index": 0, "embedding": [0.5]}],
+        "usage": {"prompt_tokens": 1, "total_tokens": 1},
+    },
+    "/v1/responses": {"id": "r", "object": "response", "output": [], "model": "m"},
+}
+CHUNK = (
+    b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m","choices":'
+    b'[{"index":0,"delta":{"content":"yes"},"finish_reason":null}]}\n\ndata: [DONE]\n\n'
+)
