@@ -1,0 +1,73 @@
+"""The command lines of engines and router."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hexgen_vllm.cluster.spec import EngineEntry, RouterEntry
+
+ROUTER_MODULE = "hexgen_vllm.router"
+SERVE_MODULE = "hexgen_vllm.serve"
+STOCK_MODULE = "vllm.entrypoints.openai.api_server"
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Return ``options`` as command line arguments.
+
+    ``true`` is a bare flag, ``false`` its ``--no-`` form, a list gives several values, a mapping
+    is written as JSON.
+    """
+    return [word for name, value in options.items() for word in _flag(name, value)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, Mapping):
+        return [f"{flag}={json.dumps(dict(value))}"]
+    if isinstance(value, list | tuple):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]
+
+
+def engine_command(entry: EngineEntry, port: int) -> list[str]:
+    """Return the command that starts ``entry`` on ``port``; it has no ``url``.
+
+    The schedulers ``fcfs`` and ``priority`` are vLLM's own, and so is the program that runs them.
+    """
+    if entry.command:
+        filled = {"{host}": entry.host, "{port}": str(port)}
+        return [_filled(word, filled) for word in entry.command]
+    listen = [f"--host={entry.host}", f"--port={port}"]
+    if entry.scheduler == "hexgen":
+        options = flags({f"hexgen-{name}": value for name, value in entry.hexgen.items()})
+        return [*_python(SERVE_MODULE), entry.model, *listen, *options, *entry.args]
+    policy = f"--scheduling-policy={entry.scheduler}"
+    return [*_python(STOCK_MODULE), f"--model={entry.model}", *listen, policy, *entry.args]
+
+
+def router_command(entry: RouterEntry, port: int, worker_urls: Sequence[str]) -> list[str]:
+    """Return the command that starts the router of ``entry`` on ``port``."""
+    listen = [f"--host={entry.host}", f"--port={port}", f"--policy={entry.policy}"]
+    workers = ["--worker-urls", *worker_urls]
+    return [*_python(ROUTER_MODULE), *listen, *flags(entry.options), *workers]
+
+
+def engine_env(entry: EngineEntry) -> dict[str, str]:
+    """Return the environment variables that ``entry`` adds."""
+    device = {} if entry.device is None else {"CUDA_VISIBLE_DEVICES": entry.device}
+    return {**device, **entry.env}
+
+
+def _python(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
+
+
+def _filled(word: str, values: Mapping[str, str]) -> str:
+    for mark, value in values.items():
+        word = word.replace(mark, value)
+    return word

@@ -1,0 +1,118 @@
+"""What a cluster is made of, as frozen values; :mod:`hexgen_vllm.cluster.file` reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from hexgen_vllm.config import EngineOptions, check, from_mapping, option
+from hexgen_vllm.errors import ConfigError
+
+SCHEDULERS: Final = ("hexgen", "fcfs", "priority")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_OF_VLLM: Final = ("model", "args", "scheduler", "hexgen")
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """One engine: a vLLM to start, any other server to start, or one that already runs.
+
+    Attributes:
+        env: environment variables on top of the supervisor's own.
+        args: arguments of ``vllm serve``, as on its command line.
+        hexgen: options of the ``hexgen`` scheduler (:class:`hexgen_vllm.config.EngineOptions`).
+        command: starts a server that answers ``/health``; ``{host}`` and ``{port}`` are filled in.
+    """
+
+    name: str = option("", "unique name, also that of the log file")
+    model: str = option("", "model of vLLM")
+    device: str | None = option(None, "value of CUDA_VISIBLE_DEVICES")
+    env: Mapping[str, str] = option({}, "environment variables")
+    args: tuple[str, ...] = option((), "arguments of vllm serve")
+    scheduler: str = option("hexgen", "what orders waiting calls", choices=SCHEDULERS)
+    hexgen: Mapping[str, Any] = option({}, "options of the hexgen scheduler")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(0, "port to listen on, 0 for a free one", least=0, most=65535)
+    url: str | None = option(None, "a server that already runs; nothing is started")
+    command: tuple[str, ...] = option((), "how to start a server that is not a vLLM")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def check_whole(self) -> None:
+        """Check what only all fields together can tell.
+
+        Raises:
+            ConfigError: the entry is incomplete or contradicts itself.
+        """
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError("name must be 1 to 64 letters, digits and _ . -.")
+        if self.url is not None:
+            self._check_url(self.url)
+        elif self.command:
+            self._must_be_without("command", _OF_VLLM)
+        elif not self.model:
+            raise ConfigError("model, url or command is missing.")
+        if self.hexgen and self.scheduler != "hexgen":
+            raise ConfigError(f"hexgen options do not go with scheduler {self.scheduler}.")
+        from_mapping(EngineOptions, self.hexgen, where="hexgen option")
+
+    def _check_url(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError(f"url must be like http://host:port, not {url!r}.")
+        self._must_be_without("url", (*_OF_VLLM, "command", "port", "env", "device"))
+
+    def _must_be_without(self, this: str, others: tuple[str, ...]) -> None:
+        plain = EngineEntry()
+        for other in others:
+            if getattr(self, other) != getattr(plain, other):
+                raise ConfigError(f"{other} does not go with {this}.")
+
+
+@dataclass(frozen=True)
+class RouterEntry:
+    """The router in front of the engines.
+
+    Attributes:
+        options: its other options, by the names of its command line without the dashes.
+    """
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(0, "port to listen on, 0 for a free one", least=0, most=65535)
+    policy: str = option("slack", "how calls are placed")
+    options: Mapping[str, Any] = option({}, "other options of the router")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """Engines, router and how they are kept.
+
+    Attributes:
+        router: ``None`` starts engines only.
+    """
+
+    engines: tuple[EngineEntry, ...] = option((), "the engines")
+    router: RouterEntry | None = field(default_factory=RouterEntry)
+    restart: bool = option(False, "start a process again when it dies")
+    restart_after_s: float = option(1.0, "wait before the first restart, doubled by each", least=0)
+    log_dir: str | None = option(None, "directory of the logs; a new temporary one when not set")
+    start_timeout_s: float = option(600.0, "time an engine has to become healthy", least=1e-3)
+    stop_grace_s: float = option(15.0, "time a process has to stop before it is killed", least=0.0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.engines:
+            raise ConfigError("engines must name at least one engine.")
+        names = [engine.name for engine in self.engines]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"engines must have different names, but two are {name!r}.")
+        for engine in self.engines:
+            engine.check_whole()

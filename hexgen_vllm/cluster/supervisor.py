@@ -1,0 +1,210 @@
+"""Starts, watches and stops the processes of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+
+from hexgen_vllm.clock import Clock, SystemClock
+from hexgen_vllm.cluster import commands
+from hexgen_vllm.cluster.backoff import Backoff
+from hexgen_vllm.cluster.health import wait_healthy
+from hexgen_vllm.cluster.ports import free_ports
+from hexgen_vllm.cluster.process import Process, ProcessFailed
+from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
+from hexgen_vllm.errors import ConfigError
+
+
+class Cluster:
+    """The processes of one :class:`ClusterSpec`, as an async context manager.
+
+    Entering it starts all engines at once, waits until they are healthy, then starts the router;
+    leaving it stops everything. Nothing is started again unless :meth:`watch` runs.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        *,
+        clock: Clock | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Prepare a cluster of ``spec``.
+
+        Args:
+            spec: what to start.
+            clock: tells how long a process lived; the system's by default.
+            report: gets one line for each thing that happens.
+        """
+        self.spec = spec
+        self._clock = clock or SystemClock()
+        self._report = report
+        self._engines: list[Process] = []
+        self._urls: list[str] = []
+        self._router: Process | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._log_dir: Path | None = None
+
+    @property
+    def engine_urls(self) -> tuple[str, ...]:
+        """Base URLs of the engines, in the order of the spec."""
+        return tuple(self._urls)
+
+    @property
+    def router_url(self) -> str:
+        """Base URL of the router.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self._router is None:
+            raise ConfigError("router is not running in this cluster.")
+        return self._router.url
+
+    @property
+    def log_dir(self) -> Path:
+        """Directory of the logs, one file per process."""
+        if self._log_dir is None:
+            given = self.spec.log_dir
+            self._log_dir = Path(given or tempfile.mkdtemp(prefix="hexgen-cluster-"))
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+        return self._log_dir
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """What was started, engines first."""
+        return (*self._engines, *([] if self._router is None else [self._router]))
+
+    async def __aenter__(self) -> Cluster:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Start the engines, then the router.
+
+        Raises:
+            ProcessFailed: one died, or was not healthy in time.
+        """
+        self._session = aiohttp.ClientSession()
+        waits = [self._start_engine(entry) for entry in self.spec.engines]
+        await all_or_first_error(waits)
+        if self.spec.router is not None:
+            await self.replace_router(self.spec.router)
+
+    def _start_engine(self, entry: EngineEntry) -> Coroutine[Any, Any, None]:
+        if entry.url is not None:
+            url = entry.url.rstrip("/")
+            self._urls.append(url)
+            return self._healthy(entry.name, url, None)
+        port = entry.port or free_ports(entry.host, 1)[0]
+        command = commands.engine_command(entry, port)
+        env = commands.engine_env(entry)
+        process = self._process(f"engine {entry.name}", entry.host, port, command, env)
+        self._engines.append(process)
+        self._urls.append(process.url)
+        return self._bring_up(process)
+
+    async def replace_router(self, entry: RouterEntry) -> None:
+        """Start the router of ``entry`` in place of the one that runs, over the same engines.
+
+        Raises:
+            ProcessFailed: it died, or was not healthy in time.
+        """
+        if self._router is not None:
+            await self._router.stop(self.spec.stop_grace_s)
+        port = entry.port or free_ports(entry.host, 1)[0]
+        command = commands.router_command(entry, port, self._urls)
+        self._router = self._process("router", entry.host, port, command, {})
+        await self._bring_up(self._router)
+
+    def _process(
+        self, name: str, host: str, port: int, command: list[str], env: dict[str, str]
+    ) -> Process:
+        log = self.log_dir / f"{name.removeprefix('engine ')}.log"
+        return Process(name, base_url(host, port), command, env, log)
+
+    async def _bring_up(self, process: Process) -> None:
+        self._report(f"{process.name}: starting at {process.url}, log {process.log}")
+        await process.start()
+        await self._healthy(process.name, process.url, process)
+
+    async def _healthy(self, name: str, url: str, process: Process | None) -> None:
+        assert self._session is not None
+        await wait_healthy(self._session, name, url, self.spec.start_timeout_s, process)
+        self._report(f"{name}: healthy")
+
+    async def watch(self) -> None:
+        """Run until a process dies; with ``restart`` start it again, and run until cancelled.
+
+        Raises:
+            ProcessFailed: a process died and is not to be started again.
+        """
+        await all_or_first_error(self._keep(process) for process in self.processes)
+
+    async def _keep(self, process: Process) -> None:
+        backoff = Backoff(self.spec.restart_after_s)
+        while True:
+            since = self._clock.now()
+            code = await process.wait()
+            process.kill()  # what a crashed server left in its session
+            failure = process.failed(f"died with exit code {code}")
+            if not self.spec.restart:
+                raise failure
+            delay = backoff.after(self._clock.now() - since)
+            self._report(f"{process.name}: died with exit code {code}, again in {delay:g} s")
+            await asyncio.sleep(delay)
+            try:
+                await self._bring_up(process)
+            except ProcessFailed as error:
+                self._report(str(error))
+                await process.stop(self.spec.stop_grace_s)
+
+    async def stop(self) -> None:
+        """Stop the router, then all engines at once. May be called again."""
+        grace_s = self.spec.stop_grace_s
+        if self._router is not None:
+            await self._router.stop(grace_s)
+        await asyncio.gather(*(engine.stop(grace_s) for engine in self._engines))
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def kill(self) -> None:
+        """Kill everything at once, for those who cannot wait for :meth:`stop`."""
+        for process in self.processes:
+            process.kill()
+
+
+def base_url(host: str, port: int) -> str:
+    """Return the URL of a server that listens on ``host``; one that listens on all is local."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+async def all_or_first_error(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run ``jobs`` until all are done or one fails; the others are cancelled then."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from hexgen_vllm.cluster import EngineEntry, RouterEntry
+from hexgen_vllm.cluster.commands import engine_command, engine_env, flags, router_command
+
+
+def test_options_become_flags() -> None:
+    options = {"max_num_seqs": 8, "eager": True, "cache": False, "ids": [1, 2], "extra": {"a": 1}}
+    assert flags(options) == [
+        "--max-num-seqs=8",
+        "--eager",
+        "--no-cache",
+        "--ids",
+        "1",
+        "2",
+        '--extra={"a": 1}',
+    ]
+
+
+def test_our_scheduler_runs_through_our_drop_in() -> None:
+    entry = EngineEntry(name="a", model="m", args=("--seed=1",), hexgen={"displace": False})
+    assert engine_command(entry, 8001) == [
+        *(sys.executable, "-m", "hexgen_vllm.serve", "m"),
+        *("--host=127.0.0.1", "--port=8001", "--no-hexgen-displace", "--seed=1"),
+    ]
+
+
+@pytest.mark.parametrize("scheduler", ["fcfs", "priority"])
+def test_stock_schedulers_run_through_stock_vllm(scheduler: str) -> None:
+    entry = EngineEntry(name="a", model="m", scheduler=scheduler, args=("--seed=1",))
+    command = engine_command(entry, 8001)
+    assert command[1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model=m"]
+    assert f"--scheduling-policy={scheduler}" in command
+    assert not any("hexgen" in word for word in command[1:])
+
+
+def test_an_own_command_gets_host_and_port() -> None:
+    entry = EngineEntry(name="a", command=("serve-it", "--listen", "{host}:{port}"))
+    assert engine_command(entry, 8001) == ["serve-it", "--listen", "127.0.0.1:8001"]
+
+
+def test_device_and_env_become_variables_and_env_wins() -> None:
+    assert engine_env(EngineEntry(name="a", model="m")) == {}
+    entry = EngineEntry(name="a", model="m", device="0,1", env={"A": "b"})
+    assert engine_env(entry) == {"CUDA_VISIBLE_DEVICES": "0,1", "A": "b"}
+
+
+def test_the_router_gets_its_options_and_the_engines() -> None:
+    entry = RouterEntry(policy="hexgen", options={"alpha": 0.5})
+    assert router_command(entry, 8080, ["http://a", "http://b"]) == [
+        *(sys.executable, "-m", "hexgen_vllm.router"),
+        *("--host=127.0.0.1", "--port=8080", "--policy=hexgen", "--alpha=0.5"),
+        *("--worker-urls", "http://a", "http://b"),
+    ]
