@@ -1,0 +1,269 @@
+"""A fake engine server: the OpenAI endpoints of vLLM without a model, and ways to misbehave.
+
+    async with FakeServer(FakeSettings(step_s=0.001)) as server:
+        server.faults.append(Fault("reset", after=3))
+        ... talk to server.url ...
+        assert server.received[0].headers["x-request-id"] == "r1"
+
+``python -m hexgen_vllm.testing.fake_server --port 8001`` runs one until it is interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from hexgen_vllm.testing import fake_answers
+from hexgen_vllm.testing.fake_settings import FakeSettings, Fault, FaultKind, Received
+
+__all__ = ["FakeServer", "FakeSettings", "Fault", "Received"]
+
+_MAX_BODY_BYTES = 2**29
+_ENDING = ("reset", "close", "garbage")  # faults that end the connection from this side
+
+
+@dataclass(slots=True)
+class FakeServer:
+    """A fake engine on 127.0.0.1.
+
+    Attributes:
+        settings: how it behaves.
+        faults: what the next generation requests meet, one each.
+        fault: what every generation request meets when ``faults`` is empty.
+        received: generation requests so far.
+        healthy: whether ``/health`` says so.
+        aborted: requests whose client went away before the end.
+        running: requests being answered.
+        waiting: requests waiting for a slot.
+        port: its port, once started.
+    """
+
+    settings: FakeSettings = field(default_factory=FakeSettings)
+    faults: deque[Fault] = field(default_factory=deque)
+    fault: Fault | None = None
+    received: list[Received] = field(default_factory=list)
+    healthy: bool = True
+    aborted: int = 0
+    running: int = 0
+    waiting: int = 0
+    port: int = 0
+    _runner: web.ServerRunner | None = None
+    _slots: asyncio.Semaphore | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a slash at the end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        """Listen; after :meth:`stop`, on the same port as before."""
+        self._slots = asyncio.Semaphore(self.settings.slots)
+        server = web.Server(
+            self._handle, request_factory=_request, handler_cancellation=True, access_log=None
+        )
+        self._runner = web.ServerRunner(server, shutdown_timeout=0.0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Die: abort every connection and refuse new ones."""
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            if runner.server is not None:
+                for connection in runner.server.connections:
+                    if connection.transport is not None:
+                        connection.transport.abort()
+            await runner.cleanup()
+
+    async def __aenter__(self) -> FakeServer:
+        """Start."""
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop."""
+        await self.stop()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.method == "POST" and request.path in fake_answers.PATHS:
+            return await self._generate(request)
+        if request.method == "POST":
+            return await self._tokenize(request)
+        content = self._page(request.path)
+        if content is None:
+            return web.json_response({"detail": "Not Found"}, status=404)
+        if isinstance(content, str):
+            return web.Response(text=content, status=200 if self.healthy else 503)
+        return web.json_response(content)
+
+    def _page(self, path: str) -> Any:
+        if path == "/v1/models":
+            cards = [{"id": m, "object": "model", "max_model_len": 32768}
+                     for m in self.settings.models]  # fmt: skip
+            return {"object": "list", "data": cards}
+        if path == "/server_info" and self.settings.policy:
+            said = {"policy": self.settings.policy, "max_num_seqs": self.settings.slots}
+            return {"vllm_config": {"scheduler_config": said}}
+        pages = {"/health": "", "/metrics": self._metrics(), "/hexgen/stats": self.settings.stats,
+                 "/version": {"version": "0.0.0"}}  # fmt: skip
+        return pages.get(path)
+
+    def _metrics(self) -> str:
+        label = '{engine="0",model_name="tiny"}'
+        return (
+            f"vllm:num_requests_running{label} {self.running:.1f}\n"
+            f"vllm:num_requests_waiting{label} {self.waiting:.1f}\n"
+            f"vllm:kv_cache_usage_perc{label} 0.25\n"
+            f"vllm:num_preemptions_total{label} 3.0\n"
+            'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0\n'
+        )
+
+    async def _tokenize(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path not in ("/tokenize", "/detokenize"):
+            return web.json_response({"detail": "Not Found"}, status=404)
+        await self._note(request)
+        return web.json_response({"count": 3, "tokens": [1, 2, 3], "prompt": "abc"})
+
+    async def _note(self, request: web.BaseRequest) -> bytes:
+        body = await request.read()
+        self.received.append(Received(request.method, request.path_qs, request.headers, body))
+        return body
+
+    async def _generate(self, request: web.BaseRequest) -> web.StreamResponse:
+        fault = self.faults.popleft() if self.faults else self.fault
+        raw = await self._note(request)
+        try:
+            return await self._answer(request, raw, fault)
+        except asyncio.CancelledError:
+            self.aborted += fault is None or fault.kind not in _ENDING
+            raise
+
+    async def _answer(
+        self, request: web.BaseRequest, raw: bytes, fault: Fault | None
+    ) -> web.StreamResponse:
+        if fault is not None and fault.kind == "status":
+            return _status(fault)
+        if fault is not None and fault.after is None and fault.kind != "drip":
+            await _break(request, fault.kind)
+        body = json.loads(raw)
+        if body.get("model", self.settings.models[0]) not in self.settings.models:
+            return _status(Fault("status", status=404))
+        work = fake_answers.read_work(
+            request.path,
+            body,
+            cached=self.settings.cached_tokens,
+            default_tokens=self.settings.default_tokens,
+        )
+        if self._slots is None:
+            raise RuntimeError("the server is not started")
+        self.waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
+        try:
+            return await self._send(request, work, fault)
+        finally:
+            self.running -= 1
+            self._slots.release()
+
+    async def _send(
+        self, request: web.BaseRequest, work: fake_answers.Work, fault: Fault | None
+    ) -> web.StreamResponse:
+        rate = self.settings.prefill_tokens_per_s
+        if rate:
+            await asyncio.sleep((work.prompt_tokens - work.cached_tokens) / rate)
+        if work.stream:
+            kind = {"Content-Type": "text/event-stream; charset=utf-8"}
+            return await self._pieces(request, fake_answers.events(work), fault, kind)
+        whole = fake_answers.body(work)
+        await asyncio.sleep(self.settings.step_s * work.output_tokens)
+        half = len(whole) // 2
+        kind = {"Content-Type": "application/json", "Content-Length": str(len(whole))}
+        return await self._pieces(request, (whole[:half], whole[half:]), fault, kind)
+
+    async def _pieces(
+        self,
+        request: web.BaseRequest,
+        pieces: Iterable[bytes],
+        fault: Fault | None,
+        headers: dict[str, str],
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        for sent, piece in enumerate(pieces):
+            if fault is not None and fault.after == sent:
+                if fault.kind == "cut":
+                    break
+                await _break(request, fault.kind)
+            if fault is not None and fault.kind == "drip":
+                await _drip(response, piece)
+            else:
+                await response.write(piece)
+            await asyncio.sleep(self.settings.step_s)
+        await response.write_eof()
+        return response
+
+
+def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+    loop = asyncio.get_running_loop()
+    return web.BaseRequest(
+        message, payload, protocol, writer, task, loop, client_max_size=_MAX_BODY_BYTES
+    )
+
+
+def _status(fault: Fault) -> web.Response:
+    said = {"message": "as asked", "type": "fake_error", "param": None, "code": fault.status}
+    body = json.dumps({"error": said}).encode() if fault.body is None else fault.body
+    headers = CIMultiDict(fault.headers)
+    headers.setdefault("Content-Type", "application/json")
+    return web.Response(status=fault.status, body=body, headers=headers)
+
+
+async def _drip(response: web.StreamResponse, piece: bytes) -> None:
+    for i in range(len(piece)):
+        await response.write(piece[i : i + 1])
+        await asyncio.sleep(0)
+
+
+async def _break(request: web.BaseRequest, kind: FaultKind) -> None:
+    """Carry out a fault of the connection; ends when the connection does."""
+    transport = request.transport
+    if kind in _ENDING and transport is not None:
+        if kind == "garbage":
+            transport.write(b"\x00\xffno chunk, no header\r\n\r\n")
+        if kind == "reset":
+            transport.abort()
+        else:
+            transport.close()
+    await asyncio.Event().wait()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a fake engine until it is interrupted."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--step-s", type=float, default=0.0)
+    args = parser.parse_args(argv)
+    asyncio.run(_serve(args.port, FakeSettings(step_s=args.step_s)))
+
+
+async def _serve(port: int, settings: FakeSettings) -> None:
+    async with FakeServer(settings, port=port) as server:
+        print(server.url, flush=True)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""How a fake engine server behaves, how it can misbehave, and what it notes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from multidict import CIMultiDictProxy
+
+FaultKind = Literal["reset", "hang", "close", "cut", "garbage", "drip", "status"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One way to misbehave.
+
+    Attributes:
+        kind: ``reset`` aborts the connection, ``close`` ends it in order but early, ``cut`` ends
+            the answer as if it were complete, ``hang`` stops sending, ``garbage`` sends what is
+            not HTTP, ``drip`` sends byte by byte, ``status`` answers with ``status``.
+        after: pieces (events, or halves of a JSON body) sent before; ``None`` is before the
+            response starts.
+        status: status of a ``status`` fault.
+        body: body of a ``status`` fault; ``None`` is an OpenAI error object.
+        headers: headers of a ``status`` fault.
+    """
+
+    kind: FaultKind
+    after: int | None = None
+    status: int = 500
+    body: bytes | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FakeSettings:
+    """How a fake engine behaves.
+
+    Attributes:
+        models: served model names.
+        step_s: seconds a token takes.
+        prefill_tokens_per_s: prompt tokens per second; 0 takes no time.
+        slots: requests served at once; the others wait in order of arrival.
+        cached_tokens: most prompt tokens of a request that count as cached.
+        default_tokens: length of an answer that is neither forced nor cut.
+        stats: what ``/hexgen/stats`` says; ``None`` is a stock engine without it.
+        policy: what ``/server_info`` says of the scheduling policy; ``None`` hides it.
+    """
+
+    models: tuple[str, ...] = ("tiny",)
+    step_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    slots: int = 256
+    cached_tokens: int = 0
+    default_tokens: int = 8
+    stats: dict[str, Any] | None = None
+    policy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A request as it arrived."""
+
+    method: str
+    path: str
+    headers: CIMultiDictProxy[str]
+    body: bytes
