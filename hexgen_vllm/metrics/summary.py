@@ -136,7 +136,7 @@ class RunSummary:
         min_deadline_95_x, min_deadline_99_x: the same over the base SLO.
         ttft_p50_s, ttft_p95_s: time to first token of calls.
         goodput_per_s: workflows on time per second, from the first arrival to the last end.
-        calls: calls that were answered.
+        answered_calls: calls that were answered.
         errors: workflows that failed with an error.
         lost: workflows that neither finished nor failed.
     """
@@ -156,7 +156,7 @@ class RunSummary:
     ttft_p50_s: float
     ttft_p95_s: float
     goodput_per_s: float
-    calls: int
+    answered_calls: int
     errors: int
     lost: int
 
@@ -191,7 +191,7 @@ def summarise(
         ttft_p50_s=percentile(ttfts, 0.50),
         ttft_p95_s=percentile(ttfts, 0.95),
         goodput_per_s=goodput(workflows, _duration_s(workflows)),
-        calls=sum(call.error is None for call in calls),
+        answered_calls=sum(call.error is None for call in calls),
         errors=sum(record.error is not None for record in workflows),
         lost=sum(record.lost for record in workflows),
     )

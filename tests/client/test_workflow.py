@@ -11,20 +11,11 @@ from openai import AsyncOpenAI, OpenAI
 
 from hexgen_vllm.client import DeadlineExceeded, Workflow
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.testing import ManualClock
 
 from .recorder import Recorder
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
-
-
-class Hand:
-    """A clock that is set by hand."""
-
-    def __init__(self) -> None:
-        self.time_s = 5000.0
-
-    def now(self) -> float:
-        return self.time_s
 
 
 @pytest.fixture
@@ -34,7 +25,7 @@ async def client(server: Recorder) -> AsyncIterator[AsyncOpenAI]:
 
 
 async def test_every_call_carries_the_workflow(server: Recorder, client: AsyncOpenAI) -> None:
-    clock = Hand()
+    clock = ManualClock()
     async with Workflow(client, deadline_s=30, type="text2sql", tenant="gold", clock=clock) as flow:
         answer = await flow.stage("revise").chat.completions.create(**CHAT)
         assert answer.choices[0].message.content == "yes"
@@ -50,11 +41,11 @@ async def test_every_call_carries_the_workflow(server: Recorder, client: AsyncOp
 async def test_the_deadline_sent_is_what_remains_at_each_call(
     server: Recorder, client: AsyncOpenAI
 ) -> None:
-    clock = Hand()
+    clock = ManualClock()
     async with Workflow(client, deadline_s=30, clock=clock) as flow:
         create = flow.stage("revise").chat.completions.create
         await create(**CHAT)
-        clock.time_s += 12.5
+        clock.advance(12.5)
         await create(**CHAT)
         assert flow.remaining_s == 17.5
     sent = [h["workflow-deadline-ms"] for h in server.headers]
@@ -140,7 +131,7 @@ async def test_a_nested_workflow_is_a_part_with_the_tighter_deadline(
         async with Workflow(client, deadline_s=inner_s) as part:
             await part.stage("inner").chat.completions.create(**CHAT)
 
-    async with Workflow(client, deadline_s=30, type="t", tenant="x", clock=Hand()) as flow:
+    async with Workflow(client, deadline_s=30, type="t", tenant="x", clock=ManualClock()) as flow:
         await asyncio.gather(helper(), helper())
         await flow.stage("outer").chat.completions.create(**CHAT)
     *inner, outer = server.headers
@@ -153,7 +144,7 @@ async def test_a_nested_workflow_is_a_part_with_the_tighter_deadline(
 async def test_an_id_of_its_own_makes_a_nested_workflow_separate(
     server: Recorder, client: AsyncOpenAI
 ) -> None:
-    async with Workflow(client, deadline_s=30, type="t", clock=Hand()):
+    async with Workflow(client, deadline_s=30, type="t", clock=ManualClock()):
         async with Workflow(client, deadline_s=60, workflow_id="other") as apart:
             await apart.stage("s").chat.completions.create(**CHAT)
         assert server.finished == ["other"]
@@ -232,9 +223,9 @@ async def test_servers_that_cannot_end_workflows_do_no_harm(
 async def test_late_calls_are_sent_with_one_millisecond(
     server: Recorder, client: AsyncOpenAI
 ) -> None:
-    clock = Hand()
+    clock = ManualClock()
     async with Workflow(client, deadline_s=1, clock=clock) as flow:
-        clock.time_s += 9
+        clock.advance(9)
         await flow.stage("a").chat.completions.create(**CHAT)
         assert flow.remaining_s == -8
     assert server.last["workflow-deadline-ms"] == "1.000"
@@ -243,9 +234,9 @@ async def test_late_calls_are_sent_with_one_millisecond(
 async def test_late_calls_can_be_refused_before_they_are_sent(
     server: Recorder, client: AsyncOpenAI
 ) -> None:
-    clock = Hand()
+    clock = ManualClock()
     async with Workflow(client, deadline_s=1, late="raise", clock=clock) as flow:
-        clock.time_s += 1
+        clock.advance(1)
         with pytest.raises(DeadlineExceeded, match=flow.id):
             await flow.stage("a").chat.completions.create(**CHAT)
     assert server.calls == []
@@ -256,7 +247,7 @@ async def test_the_synchronous_client_does_the_same(server: Recorder) -> None:
     def play() -> str:
         with (
             OpenAI(api_key="k", base_url=server.url, max_retries=0) as client,
-            Workflow(client, deadline_s=30, type="t", clock=Hand()) as flow,
+            Workflow(client, deadline_s=30, type="t", clock=ManualClock()) as flow,
         ):
             flow.stage("a").chat.completions.create(**CHAT)
             with flow.stage("b"), Workflow(client, deadline_s=5) as part:
@@ -278,7 +269,7 @@ async def test_a_synchronous_client_may_be_left_asynchronously(server: Recorder)
 
 
 async def test_headers_serve_any_other_library(client: AsyncOpenAI) -> None:
-    async with Workflow(client, deadline_s=2, workflow_id="w", clock=Hand()) as flow:
+    async with Workflow(client, deadline_s=2, workflow_id="w", clock=ManualClock()) as flow:
         assert flow.headers("a", final=True) == {
             "x-hexgen-workflow-id": "w",
             "x-hexgen-workflow-deadline-ms": "2000.000",

@@ -120,7 +120,7 @@ def test_a_run_is_summed_up_with_failed_and_lost_counted_late() -> None:
     assert (found.p50_s, found.p95_s, found.p99_s) == (9.0, 17.0, 17.0)
     assert found.min_deadline_95_s == math.inf
     assert found.min_deadline_99_x == math.inf
-    assert (found.ttft_p50_s, found.ttft_p95_s, found.calls) == (0.1, 0.3, 3)
+    assert (found.ttft_p50_s, found.ttft_p95_s, found.answered_calls) == (0.1, 0.3, 3)
     assert found.goodput_per_s == pytest.approx(11 / 34)
     assert (found.policy, found.seed, found.rate) == ("slack", 3, 0.5)
 
