@@ -1,0 +1,262 @@
+"""What the engine needs of vLLM, checked at start, and every difference between its versions.
+
+No other module knows a version number or a version's spelling of a thing. The scheduler interface
+is not public in vLLM, so a version outside the range that the tests run on is refused, and so is
+one in the range whose seams have changed: better one sentence at start than wrong KV later.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from hexgen_vllm.errors import UnsupportedVLLM
+
+OLDEST: Final = (0, 28)
+NEWEST: Final = (0, 33)
+SUPPORTED: Final = "0.28 to 0.33"
+
+
+def require_supported(version: str) -> None:
+    """Check a version of vLLM against the supported range.
+
+    Raises:
+        UnsupportedVLLM: it is outside, or not a release.
+    """
+    found = re.match(r"(\d+)\.(\d+)(?:\.\d+)*(?:\.?(?:post|rc)\d+)?(?:\+.*)?$", version)
+    if found is None or not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
+        raise UnsupportedVLLM(
+            f"hexgen_vllm supports vLLM {SUPPORTED}, but vLLM {version} is installed."
+        )
+
+
+def found_version() -> str:
+    """Return the installed vLLM's version.
+
+    Raises:
+        UnsupportedVLLM: vLLM is not installed.
+    """
+    try:
+        from vllm.version import __version__
+    except ImportError as error:
+        raise UnsupportedVLLM(
+            f"hexgen_vllm's engine needs vLLM {SUPPORTED}, but it cannot be imported ({error})."
+        ) from error
+    return str(__version__)
+
+
+def lacking(seam: str) -> UnsupportedVLLM:
+    """Return the error that names a missing or changed seam."""
+    return UnsupportedVLLM(
+        f"vLLM {found_version()} has no {seam} as hexgen_vllm needs it; "
+        f"supported is vLLM {SUPPORTED}."
+    )
+
+
+require_supported(found_version())
+try:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.core.sched.request_queue import RequestQueue
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request, RequestStatus
+except ImportError as missing:
+    raise lacking(str(missing.name)) from missing
+
+__all__ = [
+    "SECOND_QUEUE",
+    "AsyncScheduler",
+    "PauseState",
+    "Request",
+    "RequestQueue",
+    "RequestStatus",
+    "check_instance",
+    "check_seams",
+    "require_supported",
+]
+
+
+SECOND_QUEUE: Final = (
+    "skipped_waiting"
+    if hasattr(Scheduler, "_select_waiting_queue_for_scheduling")
+    else "kv_holding_waiting"
+)
+"""The queue beside ``waiting``: of calls blocked or skipped (up to 0.30), or that hold KV."""
+
+
+class Seam(NamedTuple):
+    """A method that we override or call, and its leading parameters."""
+
+    owner: type
+    name: str
+    parameters: tuple[str, ...]
+
+
+SEAMS: Final = (
+    Seam(AsyncScheduler, "schedule", ("self", "throttle_prefills")),
+    Seam(
+        AsyncScheduler,
+        "update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+    ),
+    Seam(AsyncScheduler, "add_request", ("self", "request")),
+    Seam(
+        AsyncScheduler, "_preempt_request", ("self", "request", "timestamp", "drop_stale_output")
+    ),
+    Seam(AsyncScheduler, "_update_request_as_session", ("self", "session", "update")),
+    Seam(AsyncScheduler, "_connector_finished", ("self", "request")),
+    Seam(AsyncScheduler, "_request_remaining_blocks", ("self", "request")),
+    Seam(AsyncScheduler, "_is_blocked_waiting_status", ("status",)),
+    Seam(
+        AsyncScheduler,
+        "reset_prefix_cache",
+        ("self", "reset_running_requests", "reset_connector"),
+    ),
+    Seam(RequestQueue, "add_request", ("self", "request")),
+    Seam(RequestQueue, "pop_request", ("self",)),
+    Seam(RequestQueue, "peek_request", ("self",)),
+    Seam(RequestQueue, "prepend_request", ("self", "request")),
+    Seam(RequestQueue, "prepend_requests", ("self", "requests")),
+    Seam(RequestQueue, "remove_request", ("self", "request")),
+    Seam(RequestQueue, "remove_requests", ("self", "requests")),
+)
+
+# Attributes of a scheduler that we read or replace; dots go into its parts.
+_ATTRIBUTES: Final = (
+    "waiting",
+    "running",
+    "requests",
+    "pause_state",
+    "lora_config",
+    "connector",
+    "num_spec_tokens",
+    "block_size",
+    "max_model_len",
+    "max_num_running_reqs",
+    "max_num_scheduled_tokens",
+    "num_waiting_for_streaming_input",
+    "requires_kv_delivery",
+    "scheduler_reserve_full_isl",
+    "defer_block_free",
+    "processed_step_seq",
+    "kv_cache_config.kv_cache_groups",
+    "kv_cache_config.num_blocks",
+    "kv_cache_manager.enable_caching",
+    "kv_cache_manager.watermark_blocks",
+    "kv_cache_manager.usage",
+    "kv_cache_manager.block_pool.get_num_free_blocks",
+    "kv_cache_manager.get_computed_blocks",
+    "kv_cache_manager.get_blocks",
+)
+
+
+def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
+    """Check that every method we override or call has the signature that we rely on.
+
+    Raises:
+        UnsupportedVLLM: one is missing or has other parameters; the sentence names it.
+    """
+    for owner, name, wanted in seams:
+        method = getattr(owner, name, None)
+        if method is None:
+            raise lacking(f"{owner.__name__}.{name}")
+        found = tuple(inspect.signature(method).parameters)
+        if found[: len(wanted)] != wanted:
+            raise lacking(f"{owner.__name__}.{name}({', '.join(wanted)})")
+
+
+def check_instance(scheduler: Any) -> None:
+    """Check that a constructed scheduler has every attribute that we use.
+
+    Raises:
+        UnsupportedVLLM: one is missing; the sentence names it.
+    """
+    for path in (*_ATTRIBUTES, SECOND_QUEUE):
+        part = scheduler
+        for name in path.split("."):
+            if not hasattr(part, name):
+                raise lacking(f"scheduler attribute {path}")
+            part = getattr(part, name)
+
+
+def max_active(scheduler: Any) -> int:
+    """Return how many calls may be in the batch at once (``--max-num-active-seqs``, 0.31)."""
+    return int(getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs))
+
+
+def can_free(scheduler: Any, request: Request) -> bool:
+    """Return whether the blocks of ``request`` would be free at once.
+
+    They are not while a step in flight may still write them and a connector could fill them.
+    """
+    if not scheduler.defer_block_free:
+        return True
+    return bool(request.last_sched_seq <= scheduler.processed_step_seq)
+
+
+def prefills_are_held(scheduler: Any) -> bool:
+    """Return whether this step admits nobody because of a prefill cadence (0.33)."""
+    interval = getattr(scheduler, "local_prefill_interval", 1)
+    if interval <= 1 or scheduler.prefill_capacity_bound:
+        return False
+    since = scheduler.num_executed_steps + 1 - scheduler.last_prefill_step
+    return bool(since < interval) and any(not r.is_prefill_chunk for r in scheduler.running)
+
+
+def holds_kv(request: Request) -> bool:
+    """Return whether a waiting call has KV blocks allocated."""
+    return bool(
+        request.num_computed_tokens > 0 or request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    )
+
+
+def is_blocked(request: Request) -> bool:
+    """Return whether a waiting call cannot start whatever room there is.
+
+    A call whose grammar has just been compiled still has the blocked status; vLLM promotes it
+    only when it finds a free slot.
+    """
+    if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+        wanted = request.structured_output_request
+        grammar = wanted.grammar if wanted is not None else None
+        return grammar is None or isinstance(grammar, Exception)
+    if Scheduler._is_blocked_waiting_status(request.status):
+        return True
+    return bool(request.num_stale_output_tokens and not request.drop_stale_output)
+
+
+def first_waiting(scheduler: Any) -> Request | None:
+    """Return the call that vLLM would admit next from its two queues.
+
+    ``None`` when there is none, or when a call that already holds KV goes first.
+    """
+    waiting, second = scheduler.waiting, getattr(scheduler, SECOND_QUEUE)
+    head = waiting.peek_request() if waiting else None
+    if not second:
+        return head
+    other = second.peek_request()
+    if holds_kv(other):
+        return head if is_blocked(other) else None
+    return other if head is None or other.hexgen.key_s <= head.hexgen.key_s else head
+
+
+class TwoQueues:
+    """Choice between the two waiting queues for vLLM up to 0.30, which asks for it.
+
+    Holders of KV go first, as vLLM has it since 0.31: behind a call whose allocation fails they
+    would keep the blocks that it waits for. Otherwise the more urgent head goes first.
+    """
+
+    waiting: Any
+    skipped_waiting: Any
+
+    def _select_waiting_queue_for_scheduling(self) -> Any:
+        waiting, skipped = self.waiting, self.skipped_waiting
+        if not (waiting and skipped):
+            return waiting or skipped or None
+        head = skipped.peek_request()
+        if holds_kv(head) or head.hexgen.key_s <= waiting.peek_request().hexgen.key_s:
+            return skipped
+        return waiting

@@ -1,0 +1,91 @@
+"""An engine snapshot in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any, Final
+
+PREFIX: Final = "hexgen_vllm_"
+
+# Snapshot field -> metric name, kind, help.
+_SINGLE: Final = {
+    "running": ("running", "gauge", "Calls in the batch."),
+    "waiting": ("waiting", "gauge", "Calls queued in the engine."),
+    "kv_usage": ("kv_usage_ratio", "gauge", "Share of KV blocks in use, 0 to 1."),
+    "kv_tokens": ("kv_tokens", "gauge", "Tokens that the KV cache holds."),
+    "max_num_seqs": ("max_num_seqs", "gauge", "Calls that the batch can hold."),
+    "prefill_share": ("prefill_time_ratio", "gauge", "Share of recent busy time on prefill."),
+    "fit_error": ("step_cost_error_ratio", "gauge", "Median relative error of the step-cost fit."),
+    "steps": ("steps_total", "counter", "Steps that computed something."),
+    "recomputed_tokens": (
+        "recomputed_tokens_total",
+        "counter",
+        "Tokens computed again after a preemption.",
+    ),
+    "bad_metadata": ("bad_metadata_total", "counter", "Metadata values that could not be read."),
+}
+
+
+def _escaped(value: object) -> str:
+    return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _labelled(labels: Mapping[str, object]) -> str:
+    inside = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    return f"{{{inside}}}" if inside else ""
+
+
+class _Page:
+    """Lines of text, with the labels that every sample gets."""
+
+    def __init__(self, labels: Mapping[str, object]) -> None:
+        self._labels = labels
+        self.lines: list[str] = []
+
+    def metric(
+        self, name: str, kind: str, text: str, samples: Mapping[tuple[str, str] | None, Any]
+    ) -> None:
+        """Add a metric; a sample is keyed by its own label, and ``None`` values are left out."""
+        known = {label: value for label, value in samples.items() if value is not None}
+        if not known:
+            return
+        self.lines += [f"# HELP {PREFIX}{name} {text}", f"# TYPE {PREFIX}{name} {kind}"]
+        for label, value in known.items():
+            own = {label[0]: label[1]} if label is not None else {}
+            self.lines.append(f"{PREFIX}{name}{_labelled({**self._labels, **own})} {value}")
+
+
+def exposition(snapshot: Mapping[str, Any], labels: Mapping[str, object] | None = None) -> str:
+    """Return the metrics of one engine snapshot; what it does not know is left out.
+
+    Args:
+        snapshot: as :func:`hexgen_vllm.engine.telemetry.snapshot` returns it.
+        labels: added to every sample, such as ``{"engine": "0"}``.
+    """
+    page = _Page(labels or {})
+    page.metric(
+        "info", "gauge", "Always 1; the order in force.", {("order", snapshot["order"]): 1}
+    )
+    for field, (name, kind, text) in _SINGLE.items():
+        page.metric(name, kind, text, {None: snapshot.get(field)})
+    page.metric(
+        "preemptions_total",
+        "counter",
+        "Preemptions by cause.",
+        {("cause", cause): n for cause, n in snapshot["preemptions"].items()},
+    )
+    page.metric(
+        "step_cost",
+        "gauge",
+        "Coefficients of the fitted step cost, in seconds.",
+        {("coefficient", name): v for name, v in (snapshot["cost"] or {}).items()},
+    )
+    bounds = [*map(str, snapshot["slack_bounds_s"]), "+Inf"]
+    page.metric(
+        "slack_calls",
+        "gauge",
+        "Running and waiting calls whose slack is at most le seconds.",
+        {("le", b): n for b, n in zip(bounds, accumulate(snapshot["slack_counts"]), strict=True)},
+    )
+    return "\n".join(page.lines) + "\n"

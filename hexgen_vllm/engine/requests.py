@@ -1,0 +1,238 @@
+"""From vLLM's Request to what the policies need: deadline, tail, expected output, key.
+
+The state of a call is one slotted object, ``request.hexgen``; it lives and dies with the Request.
+
+Clocks. A deadline arrives as remaining milliseconds and counts from ``arrival_time``, which the
+API server took on the wall clock. The wall clock may jump and is only comparable on one host, so
+the state is kept on this process' monotonic clock: a call arrived ``age`` ago, where the age is
+the difference of two wall-clock readings and is taken as 0 when it is negative or absurd.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+from hexgen_vllm import wire
+from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.engine.compat import Request
+from hexgen_vllm.policy.slack import hexgen_key, latest_start
+from hexgen_vllm.policy.urgency import background_key
+from hexgen_vllm.types import StepCost
+
+logger = logging.getLogger("vllm.hexgen")
+
+_MAX_AGE_S: Final = 600.0
+_WARN_EVERY_S: Final = 60.0
+_FIRST_OUTPUT_GUESS: Final = 256.0
+_OUTPUT_WEIGHT: Final = 0.05
+_LEAST_OVERRUN: Final = 32
+_NOTHING_SAID: Final = wire.CallMeta()
+
+
+@dataclass(slots=True)
+class CallState:
+    """What the scheduler knows of one call; times are monotonic seconds of this process.
+
+    Attributes:
+        workflow_id: the workflow, else the session, else the request itself.
+        arrived_s: when it reached the API server.
+        deadline_s: end-to-end deadline of its workflow.
+        tail_s: predicted seconds of critical path after it.
+        expected_tokens: output tokens expected in all.
+        background: its workflow is demoted; cleared when it has waited long enough.
+        key_s: its place in the order; smaller is sooner.
+        latest_start_s: L, credited with progress.
+        queued_start_s: L when it last joined the queue.
+        displacements: times it was displaced.
+        lost_tokens: KV dropped by preemptions and not yet computed again.
+    """
+
+    workflow_id: str
+    arrived_s: float
+    deadline_s: float
+    tail_s: float
+    expected_tokens: int
+    background: bool
+    key_s: float = 0.0
+    latest_start_s: float = 0.0
+    queued_start_s: float = 0.0
+    displacements: int = 0
+    lost_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRates:
+    """How fast one call is served in the batch it would join.
+
+    Attributes:
+        prefill_token_s: seconds per uncached prompt token.
+        prefill_context_s: seconds per token and token of context before it.
+        output_token_s: seconds per output token.
+        uncached: share of prompt tokens that the prefix cache does not serve.
+    """
+
+    prefill_token_s: float
+    prefill_context_s: float
+    output_token_s: float
+    uncached: float = 1.0
+
+    @classmethod
+    def seeds(cls, options: EngineOptions) -> ServiceRates:
+        """Return the rates assumed until the engine has measured its own."""
+        return cls(1.0 / options.prefill_tokens_per_s, 0.0, 1.0 / options.decode_tokens_per_s)
+
+    @classmethod
+    def fitted(
+        cls, cost: StepCost, chunk: int, output_token_s: float, uncached: float
+    ) -> ServiceRates:
+        """Return the rates that follow from a fitted step cost.
+
+        Args:
+            cost: the fit.
+            chunk: prompt tokens that one step computes at most.
+            output_token_s: the fit's step time in the usual batch, per output token of a call.
+            uncached: share of prompt tokens not served by the prefix cache.
+        """
+        per_token = cost.p1 + (cost.c0 + cost.p0) / max(chunk, 1)
+        return cls(per_token, cost.p2, output_token_s, uncached)
+
+    def prefill_s(self, tokens: int) -> float:
+        """Return the seconds of prefilling ``tokens`` from the start of a sequence."""
+        work = tokens * self.uncached
+        return work * (self.prefill_token_s + self.prefill_context_s * tokens / 2)
+
+    def service_s(self, prefill_tokens: int, output_tokens: int) -> float:
+        """Return T, the seconds until a call with this much left is done."""
+        return self.prefill_s(prefill_tokens) + output_tokens * self.output_token_s
+
+    def differs(self, other: ServiceRates, share: float) -> bool:
+        """Return whether a typical prefill or decode takes over ``share`` more or less time."""
+        pairs = (
+            (self.prefill_s(1024), other.prefill_s(1024)),
+            (self.output_token_s, other.output_token_s),
+        )
+        return any(abs(a - b) > share * max(a, b) for a, b in pairs)
+
+
+def output_left(expected: int, done: int, limit: int) -> int:
+    """Return the output tokens still expected, at least 1 and within ``limit``.
+
+    A call that outruns its estimate is expected to go on for half of what it wrote.
+    """
+    left = expected - done if done < expected else max(done // 2, _LEAST_OVERRUN)
+    return max(min(left, limit - done), 1)
+
+
+class CallBook:
+    """Opens the state of calls and prices them by the order in force.
+
+    Attributes:
+        rates: rates in force; set by the scheduler when it has measured better ones.
+        bad_metadata: values that could not be read so far.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self.rates = ServiceRates.seeds(options)
+        self.bad_metadata = 0
+        self._warned_s = -_WARN_EVERY_S
+        self._output_mean = _FIRST_OUTPUT_GUESS
+
+    def open(self, request: Request, now: float) -> None:
+        """Give ``request`` its state, and its key; what cannot be read counts as not said."""
+        meta, options = self._meta(request, now), self._options
+        age_s = time.time() - request.arrival_time
+        arrived_s = now - age_s if 0.0 <= age_s <= _MAX_AGE_S else now
+        deadline_ms = meta.workflow_deadline_ms
+        budget_s = options.default_deadline_s if deadline_ms is None else deadline_ms / 1000
+        old: CallState | None = getattr(request, "hexgen", None)
+        request.hexgen = CallState(
+            workflow_id=meta.workflow_id or _session(request) or request.request_id,
+            arrived_s=arrived_s,
+            deadline_s=arrived_s + budget_s,
+            tail_s=(meta.tail_ms or 0.0) / 1000,
+            expected_tokens=self._expected(request, meta.expected_output_tokens),
+            background=bool(meta.background),
+            displacements=old.displacements if old is not None else 0,
+        )
+        self.price(request)
+
+    def price(self, request: Request, computed: int | None = None) -> None:
+        """Set the latest start and the key of ``request`` from what it still has to do.
+
+        Args:
+            request: the call.
+            computed: prompt and output tokens whose KV is there; the request's own count if not
+                given.
+        """
+        call = request.hexgen
+        done = request.num_output_tokens
+        ahead = request.num_tokens - (request.num_computed_tokens if computed is None else computed)
+        left = output_left(call.expected_tokens, done, request.max_tokens)
+        service_s = self.rates.service_s(max(ahead, 0), left)
+        if call.background:
+            call.key_s = call.latest_start_s = background_key(service_s + call.tail_s)
+            return
+        call.latest_start_s = latest_start(call.deadline_s, call.tail_s, service_s)
+        call.key_s = self._key(request, call)
+
+    def aged(self, request: Request) -> None:
+        """End the background state of a call that has waited for as long as it may."""
+        call = request.hexgen
+        call.background = False
+        call.deadline_s = call.arrived_s + self._options.background_max_wait_s
+        call.tail_s = 0.0
+        self.price(request)
+
+    def finished(self, request: Request) -> None:
+        """Learn the output length of a call that ended by itself."""
+        self._output_mean += _OUTPUT_WEIGHT * (request.num_output_tokens - self._output_mean)
+
+    def _key(self, request: Request, call: CallState) -> float:
+        order = self._options.order
+        if order == "slack":
+            return call.latest_start_s
+        if order == "edf":
+            return call.deadline_s
+        if order == "fcfs":
+            return call.arrived_s
+        whole_s = self.rates.service_s(request.num_prompt_tokens, call.expected_tokens)
+        return hexgen_key(call.arrived_s, call.deadline_s, call.tail_s, whole_s)
+
+    def _expected(self, request: Request, said: int | None) -> int:
+        """Return the output length to expect: what the client says, else the recent mean."""
+        guess = said if said is not None else int(self._output_mean)
+        return max(min(guess, request.max_tokens), 1)
+
+    def _meta(self, request: Request, now: float) -> wire.CallMeta:
+        params = request.sampling_params  # a pooling request has none
+        extra: Any = params.extra_args if params is not None else None
+        if not extra:
+            return _NOTHING_SAID
+        try:
+            meta, bad = wire.read_leniently(extra)
+        except Exception as error:  # in process, extra_args may hold anything; serve the call
+            meta, bad = _NOTHING_SAID, (f"extra_args ({error})",)
+        if bad:
+            self._complain(request, bad, now)
+        return meta
+
+    def _complain(self, request: Request, bad: tuple[str, ...], now: float) -> None:
+        self.bad_metadata += len(bad)
+        if now - self._warned_s < _WARN_EVERY_S:
+            return
+        self._warned_s = now
+        logger.warning(
+            "Request %s: cannot read %s, defaults are used; such values so far: %d.",
+            request.request_id,
+            ", ".join(map(repr, bad))[:200],
+            self.bad_metadata,
+        )
+
+
+def _session(request: Request) -> str | None:
+    session: str | None = getattr(request, "session_id", None)
+    return session

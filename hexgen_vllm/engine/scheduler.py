@@ -1,0 +1,244 @@
+"""vLLM's scheduler with the order of calls by urgency, and room made for the most urgent one.
+
+vLLM's ``schedule()`` is called, never copied. Before it, the queue and the batch are put in order
+and victims are preempted; what comes out is the same kind of step with other calls in it, so that
+greedy tokens are those of stock vLLM. ``--scheduling-policy`` stays ``fcfs``: then the last of
+``running`` is vLLM's victim when the KV cache is full, and ``priority`` stays the client's.
+
+``running`` is in the order of keys, so that the least urgent call is that victim, unless prefill
+chunks are in the batch and there are blocks enough for the step: then decodes go before chunks,
+because a long chunk takes the whole token budget and a decode next to it costs almost nothing.
+
+Keys change on new information only. A running call is re-keyed about every 64 steps, a few in
+each step; when the fitted step cost has moved, waiting calls are re-keyed a few hundred a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from operator import attrgetter
+from typing import Any, Final
+
+from hexgen_vllm.config import EngineOptions, from_mapping
+from hexgen_vllm.engine import compat
+from hexgen_vllm.engine.compat import AsyncScheduler, Request, RequestStatus
+from hexgen_vllm.engine.displacement import Displacer
+from hexgen_vllm.engine.request_queue import UrgencyQueue
+from hexgen_vllm.engine.requests import CallBook
+from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
+from hexgen_vllm.errors import ConfigError
+
+_KEY: Final = attrgetter("hexgen.key_s")
+_IS_CHUNK: Final = attrgetter("is_prefill_chunk")
+_REKEY_EVERY_STEPS: Final = 64
+_REKEY_WAITING: Final = 256
+_REFIT_EVERY_STEPS: Final = 32
+_RATES_MOVED: Final = 0.1
+_ENDED: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+def options_of(vllm_config: Any) -> EngineOptions:
+    """Read ``additional_config["hexgen"]``.
+
+    Raises:
+        ConfigError: it is not an object, or an option is unknown or out of bounds.
+    """
+    extra = getattr(vllm_config, "additional_config", None)
+    values = extra.get("hexgen", {}) if isinstance(extra, dict) else {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"additional_config.hexgen must be an object, not {values!r}.")
+    return from_mapping(EngineOptions, values, where="hexgen option")
+
+
+class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
+    """Orders calls by how soon they must start for their workflow to be on time.
+
+    Use it as ``--scheduler-cls hexgen_vllm.UrgencyScheduler`` with options in
+    ``--additional-config '{"hexgen": {…}}'`` (:class:`hexgen_vllm.config.EngineOptions`).
+
+    Raises:
+        UnsupportedVLLM: this vLLM cannot be driven.
+        ConfigError: an option is wrong.
+    """
+
+    hexgen_clock: Callable[[], float] = staticmethod(time.monotonic)
+    """The seconds that every decision is made by; a test may put its own in place."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        compat.check_seams()
+        super().__init__(*args, **kwargs)
+        compat.check_instance(self)
+        self.waiting = UrgencyQueue()
+        setattr(self, compat.SECOND_QUEUE, UrgencyQueue())
+        self.hexgen_options = options_of(self.vllm_config)
+        self.hexgen_book = CallBook(self.hexgen_options)
+        self.hexgen_meter = StepMeter()
+        self.hexgen_counters = Counters()
+        self._displacer = Displacer(self, self.hexgen_options, self.hexgen_book)
+        self._preemption_cause = "kv"
+        self._background: deque[tuple[float, str]] = deque()  # (ages at, id), oldest first
+        self._to_rekey: Iterator[Request] = iter(())
+        self._next_running = 0
+
+    def hexgen_stats(self) -> dict[str, Any]:
+        """Return the engine's telemetry (:func:`hexgen_vllm.engine.telemetry.snapshot`)."""
+        return snapshot(self, self.hexgen_clock())
+
+    # Calls come, change and go.
+
+    def add_request(self, request: Request) -> None:
+        """Queue a new call, or hand an open session its next input."""
+        if request.request_id not in self.requests:
+            self._open(request)
+        super().add_request(request)
+
+    def _open(self, request: Request) -> None:
+        self.hexgen_book.open(request, self.hexgen_clock())
+        call = request.hexgen
+        if call.background:
+            ages_at = call.arrived_s + self.hexgen_options.background_max_wait_s
+            self._background.append((ages_at, request.request_id))
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        super()._update_request_as_session(session, update)
+        self._open(session)  # new parameters, new arrival: a new deadline
+        self._requeue(session)
+
+    def _requeue(self, request: Request) -> None:
+        self.waiting.rekey(request)
+        getattr(self, compat.SECOND_QUEUE).rekey(request)
+
+    def _connector_finished(self, request: Request) -> Any:
+        if request.status in _ENDED:
+            self.hexgen_book.finished(request)
+        return super()._connector_finished(request)
+
+    # Preemption, ours and vLLM's.
+
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        self.hexgen_counters.preemptions[self._preemption_cause] += 1
+        request.hexgen.lost_tokens = request.num_computed_tokens
+        self.hexgen_book.price(request, computed=0)  # before vLLM queues it by its key
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
+    @contextmanager
+    def _preempting(self, cause: str) -> Iterator[None]:
+        self._preemption_cause = cause
+        try:
+            yield
+        finally:
+            self._preemption_cause = "kv"
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Empty the prefix cache; see vLLM."""
+        with self._preempting("reset"):
+            return bool(super().reset_prefix_cache(*args, **kwargs))
+
+    def _displace(self, now: float) -> list[Request]:
+        """Preempt running calls for the most urgent waiting one; return them, out of the queue.
+
+        They stay out for this step: resumed in it, they would take back what they gave, and the
+        worker would miss their tokens.
+        """
+        victims = self._displacer.victims(now)
+        with self._preempting("displaced"):
+            for victim in victims:
+                self.running.remove(victim)
+                victim.hexgen.displacements += 1
+                self._preempt_request(victim, now, self.requires_kv_delivery)
+                self.waiting.remove_request(victim)
+        return victims
+
+    # The step.
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        """Put queue and batch in order, make room, then let vLLM schedule the step."""
+        now = self.hexgen_clock()
+        self._end_background(now)
+        self.running.sort(key=_KEY)
+        # Under data parallelism a throttled step admits nobody, so making room would be in vain.
+        held = [] if throttle_prefills else self._displace(now)
+        self._decodes_first()
+        try:
+            output = super().schedule(throttle_prefills)
+        finally:
+            for request in held:
+                self.waiting.add_request(request)
+        self.hexgen_meter.started(output, now)
+        self._note_admitted(output)
+        return output
+
+    def _end_background(self, now: float) -> None:
+        while self._background and self._background[0][0] <= now:
+            request = self.requests.get(self._background.popleft()[1])
+            if request is not None and request.hexgen.background:
+                self.hexgen_book.aged(request)
+                self._requeue(request)
+
+    def _decodes_first(self) -> None:
+        """Move prefill chunks behind decodes if nobody will be preempted in this step."""
+        running = self.running
+        chunks = [r for r in running if r.is_prefill_chunk]
+        if not chunks or len(chunks) == len(running):
+            return
+        groups = len(self.kv_cache_config.kv_cache_groups)
+        blocks = len(running) + self.max_num_scheduled_tokens // self.block_size + 1
+        if self.kv_cache_manager.block_pool.get_num_free_blocks() >= groups * blocks:
+            running.sort(key=_IS_CHUNK)
+
+    def _note_admitted(self, output: Any) -> None:
+        """Learn from the prefix hits of the calls that this step admitted."""
+        cached = output.scheduled_cached_reqs
+        for new in output.scheduled_new_reqs:
+            self._admitted(new.req_id, new.num_computed_tokens)
+        if cached.resumed_req_ids:
+            for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+                if req_id in cached.resumed_req_ids:
+                    self._admitted(req_id, computed)
+
+    def _admitted(self, req_id: str, computed: int) -> None:
+        request = self.requests[req_id]
+        call = request.hexgen
+        if call.lost_tokens:
+            self.hexgen_counters.recomputed_tokens += max(call.lost_tokens - computed, 0)
+            call.lost_tokens = 0
+        else:
+            self.hexgen_meter.admitted(request.num_prompt_tokens, computed)
+
+    # What the step told.
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Take in a step's output; learn from its time and re-key a few calls."""
+        self.hexgen_meter.finished(
+            scheduler_output, model_runner_output.sampled_token_ids, self.hexgen_clock()
+        )
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._rekey_running()
+        self._rekey_waiting()
+        return outputs
+
+    def _rekey_running(self) -> None:
+        running, book = self.running, self.hexgen_book
+        if not running:
+            return
+        for _ in range(1 + len(running) // _REKEY_EVERY_STEPS):
+            self._next_running = (self._next_running + 1) % len(running)
+            book.price(running[self._next_running])
+
+    def _rekey_waiting(self) -> None:
+        meter, book = self.hexgen_meter, self.hexgen_book
+        if meter.steps % _REFIT_EVERY_STEPS == 0:
+            rates = meter.rates(self.max_num_scheduled_tokens)
+            if rates is not None and rates.differs(book.rates, _RATES_MOVED):
+                book.rates = rates
+                self._to_rekey = iter(self.waiting.unordered())
+        for request in islice(self._to_rekey, _REKEY_WAITING):
+            if request in self.waiting:
+                book.price(request)
+                self.waiting.rekey(request)
