@@ -12,7 +12,7 @@ import importlib
 import logging
 import os
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 
@@ -23,6 +23,7 @@ __all__ = [
     "KERNELS",
     "BlockLayout",
     "available_kernels",
+    "describe",
     "gather_blocks",
     "pick_kernel",
     "scatter_blocks",
@@ -100,8 +101,7 @@ def pick_kernel(device: torch.device, kernel: str | None = None) -> Kernel:
     Raises:
         ConfigError: the named kernel is unknown or cannot run here.
     """
-    name = kernel or os.environ.get("HEXGEN_KERNELS") or None
-    return _pick(device.type, name)
+    return _pick(device.type, kernel or _configured())
 
 
 def available_kernels(device: torch.device) -> tuple[str, ...]:
@@ -109,26 +109,43 @@ def available_kernels(device: torch.device) -> tuple[str, ...]:
     return tuple(name for name in KERNELS if _unavailable(name, device) is None)
 
 
+def describe() -> str:
+    """One line: which twin serves the host and, where there is one, the GPU."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return ", ".join(f"{device}: {_choose(device, _configured())}" for device in devices)
+
+
+class _Choice(NamedTuple):
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} kernel ({self.why})" if self.why else f"{self.name} kernel"
+
+
 @functools.cache
 def _pick(device_type: str, name: str | None) -> Kernel:
+    choice = _choose(device_type, name)
+    logger.info("KV block copies on %s: %s", device_type, choice)
+    return _module(choice.name)
+
+
+def _choose(device_type: str, name: str | None) -> _Choice:
     device = torch.device(device_type)
     if name is not None:
         _require(name, device)
-        logger.info("KV block copies on %s: %s kernel, as configured", device_type, name)
-        return _module(name)
+        return _Choice(name, "as configured")
     passed_over: list[str] = []
     for candidate in _AUTOMATIC.get(device_type, ()):
         reason = _unavailable(candidate, device)
         if reason is None:
-            return _picked(candidate, device_type, passed_over)
+            return _Choice(candidate, "; ".join(passed_over))
         passed_over.append(f"{candidate}: {reason}")
-    return _picked("reference", device_type, passed_over)
+    return _Choice("reference", "; ".join(passed_over))
 
 
-def _picked(name: str, device_type: str, passed_over: Sequence[str]) -> Kernel:
-    why = f" ({'; '.join(passed_over)})" if passed_over else ""
-    logger.info("KV block copies on %s: %s kernel%s", device_type, name, why)
-    return _module(name)
+def _configured() -> str | None:
+    return os.environ.get("HEXGEN_KERNELS") or None
 
 
 def _require(name: str, device: torch.device) -> None:

@@ -7,6 +7,7 @@ buffer must stay alive and untouched until that stream has passed them.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -64,9 +65,22 @@ def _copy(
     library = cuda_library().library if reason is None else None
     if library is None:
         raise ConfigError(f"kernel cuda: {reason}.")
+    stream = torch.cuda.current_stream(layout.device).cuda_stream
+    _enqueue(library, layout, ids, buffer, to_records=to_records, stream=stream)
+
+
+def _enqueue(
+    library: ctypes.CDLL,
+    layout: BlockLayout,
+    ids: torch.Tensor,
+    buffer: torch.Tensor,
+    *,
+    to_records: bool,
+    stream: int,
+) -> None:
     table = piece_table(layout, PIECE_BYTES)
     status = library.hx_cuda_copy_blocks(
-        layout.device.index,
+        layout.device.index or 0,
         table.data_ptr(),
         table.shape[0],
         ids.data_ptr(),
@@ -76,7 +90,7 @@ def _copy(
         to_records,
         word_bytes(layout, buffer),
         HOST_GRID if buffer.device.type == "cpu" else DEVICE_GRID,
-        torch.cuda.current_stream(layout.device).cuda_stream,
+        stream,
     )
     if status:
         text = library.hx_cuda_error_text(status).decode()
