@@ -140,11 +140,13 @@ HX_EXPORT int32_t hx_cuda_copy_blocks(int32_t device, const HxPiece* pieces, int
     std::copy_n(block_ids + first, count, ids.id);
     const int64_t warps = num_pieces * count;
     const int64_t grid = (warps + kWarpsPerBlock - 1) / kWarpsPerBlock;
-    const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(grid, 1, max_grid));
+    cudaLaunchConfig_t config = {};
+    config.gridDim = static_cast<unsigned>(std::clamp<int64_t>(grid, 1, max_grid));
+    config.blockDim = kThreads;
+    config.stream = static_cast<cudaStream_t>(stream);
     const Records part{records + first * record_bytes, record_bytes};
-    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(pieces, num_pieces, ids,
-                                                                        count, part);
-    const cudaError_t status = cudaGetLastError();
+    const cudaError_t status =
+        cudaLaunchKernelEx(&config, kernel, pieces, num_pieces, ids, count, part);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
