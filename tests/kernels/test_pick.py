@@ -74,3 +74,9 @@ def test_a_twin_called_directly_refuses_too() -> None:
 
 def test_other_devices_fall_back_to_the_reference() -> None:
     assert kernels.pick_kernel(torch.device("meta")) is reference
+
+
+def test_description_names_the_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.describe().startswith("cpu: cpu kernel")
+    monkeypatch.setattr(cpu, "cpu_library", lambda: Loaded(None, "no compiler was found"))
+    assert kernels.describe().startswith("cpu: reference kernel (cpu: no compiler was found)")
