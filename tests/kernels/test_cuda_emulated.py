@@ -20,7 +20,8 @@ from tests.kernels.caches import LAYOUTS, Cache, Shape
 SHAPES = [
     *(Shape(order=order, layers=3, content=48) for order in sorted(LAYOUTS)),
     *(Shape(dtype=torch.uint8, shift=shift, content=40) for shift in (0, 1, 2, 4, 8)),
-    Shape(dtype=torch.uint8, heads=3, content=37, pad=1),
+    # Rows of 37 x 1, 2, 4 and 8 bytes with gaps: one word width each.
+    *(Shape(dtype=torch.uint8, content=37 * width, pad=width) for width in (1, 2, 4, 8)),
     Shape(dtype=torch.bfloat16, heads=1, content=576, tokens=64, pad=3),
     Shape(dtype=torch.float32, heads=1, tokens=2, content=8, blocks=2000),  # three launches
     Shape(heads=8, tokens=64, content=256, layers=2, blocks=20),  # more work than warps
