@@ -30,7 +30,8 @@ class StagedCopier:
     """Saves and restores blocks of one cache through two staging buffers in turn.
 
     Calls belong to one thread. Saves and restores reach the bus in the order of the calls, so a
-    restore may follow the save of the same host bytes at once.
+    restore may follow the save of the same host bytes at once. Keep the copier and the host
+    memory until the GPU is done with both.
 
     Args:
         layout: a cache on a GPU.
