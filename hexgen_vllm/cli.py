@@ -1,0 +1,97 @@
+"""The ``hexgen-vllm`` command.
+
+Each subcommand lives beside the code it starts, in a module with ``add_arguments(parser)`` and
+``main(args) -> int``; it is imported only when it is asked for, so that ``--help`` is quick and a
+router needs neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
+
+from hexgen_vllm import __version__
+from hexgen_vllm.errors import HexgenError
+
+COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
+    ("router",): ("hexgen_vllm.router.main", "place workflow calls on several engines"),
+    ("sim",): ("hexgen_vllm.sim.command", "play a scenario in virtual time"),
+    ("doctor",): ("hexgen_vllm.doctor", "check this installation and say what is missing"),
+    ("bench", "live"): ("hexgen_vllm.bench.live", "play workflows against real endpoints"),
+    ("bench", "scheduler"): ("hexgen_vllm.bench.scheduler", "time schedule() against stock vLLM"),
+    ("bench", "kv"): ("hexgen_vllm.bench.kv", "time saving and restoring KV blocks"),
+    ("bench", "sim"): ("hexgen_vllm.bench.sim", "time the simulator"),
+}
+_GROUPS: Final = {"bench": "measure; every figure in the documentation comes from here"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence and exit code 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Say what is wrong and leave."""
+        sentence = message if message.endswith(".") else f"{message}."
+        self.exit(2, f"{self.prog}: {sentence}\n")
+
+
+def _usage(words: tuple[str, ...]) -> str:
+    """Return the help text for the commands under ``words``."""
+    depth = len(words)
+    rows: dict[str, str] = {}
+    for path, (_, doc) in COMMANDS.items():
+        if path[:depth] == words:
+            rows[path[depth]] = doc if len(path) == depth + 1 else _GROUPS[path[depth]]
+    prog = " ".join(("hexgen-vllm", *words))
+    width = max(map(len, rows))
+    lines = [f"  {name:<{width}}  {doc}" for name, doc in rows.items()]
+    return "\n".join([f"usage: {prog} COMMAND [options]", "", "commands:", *lines])
+
+
+def _split(argv: Sequence[str]) -> tuple[tuple[str, ...], Sequence[str]]:
+    """Return the longest command that ``argv`` starts with, and the rest."""
+    for length in (2, 1):
+        words = tuple(argv[:length])
+        if words in COMMANDS:
+            return words, argv[length:]
+    words = tuple(argv[:1]) if argv and argv[0] in _GROUPS else ()
+    return words, argv[len(words) :]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (2: the command line or an option is wrong)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    words, rest = _split(arguments)
+    if words not in COMMANDS:
+        return _explain(words, rest)
+    module = import_module(COMMANDS[words][0])
+    parser = _Parser(prog=" ".join(("hexgen-vllm", *words)), description=COMMANDS[words][1])
+    module.add_arguments(parser)
+    args = parser.parse_args(rest)
+    try:
+        return int(module.main(args))
+    except HexgenError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _explain(words: tuple[str, ...], rest: Sequence[str]) -> int:
+    """Answer ``--help``, ``--version`` and unknown commands."""
+    if rest and rest[0] == "--version":
+        print(f"hexgen-vllm {__version__}")
+        return 0
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_usage(words))
+        return 0 if rest else 2
+    names = sorted({path[len(words)] for path in COMMANDS if path[: len(words)] == words})
+    prog = " ".join(("hexgen-vllm", *words))
+    print(f"{prog}: unknown command {rest[0]!r}; known are {', '.join(names)}.", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""``hexgen-vllm doctor``: what of this installation works, and what is missing.
+
+Exit code 0 when everything needed is there, 1 when something is broken. A missing vLLM is not an
+error: a router or a simulator runs without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from importlib import import_module, metadata, util
+from typing import Final, NamedTuple
+
+from hexgen_vllm import __version__
+from hexgen_vllm.errors import HexgenError
+
+
+class Finding(NamedTuple):
+    """One line of the report: ``ok``, ``absent`` (allowed) or ``broken``."""
+
+    subject: str
+    verdict: str
+    detail: str
+
+
+def _python() -> Finding:
+    good = sys.version_info >= (3, 10)
+    return Finding("python", "ok" if good else "broken", platform.python_version())
+
+
+def _router() -> Finding:
+    missing = [n for n in ("aiohttp", "uvloop", "yaml", "numpy") if util.find_spec(n) is None]
+    if missing:
+        return Finding("router", "broken", f"missing: {', '.join(missing)}")
+    return Finding("router", "ok", f"hexgen-vllm {__version__}")
+
+
+def _vllm() -> Finding:
+    if util.find_spec("vllm") is None:
+        return Finding("vllm", "absent", "no engine can be started here; the router can")
+    try:
+        compat = import_module("hexgen_vllm.engine.compat")
+        compat.check_seams()
+    except HexgenError as error:
+        return Finding("vllm", "broken", str(error))
+    return Finding("vllm", "ok", f"vLLM {compat.found_version()}, all seams found")
+
+
+def _plugin() -> Finding:
+    found = {e.name for e in metadata.entry_points(group="vllm.general_plugins")}
+    if "hexgen" not in found:
+        return Finding("plugin", "absent", "not installed as a package: no --scheduling-policy")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "hexgen" not in allowed.split(","):
+        return Finding("plugin", "broken", "VLLM_PLUGINS is set and does not name hexgen")
+    return Finding("plugin", "ok", "--scheduling-policy urgency is available")
+
+
+def _kernels() -> Finding:
+    if util.find_spec("torch") is None:
+        return Finding("kernels", "absent", "torch is not installed")
+    name = import_module("hexgen_vllm.kernels").describe()
+    return Finding("kernels", "ok", import_module("hexgen_vllm.kernels").describe())
+
+
+def _compilers() -> Finding:
+    found = [c for c in ("g++", "nvcc") if shutil.which(c)]
+    if not found:
+        return Finding("compilers", "absent", "kernels fall back to torch or Triton")
+    return Finding("compilers", "ok", ", ".join(found))
+
+
+CHECKS: Final[tuple[Callable[[], Finding], ...]] = (
+    _python,
+    _router,
+    _vllm,
+    _plugin,
+    _kernels,
+    _compilers,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``hexgen-vllm doctor``."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the findings; return 1 if one is broken."""
+    findings = [check() for check in CHECKS]
+    if args.json:
+        print(json.dumps([f._asdict() for f in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.subject:<10} {finding.verdict:<7} {finding.detail}")
+    return int(any(f.verdict == "broken" for f in findings))

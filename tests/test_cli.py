@@ -1,0 +1,95 @@
+"""The command line: help without heavy imports, one sentence and exit 2 for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from hexgen_vllm import cli, doctor
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(argv)
+    except SystemExit as left:
+        code = int(left.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(f"  {path[0]} " in out for path in cli.COMMANDS)
+    code, out, _ = run(capsys, "bench", "--help")
+    assert code == 0
+    assert all(f"  {path[1]} " in out for path in cli.COMMANDS if path[0] == "bench")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--version")
+    assert (code, out.split()[0]) == (0, "hexgen-vllm")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("rooter",), ("unknown command 'rooter'", "router")),
+        (("bench", "lvie"), ("hexgen-vllm bench", "unknown command 'lvie'", "live")),
+        (("doctor", "--nonsense"), ("hexgen-vllm doctor", "--nonsense")),
+    ],
+)
+def test_mistakes_get_one_sentence_and_exit_2(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert all(word in err for word in words)
+
+
+def test_nothing_given_shows_the_commands_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys)
+    assert code == 2
+    assert "commands:" in out
+
+
+@pytest.mark.parametrize("path", sorted(cli.COMMANDS))
+def test_every_command_exists_and_has_help(
+    capsys: pytest.CaptureFixture[str], path: tuple[str, ...]
+) -> None:
+    module = import_module(cli.COMMANDS[path][0])
+    assert callable(module.main)
+    code, out, _ = run(capsys, *path, "--help")
+    assert code == 0
+    assert out.startswith("usage: hexgen-vllm " + " ".join(path))
+
+
+def test_help_needs_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys\nfrom hexgen_vllm import cli\ncli.main(['--help'])\n"
+        "assert not {'torch', 'vllm', 'aiohttp'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "doctor", "--json")
+    found = {f["subject"]: f for f in json.loads(out)}
+    assert set(found) == {"python", "router", "vllm", "plugin", "kernels", "compilers"}
+    assert code == int(any(f["verdict"] == "broken" for f in found.values()))
+
+
+def test_doctor_fails_when_something_is_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: doctor.Finding("x", "broken", "why"),))
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1
+    assert "broken" in out
+    assert "why" in out
