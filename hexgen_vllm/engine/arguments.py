@@ -1,0 +1,146 @@
+"""The words of vLLM's command line that ask for urgency scheduling, and what they mean.
+
+``--scheduling-policy urgency`` and ``--hexgen-…`` are shorthands. They are turned into vLLM's own
+arguments (``scheduler_cls``, ``additional_config``, ``middleware``) as soon as the command line
+is parsed, so that every process started afterwards sees only what plain vLLM knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from typing import Any, Final
+
+from hexgen_vllm.config import EngineOptions, add_arguments, from_mapping, given
+from hexgen_vllm.errors import ConfigError, HexgenError, UnsupportedVLLM
+
+SCHEDULER: Final = "hexgen_vllm.UrgencyScheduler"
+MIDDLEWARE: Final = "hexgen_vllm.engine.middleware.HexgenMiddleware"
+URGENCY: Final = "urgency"
+PREFIX: Final = "hexgen-"
+GROUP: Final = "hexgen"
+ABOUT: Final = (
+    "Options of urgency scheduling (--scheduling-policy urgency): calls are ordered by the time"
+    " that their workflow's deadline leaves them."
+)
+
+
+def extend(parser: Any, *, by_default: bool, refusal: str | None = None) -> None:
+    """Teach a parser that has vLLM's engine arguments the words of urgency scheduling.
+
+    Args:
+        parser: the parser of one command, such as ``vllm serve``.
+        by_default: a command line that chooses no scheduler gets urgency scheduling.
+        refusal: why this vLLM cannot be driven; a command line that asks for us gets it as error.
+    """
+    _offer_policy(parser, by_default)
+    _add_group(parser, by_default)
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, rest = parse(args, namespace)
+        try:
+            _refuse_unknown(rest)
+            resolve(found, refusal=refusal)
+        except HexgenError as error:
+            parser.exit(2, f"{parser.prog}: {error}\n")
+        return found, rest
+
+    parser.parse_known_args = parse_known_args
+
+
+def _offer_policy(parser: Any, by_default: bool) -> None:
+    action = next(a for a in parser._actions if "--scheduling-policy" in a.option_strings)
+    action.choices = [*action.choices, URGENCY]
+    action.metavar = "{" + ",".join(action.choices) + "}"
+    if by_default:
+        # None, not "urgency": an explicit --scheduler-cls must be told from a contradiction.
+        action.default = None
+        action.help = f"{action.help}\n\nNot given, it is {URGENCY} unless --scheduler-cls is."
+
+
+def _refuse_unknown(rest: list[str]) -> None:
+    for word in rest:
+        if word.startswith(f"--{PREFIX}"):
+            known = ", ".join(_flag(f.name) for f in fields(EngineOptions))
+            raise ConfigError(f"unknown option {word.split('=', 1)[0]}; known are {known}.")
+
+
+def _add_group(parser: Any, by_default: bool) -> None:
+    group = parser.add_argument_group(GROUP, ABOUT)
+    add_arguments(group, EngineOptions, prefix=PREFIX)
+    if by_default:  # for the help only: it is taken away before vLLM parses the rest
+        about = "start the engines and the router of a cluster file; without other arguments"
+        group.add_argument("--cluster", metavar="FILE", help=about)
+    for action in group._group_actions:
+        action.default = argparse.SUPPRESS  # else the help would say "default: None" of each
+
+
+def resolve(target: Any, *, refusal: str | None = None) -> None:
+    """Replace our shorthands in ``target`` by vLLM's own arguments; a second time changes nothing.
+
+    Args:
+        target: a parsed command line or ``EngineArgs``.
+        refusal: see :func:`extend`.
+
+    Raises:
+        ConfigError: the arguments contradict each other, or a hexgen option is wrong.
+        UnsupportedVLLM: urgency scheduling is asked for and ``refusal`` is set.
+    """
+    options = given(target, EngineOptions, prefix=PREFIX)
+    if not _is_wanted(target):
+        if target.scheduling_policy is None:
+            target.scheduling_policy = "fcfs"
+        if options:
+            raise ConfigError(f"{_flag(next(iter(options)))} needs --scheduling-policy {URGENCY}.")
+        return
+    if refusal is not None:
+        raise UnsupportedVLLM(refusal)
+    target.scheduling_policy = "fcfs"  # vLLM validates the word; our scheduler replaces the queue
+    target.scheduler_cls = target.scheduler_cls or SCHEDULER
+    target.additional_config = _with_options(target.additional_config, options)
+    middleware = getattr(target, "middleware", None)
+    if middleware is not None and MIDDLEWARE not in middleware:
+        target.middleware = [*middleware, MIDDLEWARE]
+
+
+def _flag(option: str) -> str:
+    return f"--{PREFIX}{option.replace('_', '-')}"
+
+
+def _is_wanted(target: Any) -> bool:
+    ours = is_ours(target.scheduler_cls)
+    if target.scheduling_policy != URGENCY:
+        return ours or (target.scheduling_policy is None and target.scheduler_cls is None)
+    if target.scheduler_cls is not None and not ours:
+        raise ConfigError(
+            f"--scheduling-policy {URGENCY} and --scheduler-cls {target.scheduler_cls} exclude"
+            " each other."
+        )
+    return True
+
+
+def is_ours(scheduler_cls: Any) -> bool:
+    """Tell whether ``scheduler_cls`` (a class or its path) is our scheduler or made from it."""
+    if scheduler_cls == SCHEDULER:
+        return True
+    if isinstance(scheduler_cls, str) and not scheduler_cls.startswith("vllm."):
+        module, _, name = scheduler_cls.rpartition(".")
+        try:
+            scheduler_cls = getattr(import_module(module), name, None)
+        except (ImportError, ValueError):  # vLLM will say so in its own words
+            return False
+    return hasattr(scheduler_cls, "hexgen_stats")
+
+
+def _with_options(additional_config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(additional_config, Mapping):
+        raise ConfigError("additional_config must be a mapping to carry the hexgen options.")
+    given_there = additional_config.get("hexgen", {})
+    if not isinstance(given_there, Mapping):
+        raise ConfigError(f"additional_config.hexgen must be a mapping, not {given_there!r}.")
+    merged = {**given_there, **options}
+    from_mapping(EngineOptions, merged, where="hexgen option")
+    return {**additional_config, "hexgen": merged}

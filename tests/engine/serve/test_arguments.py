@@ -1,0 +1,209 @@
+"""Our words on a command line like vLLM's; ``tests/e2e`` has them on the real one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import pytest
+
+from hexgen_vllm.engine import arguments
+from hexgen_vllm.engine.arguments import MIDDLEWARE, SCHEDULER
+from hexgen_vllm.errors import ConfigError, UnsupportedVLLM
+
+
+class Ours:
+    """Has what our scheduler and classes made from it have."""
+
+    hexgen_stats = None
+
+
+class Theirs:
+    """A scheduler of somebody else."""
+
+
+OURS = f"{__name__}.Ours"
+THEIRS = f"{__name__}.Theirs"
+
+
+def parser(*, by_default: bool = False, refusal: str | None = None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="vllm serve")
+    made.add_argument("--scheduling-policy", choices=["fcfs", "priority"], default="fcfs", help="")
+    made.add_argument("--scheduler-cls")
+    made.add_argument("--additional-config", type=json.loads, default={})
+    made.add_argument("--middleware", action="append", default=[])
+    arguments.extend(made, by_default=by_default, refusal=refusal)
+    return made
+
+
+def parse(*words: str, **how: Any) -> dict[str, Any]:
+    found = vars(parser(**how).parse_args(words))
+    names = ("scheduling_policy", "scheduler_cls", "additional_config", "middleware")
+    return {name: found[name] for name in names}
+
+
+STOCK: dict[str, Any] = {
+    "scheduling_policy": "fcfs",
+    "scheduler_cls": None,
+    "additional_config": {},
+    "middleware": [],
+}
+URGENT = {
+    "scheduling_policy": "fcfs",
+    "scheduler_cls": SCHEDULER,
+    "additional_config": {"hexgen": {}},
+    "middleware": [MIDDLEWARE],
+}
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("--scheduling-policy=priority",), (f"--scheduler-cls={THEIRS}",)]
+)
+def test_who_does_not_ask_for_us_gets_plain_vllm(words: tuple[str, ...]) -> None:
+    found = parse(*words)
+    assert found["additional_config"] == {}
+    assert found["middleware"] == []
+    assert MIDDLEWARE not in str(found)
+
+
+@pytest.mark.parametrize(
+    "words", [("--scheduling-policy", "urgency"), ("--scheduler-cls", SCHEDULER)]
+)
+def test_urgency_becomes_arguments_of_plain_vllm(words: tuple[str, ...]) -> None:
+    assert parse(*words) == URGENT
+
+
+def test_urgency_can_be_the_default() -> None:
+    assert parse(by_default=True) == URGENT
+
+
+@pytest.mark.parametrize(
+    ("words", "policy", "scheduler"),
+    [
+        (("--scheduling-policy=fcfs",), "fcfs", None),
+        (("--scheduling-policy=priority",), "priority", None),
+        ((f"--scheduler-cls={THEIRS}",), "fcfs", THEIRS),
+    ],
+)
+def test_the_default_can_be_overridden(
+    words: tuple[str, ...], policy: str, scheduler: str | None
+) -> None:
+    wanted = {**STOCK, "scheduling_policy": policy, "scheduler_cls": scheduler}
+    assert parse(*words, by_default=True) == wanted
+
+
+def test_a_scheduler_made_from_ours_counts_as_ours() -> None:
+    assert parse(f"--scheduler-cls={OURS}") == {**URGENT, "scheduler_cls": OURS}
+
+
+def test_a_scheduler_that_cannot_be_imported_is_vllms_to_refuse() -> None:
+    assert parse("--scheduler-cls=no.such.Thing")["scheduler_cls"] == "no.such.Thing"
+    assert parse("--scheduler-cls=nodots")["scheduler_cls"] == "nodots"
+
+
+def test_options_of_both_kinds_are_merged_and_flags_win() -> None:
+    found = parse(
+        "--scheduling-policy=urgency",
+        "--hexgen-order=edf",
+        "--no-hexgen-displace",
+        '--additional-config={"hexgen": {"order": "fcfs", "max_displacements": 1}, "other": 2}',
+    )
+    assert found["additional_config"] == {
+        "hexgen": {"order": "edf", "max_displacements": 1, "displace": False},
+        "other": 2,
+    }
+
+
+def test_defaults_of_the_parser_are_not_written_to() -> None:
+    made = parser()
+    made.parse_args(["--scheduling-policy=urgency", "--hexgen-order=edf"])
+    assert made.parse_args([]).additional_config == {}
+    assert made.parse_args([]).middleware == []
+
+
+def test_the_middleware_is_there_once_and_after_the_users() -> None:
+    words = ("--scheduling-policy=urgency", "--middleware=a.B")
+    assert parse(*words)["middleware"] == ["a.B", MIDDLEWARE]
+    assert parse(*words, f"--middleware={MIDDLEWARE}")["middleware"] == ["a.B", MIDDLEWARE]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("--scheduling-policy=urgency", f"--scheduler-cls={THEIRS}"),
+            f"--scheduling-policy urgency and --scheduler-cls {THEIRS} exclude each other.",
+        ),
+        (("--hexgen-order=edf",), "--hexgen-order needs --scheduling-policy urgency."),
+        (
+            ("--scheduling-policy=urgency", "--hexgen-default-deadline-s=0"),
+            "default_deadline_s must be at least 0.001, not 0.",
+        ),
+        (
+            ("--scheduling-policy=urgency", '--additional-config={"hexgen": {"ordr": 1}}'),
+            "unknown hexgen option 'ordr'; known are ",
+        ),
+        (
+            (f"--scheduler-cls={SCHEDULER}", '--additional-config={"hexgen": [1]}'),
+            "additional_config.hexgen must be a mapping, not [1].",
+        ),
+        (("--scheduling-policy=urgency", "--hexgen-ordr=1"), "unknown option --hexgen-ordr; kn"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(
+    words: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(*words)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"vllm serve: {sentence}")
+    assert said.count("\n") == 1
+
+
+def test_a_vllm_that_cannot_be_driven_refuses_only_who_asks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert parse(refusal="Too old.") == STOCK
+    with pytest.raises(SystemExit):
+        parse("--scheduling-policy=urgency", refusal="Too old.")
+    assert capsys.readouterr().err == "vllm serve: Too old.\n"
+
+
+def test_the_help_has_our_group_with_every_default_once() -> None:
+    text = " ".join(parser(by_default=True).format_help().split())
+    assert "hexgen: Options of urgency scheduling" in text
+    assert "--hexgen-order {slack,hexgen,edf,fcfs} order of waiting calls (default: slack)" in text
+    assert "--cluster FILE" in text
+    assert "default: None" not in text
+
+
+def engine_args(**values: Any) -> argparse.Namespace:
+    plain: dict[str, Any] = {
+        "scheduling_policy": "fcfs",
+        "scheduler_cls": None,
+        "additional_config": {},
+    }
+    return argparse.Namespace(**{**plain, **values})
+
+
+def test_arguments_made_in_python_are_resolved_too() -> None:
+    target = engine_args(scheduling_policy="urgency")
+    arguments.resolve(target)
+    arguments.resolve(target)
+    assert vars(target) == {name: URGENT[name] for name in vars(target)}
+
+
+def test_a_class_of_ours_stays_the_class() -> None:
+    target = engine_args(scheduler_cls=Ours, additional_config={"hexgen": {"order": "edf"}})
+    arguments.resolve(target)
+    assert target.scheduler_cls is Ours
+    assert target.additional_config == {"hexgen": {"order": "edf"}}
+
+
+def test_wrong_arguments_made_in_python_are_errors() -> None:
+    with pytest.raises(ConfigError, match="additional_config must be a mapping"):
+        arguments.resolve(engine_args(scheduler_cls=Ours, additional_config="x"))
+    with pytest.raises(UnsupportedVLLM, match="Too old"):
+        arguments.resolve(engine_args(scheduler_cls=Ours), refusal="Too old.")
