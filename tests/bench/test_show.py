@@ -1,0 +1,114 @@
+"""Tables and plots of results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hexgen_vllm.bench.plot import COLOURS, DASHES, draw_attainment
+from hexgen_vllm.bench.table import aligned, render, seconds
+from hexgen_vllm.errors import ConfigError
+
+
+def row(policy: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    return {
+        "policy": policy,
+        "seed": seed,
+        "rate": 0.5,
+        "workflows": 4,
+        "on_time": 3,
+        "p50_s": 2.0,
+        "p95_s": 12.34,
+        "p99_s": 123.4,
+        "min_deadline_95_s": 12.0,
+        "min_deadline_99_s": None,
+        "ttft_p50_s": 0.0123,
+        "ttft_p95_s": None,
+        "errors": 1,
+        "lost": 0,
+        "deadline_s": 10.0,
+        "latencies_s": [1.0, 2.0, 12.34, None],
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0.01234, "0.012 s"),
+        (1.234, "1.23 s"),
+        (12.34, "12.3 s"),
+        (123.4, "123 s"),
+        (0, "0.000 s"),
+    ],
+)
+def test_seconds(value: float | None, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_columns_are_aligned() -> None:
+    assert aligned(["name", "n"], [["a", "100"], ["longer", "1"]]).split("\n") == [
+        "name      n",
+        "------  ---",
+        "a       100",
+        "longer    1",
+    ]
+
+
+def test_a_table_has_a_line_for_each_run() -> None:
+    lines = render([row("slack"), row("round_robin+fcfs")]).split("\n")
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+    assert " ".join(lines[2].split()) == (
+        "slack 0 0.5 4 3 (75.0%) 12.0 s - 2.00 s 12.3 s 123 s 0.012 s - 1 0"
+    )
+
+
+def test_several_runs_of_a_policy_get_a_mean_with_their_range() -> None:
+    rows = [
+        row("slack", 1, p95_s=10.0),
+        row("slack", 2, p95_s=20.0, on_time=4),
+        row("hexgen", 1),
+        row("hexgen", 2),
+    ]
+    table = render(rows).split("\n\n")
+    assert len(table) == 2
+    lines = table[1].split("\n")
+    assert "87.5% (75.0% to 100.0%)" in lines[2]
+    assert "15.0 s (10.0 s to 20.0 s)" in lines[2]
+    assert lines[2].split()[:3] == ["slack", "0.5", "2"]
+
+
+def test_a_mean_that_one_run_lacks_is_not_made_up() -> None:
+    rows = [row("slack", 1, p50_s=None), row("slack", 2)]
+    mean = render(rows).split("\n\n")[1].split("\n")[2]
+    assert "2.00 s" not in mean
+
+
+def test_a_plot_is_written_where_asked(tmp_path: Path) -> None:
+    rows = [row(policy, seed) for seed in (1, 2) for policy in ("slack", "hexgen", "third")]
+    for name in ("out.png", "deeper/out.svg"):
+        draw_attainment(rows, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
+    assert "hexgen" in (tmp_path / "deeper/out.svg").read_text()
+
+
+def test_policies_are_told_apart_without_colour() -> None:
+    assert len(set(COLOURS)) == len(COLOURS) == len(set(DASHES)) == len(DASHES)
+
+
+def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        draw_attainment([row("slack", latencies_s=[None, None])], tmp_path / "out.png")
+
+
+def test_a_missing_matplotlib_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"plots need matplotlib.*hexgen-vllm\[plot\]"):
+        draw_attainment([row("slack")], tmp_path / "out.png")
