@@ -64,7 +64,6 @@ def _plugin() -> Finding:
 def _kernels() -> Finding:
     if util.find_spec("torch") is None:
         return Finding("kernels", "absent", "torch is not installed")
-    name = import_module("hexgen_vllm.kernels").describe()
     return Finding("kernels", "ok", import_module("hexgen_vllm.kernels").describe())
 
 
