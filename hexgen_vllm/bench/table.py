@@ -32,26 +32,24 @@ _FIGURES: Final = (
     ("P95", "p95_s"),
     ("TTFT P95", "ttft_p95_s"),
 )
+_LEGEND: Final = "times in seconds; - is no value, or a deadline that too few meet at any length"
 
 
 def render(rows: Sequence[Row]) -> str:
-    """Return one line for each run and, where a policy ran more than once, one for its mean.
-
-    ``-`` stands for no value and for a deadline that too few workflows meet at any length.
-    """
+    """Return one line for each run and, where a policy ran more than once, one for its mean."""
     heads = [name for name, _ in _COLUMNS]
     parts = [aligned(heads, [[cell(row) for _, cell in _COLUMNS] for row in rows])]
     if len({(row["policy"], row["rate"]) for row in rows}) < len(rows):
         parts.append(_means(rows))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _LEGEND])
 
 
 def seconds(value: float | None) -> str:
-    """Return seconds with three digits or so."""
+    """Return seconds with about three digits, ``-`` for ``None``."""
     if value is None:
         return "-"
     digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:.{digits}f} s"
+    return f"{value:.{digits}f}"
 
 
 def aligned(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -71,7 +69,7 @@ def _means(rows: Sequence[Row]) -> str:
     groups: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["policy"], row["rate"]), []).append(row)
-    heads = ["mean (least to most)", "rate/s", "runs", "on time", *(name for name, _ in _FIGURES)]
+    heads = ["mean [least, most]", "rate/s", "runs", "on time", *(name for name, _ in _FIGURES)]
     lines = [
         [
             policy,
@@ -90,4 +88,4 @@ def _range(values: Sequence[float | None], shown: Callable[[float], str]) -> str
     if len(known) < len(values):
         return "-"
     found = spread(known)
-    return f"{shown(found.mean)} ({shown(found.least)} to {shown(found.most)})"
+    return f"{shown(found.mean)} [{shown(found.least)}, {shown(found.most)}]"

@@ -39,11 +39,11 @@ def row(policy: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
     ("value", "text"),
     [
         (None, "-"),
-        (0.01234, "0.012 s"),
-        (1.234, "1.23 s"),
-        (12.34, "12.3 s"),
-        (123.4, "123 s"),
-        (0, "0.000 s"),
+        (0.01234, "0.012"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (123.4, "123"),
+        (0, "0.000"),
     ],
 )
 def test_seconds(value: float | None, text: str) -> None:
@@ -60,11 +60,11 @@ def test_columns_are_aligned() -> None:
 
 
 def test_a_table_has_a_line_for_each_run() -> None:
-    lines = render([row("slack"), row("round_robin+fcfs")]).split("\n")
+    lines = render([row("slack"), row("round_robin+fcfs")]).split("\n\n")[0].split("\n")
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
     assert " ".join(lines[2].split()) == (
-        "slack 0 0.5 4 3 (75.0%) 12.0 s - 2.00 s 12.3 s 123 s 0.012 s - 1 0"
+        "slack 0 0.5 4 3 (75.0%) 12.0 - 2.00 12.3 123 0.012 - 1 0"
     )
 
 
@@ -76,17 +76,17 @@ def test_several_runs_of_a_policy_get_a_mean_with_their_range() -> None:
         row("hexgen", 2),
     ]
     table = render(rows).split("\n\n")
-    assert len(table) == 2
+    assert len(table) == 3
     lines = table[1].split("\n")
-    assert "87.5% (75.0% to 100.0%)" in lines[2]
-    assert "15.0 s (10.0 s to 20.0 s)" in lines[2]
+    assert "87.5% [75.0%, 100.0%]" in lines[2]
+    assert "15.0 [10.0, 20.0]" in lines[2]
     assert lines[2].split()[:3] == ["slack", "0.5", "2"]
 
 
 def test_a_mean_that_one_run_lacks_is_not_made_up() -> None:
     rows = [row("slack", 1, p50_s=None), row("slack", 2)]
     mean = render(rows).split("\n\n")[1].split("\n")[2]
-    assert "2.00 s" not in mean
+    assert "2.00" not in mean
 
 
 def test_a_plot_is_written_where_asked(tmp_path: Path) -> None:
