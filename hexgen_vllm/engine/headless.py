@@ -149,15 +149,21 @@ def make_request(
     max_tokens: int,
     hasher: Callable[[Request], list[Any]] | None,
     *,
-    extra_args: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Request:
-    """Return a greedy request that writes ``max_tokens`` tokens unless ``changes`` say more."""
+    """Return a greedy request that writes ``max_tokens`` tokens.
+
+    Args:
+        request_id: its id.
+        prompt: its token ids.
+        max_tokens: length of its output.
+        hasher: as :func:`block_hasher` returns it.
+        sampling: more for its ``SamplingParams``.
+        changes: more for the ``Request`` itself.
+    """
     params = SamplingParams(
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        temperature=0.0,
-        extra_args=dict(extra_args) if extra_args else None,
+        max_tokens=max_tokens, ignore_eos=True, temperature=0.0, **(sampling or {})
     )
     params.update_from_generation_config({}, 1)
     return Request(

@@ -9,8 +9,8 @@ greedy tokens are those of stock vLLM. ``--scheduling-policy`` stays ``fcfs``: t
 chunks are in the batch and there are blocks enough for the step: then decodes go before chunks,
 because a long chunk takes the whole token budget and a decode next to it costs almost nothing.
 
-Keys change on new information only. A running call is re-keyed about every 64 steps, a few in
-each step; when the fitted step cost has moved, waiting calls are re-keyed a few hundred a step.
+Keys change on new information only. A running call is re-keyed about every 64 steps, a few calls
+in each step; when the fitted step cost has moved, so are the waiting ones, a few dozen in a step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hexgen_vllm.errors import ConfigError
 _KEY: Final = attrgetter("hexgen.key_s")
 _IS_CHUNK: Final = attrgetter("is_prefill_chunk")
 _REKEY_EVERY_STEPS: Final = 64
-_REKEY_WAITING: Final = 256
+_REKEY_WAITING: Final = 64
 _REFIT_EVERY_STEPS: Final = 32
 _RATES_MOVED: Final = 0.1
 _ENDED: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
