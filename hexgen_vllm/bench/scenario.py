@@ -6,7 +6,7 @@ import math
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hexgen_vllm.bench.load import HINTS
@@ -29,14 +29,14 @@ class LiveConfig:
         url: base URL of the endpoint, without ``/v1``.
         policy: name of what is measured, for tables and plots.
         seed: seed of workload and arrivals.
-        run_id: salt of this run's private tokens; random by default, so that no run finds
-            another's prompts in a prefix cache.
+        run_id: sets this run's private prompt tokens apart. Random by default, so that no run
+            finds another's prompts in a prefix cache; the same id repeats a run token for token.
     """
 
     url: str = "http://127.0.0.1:8000"
     policy: str = "unnamed"
     seed: int = 0
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    run_id: str = option("", "salt of private prompt tokens; empty is a random one")
     workload: str = option(
         "text2sql", "generated workload; a trace replaces it", choices=("text2sql",)
     )
@@ -73,6 +73,7 @@ class LiveConfig:
         check(self)
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"url must start with http:// or https://, not {self.url!r}.")
+        object.__setattr__(self, "run_id", self.run_id or uuid.uuid4().hex[:12])
         object.__setattr__(self, "url", self.url.rstrip("/").removesuffix("/v1"))
 
     def specs(self) -> tuple[WorkflowSpec, ...]:

@@ -65,7 +65,7 @@ async def test_failed_workflows_count_as_errors(server: FakeServer) -> None:
 
 async def test_lost_workflows_are_counted(server: FakeServer) -> None:
     server.faults.append(Fault("hang"))
-    row = (await run(LiveConfig(server.url, "p", drain_s=0.5, **SMALL))).row()
+    row = (await run(LiveConfig(server.url, "p", drain_s=3.0, **SMALL))).row()
     assert (row["lost"], row["errors"]) == (1, 0)
 
 
@@ -75,6 +75,17 @@ async def test_seeds_get_workloads_and_prompts_of_their_own(server: FakeServer) 
     assert len({result.config.run_id for result in results}) == 2
     first, second = (result.row()["arrivals_s"] for result in results)
     assert first != second
+
+
+async def test_the_same_run_id_repeats_every_prompt(server: FakeServer) -> None:
+    for _ in range(2):
+        await run(LiveConfig(server.url, "p", run_id="again", **SMALL))
+    prompts = [json.dumps(json.loads(request.body)["prompt"]) for request in server.received]
+    half = len(prompts) // 2
+    assert sorted(prompts[:half]) == sorted(prompts[half:])
+    await run(LiveConfig(server.url, "p", run_id="other", **SMALL))
+    other = {json.dumps(json.loads(r.body)["prompt"]) for r in server.received[2 * half :]}
+    assert not {p for p in other & set(prompts) if len(p) > 200}
 
 
 async def test_calls_longer_than_the_context_are_refused_before_the_start(

@@ -138,7 +138,7 @@ async def test_what_is_open_after_the_drain_is_lost() -> None:
             await asyncio.Event().wait()
         return await answer(workflow_id, one)
 
-    load = Load(Sender(hanging), ManualClock(), 10.0, drain_s=0.05)
+    load = Load(Sender(hanging), ManualClock(), 10.0, drain_s=0.5)
     flows = [WorkflowSpec(name, "t", FLOW.stages) for name in ("fine", "stuck")]
     fine, stuck = await load.play(flows)
     assert not fine.lost
