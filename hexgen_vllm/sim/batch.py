@@ -1,0 +1,286 @@
+"""Who computes what in the next step of a simulated engine: vLLM V1's scheduling, without time.
+
+Running calls first, in order, each with its tokens out of the step's budget and its blocks out of
+the pool; the last of them is preempted when blocks run out. Then, if nobody was preempted,
+waiting calls while budget, slots and blocks last, each with what the prefix cache has of it, and
+only if its whole prompt fits. Order and displacement are the live scheduler's policies.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Final, NamedTuple
+
+from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.sim.decodes import DecodeClock
+from hexgen_vllm.sim.displacing import Displacer
+from hexgen_vllm.sim.model import EngineModel
+from hexgen_vllm.sim.prefix_cache import BlockPool
+from hexgen_vllm.sim.pricing import Pricing
+from hexgen_vllm.sim.queues import ArrivalQueue, KeyQueue, WaitingQueue
+from hexgen_vllm.sim.sequence import Sequence
+
+_KEY: Final = attrgetter("key_s")
+
+
+class Plan(NamedTuple):
+    """The next step: whether there is one, and whether the one after it will be different."""
+
+    runs: bool
+    single: bool
+
+
+class Batch:
+    """The calls of one engine.
+
+    Attributes:
+        model: what the engine is.
+        options: order and displacement.
+        running: the batch, in vLLM's order.
+        prefilling: those of it that do not decode yet.
+        waiting: calls not in the batch.
+        pool: KV blocks.
+        clock: decoding calls.
+        pricing: keys.
+        chunks: calls that compute prompt tokens in the present step.
+        missed: decoding calls that get no token in it.
+        restored: tokens whose KV comes back from the host in it.
+        preemptions: preemptions so far.
+        displacer: makes room for urgent calls; ``None`` in a stock engine.
+
+    Args:
+        model: what the engine is.
+        options: order and displacement.
+        stock: stock vLLM: ``fcfs``, or for any other order ``priority``; never displaces.
+    """
+
+    def __init__(self, model: EngineModel, options: EngineOptions, *, stock: bool = False) -> None:
+        self.model, self.options, self._stock = model, options, stock
+        self._by_arrival = stock and options.order == "fcfs"
+        self.running: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.waiting: WaitingQueue = ArrivalQueue() if self._by_arrival else KeyQueue()
+        self.pool = BlockPool(model.blocks, caching=model.prefix_caching)
+        self.clock = DecodeClock(model.block_size)
+        self.pricing = Pricing(options, model.cost, model.max_num_batched_tokens)
+        self.chunks: list[Sequence] = []
+        self.missed: list[Sequence] = []
+        self.restored = 0
+        self.preemptions = 0
+        self.watermark_blocks = int(model.watermark * model.blocks)
+        self.displacer = None if stock else Displacer(self)
+        self._admitted = 0
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        """Queue a call."""
+        sequence.arrived_s = now
+        self.pricing.price(sequence, sequence.tokens, 0)
+        self.waiting.push(sequence)
+
+    def schedule(self, now: float) -> Plan:
+        """Decide what the next step computes."""
+        held = self.displacer.displace(now) if self.displacer is not None else []
+        self.chunks, self.missed, self.restored = [], [], 0
+        budget, preempted = self._schedule_running()
+        if not preempted and budget > 0 and self.waiting:
+            self._schedule_waiting(budget)
+        for sequence in held:
+            self.waiting.push_back(sequence)
+        chunks = bool(self.chunks)
+        runs = chunks or self.clock.size > len(self.missed)
+        return Plan(runs, chunks or preempted or bool(held) or bool(self.missed))
+
+    def end(self, steps: int, now: float) -> tuple[list[Sequence], list[Sequence]]:
+        """Account for ``steps`` steps that ended; return calls that started and that finished."""
+        clock = self.clock
+        started: list[Sequence] = []
+        if steps > 1:
+            self.pool.take(clock.blocks(1, steps - 1))
+        clock.advance(steps)
+        for sequence in self.missed:
+            clock.missed(sequence)
+        finished = []
+        for sequence in self.chunks:
+            sequence.computed += sequence.chunk
+            if sequence.computed == sequence.tokens:
+                self._end_prefill(sequence, now, started)
+                if not sequence.decoding:
+                    finished.append(sequence)
+        finished.extend(clock.ended())
+        for sequence in finished:
+            self._remove(sequence)
+        return started, finished
+
+    # Running calls
+
+    def _schedule_running(self) -> tuple[int, bool]:
+        """Give running calls their tokens; return the budget left and whether any was preempted."""
+        clock, pool, budget = self.clock, self.pool, self.model.max_num_batched_tokens
+        if not self.prefilling:
+            blocks = clock.blocks(0, 1)
+            if clock.size <= budget and blocks <= pool.free:
+                pool.take(blocks)
+                return budget - clock.size, False
+        elif pool.free >= len(self.running) + budget // self.model.block_size + 1:
+            pool.take(clock.blocks(0, 1))
+            budget -= clock.size
+            for sequence in self._in_order(self.prefilling):
+                budget -= self._give_chunk(sequence, budget)
+            return budget, False
+        return self._schedule_tightly(budget)
+
+    def _in_order(self, calls: list[Sequence]) -> list[Sequence]:
+        if self._stock or len(calls) < 2:
+            return calls
+        self.reprice()
+        return sorted(calls, key=_KEY)
+
+    def _schedule_tightly(self, budget: int) -> tuple[int, bool]:
+        """Give tokens call by call, preempting from the end when blocks run out."""
+        if not self._stock:
+            self.reprice()
+            self.running.sort(key=_KEY)
+        served: list[Sequence] = []
+        given: dict[int, int] = {}
+        before = self.preemptions
+        while len(served) < len(self.running) and budget > 0:
+            sequence = self.running[len(served)]
+            budget += self._make_room(sequence, budget, served, given)
+            if sequence not in self.running:
+                break
+            given[id(sequence)] = tokens = self._serve(sequence, budget)
+            budget -= tokens
+            served.append(sequence)
+        self.missed = [s for s in self.running if s.decoding and id(s) not in given]
+        return budget, self.preemptions > before
+
+    def _make_room(
+        self, sequence: Sequence, budget: int, served: list[Sequence], given: dict[int, int]
+    ) -> int:
+        """Preempt until ``sequence`` has its blocks, itself at last; return tokens given back."""
+        back = 0
+        while self._blocks_for(sequence, budget) > self.pool.free:
+            victim = self._last()
+            if victim in served:
+                served.remove(victim)
+                back += given.pop(id(victim))
+                if victim.decoding:  # it has the block of this step already
+                    size, tokens = self.model.block_size, self.clock.tokens(victim)
+                    victim.holding.blocks = -(-tokens // size)
+            self._evict(victim)
+            self.waiting.push_back(victim)
+            if victim is sequence:
+                break
+        return back
+
+    def _last(self) -> Sequence:
+        """Return the running call that gives way first."""
+        if self._stock and not self._by_arrival:
+            return max(self.running, key=lambda s: (s.key_s, s.arrived_s))
+        return self.running[-1]
+
+    def _blocks_for(self, sequence: Sequence, budget: int) -> int:
+        size = self.model.block_size
+        if sequence.decoding:
+            return int((self.clock.tokens(sequence) - 1) % size == 0)
+        end = min(sequence.computed + budget, sequence.tokens)
+        return -(-end // size) - sequence.holding.blocks
+
+    def _serve(self, sequence: Sequence, budget: int) -> int:
+        if sequence.decoding:
+            self.pool.take(self._blocks_for(sequence, budget))
+            return 1
+        return self._give_chunk(sequence, budget)
+
+    def _give_chunk(self, sequence: Sequence, budget: int) -> int:
+        sequence.chunk = chunk = min(sequence.tokens - sequence.computed, budget)
+        if chunk:
+            size, end = self.model.block_size, sequence.computed + chunk
+            self.pool.grow(sequence.holding, -(-end // size))
+            self.pool.register(sequence.holding, end // size)
+            self.chunks.append(sequence)
+        return chunk
+
+    def reprice(self) -> None:
+        """Set the keys of the batch to what is left of each call."""
+        clock, price = self.clock, self.pricing.price
+        for sequence in self.running:
+            tokens = clock.tokens(sequence)
+            price(sequence, tokens, tokens - 1 if sequence.decoding else sequence.computed)
+
+    # Calls come and go
+
+    def _schedule_waiting(self, budget: int) -> None:
+        """Admit waiting calls while there is budget, a slot, and room for their whole prompt."""
+        waiting, size, pool = self.waiting, self.model.block_size, self.pool
+        while budget > 0 and waiting and len(self.running) < self.model.max_num_seqs:
+            sequence = waiting.peek()
+            hit = pool.lookup(sequence.holding.chain, (sequence.tokens - 1) // size)
+            needed = -(-sequence.tokens // size) - hit.blocks + hit.idle
+            if needed + (self.watermark_blocks if self.running else 0) > pool.free:
+                return
+            waiting.pop()
+            pool.adopt(sequence.holding, hit.blocks)
+            self._admitted += 1
+            sequence.number = self._admitted
+            self._restore(sequence, hit.blocks * size)
+            self.running.append(sequence)
+            self.prefilling.append(sequence)
+            budget -= self._give_chunk(sequence, budget)
+
+    def _restore(self, sequence: Sequence, cached: int) -> None:
+        """Note what of an admitted call's KV is there, from the cache or the host."""
+        if sequence.cached_tokens < 0:
+            sequence.cached_tokens = cached
+            self.pricing.admitted(sequence.prompt_tokens, cached)
+        sequence.computed = max(cached, min(sequence.saved_tokens, sequence.tokens - 1))
+        sequence.saved_tokens = 0
+        self.restored += sequence.computed - cached
+
+    def displace(self, sequence: Sequence) -> None:
+        """Take a running call out for a more urgent one; it is not queued yet."""
+        sequence.displacements += 1
+        self._evict(sequence)
+
+    def _evict(self, sequence: Sequence) -> None:
+        """Preempt a running call; what it computed is dropped or goes to the host."""
+        size, holding, started = self.model.block_size, sequence.holding, 0
+        self.running.remove(sequence)
+        if sequence in self.chunks:  # vLLM has given its blocks their hashes already
+            self.chunks.remove(sequence)
+            started = sequence.chunk
+        if sequence.decoding:
+            self.clock.leave(sequence)
+            holding.blocks = max(holding.blocks, -(-sequence.computed // size))
+        else:
+            self.prefilling.remove(sequence)
+        if self.model.kv_copy_tokens_per_s is not None:
+            sequence.saved_tokens = sequence.computed
+        self.pool.drop_keeping(holding, (sequence.computed + started) // size)
+        sequence.computed = 0
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.pricing.price(sequence, sequence.tokens, 0)
+
+    def _end_prefill(self, sequence: Sequence, now: float, started: list[Sequence]) -> None:
+        self.prefilling.remove(sequence)
+        sequence.tokens += 1
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now
+            started.append(sequence)
+        if sequence.tokens < sequence.total_tokens:
+            self.clock.join(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        size, computed = self.model.block_size, sequence.total_tokens - 1
+        self.running.remove(sequence)
+        sequence.holding.blocks = -(-computed // size)
+        self.pool.drop(sequence.holding, computed // size)
+
+    def rekey_waiting(self) -> None:
+        """Price what waits at the rates in force."""
+        if self._by_arrival:
+            return
+        for sequence in self.waiting.unordered():
+            self.pricing.price(sequence, sequence.tokens, 0)
+            self.waiting.rekey(sequence)

@@ -1,0 +1,121 @@
+"""``hexgen-vllm sim``: plays a scenario in virtual time and compares policies."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hexgen_vllm.bench import results as files
+from hexgen_vllm.bench.plot import draw_attainment, require_matplotlib
+from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.sim.policies import NAMES, named
+from hexgen_vllm.sim.results import Row, row, simulate
+from hexgen_vllm.sim.scenario import Run, Scenario
+from hexgen_vllm.sim.scenario_file import load
+from hexgen_vllm.sim.table import describe, render
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``hexgen-vllm sim``."""
+    add = parser.add_argument
+    add("scenario", type=Path, metavar="SCENARIO.yaml", help="what to play")
+    add("--trace", type=Path, metavar="FILE", help="draw workflows from this trace instead")
+    add("--policy", nargs="+", metavar="NAME", dest="policies", help=f"of {', '.join(NAMES)}")
+    add("--seed", nargs="+", type=int, dest="seeds", help="one run each")
+    add("--load", nargs="+", type=float, dest="loads", help="rates as shares of λ*")
+    add("--rate", nargs="+", type=float, dest="rates", help="rates, workflows/s")
+    add("--workflows", type=int, help="workflows that count")
+    add("--json", type=Path, metavar="OUT", help="write results here")
+    add("--plot", type=Path, metavar="OUT.png", help="draw attainment here")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        ConfigError: an option or a file cannot be used.
+    """
+    scenario = _changed(load(args.scenario), args)
+    for path in (args.json, args.plot):
+        files.check_writable(path)
+    if args.plot:
+        require_matplotlib()
+    rows = play(scenario, _progress_line)
+    print(render(rows))
+    if args.json:
+        files.write(args.json, rows)
+    if args.plot:
+        draw_attainment(rows, args.plot)
+    return 0
+
+
+def play(scenario: Scenario, progress: Callable[[Run, int, int], None] | None = None) -> list[Row]:
+    """Play all runs of a scenario.
+
+    Args:
+        scenario: what to play.
+        progress: called with the run, the number of the run and their count, before each.
+    """
+    bounds = scenario.limits()
+    base_s = scenario.base_s(bounds)
+    print(describe(bounds, scenario.deadline.scale * base_s, base_s), end="\n\n")
+    runs = scenario.runs(bounds.rate_per_s)
+    rows = []
+    for index, run in enumerate(runs):
+        if progress is not None:
+            progress(run, index, len(runs))
+        rows.append(row(scenario, run, bounds, simulate(scenario, run, bounds)))
+    return rows
+
+
+def _changed(scenario: Scenario, args: argparse.Namespace) -> Scenario:
+    """Return ``scenario`` with what the command line says otherwise."""
+    workload = scenario.workload
+    if args.trace is not None:
+        workload = replace(workload, trace=str(args.trace))
+    if args.workflows is not None:
+        workload = replace(workload, workflows=args.workflows)
+    scenario = replace(scenario, workload=workload)
+    if args.loads or args.rates:
+        arrivals = replace(
+            scenario.arrivals,
+            loads=tuple(args.loads or ()),
+            rates=tuple(args.rates or ()),
+            times_s=(),
+        )
+        scenario = replace(scenario, arrivals=arrivals)
+    if args.policies:
+        known = {policy.name: policy for policy in scenario.policies}
+        chosen = tuple(known.get(name) or named(name) for name in args.policies)
+        scenario = replace(scenario, policies=chosen)
+    if args.seeds:
+        if min(args.seeds) < 0:
+            raise ConfigError("--seed must be 0 or more.")
+        scenario = replace(scenario, seeds=tuple(dict.fromkeys(args.seeds)))
+    return scenario
+
+
+def _progress_line(run: Run, index: int, count: int) -> None:
+    text = f"{index + 1}/{count}: {run.policy.name} at load {run.load:.2f}, seed {run.seed}"
+    if sys.stderr.isatty():
+        end = "\n" if index + 1 == count else ""
+        print(f"\r\x1b[K{text}", end=end, file=sys.stderr, flush=True)
+    elif index * 10 // count > (index - 1) * 10 // count:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="hexgen-vllm sim")
+    add_arguments(parser)
+    try:
+        return main(parser.parse_args(argv))
+    except HexgenError as error:
+        print(f"hexgen-vllm sim: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

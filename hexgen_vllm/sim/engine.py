@@ -1,0 +1,188 @@
+"""A vLLM V1 engine in virtual time: :class:`Batch` decides what steps compute, this when.
+
+Steps in which nothing changes but the length of every call are not simulated one by one: such a
+stretch lasts until the first call ends, blocks run short, a waiting call may turn urgent, or a
+new call comes. Cutting a stretch short changes nothing, so it is cut freely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final, Protocol
+
+from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.errors import HexgenError
+from hexgen_vllm.sim.batch import Batch
+from hexgen_vllm.sim.model import EngineModel
+from hexgen_vllm.sim.sequence import Sequence
+from hexgen_vllm.types import EngineReport
+
+_NEVER: Final = math.inf
+
+
+class StepObserver(Protocol):
+    """Sees every stretch of equal steps, for timelines and comparisons."""
+
+    def stepped(self, engine: Engine, start_s: float, steps: int) -> None:
+        """Note that ``engine`` ran ``steps`` steps from ``start_s`` to now."""
+
+
+class Engine:
+    """One engine.
+
+    A driver submits calls, and calls :meth:`step_ended` at :attr:`end_s`, which both may move.
+
+    Attributes:
+        model: what it is.
+        batch: its calls.
+        end_s: when its present steps end; ``inf`` while it is idle.
+        steps: equal steps that end then; 0 while it is idle.
+
+    Args:
+        model: what it is.
+        options: order and displacement.
+        stock: stock vLLM: ``fcfs``, or for any other order ``priority``; never displaces.
+        observer: sees every step.
+    """
+
+    def __init__(
+        self,
+        model: EngineModel,
+        options: EngineOptions,
+        *,
+        stock: bool = False,
+        observer: StepObserver | None = None,
+    ) -> None:
+        self.model, self._stock, self._observer = model, stock, observer
+        self.batch = Batch(model, options, stock=stock)
+        self.end_s = _NEVER
+        self.steps = 0
+        self._start_s = 0.0
+        self._first_s = self._slope_s = 0.0  # a step without prefill, and its growth each step
+        self._prefill_s = 0.0
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Return whether the KV cache can hold the whole call; vLLM refuses others."""
+        return -(-sequence.total_tokens // self.model.block_size) <= self.model.blocks
+
+    def submit(self, sequence: Sequence, now: float) -> None:
+        """Take in a call that reaches the engine now; it must fit."""
+        self.batch.add(sequence, now)
+        if not self.steps:
+            self._begin(now)
+        elif self.steps > 1 and self._may_matter(sequence):
+            self.steps = self._steps_by(now)
+            self.end_s = self._start_s + self._took_s(self.steps)
+
+    def step_ended(self, now: float) -> tuple[list[Sequence], list[Sequence]]:
+        """End the present steps and begin the next.
+
+        Returns:
+            Calls whose first token came with the last step, and calls that ended with it.
+        """
+        batch, steps = self.batch, self.steps
+        if self._observer is not None:
+            self._observer.stepped(self, self._start_s, steps)
+        if batch.pricing.stepped(steps, now - self._start_s, self._prefill_s):
+            batch.rekey_waiting()
+        ended = batch.end(steps, now)
+        self._begin(now)
+        return ended
+
+    def report(self) -> EngineReport:
+        """Return the engine's telemetry as of the end of its last steps."""
+        batch, ours = self.batch, not self._stock
+        return EngineReport(
+            cost=self.model.cost if ours else None,
+            fit_error=0.0 if ours else None,
+            running=len(batch.running),
+            waiting=len(batch.waiting),
+            kv_usage=batch.pool.usage(),
+            preemptions=batch.preemptions,
+            prefill_share=batch.pricing.prefill_share if ours else None,
+        )
+
+    def written(self, now: float) -> Iterator[tuple[Sequence, int]]:
+        """Yield every decoding call and the output tokens it has at ``now``."""
+        if not self.steps:
+            return
+        clock = self.batch.clock
+        clock_now = clock.steps + self._steps_by(now) - 1
+        for sequence in self.batch.running:
+            if sequence.decoding:
+                yield sequence, sequence.base + clock_now - sequence.prompt_tokens
+
+    def _begin(self, now: float) -> None:
+        """Schedule the next step, and as many equal ones as can be told."""
+        batch = self.batch
+        self.steps, self.end_s = 0, _NEVER
+        if not (batch.running or batch.waiting):
+            return
+        plan = batch.schedule(now)
+        while not plan.runs:
+            if not batch.waiting:
+                return
+            if not plan.single:
+                raise HexgenError(f"engine {self.model.engine_id} cannot go on")
+            plan = batch.schedule(now)
+        self._launch(now)
+        self.steps = 1 if plan.single else self._stretch(now)
+        self.end_s = now + self._took_s(self.steps)
+        if not self.end_s > now:
+            raise HexgenError(f"a step of engine {self.model.engine_id} takes no time")
+
+    def _launch(self, now: float) -> None:
+        """Set what the next step takes."""
+        batch, cost = self.batch, self.model.cost
+        size, context = batch.clock.size, batch.clock.context
+        if batch.missed:
+            size -= len(batch.missed)
+            context -= sum(batch.clock.tokens(s) for s in batch.missed)
+        self._start_s = now
+        self._first_s = cost.c0 + cost.c1 * size + cost.c2 * context
+        self._slope_s = cost.c2 * size
+        self._prefill_s = 0.0
+        if batch.chunks:
+            tokens = area = 0.0
+            for sequence in batch.chunks:
+                chunk = sequence.chunk
+                tokens += chunk
+                area += chunk * (sequence.computed + chunk / 2)
+            self._prefill_s = cost.p0 + cost.p1 * tokens + cost.p2 * area
+        if batch.restored and self.model.kv_copy_tokens_per_s is not None:
+            self._prefill_s += batch.restored / self.model.kv_copy_tokens_per_s
+
+    def _stretch(self, now: float) -> int:
+        """Return how many steps will be as this one."""
+        batch, clock = self.batch, self.batch.clock
+        steps = clock.steps_to_end()
+        if steps > 1:
+            steps = 1 + clock.steps_within(batch.pool.free, 1, steps - 1)
+        if steps > 1 and batch.waiting and batch.displacer is not None:
+            again_s = batch.displacer.look_again_s(now)
+            if again_s < _NEVER:
+                self.steps = steps
+                steps = self._steps_by(again_s)
+        return steps
+
+    def _took_s(self, steps: int) -> float:
+        growth_s = self._slope_s * (steps * (steps - 1) / 2)
+        return steps * self._first_s + growth_s + self._prefill_s
+
+    def _steps_by(self, moment_s: float) -> int:
+        """Return how many of the present steps have begun by ``moment_s``, at least 1."""
+        if self.steps == 1:
+            return 1
+        elapsed = moment_s - self._start_s
+        a, b = self._slope_s / 2, self._first_s - self._slope_s / 2
+        # a·n² + b·n = elapsed, in the form that is exact for small a
+        steps = 2 * elapsed / (b + math.sqrt(b * b + 4 * a * elapsed))
+        return max(1, min(math.floor(steps) + 1, self.steps))
+
+    def _may_matter(self, sequence: Sequence) -> bool:
+        """Return whether the next step could differ because of a call that just came."""
+        batch = self.batch
+        if len(batch.running) < self.model.max_num_seqs:
+            return len(batch.waiting) == 1 or batch.waiting.peek() is sequence
+        return batch.displacer is not None and batch.waiting.peek() is sequence

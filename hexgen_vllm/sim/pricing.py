@@ -1,0 +1,103 @@
+"""Keys of the calls in a simulated engine, and the rates they are priced at.
+
+The same formulas as in the live engine (:mod:`hexgen_vllm.policy.slack`,
+:mod:`hexgen_vllm.policy.service`). The live engine fits its step cost from its own steps; here it
+is known, as it is live after some hundred steps.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.service import ServiceRates, output_left
+from hexgen_vllm.policy.slack import hexgen_key, latest_start
+from hexgen_vllm.policy.urgency import background_key
+from hexgen_vllm.sim.sequence import Sequence
+from hexgen_vllm.types import StepCost
+
+_WEIGHT: Final = 0.05  # of the newest step in the usual step, as in the live telemetry
+_RATES_MOVED: Final = 0.1
+_REFIT_EVERY_STEPS: Final = 32
+_NO_LIMIT: Final = 1 << 30  # a request's max_tokens says nothing about how long it will be
+
+
+class Pricing:
+    """Prices calls by one order.
+
+    Attributes:
+        rates: the rates in force.
+        prefill_share: share of busy time spent on prefill, 0 to 1.
+
+    Args:
+        options: order and limits.
+        cost: the engine's step cost.
+        chunk: prompt tokens that one step computes at most.
+    """
+
+    def __init__(self, options: EngineOptions, cost: StepCost, chunk: int) -> None:
+        self._order, self._cost, self._chunk = options.order, cost, chunk
+        self._step_s = cost.step_s(1)
+        self._uncached = 1.0
+        self._steps = 0
+        self._checked = 0
+        self._busy_s = self._prefill_s = 0.0
+        self.rates = ServiceRates.seeds(options)
+
+    @property
+    def prefill_share(self) -> float | None:
+        """Share of recent busy time that prefill took; ``None`` before the first step."""
+        return self._prefill_s / self._busy_s if self._busy_s > 0 else None
+
+    def price(self, sequence: Sequence, tokens: int, computed: int) -> None:
+        """Set latest start and key of a call from what it still has to do.
+
+        Args:
+            sequence: the call.
+            tokens: its prompt and output tokens so far.
+            computed: how many of them have their KV.
+        """
+        done = tokens - sequence.prompt_tokens
+        left = output_left(sequence.expected_tokens, done, _NO_LIMIT)
+        service_s = self.rates.service_s(tokens - computed, left)
+        if sequence.background:
+            sequence.key_s = sequence.latest_start_s = background_key(service_s + sequence.tail_s)
+            return
+        start_s = latest_start(sequence.deadline_s, sequence.tail_s, service_s)
+        sequence.latest_start_s = start_s
+        sequence.key_s = start_s if self._order == "slack" else self._key(sequence)
+
+    def _key(self, sequence: Sequence) -> float:
+        if self._order == "edf":
+            return sequence.deadline_s
+        if self._order == "fcfs":
+            return sequence.arrived_s
+        whole_s = self.rates.service_s(sequence.prompt_tokens, sequence.expected_tokens)
+        return hexgen_key(sequence.arrived_s, sequence.deadline_s, sequence.tail_s, whole_s)
+
+    def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """Learn from the prefix hit of a call."""
+        self._uncached += _WEIGHT * (1.0 - cached_tokens / prompt_tokens - self._uncached)
+
+    def stepped(self, steps: int, seconds: float, prefill_s: float) -> bool:
+        """Learn from equal steps; return whether new rates are in force.
+
+        Args:
+            steps: how many.
+            seconds: what they took together.
+            prefill_s: of it, for prefill.
+        """
+        keep = (1.0 - _WEIGHT) ** steps
+        self._step_s += (1.0 - keep) * (seconds / steps - self._step_s)
+        decay = 0.99**steps
+        self._busy_s = decay * self._busy_s + seconds
+        self._prefill_s = decay * self._prefill_s + prefill_s
+        self._steps += steps
+        if self._steps - self._checked < _REFIT_EVERY_STEPS:
+            return False
+        self._checked = self._steps
+        rates = ServiceRates.fitted(self._cost, self._chunk, self._step_s, self._uncached)
+        if not rates.differs(self.rates, _RATES_MOVED):
+            return False
+        self.rates = rates
+        return True

@@ -1,0 +1,81 @@
+"""The waiting calls of a simulated engine: vLLM's own order, or ours by key."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from hexgen_vllm.policy.urgency import UrgencyHeap
+from hexgen_vllm.sim.sequence import Sequence
+
+
+class WaitingQueue(Protocol):
+    """What an engine asks of its queue."""
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a call that arrives."""
+
+    def push_back(self, sequence: Sequence) -> None:
+        """Add a call that lost its place in the batch."""
+
+    def peek(self) -> Sequence:
+        """Return the next call; the queue must not be empty."""
+
+    def pop(self) -> Sequence:
+        """Take out the next call; the queue must not be empty."""
+
+    def rekey(self, sequence: Sequence) -> None:
+        """Move a queued call to its present key."""
+
+    def unordered(self) -> list[Sequence]:
+        """Return what is queued, in no particular order."""
+
+    def __len__(self) -> int: ...
+
+
+class ArrivalQueue:
+    """Stock vLLM, ``fcfs``: in order of arrival, calls that lost their place in front."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Sequence] = deque()
+        self.push = self._queue.append
+        self.push_back = self._queue.appendleft
+        self.pop = self._queue.popleft
+
+    def peek(self) -> Sequence:
+        """Return the next call."""
+        return self._queue[0]
+
+    def rekey(self, sequence: Sequence) -> None:
+        """Do nothing: keys do not count."""
+
+    def unordered(self) -> list[Sequence]:
+        """Return what is queued."""
+        return list(self._queue)
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+
+class KeyQueue:
+    """By key, then arrival, over the live engine's own heap."""
+
+    def __init__(self) -> None:
+        self._heap: UrgencyHeap[Sequence] = UrgencyHeap()
+        self.peek, self.pop = self._heap.peek, self._heap.pop
+        self.unordered = self._heap.unordered
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a call."""
+        sequence.queued_start_s = sequence.latest_start_s
+        self._heap.push(sequence, sequence.key_s, sequence.arrived_s)
+
+    push_back = push
+
+    def rekey(self, sequence: Sequence) -> None:
+        """Move a queued call to its present key."""
+        sequence.queued_start_s = sequence.latest_start_s
+        self._heap.rekey(sequence, sequence.key_s)
+
+    def __len__(self) -> int:
+        return len(self._heap)

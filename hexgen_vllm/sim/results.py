@@ -1,0 +1,111 @@
+"""From the records of a simulation to figures, in the same words as live results."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
+from hexgen_vllm.metrics.summary import percentile, stage_figures, summarise
+from hexgen_vllm.sim.limits import Limits
+from hexgen_vllm.sim.scenario import Run, Scenario
+from hexgen_vllm.sim.simulator import Simulation
+from hexgen_vllm.sim.workload import WorkflowSpec
+
+Row = dict[str, Any]
+
+
+def simulate(
+    scenario: Scenario,
+    run: Run,
+    bounds: Limits,
+    specs: Sequence[WorkflowSpec] | None = None,
+    **observers: Any,
+) -> Simulation:
+    """Play one run to its end and return it.
+
+    Args:
+        scenario: what it belongs to.
+        run: which one.
+        bounds: of the scenario; give the base SLO.
+        specs: its workflows if they are known already.
+        observers: ``observer`` and ``progress`` of the simulation.
+    """
+    deadline_s = scenario.deadline.of(scenario.base_s(bounds))
+    simulation = Simulation(
+        scenario.fleet,
+        run.policy,
+        deadline_s,
+        scenario.simulation,
+        observer=observers.get("observer"),
+    )
+    simulation.run(scenario.specs(run) if specs is None else specs, observers.get("progress"))
+    return simulation
+
+
+def row(scenario: Scenario, run: Run, bounds: Limits, simulation: Simulation) -> Row:
+    """Return the result as one JSON object; ``null`` stands for no value and for never.
+
+    ``latencies_s`` and ``arrivals_s`` have one entry for each workflow, in order of arrival.
+    """
+    workflows, calls = counted(scenario, simulation)
+    base_s = scenario.base_s(bounds)
+    summary = summarise(
+        workflows, calls, policy=run.policy.name, seed=run.seed, rate=run.rate, base_s=base_s
+    )
+    horizon_s = percentile(bounds.horizons_s, 0.95)
+    errors = Counter(w.error for w in workflows if w.error is not None)
+    engines = Counter(c.engine for c in calls if c.engine is not None)
+    figures = {
+        **asdict(summary),
+        "load": run.load,
+        "deadline_s": scenario.deadline.scale * base_s,
+        "base_s": base_s,
+        "capacity_per_s": bounds.rate_per_s,
+        "cold_capacity_per_s": bounds.cold_rate_per_s,
+        "horizon_95_s": horizon_s,
+        "p95_over_horizon": summary.p95_s / horizon_s,
+        "cached_share": cached_share(simulation),
+        "preemptions": preemptions(simulation),
+        "workload": scenario.workload.trace or f"text2sql/{scenario.workload.retries}",
+        "burstiness": scenario.arrivals.burstiness,
+        "length_scale": scenario.workload.length_scale,
+        "warmup": scenario.workload.warmup,
+        "latencies_s": [w.latency_s for w in workflows],
+        "arrivals_s": [w.arrived_s for w in workflows],
+        "error_messages": dict(sorted(errors.items())),
+        "calls": {"stages": stage_figures(calls), "engines": dict(sorted(engines.items()))},
+    }
+    return {name: plain(value) for name, value in figures.items()}
+
+
+def counted(
+    scenario: Scenario, simulation: Simulation
+) -> tuple[list[WorkflowRecord], list[CallRecord]]:
+    """Return the records of workflows after the warm-up, in order of arrival."""
+    in_order = sorted(simulation.workflows, key=lambda w: (w.arrived_s, w.workflow_id))
+    workflows = in_order[scenario.workload.warmup :]
+    names = {w.workflow_id for w in workflows}
+    return workflows, [c for c in simulation.calls if c.workflow_id in names]
+
+
+def cached_share(simulation: Simulation) -> float:
+    """Return the share of prompt tokens that prefix caches served."""
+    return simulation.cached_tokens / max(simulation.prompt_tokens, 1)
+
+
+def preemptions(simulation: Simulation) -> int:
+    """Return the preemptions in all engines."""
+    return sum(engine.batch.preemptions for engine in simulation.engines.values())
+
+
+def plain(value: object) -> object:
+    """Return ``value`` with ``nan`` and ``inf``, which JSON lacks, as ``None``, and µs rounded."""
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,87 @@
+"""One call inside a simulated engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hexgen_vllm.sim.prefix_cache import Holding, Link
+from hexgen_vllm.types import Placement
+
+
+class Sequence:
+    """State of a call in an engine (mutable, owned by the engine until it is finished).
+
+    Moments are seconds of virtual time.
+
+    Attributes:
+        call_id: name, for decisions and traces.
+        tag: the driver's own reference; engines do not look at it.
+        prompt_tokens: prompt length.
+        total_tokens: prompt and output length together; where it ends.
+        deadline_s, tail_s, expected_tokens, background: what the router said of it.
+        arrived_s: when it reached the engine.
+        key_s: its place in the order; smaller is sooner.
+        latest_start_s: L, credited with progress.
+        queued_start_s: L when it last joined the queue.
+        tokens: prompt and output tokens so far; while it decodes, see ``base``.
+        computed: tokens whose KV is there; while it decodes, one less than its tokens.
+        base: while it decodes, its tokens are ``base`` plus the steps of the decode clock.
+        decoding: it is on the decode clock.
+        chunk: prompt tokens it computes in this step.
+        number: order of admission.
+        holding: its KV blocks.
+        displacements, preemptions: how often it lost its place, for urgency and in all.
+        saved_tokens: tokens whose KV was copied to the host when it was preempted.
+        cached_tokens: prompt tokens that the prefix cache served at its first admission.
+        first_token_s: when its first token came, ``None`` before.
+    """
+
+    __slots__ = (
+        "arrived_s",
+        "background",
+        "base",
+        "cached_tokens",
+        "call_id",
+        "chunk",
+        "computed",
+        "deadline_s",
+        "decoding",
+        "displacements",
+        "expected_tokens",
+        "first_token_s",
+        "holding",
+        "key_s",
+        "latest_start_s",
+        "number",
+        "preemptions",
+        "prompt_tokens",
+        "queued_start_s",
+        "saved_tokens",
+        "tag",
+        "tail_s",
+        "tokens",
+        "total_tokens",
+    )
+
+    def __init__(
+        self,
+        placement: Placement,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        chain: tuple[Link, ...] = (),
+        tag: Any = None,
+    ) -> None:
+        self.call_id, self.tag = placement.call_id, tag
+        self.prompt_tokens = self.tokens = prompt_tokens
+        self.total_tokens = prompt_tokens + output_tokens
+        self.deadline_s, self.tail_s = placement.deadline_s, placement.tail_s
+        self.expected_tokens = placement.expected_output_tokens
+        self.background = placement.background
+        self.arrived_s = self.key_s = self.latest_start_s = self.queued_start_s = 0.0
+        self.computed = self.base = self.chunk = self.number = 0
+        self.displacements = self.preemptions = self.saved_tokens = 0
+        self.decoding = False
+        self.cached_tokens = -1
+        self.first_token_s: float | None = None
+        self.holding = Holding(chain, [])

@@ -1,0 +1,331 @@
+"""Plays workflows on simulated engines behind the live router's state machine.
+
+The :class:`~hexgen_vllm.policy.coordinator.Coordinator` gets the same events as from the router:
+calls arrive, start, progress and finish, engines report; its decisions are carried out. What is
+left out is everything that takes no policy: HTTP, tokenizing, failures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from hexgen_vllm.config import check, option
+from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
+from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.sim.engine import Engine, StepObserver
+from hexgen_vllm.sim.loop import ARRIVAL, DELIVERY, STEP_END, TICK, EventLoop
+from hexgen_vllm.sim.model import EngineModel
+from hexgen_vllm.sim.policies import Policy
+from hexgen_vllm.sim.prompts import Span, chunk_hashes, links, spans
+from hexgen_vllm.sim.sequence import Sequence
+from hexgen_vllm.sim.truth import TruthShapes
+from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
+from hexgen_vllm.types import (
+    Call,
+    CallResult,
+    Decision,
+    EngineKind,
+    EngineSpec,
+    Placement,
+)
+
+
+@dataclass(frozen=True)
+class SimOptions:
+    """Options of the simulated service around the engines."""
+
+    router_latency_s: float = option(
+        0.005, "from a call's arrival at the router to the engine, seconds", least=0.0
+    )
+    report_interval_s: float = option(
+        0.5, "time between readings of engine telemetry and of progress, seconds", least=1e-3
+    )
+    prefix_chunk_tokens: int = option(
+        256, "tokens of a chunk by which the router knows prompts", least=1
+    )
+    record_calls: bool = option(True, "keep a record of every call")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(slots=True)
+class _Workflow:
+    """A workflow that has begun."""
+
+    spec: WorkflowSpec
+    deadline_s: float
+    group: int = -1
+    calls: int = 0
+    open_calls: int = 0
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A call between its arrival at the router and its end."""
+
+    workflow: _Workflow
+    spec: CallSpec
+    prompt: tuple[Span, ...]
+    sent_s: float
+    engine: Engine | None = None
+
+
+class Simulation:
+    """One run: one policy, one fleet, one workload.
+
+    Attributes:
+        coordinator: the router's state machine.
+        engines: by name.
+        workflows, calls: records of what has ended, in order of ending.
+        prompt_tokens, cached_tokens: of answered calls, and of them out of prefix caches.
+        events: events run.
+
+    Args:
+        models: the fleet.
+        policy: what is measured.
+        deadline_s: seconds that a workflow has from its arrival.
+        options: the service around the engines.
+        observer: sees every engine step.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[EngineModel],
+        policy: Policy,
+        deadline_s: Callable[[WorkflowSpec], float],
+        options: SimOptions | None = None,
+        *,
+        observer: StepObserver | None = None,
+    ) -> None:
+        self._options, self._policy, self._deadline_s = options or SimOptions(), policy, deadline_s
+        self._loop = EventLoop()
+        self._truth = TruthShapes() if policy.oracle else None
+        self.coordinator = Coordinator(policy.dispatch, self._truth)
+        stock = policy.kind is not EngineKind.HEXGEN
+        self.engines = {
+            m.engine_id: Engine(m, policy.engine, stock=stock, observer=observer) for m in models
+        }
+        self.workflows: list[WorkflowRecord] = []
+        self.calls: list[CallRecord] = []
+        self.prompt_tokens = self.cached_tokens = 0
+        self._pending: dict[str, _Pending] = {}
+        self._source: Iterator[WorkflowSpec] = iter(())
+        self._progress: Callable[[int], None] | None = None
+        self._open = 0
+        self._more = False
+
+    @property
+    def events(self) -> int:
+        """Events run so far."""
+        return self._loop.events
+
+    @property
+    def now(self) -> float:
+        """The present moment."""
+        return self._loop.now
+
+    def run(
+        self, workflows: Iterable[WorkflowSpec], progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Play ``workflows``, which are in order of arrival, until the last one has ended.
+
+        Args:
+            workflows: may be a generator; each is taken when the one before has arrived.
+            progress: called with the number of workflows that have ended, each time one does.
+        """
+        self._progress = progress
+        self._source = iter(workflows)
+        for engine in self.engines.values():
+            self._carry_out(self.coordinator.engine_joined(self._spec(engine.model), 0.0), 0.0)
+            self.coordinator.engine_reported(engine.model.engine_id, engine.report())
+        self._expect_next()
+        self._loop.at(self._options.report_interval_s, TICK, self._tick)
+        self._loop.run()
+
+    def _spec(self, model: EngineModel) -> EngineSpec:
+        return EngineSpec(
+            model.engine_id,
+            kind=self._policy.kind,
+            max_num_seqs=model.max_num_seqs,
+            kv_tokens=model.kv_tokens,
+        )
+
+    # Workflows
+
+    def _expect_next(self) -> None:
+        spec = next(self._source, None)
+        self._more = spec is not None
+        if spec is not None:
+            self._loop.at(spec.arrival_s, ARRIVAL, self._arrive, spec)
+
+    def _arrive(self, now: float, spec: WorkflowSpec) -> None:
+        self._expect_next()
+        self._open += 1
+        if self._truth is not None:
+            self._truth.reveal(spec)
+        self._next_group(_Workflow(spec, now + self._deadline_s(spec)), now)
+
+    def _next_group(self, workflow: _Workflow, now: float) -> None:
+        workflow.group += 1
+        if workflow.group == len(workflow.spec.stages) or workflow.error is not None:
+            self._end_workflow(workflow, now)
+            return
+        group = workflow.spec.stages[workflow.group]
+        workflow.open_calls = len(group)
+        for call in group:
+            self._send(workflow, call, now)
+
+    def _end_workflow(self, workflow: _Workflow, now: float) -> None:
+        spec = workflow.spec
+        self.coordinator.workflow_finished(spec.workflow_id)
+        if self._truth is not None:
+            self._truth.forget(spec.workflow_id)
+        self._open -= 1
+        self.workflows.append(
+            WorkflowRecord(
+                workflow_id=spec.workflow_id,
+                arrived_s=spec.arrival_s,
+                deadline_s=workflow.deadline_s - spec.arrival_s,
+                latency_s=now - spec.arrival_s if workflow.error is None else None,
+                error=workflow.error,
+                type=spec.type,
+                tenant=spec.tenant,
+            )
+        )
+        if self._progress is not None:
+            self._progress(len(self.workflows))
+
+    # Calls
+
+    def _send(self, workflow: _Workflow, spec: CallSpec, now: float) -> None:
+        call_id = f"{workflow.spec.workflow_id}.{workflow.calls}"
+        workflow.calls += 1
+        prompt = spans(spec.layers)
+        self._pending[call_id] = _Pending(workflow, spec, prompt, now)
+        call = Call(
+            call_id=call_id,
+            workflow_id=workflow.spec.workflow_id,
+            arrived_s=now,
+            prompt_tokens=spec.prompt_tokens,
+            workflow_type=workflow.spec.type if self._truth is None else workflow.spec.workflow_id,
+            stage=spec.stage,
+            tenant=workflow.spec.tenant,
+            deadline_s=workflow.deadline_s,
+            expected_output_tokens=None if self._truth is None else spec.output_tokens,
+            prefix=chunk_hashes(prompt, self._options.prefix_chunk_tokens),
+            prefix_chunk_tokens=self._options.prefix_chunk_tokens,
+        )
+        self._carry_out(self.coordinator.call_arrived(call, now), now)
+
+    def _carry_out(self, decisions: Iterable[Decision], now: float) -> None:
+        for decision in decisions:
+            if isinstance(decision, Placement):
+                self._dispatch(decision, now)
+            else:
+                self._fail(decision.call_id, decision.reason, now)
+
+    def _dispatch(self, placement: Placement, now: float) -> None:
+        pending = self._pending[placement.call_id]
+        pending.engine = engine = self.engines[placement.engine_id]
+        spec = pending.spec
+        sequence = Sequence(
+            placement,
+            spec.prompt_tokens,
+            spec.output_tokens,
+            chain=links(pending.prompt, engine.model.block_size),
+            tag=pending,
+        )
+        at = now + self._options.router_latency_s
+        self._loop.at(at, DELIVERY, self._deliver, sequence)
+
+    def _deliver(self, now: float, sequence: Sequence) -> None:
+        engine = sequence.tag.engine
+        if not engine.fits(sequence):
+            result = CallResult(ok=False, reason="too-long")
+            self._carry_out(self.coordinator.call_finished(sequence.call_id, result, now), now)
+            self._fail(sequence.call_id, "too-long", now)
+            return
+        before_s = engine.end_s
+        engine.submit(sequence, now)
+        if engine.end_s != before_s:
+            self._loop.at(engine.end_s, STEP_END, self._step_ended, engine)
+
+    def _fail(self, call_id: str, reason: str, now: float) -> None:
+        pending = self._pending.pop(call_id)
+        pending.workflow.error = reason
+        self._record(pending, now, error=reason)
+        self._call_over(pending.workflow, now)
+
+    def _call_over(self, workflow: _Workflow, now: float) -> None:
+        workflow.open_calls -= 1
+        if not workflow.open_calls:
+            self._next_group(workflow, now)
+
+    # Engines
+
+    def _step_ended(self, now: float, engine: Engine) -> None:
+        if engine.end_s != now:
+            return  # the stretch was cut after this event was set
+        started, finished = engine.step_ended(now)
+        if engine.end_s < math.inf:
+            self._loop.at(engine.end_s, STEP_END, self._step_ended, engine)
+        for sequence in started:
+            self.coordinator.call_started(sequence.call_id, now)
+        for sequence in finished:
+            self._answered(sequence, now)
+
+    def _answered(self, sequence: Sequence, now: float) -> None:
+        pending = self._pending.pop(sequence.call_id)
+        spec = pending.spec
+        self.prompt_tokens += spec.prompt_tokens
+        self.cached_tokens += sequence.cached_tokens
+        result = CallResult(
+            ok=True,
+            prompt_tokens=spec.prompt_tokens,
+            cached_tokens=sequence.cached_tokens,
+            output_tokens=spec.output_tokens,
+        )
+        decisions = self.coordinator.call_finished(sequence.call_id, result, now)
+        self._record(pending, now, first_token_s=sequence.first_token_s)
+        self._carry_out(decisions, now)
+        self._call_over(pending.workflow, now)
+
+    def _record(
+        self,
+        pending: _Pending,
+        now: float,
+        *,
+        first_token_s: float | None = None,
+        error: str | None = None,
+    ) -> None:
+        if not self._options.record_calls:
+            return
+        spec, engine = pending.spec, pending.engine
+        self.calls.append(
+            CallRecord(
+                workflow_id=pending.workflow.spec.workflow_id,
+                stage=spec.stage,
+                sent_s=pending.sent_s,
+                latency_s=now - pending.sent_s,
+                prompt_tokens=spec.prompt_tokens,
+                output_tokens=spec.output_tokens if error is None else 0,
+                ttft_s=None if first_token_s is None else first_token_s - pending.sent_s,
+                engine=None if engine is None else engine.model.engine_id,
+                error=error,
+            )
+        )
+
+    def _tick(self, now: float, _: None) -> None:
+        """Read telemetry and progress, as the router does."""
+        coordinator = self.coordinator
+        for name, engine in self.engines.items():
+            coordinator.engine_reported(name, engine.report())
+            for sequence, tokens in engine.written(now):
+                coordinator.call_progressed(sequence.call_id, tokens, now)
+        self._carry_out(coordinator.tick(now), now)
+        if self._open or self._more:
+            self._loop.at(now + self._options.report_interval_s, TICK, self._tick)
