@@ -161,6 +161,14 @@ class EngineOptions:
     protect_last_tokens: int = option(
         16, "never displace a call with this few output tokens left", least=0
     )
+    host_kv_gib: float = option(
+        0.0, "host memory for the KV of preempted calls, GiB per engine; 0 is none", least=0.0
+    )
+    keep_kv: str = option(
+        "auto",
+        "with host_kv_gib: keep the KV of a preempted call when copying beats computing it again",
+        choices=("auto", "always", "never"),
+    )
     background_max_wait_s: float = option(
         120.0, "after this long a background call is ordered among the others, seconds", least=0.0
     )

@@ -1,0 +1,191 @@
+"""Whether the KV of a preempted call is kept in host memory, and which copy gives way when full.
+
+Formula. A call that is preempted holds the KV of n tokens. The first s of them are held by other
+running calls as well and stay on the device. Of the rest a share q, the head, is expected to be
+found in the prefix cache when the call comes back. With k bytes of KV per token:
+
+    lost        = (n - s) * (1 - q)
+    recompute_s = lost * (token_s + context_s * (n - lost / 2))
+    copy_s      = stall * ((n - s) * k / out_rate + lost * k / in_rate) + 2 * overhead_s
+
+Both are seconds that the engine does nothing else. ``stall`` is 1 where a copy holds up the
+forward pass, and the part that it still costs where it runs beside it. The copy is made if
+``recompute_s > 1.2 * copy_s`` (strict), so that rates which drift do not make it flicker.
+
+A copy in a bounded pool is worth the seconds it saves per block, and less the longer its call may
+wait: ``saves_s / blocks * 10 s / (10 s + slack)``. A new copy that finds no room evicts those of
+least worth, each of which must be worth strictly less than it; if that is not enough, the new one
+is refused and nobody is evicted.
+
+Inputs are measured by the engine: the prefill rate by its step-cost fit, the bandwidths by its
+copies. An unknown bandwidth counts as 4 GB/s, a slow bus: the first copies tell the real one.
+
+Cost: deciding is constant time, eviction O(n log n) in the copies held, on preemption only.
+
+What it can starve: a call with much slack may lose its copy again and again to more urgent ones;
+it is then computed again, as without a pool. Do not use it where host memory is dear, or where the
+prefix cache holds all that is ever preempted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+ASSUMED_BYTES_PER_S: Final = 4e9
+"""Bandwidth assumed until a copy was measured."""
+
+_GAIN: Final = 1.2
+_OVERHEAD_S: Final = 2e-4
+_STALL_BESIDE: Final = 0.1
+_URGENCY_HORIZON_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The KV that a call would lose.
+
+    Attributes:
+        tokens: tokens whose KV is there.
+        shared: how many of them, from the start, other running calls hold too.
+        token_bytes: bytes of KV per token, on all devices of the engine together.
+    """
+
+    tokens: int
+    shared: int
+    token_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class RecomputeRates:
+    """How fast KV is computed again.
+
+    Attributes:
+        token_s: seconds per token.
+        context_s: seconds per token and token of context before it.
+        survival: share of unshared KV that the prefix cache still holds when it is wanted, 0 to 1.
+    """
+
+    token_s: float
+    context_s: float = 0.0
+    survival: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRates:
+    """How fast KV is copied.
+
+    Attributes:
+        out_bytes_per_s: to host memory; ``None`` while unknown.
+        in_bytes_per_s: back to the device; ``None`` while unknown.
+        beside: copies run beside the forward pass.
+    """
+
+    out_bytes_per_s: float | None = None
+    in_bytes_per_s: float | None = None
+    beside: bool = False
+
+    def copy_s(self, bytes_out: float, bytes_in: float) -> float:
+        """Return the seconds that a copy out and a copy in take from the engine."""
+        out_s = bytes_out / (self.out_bytes_per_s or ASSUMED_BYTES_PER_S)
+        in_s = bytes_in / (self.in_bytes_per_s or ASSUMED_BYTES_PER_S)
+        stall = _STALL_BESIDE if self.beside else 1.0
+        return stall * (out_s + in_s) + 2 * _OVERHEAD_S
+
+
+class Retention(NamedTuple):
+    """The decision: whether to keep the KV, what either way costs in seconds, and why."""
+
+    keep: bool
+    recompute_s: float
+    copy_s: float
+    reason: str
+
+    @property
+    def redo_s(self) -> float:
+        """Seconds that the engine spends to bring the call back to where it was."""
+        return self.copy_s if self.keep else self.recompute_s
+
+
+def weigh(held: Held, again: RecomputeRates, copy: CopyRates, keep: str = "auto") -> Retention:
+    """Decide whether to copy ``held`` to host memory or to compute it again.
+
+    Args:
+        held: what would be lost.
+        again: how fast it is computed.
+        copy: how fast it is copied.
+        keep: ``auto``, or ``always`` or ``never`` to overrule the rates.
+
+    The reason is ``faster`` or ``slower`` (a copy is), ``always``, ``never``, or ``nothing``: the
+    device keeps all there is.
+    """
+    own = held.tokens - held.shared
+    lost = own * (1.0 - again.survival)
+    recompute_s = lost * (again.token_s + again.context_s * (held.tokens - lost / 2))
+    copy_s = copy.copy_s(own * held.token_bytes, lost * held.token_bytes)
+    if own <= 0:
+        return Retention(False, 0.0, 0.0, "nothing")
+    if keep != "auto":
+        return Retention(keep == "always", recompute_s, copy_s, keep)
+    pays = recompute_s > _GAIN * copy_s
+    return Retention(pays, recompute_s, copy_s, "faster" if pays else "slower")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCopy:
+    """A copy in the pool, or one that asks for room.
+
+    Attributes:
+        saves_s: seconds of computing that it saves.
+        blocks: its size, at least 1.
+        latest_start_s: L of its call, absolute seconds.
+    """
+
+    saves_s: float
+    blocks: int
+    latest_start_s: float
+
+
+def worth(copy: StoredCopy, now: float) -> float:
+    """Return the seconds saved per block, weighted by how soon the call wants it."""
+    slack_s = max(copy.latest_start_s - now, 0.0)
+    return copy.saves_s / copy.blocks * _URGENCY_HORIZON_S / (_URGENCY_HORIZON_S + slack_s)
+
+
+def choose_evictions(
+    stored: Sequence[StoredCopy], newcomer: StoredCopy, short: int, now: float
+) -> tuple[int, ...] | None:
+    """Return the indices of the copies that give way to ``newcomer``, least worth first.
+
+    Args:
+        stored: what is in the pool.
+        newcomer: what asks for room.
+        short: blocks that must become free.
+        now: the present, seconds.
+
+    Returns:
+        ``None`` if all copies of less worth together are not enough.
+    """
+    limit = worth(newcomer, now)
+    order = sorted((worth(copy, now), i) for i, copy in enumerate(stored))
+    taken: list[int] = []
+    for value, i in order:
+        if short <= 0 or value >= limit:
+            break
+        taken.append(i)
+        short -= stored[i].blocks
+    if short > 0:
+        return None
+    return _spared(stored, taken, -short)
+
+
+def _spared(stored: Sequence[StoredCopy], taken: list[int], spare: int) -> tuple[int, ...]:
+    """Give back copies that the others make unnecessary, most worth first."""
+    kept: list[int] = []
+    for i in reversed(taken):
+        if stored[i].blocks <= spare:
+            spare -= stored[i].blocks
+        else:
+            kept.append(i)
+    return tuple(reversed(kept))
