@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hexgen_vllm.cluster.spec import EngineEntry, RouterEntry
@@ -50,11 +50,37 @@ def engine_command(entry: EngineEntry, port: int) -> list[str]:
     return [*_python(STOCK_MODULE), f"--model={entry.model}", *listen, policy, *entry.args]
 
 
-def router_command(entry: RouterEntry, port: int, worker_urls: Sequence[str]) -> list[str]:
-    """Return the command that starts the router of ``entry`` on ``port``."""
+def router_command(
+    entry: RouterEntry, port: int, engines: Sequence[tuple[EngineEntry, str]], drain_s: float
+) -> list[str]:
+    """Return the command that starts the router of ``entry`` on ``port``.
+
+    Args:
+        entry: the router.
+        port: where it listens.
+        engines: its engines and their URLs.
+        drain_s: seconds it has to finish calls in flight when it is stopped.
+    """
     listen = [f"--host={entry.host}", f"--port={port}", f"--policy={entry.policy}"]
-    workers = ["--worker-urls", *worker_urls]
-    return [*_python(ROUTER_MODULE), *listen, *flags(entry.options), *workers]
+    known = {"shutdown_timeout": drain_s, **_stock_scheduling(engine for engine, _ in engines)}
+    given = {name.replace("-", "_"): value for name, value in entry.options.items()}
+    workers = [f"{engine.name}={url}" for engine, url in engines]
+    return [
+        *_python(ROUTER_MODULE),
+        *listen,
+        *flags({**known, **given}),
+        *("--worker-urls", *workers),
+    ]
+
+
+def _stock_scheduling(engines: Iterable[EngineEntry]) -> dict[str, str]:
+    """Return the router's option that says how stock engines order calls, if all do alike.
+
+    A stock vLLM does not tell, and a router that is not told must guess.
+    """
+    started = (engine for engine in engines if engine.url is None and not engine.command)
+    schedulers = {engine.scheduler for engine in started} - {"hexgen"}
+    return {"stock_scheduling": schedulers.pop()} if len(schedulers) == 1 else {}
 
 
 def engine_env(entry: EngineEntry) -> dict[str, str]:

@@ -18,15 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from hexgen_vllm.cluster import shapes
 from hexgen_vllm.cluster.located import Key, Located, read
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
 from hexgen_vllm.config import from_mapping
 from hexgen_vllm.errors import ConfigError
-
-T = TypeVar("T")
 
 _INHERITED_BY_COMMANDS: Final = ("host", "env", "device")
 _ROUTER_KEYS: Final = frozenset(f.name for f in fields(RouterEntry)) - {"options"}
@@ -60,11 +58,11 @@ def _mapping(source: Located, path: Key) -> Mapping[str, Any]:
 
 
 def _located(
-    source: Located, path: Key, key: str, cls: type[T], values: Mapping[str, Any], what: str = "key"
-) -> T:
+    source: Located, path: Key, key: str, cls: type, values: Mapping[str, Any], what: str = "key"
+) -> None:
     """Build ``cls`` from ``values``; a wrong one is an error on the line of ``key``."""
     try:
-        return from_mapping(cls, values, where=what)
+        from_mapping(cls, values, where=what)
     except ConfigError as error:
         raise source.error(path, error, key=key) from None
 
@@ -120,9 +118,11 @@ def _router(source: Located) -> RouterEntry | None:
     path: Key = ("router",)
     if source.at(path) is False:
         return None
-    given = _mapping(source, path)
-    own = {key: value for key, value in given.items() if key in _ROUTER_KEYS}
-    for key, value in own.items():
-        _located(source, path, key, RouterEntry, {key: value}, "router key")
-    options = {key: value for key, value in given.items() if key not in _ROUTER_KEYS}
+    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for key, value in _mapping(source, path).items():
+        is_own = key in _ROUTER_KEYS
+        checked = {key: value} if is_own else {"options": {key: value}}
+        _located(source, path, key, RouterEntry, checked)
+        (own if is_own else options)[key] = value
     return RouterEntry(**own, options=options)

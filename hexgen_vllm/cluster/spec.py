@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from hexgen_vllm.config import EngineOptions, check, from_mapping, option
+from hexgen_vllm.config import DispatchOptions, EngineOptions, check, from_mapping, option
 from hexgen_vllm.errors import ConfigError
 
 SCHEDULERS: Final = ("hexgen", "fcfs", "priority")
@@ -78,7 +78,8 @@ class RouterEntry:
     """The router in front of the engines.
 
     Attributes:
-        options: its other options, by the names of its command line without the dashes.
+        options: its other options, named as :class:`hexgen_vllm.router.options.RouterOptions` and
+            :class:`hexgen_vllm.config.DispatchOptions` name them.
     """
 
     host: str = option("127.0.0.1", "address to listen on")
@@ -88,6 +89,20 @@ class RouterEntry:
 
     def __post_init__(self) -> None:
         check(self)
+        from_mapping(DispatchOptions, {"policy": self.policy})
+        for name, value in self.options.items():
+            self._check_option(name.replace("-", "_"), value)
+
+    def _check_option(self, name: str, value: Any) -> None:
+        from hexgen_vllm.router.options import RouterOptions
+
+        if name in ("worker_urls", "host", "port", "policy"):
+            raise ConfigError(f"{name} does not belong among the router's other options.")
+        known = [f.name for cls in (RouterOptions, DispatchOptions) for f in fields(cls)]
+        if name not in known:
+            raise ConfigError(f"unknown router option {name!r}; known are {', '.join(known)}.")
+        in_dispatch = any(f.name == name for f in fields(DispatchOptions))
+        from_mapping(DispatchOptions if in_dispatch else RouterOptions, {name: value})
 
 
 @dataclass(frozen=True)

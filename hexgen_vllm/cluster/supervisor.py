@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 
@@ -19,6 +19,9 @@ from hexgen_vllm.cluster.ports import free_ports
 from hexgen_vllm.cluster.process import Process, ProcessFailed
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
 from hexgen_vllm.errors import ConfigError
+
+ROUTER_EXIT_S: Final = 3.0
+"""What a router gets on top of the grace, all of which it gives to calls in flight."""
 
 
 class Cluster:
@@ -128,10 +131,10 @@ class Cluster:
         Raises:
             ProcessFailed: it died, or was not healthy in time.
         """
-        if self._router is not None:
-            await self._router.stop(self.spec.stop_grace_s)
+        await self._stop_router()
         port = entry.port or free_ports(entry.host, 1)[0]
-        command = commands.router_command(entry, port, self._urls)
+        engines = list(zip(self.spec.engines, self._urls, strict=True))
+        command = commands.router_command(entry, port, engines, self.spec.stop_grace_s)
         self._router = self._process("router", entry.host, port, command, {})
         await self._bring_up(self._router)
 
@@ -179,13 +182,16 @@ class Cluster:
 
     async def stop(self) -> None:
         """Stop the router, then all engines at once. May be called again."""
+        await self._stop_router()
         grace_s = self.spec.stop_grace_s
-        if self._router is not None:
-            await self._router.stop(grace_s)
         await asyncio.gather(*(engine.stop(grace_s) for engine in self._engines))
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    async def _stop_router(self) -> None:
+        if self._router is not None:
+            await self._router.stop(self.spec.stop_grace_s + ROUTER_EXIT_S)
 
     def kill(self) -> None:
         """Kill everything at once, for those who cannot wait for :meth:`stop`."""

@@ -49,10 +49,46 @@ def test_device_and_env_become_variables_and_env_wins() -> None:
     assert engine_env(entry) == {"CUDA_VISIBLE_DEVICES": "0,1", "A": "b"}
 
 
-def test_the_router_gets_its_options_and_the_engines() -> None:
-    entry = RouterEntry(policy="hexgen", options={"alpha": 0.5})
-    assert router_command(entry, 8080, ["http://a", "http://b"]) == [
+def router(entry: RouterEntry, *engines: EngineEntry) -> list[str]:
+    pairs = [(engine, f"http://{engine.name}") for engine in engines]
+    return router_command(entry, 8080, pairs, 15.0)
+
+
+OURS = EngineEntry(name="ours", model="m")
+FCFS = EngineEntry(name="fcfs", model="m", scheduler="fcfs")
+PRIORITY = EngineEntry(name="priority", model="m", scheduler="priority")
+THERE = EngineEntry(name="there", url="http://there")
+
+
+def test_the_router_gets_its_options_and_the_engines_by_name() -> None:
+    entry = RouterEntry(policy="hexgen", options={"alpha": 0.5, "queue-size": 7})
+    assert router(entry, OURS, THERE) == [
         *(sys.executable, "-m", "hexgen_vllm.router"),
-        *("--host=127.0.0.1", "--port=8080", "--policy=hexgen", "--alpha=0.5"),
-        *("--worker-urls", "http://a", "http://b"),
+        *("--host=127.0.0.1", "--port=8080", "--policy=hexgen", "--shutdown-timeout=15.0"),
+        *("--alpha=0.5", "--queue-size=7"),
+        *("--worker-urls", "ours=http://ours", "there=http://there"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("engines", "told"),
+    [
+        ((OURS, FCFS), ["--stock-scheduling=fcfs"]),
+        ((PRIORITY, PRIORITY), ["--stock-scheduling=priority"]),
+        ((FCFS, PRIORITY), []),
+        ((OURS, THERE), []),
+    ],
+)
+def test_the_router_is_told_how_stock_engines_order(
+    engines: tuple[EngineEntry, ...], told: list[str]
+) -> None:
+    words = router(RouterEntry(), *engines)
+    assert [word for word in words if word.startswith("--stock-scheduling")] == told
+
+
+def test_options_of_the_file_win_over_what_the_cluster_knows() -> None:
+    entry = RouterEntry(options={"stock-scheduling": "auto", "shutdown_timeout": 1})
+    words = router(entry, FCFS)
+    assert "--stock-scheduling=auto" in words
+    assert "--shutdown-timeout=1" in words
+    assert len([word for word in words if word.startswith("--shutdown")]) == 1

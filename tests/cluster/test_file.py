@@ -147,6 +147,10 @@ ENGINE = "engines:\n  - name: a\n    model: m\n"
         (ENGINE + "stop_grace_s: -1", "line 4: stop_grace_s must be at least 0, not -1."),
         (ENGINE + "router: [x]", "line 4: router: must be a mapping."),
         (ENGINE + "router:\n  port: x", "line 5: router: port must be a number, not 'x'."),
+        (ENGINE + "router: {policy: best}", "line 4: router: policy must be one of "),
+        (ENGINE + "router:\n  alpa: 1", "line 5: router: unknown router option 'alpa'; known are"),
+        (ENGINE + "router:\n  alpha: 2", "line 5: router: alpha must be at most 1, not 2."),
+        (ENGINE + "router:\n  worker-urls: []", "line 5: router: worker_urls does not belong"),
         ("defaults: {prt: 1}\n" + ENGINE, "line 1: defaults: unknown engine key 'prt'; known are"),
     ],
 )
