@@ -1,0 +1,145 @@
+"""One try of a call on one engine, and the guard that ends tries which hang.
+
+The guard looks at all tries about once a second. A try that makes progress costs one counter; no
+timer is set or moved for an event that passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Final
+
+import aiohttp
+from aiohttp import web
+
+from hexgen_vllm.router.answers import EngineFailed
+from hexgen_vllm.router.ledger import CLIENT_GONE
+from hexgen_vllm.router.upstream import is_broken
+
+LOST: Final = "engine-lost"
+TIMEOUT: Final = "engine-timeout"
+_MESSAGES: Final = {
+    LOST: ("The engine failed before its answer was complete.", 502),
+    TIMEOUT: ("The engine did not answer in time.", 504),
+}
+
+
+class Attempt:
+    """Turns whatever ends the work within it into :class:`EngineFailed`, or lets it pass.
+
+    Used as a context manager around everything that waits for the engine.
+
+    Attributes:
+        engine: name of the engine.
+        progress: raised by its owner whenever bytes came.
+        answering: whether the client has been sent something.
+        answer: the engine's answer, once it has begun.
+    """
+
+    __slots__ = (
+        "_guard", "_reason", "_request", "_seen", "_since_s", "_task", "answer", "answering",
+        "engine", "progress",
+    )  # fmt: skip
+
+    def __init__(self, guard: Guard, request: web.BaseRequest, engine: str) -> None:
+        self._guard, self._request, self.engine = guard, request, engine
+        self._task: asyncio.Task[object] | None = None
+        self._reason: str | None = None
+        self._seen, self._since_s = -1, 0.0
+        self.progress = 0
+        self.answering = False
+        self.answer: aiohttp.ClientResponse | None = None
+
+    def __enter__(self) -> Attempt:
+        self._task = asyncio.current_task()
+        self._guard.attempts.add(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._guard.attempts.discard(self)
+        if isinstance(error, asyncio.CancelledError):
+            if self._reason is not None and not self._client_gone():
+                _forget_cancel(self._task)
+                raise self._failure(self._reason) from None
+        elif isinstance(error, aiohttp.ClientError | OSError | asyncio.TimeoutError):
+            raise self._failure(CLIENT_GONE if self._client_gone() else LOST) from error
+
+    def _failure(self, reason: str) -> Exception:
+        if reason == CLIENT_GONE:
+            return ClientGone()
+        return failed(reason, retryable=reason == LOST and self.progress == 0)
+
+    def _client_gone(self) -> bool:
+        transport = self._request.transport
+        return transport is None or transport.is_closing()
+
+    def abort(self, reason: str) -> None:
+        """End it from outside for ``reason``."""
+        if self._task is not None and self._reason is None:
+            self._reason = reason
+            self._task.cancel()
+
+    def silent_s(self, now: float) -> float:
+        """Return the seconds since the guard first saw its present progress."""
+        if self.progress != self._seen:
+            self._seen, self._since_s = self.progress, now
+        return now - self._since_s
+
+    def is_broken(self) -> bool:
+        """Whether its connection is gone although nobody was told."""
+        return self.answer is not None and is_broken(self.answer)
+
+    def client_is_slow(self) -> bool:
+        """Whether what was sent to the client still waits to be read."""
+        transport = self._request.transport
+        return isinstance(transport, asyncio.Transport) and transport.get_write_buffer_size() > 0
+
+
+class ClientGone(Exception):  # noqa: N818 - not a defect
+    """The client closed its connection, or does not read from it."""
+
+
+def failed(reason: str, *, retryable: bool = False) -> EngineFailed:
+    """Return the error for a try that ended for ``reason``."""
+    message, status = _MESSAGES[reason]
+    return EngineFailed(message, reason=reason, status=status, retryable=retryable)
+
+
+def _forget_cancel(task: asyncio.Task[object] | None) -> None:
+    uncancel = getattr(task, "uncancel", None)  # Python 3.11
+    if uncancel is not None:
+        uncancel()
+
+
+class Guard:
+    """All tries under way.
+
+    Args:
+        first_byte_s: longest wait for the first byte, seconds.
+        stall_s: longest silence after it, seconds.
+    """
+
+    def __init__(self, first_byte_s: float, stall_s: float) -> None:
+        self.attempts: set[Attempt] = set()
+        self._first_byte_s, self._stall_s = first_byte_s, stall_s
+
+    def tick(self, now: float) -> None:
+        """End the tries that have been silent for too long."""
+        for attempt in self.attempts:
+            if attempt.is_broken():
+                attempt.abort(LOST)
+            limit_s = self._stall_s if attempt.progress else self._first_byte_s
+            if attempt.silent_s(now) > limit_s:
+                attempt.abort(CLIENT_GONE if attempt.client_is_slow() else TIMEOUT)
+
+    def engine_lost(self, engine: str) -> None:
+        """End the tries on an engine that is down, where the client has not seen anything yet."""
+        for attempt in self.attempts:
+            if attempt.engine == engine and not attempt.answering:
+                attempt.abort(LOST)

@@ -1,0 +1,147 @@
+"""What all request handlers share, made once per router."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import web
+
+from hexgen_vllm.clock import Clock
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.errors import BadRequest, Refused
+from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.router.attempt import Guard
+from hexgen_vllm.router.fleet import Fleet
+from hexgen_vllm.router.intake import Intake
+from hexgen_vllm.router.ledger import Ledger
+from hexgen_vllm.router.metrics import Metrics
+from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.prompt import TokenRatios
+from hexgen_vllm.router.retry import RetryPolicy
+from hexgen_vllm.router.service import Service
+
+
+@dataclass(slots=True)
+class Context:
+    """The parts of one router.
+
+    Attributes:
+        options: as given.
+        clock: its time.
+        epoch_s: when it was made; priorities for stock engines count from here.
+        ledger: book of calls.
+        service: drives the coordinator.
+        guard: ends tries that hang.
+        fleet: the engines.
+        ratios: prompt length estimates.
+        intake: reads requests.
+        retries: bounds retries.
+        metrics: histograms and exposition.
+        session: connections to engines.
+        suspect: asks for a health check of an engine now.
+        draining: whether new calls are refused because the router is shutting down.
+    """
+
+    options: RouterOptions
+    clock: Clock
+    epoch_s: float
+    ledger: Ledger
+    service: Service
+    guard: Guard
+    fleet: Fleet
+    ratios: TokenRatios
+    intake: Intake
+    retries: RetryPolicy
+    metrics: Metrics
+    session: aiohttp.ClientSession
+    suspect: Callable[[str], None]
+    draining: bool = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call that comes now would be served."""
+        return not self.draining and bool(self.fleet.ready())
+
+    def check_open(self) -> None:
+        """Return if new calls are taken.
+
+        Raises:
+            Refused: the router is shutting down or full.
+        """
+        if self.draining:
+            raise Refused(
+                "The router is shutting down.", reason="rejected-shutting-down", retry_after_s=5.0
+            )
+        most = self.options.max_concurrent_requests
+        if 0 < most < self.ledger.open:
+            raise Refused("Too many calls are open.", reason="rejected-saturated", status=429)
+
+    def check_model(self, model: str) -> None:
+        """Return if some engine serves ``model``, up or not.
+
+        Raises:
+            BadRequest: none does.
+            Refused: no engine has been up yet, so that nobody knows.
+        """
+        if all(engine.spec is None for engine in self.fleet.engines.values()):
+            raise Refused("No engine is ready yet.", reason="rejected-no-endpoints")
+        if not self.fleet.knows(model):
+            shown = model if len(model) <= 100 else f"{model[:100]}..."
+            raise BadRequest(
+                f"The model {shown!r} does not exist.",
+                param="model",
+                status=404,
+                code="model_not_found",
+            )
+
+
+async def read_body(request: web.BaseRequest) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        BadRequest: it is too long, or broken.
+    """
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise BadRequest("The body is too large.", status=413, code="body_too_large") from None
+    except web.RequestPayloadError:
+        raise BadRequest("The body could not be read.", code="bad_body") from None
+
+
+def new_context(
+    options: RouterOptions,
+    dispatch: DispatchOptions,
+    clock: Clock,
+    session: aiohttp.ClientSession,
+    suspect: Callable[[str], None],
+) -> Context:
+    """Make the parts of a router; nothing runs yet."""
+    ledger, ratios = Ledger(), TokenRatios()
+    service = Service(
+        Coordinator(dispatch),
+        clock,
+        ledger,
+        queue_size=options.queue_size,
+        queue_timeout_s=options.queue_timeout_secs,
+    )
+    guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
+    fleet = Fleet(options.workers(), service, guard)
+    return Context(
+        options=options,
+        clock=clock,
+        epoch_s=clock.now(),
+        ledger=ledger,
+        service=service,
+        guard=guard,
+        fleet=fleet,
+        ratios=ratios,
+        intake=Intake(ratios, dispatch.default_deadline_s, options.request_id_headers),
+        retries=RetryPolicy(options, random.Random()),
+        metrics=Metrics(ledger, service, fleet),
+        session=session,
+        suspect=suspect,
+    )

@@ -1,0 +1,168 @@
+"""What other projects call a session, a deadline, a priority and an output length.
+
+Our own names (``x-hexgen-*`` headers, ``hexgen_*`` keys of ``vllm_xargs``) are read by
+``hexgen_vllm.wire`` and go first. These are read for clients that know nothing of us, in the
+order below; the first hit wins. Foreign values never make a request fail: what cannot be read
+was not said.
+
+A foreign session is not a workflow with an end-to-end deadline: it may last for hours. Its
+deadlines count per call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+SESSION_HEADERS: Final = (
+    "x-session-id",
+    "x-claude-code-session-id",
+    "session-id",
+    "session_id",
+    "thread-id",
+    "x-session-affinity",
+    "x-dynamo-session-id",
+    "x-litellm-trace-id",
+    "x-litellm-session-id",
+)
+FINAL_HEADER: Final = "x-dynamo-session-final"
+TENANT_HEADERS: Final = (
+    "x-llm-d-inference-fairness-id",
+    "x-gateway-inference-fairness-id",
+    "x-tenant-id",
+)
+# Seconds after which an answer is of no use to the client any more.
+TIMEOUT_HEADERS: Final = ("x-litellm-timeout", "x-stainless-read-timeout")
+MAX_PRIORITY: Final = 1000
+_VENDOR_SESSION: Final = re.compile(r"x-(?!parent-)[a-z0-9]+-session-id")
+_CLASSES: Final = {"system": 2, "interactive": 1, "default": 0, "bulk": -1}
+_TIERS: Final = {"priority": 1, "flex": -1}
+_PLAIN_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
+
+
+class Foreign(NamedTuple):
+    """What a request says in other projects' words; ``None`` means not said.
+
+    Attributes:
+        session_id: legal as a workflow id.
+        stage: role or step of the agent.
+        tenant: who pays.
+        timeout_s: seconds after which the answer is of no use.
+        expected_output_tokens: output length.
+        priority: higher is sooner, 0 is normal, within +-1000.
+        final: nothing follows in this session.
+    """
+
+    session_id: str | None = None
+    stage: str | None = None
+    tenant: str | None = None
+    timeout_s: float | None = None
+    expected_output_tokens: int | None = None
+    priority: int = 0
+    final: bool = False
+
+
+def agentic_context(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``vllm_xargs.agentic_context`` of a body, empty when it has none."""
+    return _dict(_dict(body.get("vllm_xargs")).get("agentic_context"))
+
+
+def read(headers: Mapping[str, str], body: Mapping[str, Any]) -> Foreign:
+    """Read every convention from ``headers`` (case-insensitive) and a decoded ``body``."""
+    agent, hints = agentic_context(body), _dict(_dict(body.get("nvext")).get("agent_hints"))
+    deadline_s = _positive(agent.get("deadline_seconds"))
+    osl = _positive(agent.get("expected_output_length")) or _positive(hints.get("osl"))
+    return Foreign(
+        session_id=_session(headers, body, agent),
+        stage=_name(agent.get("agent_role")),
+        tenant=next((n for h in TENANT_HEADERS if (n := _name(headers.get(h)))), None),
+        timeout_s=deadline_s if deadline_s is not None else _timeout(headers, body),
+        expected_output_tokens=None if osl is None else max(int(osl), 1),
+        priority=_priority(headers, body, agent, hints),
+        final=headers.get(FINAL_HEADER, "").lower() in ("true", "1"),
+    )
+
+
+def _dict(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _session(
+    headers: Mapping[str, str], body: Mapping[str, Any], agent: Mapping[str, Any]
+) -> str | None:
+    hint = _dict(body.get("agent_hint"))
+    in_body = (
+        *(agent.get(name) for name in ("program_id", "task_id", "session_id")),
+        hint.get("session_id"),
+        body.get("session_id"),
+        *(headers.get(name) for name in SESSION_HEADERS),
+    )
+    found = next((value for value in in_body if isinstance(value, str) and value), None)
+    if found is None:
+        vendors = (v for k, v in headers.items() if _VENDOR_SESSION.fullmatch(k.lower()))
+        found = next((value for value in vendors if value), None)
+    return None if found is None else _as_id(found)
+
+
+def _as_id(text: str) -> str:
+    """Return ``text``, or a digest of it when it is not legal as a workflow id."""
+    if _PLAIN_ID.fullmatch(text):
+        return text
+    return "h-" + hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+def _name(value: object) -> str | None:
+    return value if isinstance(value, str) and _PLAIN_NAME.fullmatch(value) else None
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _positive(value: object) -> float | None:
+    number = _number(value)
+    return number if number is not None and 0 < number <= 1e9 else None
+
+
+def _timeout(headers: Mapping[str, str], body: Mapping[str, Any]) -> float | None:
+    """Return the tightest timeout; a read timeout means one wait, so not for streams."""
+    names = TIMEOUT_HEADERS[:1] if body.get("stream") else TIMEOUT_HEADERS
+    found = [t for name in names if (t := _positive(headers.get(name))) is not None]
+    return min(found, default=None)
+
+
+def _priority(
+    headers: Mapping[str, str],
+    body: Mapping[str, Any],
+    agent: Mapping[str, Any],
+    hints: Mapping[str, Any],
+) -> int:
+    """Return the priority, higher is sooner; each source is turned the right way round here."""
+    higher_is_sooner = (
+        agent.get("priority"),
+        headers.get("x-dynamo-request-priority"),
+        hints.get("priority"),
+    )
+    lower_is_sooner = (
+        headers.get("x-vllm-priority"),
+        headers.get("x-request-priority"),
+        body.get("priority"),
+    )
+    for sign, values in ((1, higher_is_sooner), (-1, lower_is_sooner)):
+        for value in values:
+            number = _number(value)
+            if number is not None:
+                return sign * int(max(-MAX_PRIORITY, min(MAX_PRIORITY, number)))
+    named = _CLASSES.get(headers.get("x-smg-priority", "").lower())
+    tier = body.get("service_tier")
+    return named if named is not None else _TIERS.get(tier if isinstance(tier, str) else "", 0)

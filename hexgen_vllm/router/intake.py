@@ -1,0 +1,215 @@
+"""A request becomes a :class:`~hexgen_vllm.types.Call`: parsed once, its bytes kept."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from hexgen_vllm import wire
+from hexgen_vllm.errors import BadRequest
+from hexgen_vllm.router import conventions
+from hexgen_vllm.router.conventions import Foreign
+from hexgen_vllm.router.endpoints import Endpoint
+from hexgen_vllm.router.prompt import Prompt, TokenRatios, chain, read_prompt
+from hexgen_vllm.types import NO_DEADLINE, Call
+
+MAX_REQUEST_ID_CHARS: Final = 256
+SESSION_TYPE: Final = "session"
+_REQUEST_ID: Final = re.compile(rf"[\x21-\x7e]{{1,{MAX_REQUEST_ID_CHARS}}}")
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request that can be served.
+
+    Attributes:
+        call: what policies see.
+        endpoint: where it came in.
+        headers: the client's headers.
+        body: bytes for the engine; the client's own unless something had to be taken out.
+        prompt: what the length estimate stands on.
+        session_id: workflow or session the client named, ``None`` when it named none.
+        priority: importance, higher is sooner.
+    """
+
+    call: Call
+    endpoint: Endpoint
+    headers: Mapping[str, str]
+    body: bytes
+    prompt: Prompt
+    session_id: str | None
+    priority: int
+
+
+class Intake:
+    """Reads requests.
+
+    Args:
+        ratios: prompt length estimates.
+        default_deadline_s: deadline of calls of a session, which have no workflow deadline.
+        request_id_headers: headers that may bring a request id.
+    """
+
+    def __init__(
+        self, ratios: TokenRatios, default_deadline_s: float, request_id_headers: tuple[str, ...]
+    ) -> None:
+        self._ratios = ratios
+        self._default_deadline_s = default_deadline_s
+        self._request_id_headers = request_id_headers
+        self._numbers = itertools.count()
+
+    def request_id(self, headers: Mapping[str, str]) -> str:
+        """Return the client's request id, or a new one.
+
+        Raises:
+            BadRequest: it is too long or not printable.
+        """
+        for name in self._request_id_headers:
+            value = headers.get(name)
+            if value is None:
+                continue
+            if not _REQUEST_ID.fullmatch(value):
+                most = MAX_REQUEST_ID_CHARS
+                raise BadRequest(
+                    f"{name} must be 1 to {most} printable ASCII characters.", param=name
+                )
+            return value
+        return f"hexgen-{uuid.uuid4().hex}"
+
+    def read(
+        self,
+        endpoint: Endpoint,
+        headers: Mapping[str, str],
+        raw: bytes,
+        now: float,
+        only_model: str | None,
+    ) -> Accepted:
+        """Read a request.
+
+        Args:
+            endpoint: where it came in.
+            headers: case-insensitive.
+            raw: its body.
+            now: time of receipt.
+            only_model: model meant by a body that names none; ``None`` when there are several.
+
+        Raises:
+            BadRequest: the body is no JSON object, or one of our fields has a bad value.
+        """
+        body = decoded(raw)
+        model = _model(body, only_model)
+        said = wire.merged(wire.from_headers(headers), _said_in_body(body))
+        foreign = conventions.read(headers, body)
+        prompt = read_prompt(body, endpoint.prompt_fields)
+        call = self._call(endpoint, model, said, foreign, prompt, body, now)
+        return Accepted(
+            call=call,
+            endpoint=endpoint,
+            headers=headers,
+            body=_without_agentic_context(body, raw),
+            prompt=prompt,
+            session_id=said.workflow_id or foreign.session_id,
+            priority=foreign.priority,
+        )
+
+    def _call(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        said: wire.CallMeta,
+        foreign: Foreign,
+        prompt: Prompt,
+        body: Mapping[str, Any],
+        now: float,
+    ) -> Call:
+        call_id = f"call-{next(self._numbers)}"
+        in_workflow = said.workflow_id is not None
+        in_session = not in_workflow and foreign.session_id is not None
+        expected = said.expected_output_tokens or foreign.expected_output_tokens
+        default_type = SESSION_TYPE if in_session else "default"
+        return Call(
+            call_id=call_id,
+            # The prefix keeps a client's session from naming another client's lone call.
+            workflow_id=said.workflow_id or foreign.session_id or f"lone {call_id}",
+            arrived_s=now,
+            prompt_tokens=self._ratios.tokens(model, prompt),
+            workflow_type=said.workflow_type or default_type,
+            stage=said.stage or foreign.stage or _default_stage(endpoint),
+            tenant=said.tenant or foreign.tenant or "default",
+            model=model,
+            deadline_s=self._deadline_s(said, foreign, now, in_session),
+            expected_output_tokens=expected if endpoint.generates else 1,
+            max_output_tokens=_limit(endpoint, body),
+            stages_left=0 if in_session and said.stages_left is None else said.stages_left,
+            final=bool(said.workflow_final or foreign.final) or not (in_workflow or in_session),
+            priority=foreign.priority,
+            prefix=chain(prompt, model),
+            prefix_chunk_tokens=self._ratios.chunk_tokens(model, prompt),
+        )
+
+    def _deadline_s(
+        self, said: wire.CallMeta, foreign: Foreign, now: float, in_session: bool
+    ) -> float:
+        if said.workflow_deadline_ms is not None:
+            return now + said.workflow_deadline_ms / 1000.0
+        if said.workflow_id is not None:
+            return NO_DEADLINE  # a later call of a workflow does not move its deadline
+        usual = self._default_deadline_s
+        if foreign.timeout_s is not None:
+            return now + min(foreign.timeout_s, usual)
+        return now + usual if in_session else NO_DEADLINE
+
+
+def decoded(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``raw``.
+
+    Raises:
+        BadRequest: it is not JSON, or no object.
+    """
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise BadRequest("The body must be a JSON object.", code="invalid_json")
+    return body
+
+
+def _model(body: Mapping[str, Any], only_model: str | None) -> str:
+    model = body.get("model")
+    if isinstance(model, str) and model:
+        return model
+    if model is None and only_model is not None:
+        return only_model
+    raise BadRequest("model must name a model.", param="model")
+
+
+def _said_in_body(body: Mapping[str, Any]) -> wire.CallMeta:
+    xargs = body.get("vllm_xargs")
+    return wire.from_xargs(xargs) if isinstance(xargs, dict) else wire.CallMeta()
+
+
+def _without_agentic_context(body: Mapping[str, Any], raw: bytes) -> bytes:
+    """Return the body's bytes without the nested object that vLLM refuses."""
+    xargs = body.get("vllm_xargs")
+    if not isinstance(xargs, dict) or "agentic_context" not in xargs:
+        return raw
+    rest = {name: value for name, value in xargs.items() if name != "agentic_context"}
+    kept = {name: value for name, value in body.items() if name != "vllm_xargs"}
+    return json.dumps({**kept, "vllm_xargs": rest} if rest else kept).encode()
+
+
+def _default_stage(endpoint: Endpoint) -> str:
+    return "default" if endpoint.generates else endpoint.name
+
+
+def _limit(endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
+    if not endpoint.generates:
+        return 1
+    values = (body.get(name) for name in endpoint.limit_fields)
+    return next((v for v in values if type(v) is int and v > 0), endpoint.default_limit)

@@ -1,0 +1,54 @@
+"""A call under way, as its request handler keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import web
+
+from hexgen_vllm.router import ledger
+from hexgen_vllm.router.endpoints import Endpoint
+from hexgen_vllm.router.intake import Accepted
+from hexgen_vllm.router.watch import Usage
+from hexgen_vllm.types import CallResult, Placement
+
+_ABORTED: Final = CallResult(ok=False, reason="abort")
+
+
+@dataclass(slots=True)
+class Job:
+    """A call under way.
+
+    Attributes:
+        request: of the client.
+        endpoint: where it came in.
+        request_id: the client's or a new one, ``None`` until it was read.
+        accepted: the parsed call, ``None`` until it was read.
+        began_s: time of receipt.
+        tries: times it was sent.
+        placement: the last decision about it.
+        outcome: for the ledger.
+        result: for the coordinator.
+    """
+
+    request: web.BaseRequest
+    endpoint: Endpoint
+    began_s: float
+    request_id: str | None = None
+    accepted: Accepted | None = None
+    tries: int = 0
+    placement: Placement | None = None
+    outcome: str = ledger.INTERNAL
+    result: CallResult = _ABORTED
+
+    def ended(self, outcome: str, usage: Usage | None = None) -> None:
+        """Note how it ended; with ``usage`` it was answered."""
+        self.outcome = outcome
+        if usage is not None:
+            self.result = CallResult(
+                ok=True,
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.cached_tokens,
+                output_tokens=usage.output_tokens if self.endpoint.generates else None,
+            )

@@ -1,0 +1,48 @@
+"""The book of calls: every call that came in was answered, failed for a reason, or is open."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+ANSWERED: Final = "answered"
+# Why calls fail, besides the reasons of Refused (rejected-*) and EngineFailed (engine-*).
+BAD_REQUEST: Final = "bad-request"
+CLIENT_GONE: Final = "rejected-context-cancelled"
+INTERNAL: Final = "internal-error"
+
+
+class Ledger:
+    """Counts of calls, by endpoint name and outcome.
+
+    Attributes:
+        arrived: calls that came in, by endpoint.
+        ended: calls that ended, by endpoint and outcome.
+        retries: times a call was sent again, by reason.
+        placements: times a call was placed, by engine and the policy's reason.
+        overdue: calls answered after they were due.
+    """
+
+    def __init__(self) -> None:
+        self.arrived: Counter[str] = Counter()
+        self.ended: Counter[tuple[str, str]] = Counter()
+        self.retries: Counter[str] = Counter()
+        self.placements: Counter[tuple[str, str]] = Counter()
+        self.overdue = 0
+
+    @property
+    def open(self) -> int:
+        """Calls that have not ended."""
+        return self.arrived.total() - self.ended.total()
+
+    def answered(self) -> int:
+        """Return the calls that were answered in full."""
+        return sum(n for (_, outcome), n in self.ended.items() if outcome == ANSWERED)
+
+    def failed(self) -> dict[str, int]:
+        """Return the calls that failed, by reason."""
+        found: Counter[str] = Counter()
+        for (_, outcome), n in self.ended.items():
+            if outcome != ANSWERED:
+                found[outcome] += n
+        return dict(found)

@@ -1,0 +1,93 @@
+"""``hexgen-vllm router`` and ``python -m hexgen_vllm.router``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from hexgen_vllm import config
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.router.options import RouterOptions
+
+_LOG = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the router's options to ``parser``."""
+    router = parser.add_argument_group("router")
+    config.add_arguments(router, RouterOptions)
+    config.add_arguments(parser.add_argument_group("placement"), DispatchOptions)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run a router until SIGTERM or SIGINT; return the exit code.
+
+    Raises:
+        ConfigError: an option is wrong, or the address cannot be had.
+    """
+    import uvloop
+
+    options = config.from_mapping(RouterOptions, config.given(args, RouterOptions))
+    dispatch = config.from_mapping(DispatchOptions, config.given(args, DispatchOptions))
+    if not options.worker_urls:
+        raise ConfigError("worker_urls must name at least one engine (--worker-urls URL ...).")
+    logging.basicConfig(
+        level=options.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    loop = uvloop.new_event_loop()
+    try:
+        loop.run_until_complete(_serve(options, dispatch))
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}.") from error
+    finally:
+        loop.close()
+    return 0
+
+
+async def _serve(options: RouterOptions, dispatch: DispatchOptions) -> None:
+    from hexgen_vllm.router.app import Router
+
+    stop = asyncio.Event()
+    now = asyncio.Event()
+
+    def on_signal() -> None:
+        (now if stop.is_set() else stop).set()  # asked twice means at once
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    router = Router(options, dispatch)
+    await router.start()
+    await stop.wait()
+    drained, hurried = asyncio.ensure_future(router.drain()), asyncio.ensure_future(now.wait())
+    await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
+    for task in (drained, hurried):
+        task.cancel()
+    await router.stop()
+    _LOG.info("stopped")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}.\n")
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the router as a program of its own and return its exit code."""
+    parser = _Parser(
+        prog="python -m hexgen_vllm.router",
+        description="Place calls of LLM workflows on several engines.",
+    )
+    add_arguments(parser)
+    try:
+        return main(parser.parse_args(argv))
+    except HexgenError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,125 @@
+"""Options of the router. Names follow vllm-router where the meaning is the same."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
+
+from hexgen_vllm.config import check, option
+from hexgen_vllm.errors import ConfigError
+
+_WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
+
+
+class Worker(NamedTuple):
+    """An engine server: what clients may know it by, and where it is."""
+
+    name: str
+    url: str
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """Options of the router; those of placement are ``DispatchOptions``."""
+
+    worker_urls: tuple[str, ...] = option(
+        (), "engines, as http://host:port or name=http://host:port"
+    )
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(30000, "port to listen on, 0 for a free one", least=0, most=65535)
+    stock_scheduling: str = option(
+        "auto",
+        "how stock vLLM engines order calls, where they do not say",
+        choices=("auto", "fcfs", "priority"),
+    )
+    request_timeout_secs: float = option(
+        1800.0, "longest wait for the first byte of an answer, seconds", least=1e-3
+    )
+    stream_stall_timeout_secs: float = option(
+        300.0, "longest silence within an answer, seconds", least=1e-3
+    )
+    connect_timeout_secs: float = option(
+        2.0, "longest wait for a connection to an engine, seconds", least=1e-3
+    )
+    health_check_interval_secs: float = option(
+        5.0, "time between health checks of an engine, seconds", least=1e-3
+    )
+    health_check_timeout_secs: float = option(
+        5.0, "longest wait for a health check, seconds", least=1e-3
+    )
+    health_failure_threshold: int = option(
+        3, "failed health checks until an engine is down", least=1
+    )
+    health_success_threshold: int = option(
+        2, "passed health checks until an engine is up again", least=1
+    )
+    health_check_endpoint: str = option("/health", "path of an engine's health check")
+    stats_interval_secs: float = option(
+        0.5, "time between readings of an engine's telemetry, seconds", least=1e-2
+    )
+    retry_max_retries: int = option(3, "retries of a call before its first byte", least=0)
+    retry_initial_backoff_ms: float = option(50.0, "wait before the first retry, ms", least=0.0)
+    retry_max_backoff_ms: float = option(5000.0, "longest wait before a retry, ms", least=0.0)
+    retry_backoff_multiplier: float = option(1.5, "growth of the wait per retry", least=1.0)
+    retry_jitter_factor: float = option(
+        0.2, "share by which a wait varies at random", least=0.0, most=1.0
+    )
+    retry_budget_ratio: float = option(0.2, "retries allowed per call, on average", least=0.0)
+    disable_retries: bool = option(False, "never send a call twice")
+    max_concurrent_requests: int = option(
+        0, "calls in the router at once, more are refused; 0 for no limit", least=0
+    )
+    queue_size: int = option(4096, "calls that may wait in the router", least=0)
+    queue_timeout_secs: float = option(
+        600.0, "longest wait of a call in the router, seconds", least=1e-3
+    )
+    max_payload_size: int = option(2**29, "largest request body, bytes", least=1)
+    api_key: tuple[str, ...] = option((), "keys of which clients must present one")
+    engine_api_key: str | None = option(None, "key presented to engines instead of the client's")
+    request_id_headers: tuple[str, ...] = option(
+        ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"),
+        "headers that may bring a request id, first one first",
+    )
+    shutdown_timeout: float = option(
+        60.0, "time calls in flight have to end after SIGTERM, seconds", least=0.0
+    )
+    log_level: str = option(
+        "info", "least severe messages to log", choices=("debug", "info", "warning", "error")
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.workers()
+
+    def workers(self) -> tuple[Worker, ...]:
+        """Return the engines; those without a name are ``engine-0``, ``engine-1``, ...
+
+        Raises:
+            ConfigError: a URL is not one, or two engines are the same.
+        """
+        found = tuple(_worker(i, text) for i, text in enumerate(self.worker_urls))
+        for field, values in (("names", [w.name for w in found]), ("URLs", [w.url for w in found])):
+            for value in values:
+                if values.count(value) > 1:
+                    raise ConfigError(f"worker_urls must have different {field}, not two {value}.")
+        return found
+
+
+def _worker(index: int, text: str) -> Worker:
+    match = _WORKER.fullmatch(text)
+    wrong = ConfigError(
+        f"worker_urls must be like http://host:8000 or name=http://host:8000, not {text!r}."
+    )
+    if match is None:
+        raise wrong
+    url = match["url"].rstrip("/")
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment)
+    except ValueError:
+        raise wrong from None
+    if not usable:
+        raise wrong
+    return Worker(match["name"] or f"engine-{index}", url)

@@ -1,0 +1,199 @@
+"""The endpoints that ask about the router and its engines, and those that no policy sees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import web
+
+from hexgen_vllm import __version__
+from hexgen_vllm.errors import BadRequest, Refused
+from hexgen_vllm.router import outbound, upstream
+from hexgen_vllm.router.answers import EngineFailed
+from hexgen_vllm.router.context import Context, read_body
+from hexgen_vllm.router.fleet import Engine
+from hexgen_vllm.router.intake import decoded
+from hexgen_vllm.router.metrics import CONTENT_TYPE
+from hexgen_vllm.types import Decision, EngineState, Placement
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+_DECISIONS_SHOWN: Final = 50
+_PASSED_ON: Final = ("/tokenize", "/detokenize")
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=60.0)
+
+
+class Pages:
+    """Handlers by method and path."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def routes(self) -> dict[tuple[str, str], Handler]:
+        """Return every handler."""
+        health = dict.fromkeys(("/health", "/readiness", "/health/readiness"), self.readiness)
+        live = dict.fromkeys(("/liveness", "/health/liveness", "/ping"), self.liveness)
+        get: dict[str, Handler] = {
+            **health,
+            **live,
+            "/v1/models": self.models,
+            "/version": self.version,
+            "/workers": self.workers,
+            "/load": self.load,
+            "/metrics": self.metrics,
+            "/scheduling/diagnostics": self.diagnostics,
+        }
+        post: dict[str, Handler] = dict.fromkeys(_PASSED_ON, self.pass_on)
+        post["/finish_session"] = self.finish_session
+        return {("GET", p): h for p, h in get.items()} | {("POST", p): h for p, h in post.items()}
+
+    async def liveness(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Say that the process runs."""
+        return web.Response()
+
+    async def readiness(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Say whether a call that comes now would be served: 200 or 503."""
+        return web.Response(status=200 if self._context.ready else 503)
+
+    async def version(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Say which version this is."""
+        return _json({"version": __version__, "router": "hexgen-vllm"})
+
+    async def models(self, request: web.BaseRequest) -> web.StreamResponse:
+        """List the models of all engines."""
+        return _json({"object": "list", "data": self._context.fleet.cards()})
+
+    async def load(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Say how many calls are open, as vLLM does."""
+        return _json({"server_load": self._context.ledger.open})
+
+    async def metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Show the metrics."""
+        body = self._context.metrics.exposition()
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+    async def workers(self, request: web.BaseRequest) -> web.StreamResponse:
+        """List the engines by name."""
+        engines = [self._worker(engine) for engine in self._context.fleet.engines.values()]
+        return _json({"workers": engines, "total": len(engines)})
+
+    def _worker(self, engine: Engine) -> dict[str, Any]:
+        load = self._context.service.coordinator.engines.get(engine.name)
+        spec = engine.spec
+        return {
+            "name": engine.name,
+            "state": engine.state.value,
+            "is_healthy": engine.state is not EngineState.DOWN,
+            "kind": None if spec is None else spec.kind.value,
+            "models": sorted(spec.models) if spec is not None else [],
+            "max_num_seqs": None if spec is None else spec.max_num_seqs,
+            "kv_tokens": None if spec is None else spec.kv_tokens,
+            "load": 0 if load is None else len(load.in_flight),
+        }
+
+    async def diagnostics(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Show what decisions stand on: rates, loads, learned stages, and the last decisions."""
+        coordinator, now = self._context.service.coordinator, self._context.clock.now()
+        recent = list(coordinator.log)[-_DECISIONS_SHOWN:]
+        return _json(
+            {
+                "policy": coordinator.options.policy,
+                "options": asdict(coordinator.options),
+                "held": coordinator.held,
+                "open_workflows": len(coordinator.workflows),
+                "engines": [self._rates(e) for e in self._context.fleet.engines.values()],
+                "stages": coordinator.workflows.shapes.known_stages(),
+                "decisions": [_decision(at, one, now) for at, one in reversed(recent)],
+            }
+        )
+
+    def _rates(self, engine: Engine) -> dict[str, Any]:
+        shown = self._worker(engine)
+        load = self._context.service.coordinator.engines.get(engine.name)
+        if load is not None:
+            cost = load.cost()
+            measured = load.report.cost is not None
+            shown["cost"] = None if cost is None else asdict(cost)
+            shown["cost_from"] = "telemetry" if measured else "traffic" if cost else None
+            error = load.report.fit_error if measured else load.traffic_fit.error()
+            shown["fit_error"] = error
+            shown["queued_prefill_tokens"] = load.queued_prefill_tokens()
+            shown["outstanding_tokens"] = load.outstanding_tokens()
+            report = asdict(load.report)
+            shown["report"] = {k: report[k] for k in report if k not in ("cost", "fit_error")}
+        return shown
+
+    async def finish_session(self, request: web.BaseRequest) -> web.StreamResponse:
+        """End the workflow that the query names, by vllm-router's convention."""
+        session_id = request.query.get("session_id", "")
+        if not session_id:
+            raise BadRequest("session_id must name a session.", param="session_id")
+        known = self._context.service.coordinator.workflows.get(session_id) is not None
+        self._context.service.workflow_finished(session_id)
+        return _json({"session_id": session_id, "finished": known})
+
+    async def pass_on(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Relay a request that costs an engine little to the first one that serves its model.
+
+        Raises:
+            BadRequest: the body is no JSON object, or the model is unknown.
+            Refused: no engine is up.
+            EngineFailed: the engine broke off.
+        """
+        context = self._context
+        raw = await read_body(request)
+        model = decoded(raw).get("model")
+        if isinstance(model, str):
+            context.check_model(model)
+        engine = self._any_engine(model)
+        request_id = context.intake.request_id(request.headers)
+        key = context.options.engine_api_key
+        headers = outbound.plain_to_engine(request.headers, request_id, key)
+        url = engine.address(request.path_qs)
+        try:
+            answer = await upstream.send(
+                context.session, "POST", url, headers, raw, timeout=_TIMEOUT
+            )
+            async with answer:
+                head = outbound.to_client(answer.headers, engine.name, request_id)
+                return web.Response(status=answer.status, body=await answer.read(), headers=head)
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            context.suspect(engine.name)
+            raise EngineFailed("The engine failed.", reason="engine-lost") from error
+
+    def _any_engine(self, model: object) -> Engine:
+        for engine in self._context.fleet.ready():
+            models = engine.spec.models if engine.spec is not None else frozenset()
+            if not models or not isinstance(model, str) or model in models:
+                return engine
+        raise Refused("No engine can take this call now.", reason="rejected-no-endpoints")
+
+
+def _json(content: Any) -> web.Response:
+    body = json.dumps(content).encode()
+    return web.Response(body=body, content_type="application/json")
+
+
+def _decision(at_s: float, decision: Decision, now: float) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "age_s": round(now - at_s, 3),
+        "call": decision.call_id,
+        "reason": decision.reason,
+    }
+    if isinstance(decision, Placement):
+        late_s = None if decision.finish_s is None else decision.finish_s - decision.due_s
+        shown |= {
+            "engine": decision.engine_id,
+            "score": decision.score,
+            "due_in_s": decision.due_s - at_s,
+            "finish_in_s": None if decision.finish_s is None else decision.finish_s - at_s,
+            "late_s": late_s,
+            "tail_s": decision.tail_s,
+            "expected_output_tokens": decision.expected_output_tokens,
+            "uncached_tokens": decision.uncached_tokens,
+        }
+    return shown

@@ -1,0 +1,137 @@
+"""Asks an engine server what it is and how it is; every answer may be missing or late."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, Final, NamedTuple
+
+import aiohttp
+
+from hexgen_vllm.errors import HexgenError
+from hexgen_vllm.router import reports
+from hexgen_vllm.router.options import RouterOptions, Worker
+from hexgen_vllm.router.reports import Telemetry
+from hexgen_vllm.types import EngineKind, EngineSpec
+
+STATS_PATH: Final = "/hexgen/stats"
+_STOCK: Final = {"fcfs": EngineKind.FCFS, "priority": EngineKind.PRIORITY}
+
+
+class Unreachable(HexgenError):  # noqa: N818 - an answer, not a defect
+    """The engine cannot be asked now; ``refused`` says that nobody listens there."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class Found(NamedTuple):
+    """What a probe found out.
+
+    Attributes:
+        spec: for the coordinator.
+        cards: its entries of ``/v1/models``.
+        certain: whether the engine itself said how it orders calls.
+    """
+
+    spec: EngineSpec
+    cards: tuple[dict[str, Any], ...]
+    certain: bool
+
+
+class Probe:
+    """Asks engines over one client session."""
+
+    def __init__(self, session: aiohttp.ClientSession, options: RouterOptions) -> None:
+        self._session = session
+        self._options = options
+        self._timeout = aiohttp.ClientTimeout(total=options.health_check_timeout_secs)
+        key = options.engine_api_key
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    async def healthy(self, worker: Worker) -> None:
+        """Return if the engine passes its health check.
+
+        Raises:
+            Unreachable: it does not.
+        """
+        status, _ = await self._get(worker, self._options.health_check_endpoint)
+        if status != 200:
+            raise Unreachable(f"its health check answers {status}")
+
+    async def find(self, worker: Worker) -> Found:
+        """Find out what the engine is.
+
+        Raises:
+            Unreachable: it does not answer, or does not list its models yet.
+        """
+        cards = await self.models(worker)
+        models = frozenset(str(card["id"]) for card in cards)
+        status, body = await self._get(worker, STATS_PATH)
+        if status in (200, 503):  # 503: it is ours, and too busy to say more
+            said = reports.from_stats(_object(body))
+            spec = EngineSpec(
+                worker.name, models, EngineKind.HEXGEN, said.max_num_seqs, said.kv_tokens
+            )
+            return Found(spec, cards, True)
+        return await self._stock(worker, models, cards)
+
+    async def _stock(
+        self, worker: Worker, models: frozenset[str], cards: tuple[dict[str, Any], ...]
+    ) -> Found:
+        status, body = await self._get(worker, "/server_info?config_format=json")
+        policy, slots = reports.scheduling(_object(body)) if status == 200 else (None, None)
+        assumed = self._options.stock_scheduling
+        kind = _STOCK.get(policy or assumed, EngineKind.FCFS)
+        status, body = await self._get(worker, "/metrics")
+        kv_tokens = reports.from_metrics(_text(body)).kv_tokens if status == 200 else None
+        spec = EngineSpec(worker.name, models, kind, slots, kv_tokens)
+        return Found(spec, cards, policy is not None or assumed != "auto")
+
+    async def models(self, worker: Worker) -> tuple[dict[str, Any], ...]:
+        """Return the engine's model cards.
+
+        Raises:
+            Unreachable: it does not say.
+        """
+        status, body = await self._get(worker, "/v1/models")
+        data = _object(body).get("data") if status == 200 else None
+        if not isinstance(data, list):
+            raise Unreachable(f"its list of models answers {status}")
+        return tuple(c for c in data if isinstance(c, dict) and isinstance(c.get("id"), str))
+
+    async def telemetry(self, worker: Worker, kind: EngineKind) -> Telemetry | None:
+        """Return a reading, ``None`` when the engine has none to give.
+
+        Raises:
+            Unreachable: it does not answer.
+        """
+        ours = kind is EngineKind.HEXGEN
+        status, body = await self._get(worker, STATS_PATH if ours else "/metrics")
+        if status != 200:
+            return None
+        return reports.from_stats(_object(body)) if ours else reports.from_metrics(_text(body))
+
+    async def _get(self, worker: Worker, path: str) -> tuple[int, bytes]:
+        try:
+            async with self._session.get(
+                worker.url + path, headers=self._headers, timeout=self._timeout
+            ) as answer:
+                return answer.status, await answer.read()
+        except aiohttp.ClientConnectorError:
+            raise Unreachable("nobody listens there", refused=True) from None
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise Unreachable(f"it does not answer ({type(error).__name__})") from None
+
+
+def _text(body: bytes) -> str:
+    return body.decode("utf-8", "replace")
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

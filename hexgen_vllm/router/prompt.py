@@ -1,0 +1,120 @@
+"""How long a prompt is and what it starts with, without a tokenizer.
+
+Token ids are counted. Text is counted in characters, and divided by what a character of this
+model turned out to be worth in tokens. The start of a prompt is known by chain hashes of
+fixed-size chunks, as a prefix cache knows its blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+CHUNK_TOKENS: Final = 256
+CHUNK_CHARS: Final = 1024
+MAX_CHUNKS: Final = 64
+CHARS_PER_TOKEN: Final = 4.0
+# Values that are long and no text of the prompt: pictures and sound are data URLs.
+_MEDIA: Final = frozenset(("image_url", "input_audio", "video_url", "audio_url", "source"))
+_SEPARATOR: Final = "\x1f"
+
+
+class Prompt(NamedTuple):
+    """A prompt, or several of one request.
+
+    Attributes:
+        start: text or token ids of the first one.
+        chars: characters of all text.
+        ids: token ids of all.
+    """
+
+    start: str | Sequence[int]
+    chars: int
+    ids: int
+
+
+def read_prompt(body: Mapping[str, Any], names: Sequence[str]) -> Prompt:
+    """Return the prompt under the fields ``names`` of ``body``; malformed parts count nothing."""
+    present = [body[name] for name in names if body.get(name)]
+    if len(present) == 1 and isinstance(present[0], list):
+        only = present[0]
+        if _is_ids(only):
+            return Prompt(only, 0, len(only))
+        if _is_ids(only[0]):
+            return Prompt(only[0], 0, sum(len(one) for one in only if isinstance(one, list)))
+    text = _SEPARATOR.join(_texts(present))
+    return Prompt(text, len(text), 0)
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and set(map(type, value)) == {int}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield all strings within ``value`` in order; without recursion, nesting is the client's."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list):
+            stack.extend(reversed(item))
+        elif isinstance(item, dict):
+            stack.extend(v for k, v in reversed(item.items()) if k not in _MEDIA)
+
+
+def chain(prompt: Prompt, seed: str) -> tuple[int, ...]:
+    """Return chain hashes of the leading full chunks, at most :data:`MAX_CHUNKS`.
+
+    Args:
+        prompt: what is hashed.
+        seed: prompts of another seed (model) never look alike.
+    """
+    start = prompt.start
+    text = isinstance(start, str)
+    size = CHUNK_CHARS if text else CHUNK_TOKENS
+    key = hash((seed, text))
+    found = []
+    for i in range(0, min(len(start) // size, MAX_CHUNKS) * size, size):
+        piece = start[i : i + size]
+        key = hash((key, piece if isinstance(piece, str) else tuple(piece)))
+        found.append(key)
+    return tuple(found)
+
+
+class TokenRatios:
+    """Characters per token of each model, learned from what engines report.
+
+    Args:
+        max_models: models remembered; the longest unused goes first.
+    """
+
+    def __init__(self, max_models: int = 256) -> None:
+        self._sums: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._max_models = max_models
+
+    def learn(self, model: str, chars: int, tokens: int) -> None:
+        """Take in that a prompt of ``chars`` characters had ``tokens`` tokens."""
+        if chars <= 0 or tokens <= 0:
+            return
+        old_chars, old_tokens = self._sums.get(model, (0.0, 0.0))
+        self._sums[model] = (0.98 * old_chars + chars, 0.98 * old_tokens + tokens)
+        self._sums.move_to_end(model)
+        if len(self._sums) > self._max_models:
+            self._sums.popitem(last=False)
+
+    def ratio(self, model: str) -> float:
+        """Return the characters that one token of ``model`` stands for."""
+        chars, tokens = self._sums.get(model, (CHARS_PER_TOKEN, 1.0))
+        return chars / tokens
+
+    def tokens(self, model: str, prompt: Prompt) -> int:
+        """Return the length of ``prompt`` in tokens, at least 1."""
+        return max(prompt.ids + round(prompt.chars / self.ratio(model)), 1)
+
+    def chunk_tokens(self, model: str, prompt: Prompt) -> int:
+        """Return the tokens that one entry of :func:`chain` stands for."""
+        if not isinstance(prompt.start, str):
+            return CHUNK_TOKENS
+        return max(round(CHUNK_CHARS / self.ratio(model)), 1)

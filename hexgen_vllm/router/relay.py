@@ -1,0 +1,184 @@
+"""One call from its arrival to its end: placed, sent, relayed, sent again if nothing was seen.
+
+    place ──► try an engine ──► nothing sent to the client yet ──► elsewhere, while allowed
+                  │
+                  └──► first bytes relayed ──► it breaks ──► error event, or a closed connection
+
+Every path ends with exactly one ``finished`` for the coordinator and one entry in the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+import aiohttp
+from aiohttp import web
+
+from hexgen_vllm.errors import BadRequest, HexgenError, Refused
+from hexgen_vllm.router import answers, ledger, outbound, upstream
+from hexgen_vllm.router.answers import EngineFailed
+from hexgen_vllm.router.attempt import Attempt, ClientGone
+from hexgen_vllm.router.context import Context, read_body
+from hexgen_vllm.router.endpoints import Endpoint
+from hexgen_vllm.router.fleet import Engine
+from hexgen_vllm.router.intake import Accepted
+from hexgen_vllm.router.job import Job
+from hexgen_vllm.router.passing import StreamPass, whole_pass
+from hexgen_vllm.types import Placement
+
+_ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
+_LOG = logging.getLogger(__name__)
+
+
+class Relay:
+    """Answers the requests of the generation endpoints."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def answer(self, request: web.BaseRequest, endpoint: Endpoint) -> web.StreamResponse:
+        """Answer a request; every error becomes an OpenAI error object."""
+        context = self._context
+        job = Job(request, endpoint, context.clock.now())
+        context.ledger.arrived[endpoint.name] += 1
+        try:
+            return await self._serve(job)
+        except BadRequest as error:
+            job.ended(ledger.BAD_REQUEST)
+            return answers.from_error(error, job.request_id)
+        except (Refused, EngineFailed) as error:
+            job.ended(error.reason)
+            return answers.from_error(error, job.request_id)
+        except (asyncio.CancelledError, ClientGone, ConnectionError) as error:
+            job.ended(ledger.CLIENT_GONE)
+            if isinstance(error, ClientGone):
+                raise ConnectionResetError from error  # aiohttp ends the connection quietly
+            raise
+        except Exception:
+            _LOG.exception("call failed endpoint=%s", endpoint.name)
+            return answers.from_error(HexgenError(), job.request_id)
+        finally:
+            self._close(job)
+
+    def _close(self, job: Job) -> None:
+        context, now = self._context, self._context.clock.now()
+        if job.accepted is not None:
+            self._learn(job)
+            context.service.finished(job.accepted.call.call_id, job.result)
+        context.ledger.ended[job.endpoint.name, job.outcome] += 1
+        if job.result.ok and job.placement is not None:
+            context.metrics.call_s.labels(job.endpoint.name).observe(now - job.began_s)
+            context.ledger.overdue += now > job.placement.due_s
+
+    async def _serve(self, job: Job) -> web.StreamResponse:
+        context = self._context
+        job.request_id = context.intake.request_id(job.request.headers)
+        context.check_open()
+        accepted = job.accepted = await self._read(job)
+        call = accepted.call
+        context.check_model(call.model)
+        context.retries.call_arrived()
+        placement = await context.service.place(call)
+        context.metrics.held_s.observe(context.clock.now() - job.began_s)
+        while True:
+            job.placement = placement
+            job.tries += 1
+            try:
+                return await self._try(job, accepted, placement)
+            except EngineFailed as failure:
+                placement = await self._elsewhere(job, call.call_id, failure)
+
+    async def _read(self, job: Job) -> Accepted:
+        context, headers = self._context, job.request.headers
+        raw = await read_body(job.request)
+        only = context.fleet.only_model()
+        return context.intake.read(job.endpoint, headers, raw, job.began_s, only)
+
+    async def _elsewhere(self, job: Job, call_id: str, failure: EngineFailed) -> Placement:
+        """Return where to send a call again.
+
+        Raises:
+            EngineFailed: ``failure``, when it may not be sent again or nobody else can take it.
+        """
+        context = self._context
+        if not failure.retryable or not context.retries.allows(job.tries):
+            raise failure
+        await asyncio.sleep(context.retries.backoff_s(job.tries))
+        try:
+            placement = await context.service.replace(call_id)
+        except Refused:
+            raise failure from None
+        context.ledger.retries[failure.reason] += 1
+        return placement
+
+    async def _try(self, job: Job, accepted: Accepted, placement: Placement) -> web.StreamResponse:
+        """Send a call to the engine it was placed on, and relay the answer.
+
+        Raises:
+            EngineFailed: the engine failed, and the client has seen nothing.
+        """
+        context = self._context
+        engine = context.fleet.engines[placement.engine_id]
+        attempt = Attempt(context.guard, job.request, engine.name)
+        try:
+            with attempt:
+                answer = attempt.answer = await self._send(job, accepted, placement, engine)
+            return await self._relay(job, attempt, answer)
+        finally:
+            if attempt.answer is not None:
+                attempt.answer.close()  # nothing to close when it was read to its end
+
+    async def _send(
+        self, job: Job, accepted: Accepted, placement: Placement, engine: Engine
+    ) -> aiohttp.ClientResponse:
+        context = self._context
+        headers = outbound.to_engine(
+            accepted,
+            placement,
+            engine.kind,
+            now=context.clock.now(),
+            epoch=context.epoch_s,
+            request_id=job.request_id or "",
+            engine_api_key=context.options.engine_api_key,
+        )
+        url = engine.address(job.request.path_qs)
+        try:
+            return await upstream.send(context.session, "POST", url, headers, accepted.body)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            context.fleet.lost(engine.name, "a connection failed")
+            raise
+        except (aiohttp.ClientError, OSError):
+            context.suspect(engine.name)
+            raise
+
+    async def _relay(
+        self, job: Job, attempt: Attempt, answer: aiohttp.ClientResponse
+    ) -> web.StreamResponse:
+        if answer.status in _ELSEWHERE:
+            raise _refused_by_engine(answer)
+        head = outbound.to_client(answer.headers, attempt.engine, job.request_id or "")
+        if answer.status == 200 and answer.content_type == "text/event-stream":
+            return await StreamPass(job, attempt, self._context.service).run(answer, head)
+        return await whole_pass(job, attempt, answer, head)
+
+    def _learn(self, job: Job) -> None:
+        accepted, result = job.accepted, job.result
+        if accepted is not None and result.prompt_tokens and not accepted.prompt.ids:
+            model, chars = accepted.call.model, accepted.prompt.chars
+            self._context.ratios.learn(model, chars, result.prompt_tokens)
+
+
+def _refused_by_engine(answer: aiohttp.ClientResponse) -> EngineFailed:
+    """Return the error for an answer that another engine may better; its body is not shown."""
+    if answer.status in (429, 503):
+        wait = answer.headers.get("Retry-After", "")
+        return EngineFailed(
+            "The engine is too busy.",
+            reason="engine-busy",
+            status=answer.status,
+            retry_after_s=float(wait) if wait.isdecimal() and len(wait) < 6 else 1.0,
+            retryable=True,
+        )
+    return EngineFailed("The engine failed.", reason="engine-error", status=502, retryable=True)

@@ -1,0 +1,50 @@
+"""When a call may be sent again, and after what wait."""
+
+from __future__ import annotations
+
+import random
+from typing import Final
+
+from hexgen_vllm.router.options import RouterOptions
+
+_BURST: Final = 10.0
+
+
+class RetryPolicy:
+    """Bounds retries per call and, by a budget, per traffic.
+
+    Each call earns ``retry_budget_ratio`` of a retry, up to a stock of ten calls' worth or more;
+    when everything fails, load does not multiply.
+
+    Args:
+        options: limits.
+        rng: source of jitter.
+    """
+
+    def __init__(self, options: RouterOptions, rng: random.Random) -> None:
+        self._options, self._rng = options, rng
+        self._budget = _BURST
+
+    def call_arrived(self) -> None:
+        """Earn a share of a retry."""
+        self._budget = min(self._budget + self._options.retry_budget_ratio, 10 * _BURST)
+
+    def allows(self, attempts: int) -> bool:
+        """Take one retry from the budget for a call sent ``attempts`` times; false if it may not.
+
+        Call it once per failure: it counts.
+        """
+        most = 0 if self._options.disable_retries else self._options.retry_max_retries
+        if attempts > most or self._budget < 1.0:
+            return False
+        self._budget -= 1.0
+        return True
+
+    def backoff_s(self, attempts: int) -> float:
+        """Return the wait before the next try of a call sent ``attempts`` times, seconds."""
+        options = self._options
+        grown = options.retry_initial_backoff_ms * options.retry_backoff_multiplier ** (
+            attempts - 1
+        )
+        jitter = 1.0 + options.retry_jitter_factor * self._rng.uniform(-1.0, 1.0)
+        return min(grown, options.retry_max_backoff_ms) * jitter / 1000.0

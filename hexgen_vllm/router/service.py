@@ -1,0 +1,162 @@
+"""Drives the coordinator: requests become events, decisions wake the requests they are about.
+
+Everything here runs in one event loop and does not wait between reading and changing state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from hexgen_vllm.clock import Clock
+from hexgen_vllm.errors import Refused
+from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.router.ledger import Ledger
+from hexgen_vllm.types import (
+    Call,
+    CallResult,
+    Decision,
+    EngineReport,
+    EngineSpec,
+    EngineState,
+    Placement,
+    Rejection,
+)
+
+
+class Service:
+    """The coordinator in real time.
+
+    Args:
+        coordinator: the state machine.
+        clock: its time.
+        ledger: where placements are counted.
+        queue_size: calls that may wait here.
+        queue_timeout_s: longest wait here, seconds.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        clock: Clock,
+        ledger: Ledger,
+        *,
+        queue_size: int = 4096,
+        queue_timeout_s: float = 600.0,
+    ) -> None:
+        self.coordinator = coordinator
+        self.clock = clock
+        self._ledger = ledger
+        self._queue_size = queue_size
+        self._queue_timeout_s = queue_timeout_s
+        # Calls without a decision, in order of arrival.
+        self._waiting: dict[str, tuple[float, asyncio.Future[Placement]]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a decision."""
+        return len(self._waiting)
+
+    async def place(self, call: Call) -> Placement:
+        """Wait until ``call`` may be sent, and return where to.
+
+        The caller must end every call with :meth:`finished`, also one that was refused.
+
+        Raises:
+            Refused: nobody can take it, too many calls wait, or it waited too long.
+        """
+        arrived = self.coordinator.call_arrived(call, self.clock.now())
+        return await self._decided(call.call_id, arrived)
+
+    async def replace(self, call_id: str) -> Placement:
+        """Return where else to send a call whose engine failed before the first byte.
+
+        Raises:
+            Refused: there is nowhere else; the call has then ended.
+        """
+        return await self._decided(
+            call_id, self.coordinator.call_bounced(call_id, self.clock.now())
+        )
+
+    def started(self, call_id: str) -> None:
+        """Note the first token of a call."""
+        self.coordinator.call_started(call_id, self.clock.now())
+
+    def progressed(self, call_id: str, output_tokens: int) -> None:
+        """Note how many tokens a call has so far."""
+        self.coordinator.call_progressed(call_id, output_tokens, self.clock.now())
+
+    def finished(self, call_id: str, result: CallResult) -> None:
+        """Note that a call ended; harmless for one that has ended before."""
+        self._carry_out(self.coordinator.call_finished(call_id, result, self.clock.now()))
+
+    def workflow_finished(self, workflow_id: str) -> None:
+        """Note the client's word that a workflow is over."""
+        self.coordinator.workflow_finished(workflow_id)
+
+    def engine_joined(self, spec: EngineSpec) -> None:
+        """Note an engine that is ready."""
+        self._carry_out(self.coordinator.engine_joined(spec, self.clock.now()))
+
+    def engine_changed(self, engine_id: str, state: EngineState) -> None:
+        """Note that an engine, joined before, became ready, draining or down."""
+        now = self.clock.now()
+        self._carry_out(self.coordinator.engine_changed(engine_id, state, now))
+
+    def engine_reported(self, engine_id: str, report: EngineReport) -> None:
+        """Take in telemetry."""
+        self.coordinator.engine_reported(engine_id, report)
+
+    def tick(self) -> None:
+        """Do what time alone causes; call it about once a second or more often."""
+        now = self.clock.now()
+        self._expire(now)
+        self._carry_out(self.coordinator.tick(now))
+
+    def _expire(self, now: float) -> None:
+        for since_s, future in list(self._waiting.values()):
+            if now - since_s <= self._queue_timeout_s:
+                break
+            if not future.done():
+                future.set_exception(
+                    Refused(
+                        "The call waited too long for an engine.",
+                        reason="rejected-ttl-expired",
+                        status=504,
+                    )
+                )
+
+    async def _decided(self, call_id: str, decisions: Iterable[Decision]) -> Placement:
+        future: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
+        self._waiting[call_id] = (self.clock.now(), future)
+        try:
+            self._carry_out(decisions)
+            if not future.done() and self.coordinator.held > self._queue_size:
+                raise Refused(
+                    "Too many calls are waiting.", reason="rejected-saturated", status=429
+                )
+            return await future
+        finally:
+            del self._waiting[call_id]
+            future.cancel()  # an error that comes too late is nobody's
+
+    def _carry_out(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            if isinstance(decision, Placement):
+                self._ledger.placements[decision.engine_id, decision.reason] += 1
+            entry = self._waiting.get(decision.call_id)
+            if entry is not None and not entry[1].done():
+                _settle(entry[1], decision)
+
+
+def _settle(future: asyncio.Future[Placement], decision: Decision) -> None:
+    if isinstance(decision, Rejection):
+        error = Refused(
+            decision.message,
+            reason=decision.reason,
+            status=decision.status,
+            retry_after_s=decision.retry_after_s,
+        )
+        future.set_exception(error)
+    else:
+        future.set_result(decision)

@@ -1,0 +1,135 @@
+"""Keeps the fleet's picture of one engine true: joins it, reads it, notices when it is gone.
+
+States: not up yet or down (probed every second), up (health check and telemetry at their
+intervals). A connection that is refused takes it down at once, everything else after
+``health_failure_threshold`` failures in a row. It comes back after ``health_success_threshold``
+good checks in a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+
+from hexgen_vllm.clock import Clock
+from hexgen_vllm.router.fleet import Engine, Fleet
+from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.probe import Probe, Unreachable
+from hexgen_vllm.router.reports import Telemetry
+from hexgen_vllm.router.service import Service
+from hexgen_vllm.types import EngineKind, EngineReport, EngineState
+
+_LOG = logging.getLogger(__name__)
+_DOWN_INTERVAL_S = 1.0
+_STOCK_INTERVAL_S = 2.0  # stock metrics are long texts
+_STALE_S = 5.0
+
+
+class Watcher:
+    """Watches one engine; :meth:`run` is its task."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        fleet: Fleet,
+        service: Service,
+        probe: Probe,
+        options: RouterOptions,
+        clock: Clock,
+    ) -> None:
+        self._engine, self._fleet, self._service = engine, fleet, service
+        self._probe, self._options, self._clock = probe, options, clock
+        self._wake = asyncio.Event()
+        self._passed = self._failed = 0
+        self._check_at_s = self._read_at_s = 0.0
+        self._heard_s = clock.now()
+        self._steps = 0
+
+    def suspect(self) -> None:
+        """Check the engine now: a call failed there."""
+        self._check_at_s = 0.0
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            self._wake.clear()
+            try:
+                delay_s = await self.turn()
+            except Exception:  # whatever it was, an engine must not go unwatched
+                _LOG.exception("watching failed engine=%s", self._engine.name)
+                delay_s = _DOWN_INTERVAL_S
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), delay_s)
+
+    async def turn(self) -> float:
+        """Do what is due; return the seconds until the next turn."""
+        if self._down():
+            await self._try_to_join()
+            if self._down():
+                return min(_DOWN_INTERVAL_S, self._options.health_check_interval_secs)
+        now = self._clock.now()
+        if now >= self._check_at_s:
+            self._check_at_s = now + self._options.health_check_interval_secs
+            await self._check()
+        if now >= self._read_at_s and not self._down():
+            self._read_at_s = now + self._read_interval_s()
+            await self._read()
+        return max(min(self._check_at_s, self._read_at_s) - self._clock.now(), 0.0)
+
+    def _down(self) -> bool:
+        return self._engine.state is EngineState.DOWN
+
+    def _read_interval_s(self) -> float:
+        interval_s = self._options.stats_interval_secs
+        ours = self._engine.kind is EngineKind.HEXGEN
+        return interval_s if ours else max(interval_s, _STOCK_INTERVAL_S)
+
+    async def _try_to_join(self) -> None:
+        try:
+            await self._probe.healthy(self._engine.worker)
+            self._passed += 1
+            # An engine that was never up has nothing to be suspected of.
+            needed = 1 if self._engine.spec is None else self._options.health_success_threshold
+            if self._passed < needed:
+                return
+            found = await self._probe.find(self._engine.worker)
+        except Unreachable as why:
+            self._passed = 0
+            _LOG.debug("engine not up engine=%s reason=%r", self._engine.name, str(why))
+            return
+        self._passed = self._failed = 0
+        self._check_at_s = self._clock.now() + self._options.health_check_interval_secs
+        self._read_at_s = 0.0
+        self._steps = 0
+        self._fleet.joined(self._engine.name, found)
+
+    async def _check(self) -> None:
+        try:
+            await self._probe.healthy(self._engine.worker)
+            self._failed = 0
+        except Unreachable as why:
+            self._failed += 1
+            if why.refused or self._failed >= self._options.health_failure_threshold:
+                self._failed = self._passed = 0
+                self._fleet.lost(self._engine.name, str(why))
+
+    async def _read(self) -> None:
+        try:
+            reading = await self._probe.telemetry(self._engine.worker, self._engine.kind)
+        except Unreachable:
+            reading = None
+        now = self._clock.now()
+        if reading is not None:
+            self._heard_s = now
+            self._take(reading)
+        elif now - self._heard_s > _STALE_S:  # an old picture is worse than none
+            self._service.engine_reported(self._engine.name, EngineReport())
+
+    def _take(self, reading: Telemetry) -> None:
+        if reading.steps is not None:
+            if reading.steps < self._steps:
+                self._fleet.restarted(self._engine.name)
+            self._steps = reading.steps
+        self._service.engine_reported(self._engine.name, reading.report)
