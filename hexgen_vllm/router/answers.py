@@ -5,6 +5,7 @@ Nothing here may name an engine's address or show a stack trace.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import Any, Final
@@ -92,3 +93,10 @@ def error_event(error: EngineFailed, path: str) -> bytes:
         named = json.dumps({"type": "error", **content})
         return f"event: error\ndata: {named}\n\n".encode()
     return f"data: {json.dumps(content)}\n\n".encode()
+
+
+def hung_up(request: web.BaseRequest) -> web.Response:
+    """Close the client's connection and return what aiohttp wants: an answer nobody gets."""
+    if isinstance(request.transport, asyncio.Transport):
+        request.transport.abort()
+    return web.Response(status=499)

@@ -80,8 +80,8 @@ class Attempt:
         return transport is None or transport.is_closing()
 
     def abort(self, reason: str) -> None:
-        """End it from outside for ``reason``."""
-        if self._task is not None and self._reason is None:
+        """End it from outside for ``reason``; who notices it from within knows already."""
+        if self._task not in (None, asyncio.current_task()) and self._reason is None:
             self._reason = reason
             self._task.cancel()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Final
 
 import aiohttp
@@ -10,7 +9,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from hexgen_vllm.router import ledger
-from hexgen_vllm.router.answers import EngineFailed, error_event
+from hexgen_vllm.router.answers import EngineFailed, error_event, hung_up
 from hexgen_vllm.router.attempt import LOST, Attempt, failed
 from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.service import Service
@@ -147,8 +146,6 @@ async def _large_pass(
             await response.write_eof()
     except EngineFailed as failure:
         job.ended(failure.reason)
-        if isinstance(job.request.transport, asyncio.Transport):
-            job.request.transport.abort()
-        return response
+        return hung_up(job.request)
     _note_end(job, answer.status, tail)
     return response

@@ -51,10 +51,11 @@ class Relay:
         except (Refused, EngineFailed) as error:
             job.ended(error.reason)
             return answers.from_error(error, job.request_id)
-        except (asyncio.CancelledError, ClientGone, ConnectionError) as error:
+        except (ClientGone, ConnectionError):
             job.ended(ledger.CLIENT_GONE)
-            if isinstance(error, ClientGone):
-                raise ConnectionResetError from error  # aiohttp ends the connection quietly
+            return answers.hung_up(request)
+        except asyncio.CancelledError:
+            job.ended(ledger.CLIENT_GONE)
             raise
         except Exception:
             _LOG.exception("call failed endpoint=%s", endpoint.name)
