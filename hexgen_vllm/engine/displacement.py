@@ -166,13 +166,20 @@ class Displacer:
         return RunningView(
             key_s=call.key_s,
             latest_start_s=_uncredited_start_s(request),
-            redo_s=self._book.rates.prefill_s(lost),
+            redo_s=self._redo_s(request.num_computed_tokens, lost),
             lost_tokens=lost,
             blocks_released=sum(1 for block in own if block not in shared),
             output_left=output_left(call.expected_tokens, written, request.max_tokens),
             displacements=call.displacements,
             can_free=compat.can_free(self._scheduler, request),
         )
+
+    def _redo_s(self, tokens: int, lost: int) -> float:
+        """Return what losing ``lost`` of ``tokens`` tokens costs, computed again or copied."""
+        keeper, rates = self._scheduler.hexgen_keeper, self._book.rates
+        if keeper is None:
+            return rates.prefill_s(lost)
+        return keeper.redo_s(tokens, tokens - lost, rates)
 
     def _leaves_tokens(self, victims: list[Request]) -> bool:
         """Return whether the step's token budget reaches beyond what stays in the batch."""

@@ -26,6 +26,28 @@ _SINGLE: Final = {
     "bad_metadata": ("bad_metadata_total", "counter", "Metadata values that could not be read."),
 }
 
+# The same for the fields of the snapshot's ``host_kv``.
+_HOST_KV: Final = {
+    "capacity_bytes": ("host_kv_capacity_bytes", "gauge", "Host memory for preempted calls' KV."),
+    "used_bytes": ("host_kv_used_bytes", "gauge", "Host memory that holds preempted calls' KV."),
+    "copies": ("host_kv_copies", "gauge", "Preempted calls whose KV is in host memory."),
+    "saved_tokens": ("host_kv_saved_tokens_total", "counter", "Tokens whose KV was saved."),
+    "saved_bytes": ("host_kv_saved_bytes_total", "counter", "Bytes of KV that were saved."),
+    "restored_tokens": ("host_kv_restored_tokens_total", "counter", "Tokens whose KV was loaded."),
+    "restored_bytes": ("host_kv_restored_bytes_total", "counter", "Bytes of KV that were loaded."),
+    "cached_tokens": (
+        "host_kv_cached_tokens_total",
+        "counter",
+        "Saved tokens that the prefix cache still held when they were wanted.",
+    ),
+    "save_bytes_per_s": ("host_kv_save_bytes_per_second", "gauge", "Bandwidth of saves."),
+    "restore_bytes_per_s": ("host_kv_restore_bytes_per_second", "gauge", "Bandwidth of loads."),
+}
+_HOST_KV_BY_REASON: Final = {
+    "dropped_tokens": ("host_kv_dropped_tokens_total", "Saved tokens never loaded, by reason."),
+    "refused_tokens": ("host_kv_refused_tokens_total", "Tokens not saved, by reason."),
+}
+
 
 def _escaped(value: object) -> str:
     return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
@@ -64,9 +86,7 @@ def exposition(snapshot: Mapping[str, Any], labels: Mapping[str, object] | None 
         labels: added to every sample, such as ``{"engine": "0"}``.
     """
     page = _Page(labels or {})
-    page.metric(
-        "info", "gauge", "Always 1; the order in force.", {("order", snapshot["order"]): 1}
-    )
+    page.metric("info", "gauge", "Always 1; the order in force.", {("order", snapshot["order"]): 1})
     for field, (name, kind, text) in _SINGLE.items():
         page.metric(name, kind, text, {None: snapshot.get(field)})
     page.metric(
@@ -88,4 +108,14 @@ def exposition(snapshot: Mapping[str, Any], labels: Mapping[str, object] | None 
         "Running and waiting calls whose slack is at most le seconds.",
         {("le", b): n for b, n in zip(bounds, accumulate(snapshot["slack_counts"]), strict=True)},
     )
+    if snapshot.get("host_kv"):
+        _add_host_kv(page, snapshot["host_kv"])
     return "\n".join(page.lines) + "\n"
+
+
+def _add_host_kv(page: _Page, host_kv: Mapping[str, Any]) -> None:
+    for field, (name, kind, text) in _HOST_KV.items():
+        page.metric(name, kind, text, {None: host_kv.get(field)})
+    for field, (name, text) in _HOST_KV_BY_REASON.items():
+        by_reason = host_kv.get(field, {}).items()
+        page.metric(name, "counter", text, {("reason", reason): n for reason, n in by_reason})

@@ -29,6 +29,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from hexgen_vllm.engine.swap_setup import choose_connector
+
 _MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -111,6 +113,7 @@ def vllm_config(folder: Path, setup: Setup) -> VllmConfig:
     config.scheduler_config.async_scheduling = setup.async_scheduling
     config.cache_config.block_size = setup.block_size
     config.cache_config.num_gpu_blocks = setup.blocks
+    choose_connector(config, setup.additional.get("hexgen", {}))
     return config
 
 

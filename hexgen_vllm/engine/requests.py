@@ -48,6 +48,7 @@ class CallState:
         queued_start_s: L when it last joined the queue.
         displacements: times it was displaced.
         lost_tokens: KV dropped by preemptions and not yet computed again.
+        kept_tokens: of these, KV that waits in host memory to be loaded again.
     """
 
     workflow_id: str
@@ -61,6 +62,7 @@ class CallState:
     queued_start_s: float = 0.0
     displacements: int = 0
     lost_tokens: int = 0
+    kept_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,8 @@ class CallBook:
         """
         call = request.hexgen
         done = request.num_output_tokens
-        ahead = request.num_tokens - (request.num_computed_tokens if computed is None else computed)
+        there = request.num_computed_tokens if computed is None else computed
+        ahead = request.num_tokens - max(there, call.kept_tokens)
         left = output_left(call.expected_tokens, done, request.max_tokens)
         service_s = self.rates.service_s(max(ahead, 0), left)
         if call.background:

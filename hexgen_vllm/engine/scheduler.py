@@ -29,6 +29,7 @@ from hexgen_vllm.engine.compat import AsyncScheduler, Request, RequestStatus
 from hexgen_vllm.engine.displacement import Displacer
 from hexgen_vllm.engine.request_queue import UrgencyQueue
 from hexgen_vllm.engine.requests import CallBook
+from hexgen_vllm.engine.swap_setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
 from hexgen_vllm.errors import ConfigError
 
@@ -78,6 +79,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         self.hexgen_book = CallBook(self.hexgen_options)
         self.hexgen_meter = StepMeter()
         self.hexgen_counters = Counters()
+        self.hexgen_keeper = planner_of(self.connector, self.hexgen_options)
         self._displacer = Displacer(self, self.hexgen_options, self.hexgen_book)
         self._preemption_cause = "kv"
         self._background: deque[tuple[float, str]] = deque()  # (ages at, id), oldest first
@@ -104,6 +106,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
             self._background.append((ages_at, request.request_id))
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
+        self._forget_kv(session)  # its tokens change
         super()._update_request_as_session(session, update)
         self._open(session)  # new parameters, new arrival: a new deadline
         self._requeue(session)
@@ -124,8 +127,21 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
     ) -> None:
         self.hexgen_counters.preemptions[self._preemption_cause] += 1
         request.hexgen.lost_tokens = request.num_computed_tokens
+        request.hexgen.kept_tokens = self._keep_kv(request)
         self.hexgen_book.price(request, computed=0)  # before vLLM queues it by its key
         super()._preempt_request(request, timestamp, drop_stale_output)
+
+    def _keep_kv(self, request: Request) -> int:
+        """Have the KV of a call copied to host memory if that pays; return its tokens."""
+        if self.hexgen_keeper is None or self._preemption_cause == "reset":
+            return 0
+        blocks = self.kv_cache_manager.get_blocks(request.request_id).blocks[0]
+        rates = self.hexgen_book.rates
+        return self.hexgen_keeper.preempting(request, blocks, rates, self.hexgen_clock())
+
+    def _forget_kv(self, request: Request) -> None:
+        if self.hexgen_keeper is not None:
+            self.hexgen_keeper.forget(request.request_id, "changed")
 
     @contextmanager
     def _preempting(self, cause: str) -> Iterator[None]:
@@ -136,7 +152,9 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
             self._preemption_cause = "kv"
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Empty the prefix cache; see vLLM."""
+        """Empty the prefix cache; see vLLM. Copies in host memory go too: weights may be new."""
+        if self.hexgen_keeper is not None:
+            self.hexgen_keeper.forget_all("reset")
         with self._preempting("reset"):
             return bool(super().reset_prefix_cache(*args, **kwargs))
 
@@ -207,7 +225,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         call = request.hexgen
         if call.lost_tokens:
             self.hexgen_counters.recomputed_tokens += max(call.lost_tokens - computed, 0)
-            call.lost_tokens = 0
+            call.lost_tokens = call.kept_tokens = 0
         else:
             self.hexgen_meter.admitted(request.num_prompt_tokens, computed)
 

@@ -176,13 +176,15 @@ def slack_histogram(calls: Iterable[CallState], now: float) -> list[int]:
 def snapshot(scheduler: Any, now: float) -> dict[str, Any]:
     """Return the telemetry of an :class:`UrgencyScheduler` as plain JSON values.
 
-    ``None`` means unknown. The slack histogram covers running and waiting calls.
+    ``None`` means unknown, and for ``host_kv`` that no host memory is set aside. The slack
+    histogram covers running and waiting calls.
     """
     meter: StepMeter = scheduler.hexgen_meter
     counters: Counters = scheduler.hexgen_counters
     cost = meter.fit.cost()
     running, waiting = scheduler.get_request_counts()
     calls = (r.hexgen for r in scheduler.requests.values() if not r.is_finished())
+    keeper = scheduler.hexgen_keeper
     return {
         "order": scheduler.hexgen_options.order,
         "cost": asdict(cost) if cost is not None else None,
@@ -195,6 +197,7 @@ def snapshot(scheduler: Any, now: float) -> dict[str, Any]:
         "max_num_seqs": scheduler.max_num_running_reqs,
         "preemptions": dict(counters.preemptions),
         "recomputed_tokens": counters.recomputed_tokens,
+        "host_kv": keeper.stats() if keeper is not None else None,
         "bad_metadata": scheduler.hexgen_book.bad_metadata,
         "prefill_share": meter.prefill_share(),
         "slack_bounds_s": list(SLACK_BOUNDS_S),

@@ -1,0 +1,106 @@
+"""What became of the KV of preempted calls, and how fast it was copied."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Final
+
+from hexgen_vllm.engine.host_pool import HostCopy
+from hexgen_vllm.engine.swap_messages import SwapReport
+
+_DECAY: Final = 0.9
+_SURVIVAL_WEIGHT: Final = 0.1
+
+
+class Bandwidth:
+    """Bytes per second of recent copies in one direction."""
+
+    def __init__(self) -> None:
+        self._bytes = self._seconds = 0.0
+
+    def observe(self, num_bytes: int, seconds: float) -> None:
+        """Learn that a copy took ``seconds``; nothing copied teaches nothing."""
+        if num_bytes and seconds > 0:
+            self._bytes = _DECAY * self._bytes + num_bytes
+            self._seconds = _DECAY * self._seconds + seconds
+
+    def rate(self) -> float | None:
+        """Return bytes per second, ``None`` while unknown."""
+        return self._bytes / self._seconds if self._seconds else None
+
+
+class SwapLedger:
+    """Counts since start, and running means.
+
+    Args:
+        block_size: tokens per block.
+        block_bytes: bytes per block on all workers together.
+
+    Attributes:
+        out: bandwidth to host memory.
+        back: bandwidth back to the device.
+        survival: share of saved KV that the prefix cache still held when it was wanted.
+    """
+
+    def __init__(self, block_size: int, block_bytes: int) -> None:
+        self._block_size, self._block_bytes = block_size, block_bytes
+        self.out, self.back = Bandwidth(), Bandwidth()
+        self.survival = 0.0
+        self._tokens: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+
+    def reported(self, report: SwapReport) -> None:
+        """Take in what workers measured."""
+        self.out.observe(report.out_bytes, report.out_s)
+        self.back.observe(report.in_bytes, report.in_s)
+
+    def saved(self, tokens: int, blocks: int) -> None:
+        """Note that ``tokens`` tokens are saved in ``blocks`` blocks."""
+        self._tokens["saved"] += tokens
+        self._tokens["saved_bytes"] += blocks * self._block_bytes
+
+    def resumed(self, copy: HostCopy, wanted: int, tokens: int, blocks: int) -> None:
+        """Note that a call goes on from its copy.
+
+        Args:
+            copy: its copy.
+            wanted: tokens of KV that it can use, from its start.
+            tokens: tokens that are loaded.
+            blocks: blocks that are loaded.
+        """
+        start = copy.first_block * self._block_size
+        cached = copy.local - start
+        self._tokens["cached"] += cached
+        self._tokens["restored"] += tokens
+        self._tokens["restored_bytes"] += blocks * self._block_bytes
+        self.survival += _SURVIVAL_WEIGHT * (
+            min(cached / max(wanted - start, 1), 1) - self.survival
+        )
+
+    def dropped(self, copy: HostCopy, why: str) -> None:
+        """Note that a copy went unused."""
+        self._dropped[why] += copy.tokens - copy.first_block * self._block_size
+
+    def refused(self, tokens: int, why: str) -> None:
+        """Note that ``tokens`` tokens of KV are not kept."""
+        self._refused[why] += tokens
+
+    def stats(self) -> dict[str, Any]:
+        """Return everything as plain JSON values; ``None`` means unknown.
+
+        ``cached_tokens`` were saved and then found in the prefix cache; ``dropped_tokens`` were
+        saved in vain and ``refused_tokens`` not saved at all, by reason.
+        """
+        return {
+            "saved_tokens": self._tokens["saved"],
+            "saved_bytes": self._tokens["saved_bytes"],
+            "restored_tokens": self._tokens["restored"],
+            "restored_bytes": self._tokens["restored_bytes"],
+            "cached_tokens": self._tokens["cached"],
+            "dropped_tokens": dict(self._dropped),
+            "refused_tokens": dict(self._refused),
+            "save_bytes_per_s": self.out.rate(),
+            "restore_bytes_per_s": self.back.rate(),
+            "survival": self.survival,
+        }
