@@ -91,7 +91,7 @@ def resolve(target: Any, *, refusal: str | None = None) -> None:
     """
     options = given(target, EngineOptions, prefix=PREFIX)
     if not _is_wanted(target):
-        if target.scheduling_policy is None:
+        if getattr(target, "scheduling_policy", "") is None:
             target.scheduling_policy = "fcfs"
         if options:
             raise ConfigError(f"{_flag(next(iter(options)))} needs --scheduling-policy {URGENCY}.")
@@ -101,9 +101,17 @@ def resolve(target: Any, *, refusal: str | None = None) -> None:
     target.scheduling_policy = "fcfs"  # vLLM validates the word; our scheduler replaces the queue
     target.scheduler_cls = target.scheduler_cls or SCHEDULER
     target.additional_config = _with_options(target.additional_config, options)
+    _keep_kv(target, target.additional_config["hexgen"])
     middleware = getattr(target, "middleware", None)
     if middleware is not None and MIDDLEWARE not in middleware:
         target.middleware = [*middleware, MIDDLEWARE]
+
+
+def _keep_kv(target: Any, options: Mapping[str, Any]) -> None:
+    if options.get("host_kv_gib"):
+        from hexgen_vllm.engine.swap_setup import choose_connector  # loads torch
+
+        choose_connector(target, options)
 
 
 def _flag(option: str) -> str:
@@ -111,15 +119,14 @@ def _flag(option: str) -> str:
 
 
 def _is_wanted(target: Any) -> bool:
-    ours = is_ours(target.scheduler_cls)
-    if target.scheduling_policy != URGENCY:
-        return ours or (target.scheduling_policy is None and target.scheduler_cls is None)
-    if target.scheduler_cls is not None and not ours:
+    policy = getattr(target, "scheduling_policy", "fcfs")  # a vLLM we do not know may lack them
+    scheduler = getattr(target, "scheduler_cls", None)
+    ours = is_ours(scheduler)
+    if policy == URGENCY and not ours and scheduler is not None:
         raise ConfigError(
-            f"--scheduling-policy {URGENCY} and --scheduler-cls {target.scheduler_cls} exclude"
-            " each other."
+            f"--scheduling-policy {URGENCY} and --scheduler-cls {scheduler} exclude each other."
         )
-    return True
+    return ours or policy == URGENCY or (policy is None and scheduler is None)
 
 
 def is_ours(scheduler_cls: Any) -> bool:
@@ -130,7 +137,9 @@ def is_ours(scheduler_cls: Any) -> bool:
         module, _, name = scheduler_cls.rpartition(".")
         try:
             scheduler_cls = getattr(import_module(module), name, None)
-        except (ImportError, ValueError):  # vLLM will say so in its own words
+        except HexgenError:
+            raise
+        except Exception:  # of a module of somebody else: vLLM will say so in its own words
             return False
     return hasattr(scheduler_cls, "hexgen_stats")
 

@@ -6,6 +6,7 @@ of its processes. A vLLM that does not ask for urgency scheduling runs as if we 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import Any
@@ -43,14 +44,14 @@ def register_as_default() -> None:
 
 
 def _install(*, by_default: bool) -> None:
-    refusal = _refusal()
-    if refusal is not None:
-        logger.warning("%s", refusal)
     from vllm.engine.arg_utils import EngineArgs
 
     if getattr(EngineArgs, _MARK, False):
         return
     setattr(EngineArgs, _MARK, True)
+    refusal = _refusal()
+    if refusal is not None:
+        logger.warning("%s", refusal)
     _extend_parser(EngineArgs, by_default, refusal)
     _resolve_before_config(EngineArgs, refusal)
     stats_api.offer_utility()
@@ -73,7 +74,9 @@ def _extend_parser(engine_args: Any, by_default: bool, refusal: str | None) -> N
     @functools.wraps(original)
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
-        arguments.extend(parser, by_default=by_default, refusal=refusal)
+        # A parser of a vLLM that we do not know may lack what we look for.
+        with contextlib.suppress(*([] if refusal is None else [Exception])):
+            arguments.extend(parser, by_default=by_default, refusal=refusal)
         return parser
 
     engine_args.add_cli_args = staticmethod(add_cli_args)

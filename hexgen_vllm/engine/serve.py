@@ -21,8 +21,8 @@ def main(args: Sequence[str]) -> int:
     except UnsupportedVLLM as error:
         print(error, file=sys.stderr)
         return 2
-    _allow_plugin_in_children()
-    _answer_for_distribution()
+    allow_plugin_in_children()
+    answer_for_distribution()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv = ["vllm", "serve", *args]
@@ -30,14 +30,14 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _allow_plugin_in_children() -> None:
+def allow_plugin_in_children() -> None:
     """Add our plugin to vLLM's allow-list, if there is one: the engine process needs it too."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         os.environ["VLLM_PLUGINS"] = f"{allowed},{PLUGIN}".lstrip(",")
 
 
-def _answer_for_distribution() -> None:
+def answer_for_distribution() -> None:
     """Let vLLM's command find its version where its distribution is not called ``vllm``.
 
     The command asks for the version of the distribution ``vllm`` before it does anything, and

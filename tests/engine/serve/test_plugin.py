@@ -1,0 +1,107 @@
+"""The plugin where vLLM is not one we know, and what the drop-in does to its surroundings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hexgen_vllm.engine import serve
+
+IN_THE_FUTURE = """
+import contextlib, io, json, logging, sys
+import vllm.version
+vllm.version.__version__ = "0.99.0"
+logged = io.StringIO()
+logging.getLogger("hexgen_vllm").addHandler(logging.StreamHandler(logged))
+
+from hexgen_vllm import serve
+from hexgen_vllm.engine import plugin
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+def attempt(run):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            code = run()
+        except SystemExit as end:
+            code = end.code
+    return {"code": code, "said": said.getvalue()}
+
+plugin.register()
+plugin.register()
+parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
+plain = parser.parse_args([])
+print(json.dumps({
+    "logged": logged.getvalue(),
+    "plain": [plain.scheduling_policy, plain.scheduler_cls, plain.additional_config],
+    "asked": attempt(lambda: parser.parse_args(["--scheduling-policy=urgency"])),
+    "drop_in": attempt(lambda: serve.main(["model"])),
+}))
+"""
+SENTENCE = "hexgen_vllm supports vLLM 0.28 to 0.33, but vLLM 0.99.0 is installed."
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_vllm_of_the_future_is_refused_only_to_who_asks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_FUTURE], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "logged": f"{SENTENCE}\n",
+        "plain": ["fcfs", None, {}],
+        "asked": {"code": 2, "said": f"vllm: {SENTENCE}\n"},
+        "drop_in": {"code": 2, "said": f"{SENTENCE}\n"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, None), ("", "hexgen"), ("a", "a,hexgen"), ("a,hexgen,b", "a,hexgen,b")],
+)
+def test_our_plugin_is_added_to_an_allow_list(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str | None
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", before)
+    serve.allow_plugin_in_children()
+    assert os.environ.get("VLLM_PLUGINS") == after
+
+
+@pytest.fixture
+def distribution(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Return a table of distributions that stands for what is installed."""
+    table: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in table:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return table[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    return table
+
+
+def test_an_installed_distribution_answers_for_itself(distribution: dict[str, str]) -> None:
+    distribution["vllm"] = "1.2.3"
+    serve.answer_for_distribution()
+    assert importlib.metadata.version("vllm") == "1.2.3"
+
+
+@pytest.mark.engine
+def test_a_missing_distribution_is_answered_for_and_no_other(distribution: dict[str, str]) -> None:
+    import vllm
+
+    distribution["other"] = "4.5"
+    serve.answer_for_distribution()
+    assert importlib.metadata.version("vllm") == vllm.__version__
+    assert importlib.metadata.version("other") == "4.5"
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("nonsense")
