@@ -43,15 +43,13 @@ def main(args: argparse.Namespace) -> int:
     loop = uvloop.new_event_loop()
     try:
         loop.run_until_complete(_serve(options, dispatch))
-    except OSError as error:
-        where = f"{options.host}:{options.port}"
-        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}.") from error
     finally:
         loop.close()
     return 0
 
 
 async def _serve(options: RouterOptions, dispatch: DispatchOptions) -> None:
+    """Run until a signal, drain, and stop; a second signal ends the draining."""
     from hexgen_vllm.router.app import Router
 
     stop = asyncio.Event()
@@ -64,7 +62,11 @@ async def _serve(options: RouterOptions, dispatch: DispatchOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     router = Router(options, dispatch)
-    await router.start()
+    try:
+        await router.start()
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}.") from error
     await stop.wait()
     drained, hurried = asyncio.ensure_future(router.drain()), asyncio.ensure_future(now.wait())
     await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)

@@ -1,0 +1,148 @@
+"""Engines join late, are what they say they are, report, restart, and serve different models."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from multidict import CIMultiDict
+
+from hexgen_vllm.router.endpoints import ENDPOINTS
+from hexgen_vllm.testing.fake_server import FakeSettings
+from hexgen_vllm.testing.stand import open_stand
+from hexgen_vllm.types import EngineKind, EngineReport, EngineState
+
+COST = {"c0": 0.01, "c1": 0.002, "c2": 0.0, "p0": 0.0, "p1": 0.001, "p2": 0.0}
+STATS: dict[str, Any] = {"cost": COST, "fit_error": 0.1, "running": 1, "steps": 100,
+                         "max_num_seqs": 4, "kv_tokens": 1000}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "assumed", "kind", "slots", "kv_tokens"),
+    [
+        (FakeSettings(stats=STATS), "auto", EngineKind.HEXGEN, 4, 1000),
+        (FakeSettings(), "auto", EngineKind.FCFS, None, 1600),
+        (FakeSettings(), "priority", EngineKind.PRIORITY, None, 1600),
+        (FakeSettings(policy="priority", slots=7), "auto", EngineKind.PRIORITY, 7, 1600),
+        (FakeSettings(policy="fcfs", slots=7), "priority", EngineKind.FCFS, 7, 1600),
+    ],
+)
+async def test_an_engine_is_what_it_says(
+    settings: FakeSettings, assumed: str, kind: EngineKind, slots: int | None, kv_tokens: int
+) -> None:
+    async with open_stand(settings, stock_scheduling=assumed) as stand:
+        spec = stand.context.fleet.engines["engine-0"].spec
+        assert spec is not None
+        found = (spec.kind, spec.max_num_seqs, spec.kv_tokens, spec.models)
+        assert found == (kind, slots, kv_tokens, {"tiny"})
+
+
+async def test_each_kind_is_told_in_its_own_words() -> None:
+    settings = (FakeSettings(stats=STATS), FakeSettings(policy="priority"), FakeSettings())
+    async with open_stand(*settings, policy="round_robin") as stand:
+        for _ in range(3):
+            said = {"x-hexgen-workflow-id": "w", "x-hexgen-workflow-deadline-ms": "5000"}
+            async with stand.post(headers=said) as answer:
+                assert answer.status == 200
+        ours, priority, fcfs = (engine.received[0].headers for engine in stand.engines)
+        assert 0 < float(ours["x-hexgen-workflow-deadline-ms"]) <= 5000
+        assert "X-Vllm-Priority" not in ours
+        assert int(priority["X-Vllm-Priority"]) > 0
+        for headers in (priority, fcfs):
+            assert not [name for name in headers if name.lower().startswith("x-hexgen-")]
+            assert headers["X-Session-ID"] == "w"
+        assert "X-Vllm-Priority" not in fcfs
+
+
+async def test_the_start_says_what_was_found(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "hexgen_vllm.router"):
+        async with open_stand(FakeSettings(stats=STATS), FakeSettings()):
+            pass
+    text = "\n".join(m for m in caplog.messages if "joined" in m)
+    assert "engine=engine-0 kind=hexgen models=tiny max_num_seqs=4 kv_tokens=1000" in text
+    assert "engine=engine-1 kind=fcfs" in text
+    (stock,) = (line for line in text.splitlines() if "engine=engine-1" in line)
+    assert "--stock-scheduling" in stock
+
+
+async def test_a_router_starts_before_its_engines() -> None:
+    async with open_stand(FakeSettings(), FakeSettings()) as old:
+        urls = tuple(engine.url for engine in old.engines)
+        for engine in old.engines:
+            await engine.stop()
+        async with open_stand(worker_urls=urls, wait=False) as stand:
+            async with stand.get("/readiness") as answer:
+                assert answer.status == 503
+            async with stand.get("/liveness") as answer:
+                assert answer.status == 200
+            async with stand.post() as answer:
+                assert answer.status == 503
+                assert answer.headers["Retry-After"] == "1"
+            await old.engines[1].start()
+            await stand.until(lambda: stand.state(1) is EngineState.READY)
+            async with stand.get("/readiness") as answer:
+                assert answer.status == 200
+            async with stand.post() as answer:
+                assert answer.headers["x-hexgen-engine"] == "engine-1"
+            stand.assert_settled()
+
+
+async def test_telemetry_arrives_and_a_smaller_step_count_is_a_restart() -> None:
+    stats = dict(STATS)
+    async with open_stand(FakeSettings(stats=stats)) as stand:
+        load = stand.context.service.coordinator.engines["engine-0"]
+        await stand.until(lambda: load.report.cost is not None)
+        assert load.report.running == 1
+        async with stand.post("/v1/completions", prompt=[1] * 600) as answer:
+            assert answer.status == 200
+        raw = stand.engines[0].received[-1].body
+        call = stand.context.intake.read(ENDPOINTS[1], CIMultiDict(), raw, 0.0, None).call
+        assert load.prefixes.match(call) > 0
+        stats["steps"] = 5
+        await stand.until(lambda: load.prefixes.match(call) == 0)
+        await stand.until(lambda: load.report.cost is not None)
+
+
+async def test_telemetry_that_stops_becomes_unknown() -> None:
+    stats: dict[str, Any] = dict(STATS)
+    async with open_stand(FakeSettings(stats=stats)) as stand:
+        load = stand.context.service.coordinator.engines["engine-0"]
+        await stand.until(lambda: load.report.cost is not None)
+        stats.clear()
+        await stand.until(lambda: load.report == EngineReport())
+        async with stand.post() as answer:
+            assert answer.status == 200
+
+
+async def test_models_decide_where_a_call_may_go() -> None:
+    settings = [FakeSettings(models=names) for names in (("a", "x"), ("b",), ("b", "x"))]
+    async with open_stand(*settings, policy="round_robin") as stand:
+        for model, engines in (("a", {0}), ("b", {1, 2}), ("x", {0, 2})):
+            seen = set()
+            for _ in range(4):
+                async with stand.post(model=model) as answer:
+                    seen.add(answer.headers["x-hexgen-engine"])
+            assert seen == {f"engine-{i}" for i in engines}
+        async with stand.post(model="c") as answer:
+            assert answer.status == 404
+            error = (await answer.json())["error"]
+            assert (error["code"], error["param"]) == ("model_not_found", "model")
+        async with stand.post(model=None) as answer:
+            assert answer.status == 400
+        async with stand.get("/v1/models") as answer:
+            cards = (await answer.json())["data"]
+        assert sorted(card["id"] for card in cards) == ["a", "b", "x"]
+        await stand.engines[0].stop()
+        async with stand.post(model="a") as answer:
+            assert answer.status in (502, 503), "known, only not up"
+        stand.assert_settled()
+
+
+async def test_engine_names_can_be_given() -> None:
+    async with open_stand() as other:
+        url = f"fast={other.engines[0].url}"
+        async with open_stand(worker_urls=(url,), wait=False) as stand:
+            await stand.until(stand.context.fleet.ready)
+            async with stand.post() as answer:
+                assert answer.headers["x-hexgen-engine"] == "fast"

@@ -1,0 +1,85 @@
+"""Options and command line: names, bounds, and one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from hexgen_vllm import config
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.router.main import add_arguments, run
+from hexgen_vllm.router.options import RouterOptions, Worker
+
+A, B = "http://10.0.0.1:8000", "https://b.example/base"
+
+
+def test_workers_get_names() -> None:
+    options = RouterOptions(worker_urls=(A + "/", f"fast={B}"))
+    assert options.workers() == (Worker("engine-0", A), Worker("fast", B))
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ("10.0.0.1:8000",),
+        ("ftp://a",),
+        ("http://",),
+        ("http://a:99999",),
+        ("http://a?x=1",),
+        ("http://[a",),
+        ("a b=http://a",),
+        (A, A),
+        (f"x={A}", f"x={B}"),
+        (f"engine-1={A}", B),
+    ],
+)
+def test_wrong_workers_are_refused(urls: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="worker_urls"):
+        RouterOptions(worker_urls=urls)
+
+
+def test_flags_of_the_ecosystem_are_understood() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    line = f"""--worker-urls {A} {B} --policy hexgen --alpha 0.5 --host 0.0.0.0 --port 0
+        --request-timeout-secs 9 --health-check-interval-secs 1 --health-check-timeout-secs 2
+        --health-failure-threshold 4 --health-success-threshold 5 --health-check-endpoint /ping
+        --retry-max-retries 7 --retry-initial-backoff-ms 8 --retry-max-backoff-ms 90
+        --retry-backoff-multiplier 2 --retry-jitter-factor 0.1 --disable-retries
+        --max-concurrent-requests 11 --queue-size 12 --queue-timeout-secs 13
+        --api-key k1 k2 --request-id-headers x-a x-b"""
+    args = parser.parse_args(line.split())
+    options = config.from_mapping(RouterOptions, config.given(args, RouterOptions))
+    assert options.worker_urls == (A, B)
+    assert options.request_id_headers == ("x-a", "x-b")
+    assert options.disable_retries
+    assert (options.retry_max_retries, options.retry_jitter_factor) == (7, 0.1)
+    assert (options.max_concurrent_requests, options.queue_timeout_secs) == (11, 13.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("", "worker_urls"),
+        ("--worker-urls nonsense", "worker_urls"),
+        (f"--worker-urls {A} --port 99999", "port"),
+        (f"--worker-urls {A} --queue-timeout-secs nan", "queue_timeout_secs"),
+        (f"--worker-urls {A} --policy nonsense", "policy"),
+        (f"--worker-urls {A} --alpha 2", "alpha"),
+        (f"--worker-urls {A} --nonsense", "nonsense"),
+        (f"--worker-urls {A} --host 203.0.113.9 --port 0", "cannot listen"),
+    ],
+)
+def test_a_bad_option_is_one_sentence(
+    line: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = run(line.split())
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert word in error
+    assert error.endswith(".\n")
+    assert error.count("\n") == 1

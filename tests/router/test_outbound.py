@@ -1,0 +1,144 @@
+"""Golden table: which headers an engine of each kind gets, and what comes back."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from multidict import CIMultiDict
+
+from hexgen_vllm import wire
+from hexgen_vllm.router import outbound
+from hexgen_vllm.router.endpoints import ENDPOINTS
+from hexgen_vllm.router.intake import Accepted
+from hexgen_vllm.router.prompt import Prompt
+from hexgen_vllm.types import Call, EngineKind, Placement
+
+NOW, EPOCH = 1000.0, 900.0
+CLIENT = {
+    "Host": "router:30000",
+    "Authorization": "Bearer client-key",
+    "Content-Type": "application/json",
+    "Content-Length": "99",
+    "Content-Encoding": "deflate",
+    "Accept": "text/event-stream",
+    "Accept-Encoding": "gzip",
+    "Connection": "keep-alive, X-Hop",
+    "X-Hop": "1",
+    "Transfer-Encoding": "chunked",
+    "traceparent": "00-a-b-01",
+    "X-Custom": "kept",
+    "X-Vllm-Priority": "-9",
+    "x-hexgen-stage": "revise",
+    "x-hexgen-tail-ms": "5",
+    "X-Request-ID": "old",
+}
+CALL = Call(
+    "c1", "w1", NOW, 100, workflow_type="t", stage="revise", tenant="acme", stages_left=2,
+    final=True,
+)  # fmt: skip
+PLACED = Placement(
+    "c1", "e1", "finish", due_s=NOW + 20.0, deadline_s=NOW + 30.0, tail_s=10.0,
+    expected_output_tokens=64,
+)  # fmt: skip
+ALL = {
+    "Authorization": "Bearer client-key",
+    "Content-Type": "application/json",
+    "Accept": "text/event-stream",
+    "traceparent": "00-a-b-01",
+    "X-Custom": "kept",
+    "X-Session-ID": "w1",
+    "x-request-id": "r1",
+}
+
+
+def accepted(headers: dict[str, str] = CLIENT, session: str | None = "w1") -> Accepted:
+    return Accepted(CALL, ENDPOINTS[0], CIMultiDict(headers), b"{}", Prompt("", 0, 0), session, 0)
+
+
+def sent(kind: EngineKind, one: Accepted | None = None, key: str | None = None) -> dict[str, str]:
+    found = outbound.to_engine(
+        one or accepted(), PLACED, kind, now=NOW, epoch=EPOCH, request_id="r1", engine_api_key=key
+    )
+    assert len(found) == len(set(found)), "no header twice"
+    return dict(found)
+
+
+def test_a_stock_engine_is_told_nothing_of_ours() -> None:
+    assert sent(EngineKind.FCFS) == ALL
+
+
+def test_a_priority_engine_gets_the_due_time() -> None:
+    assert sent(EngineKind.PRIORITY) == {**ALL, "X-Vllm-Priority": "120000"}
+
+
+def test_our_engine_gets_every_field() -> None:
+    assert sent(EngineKind.HEXGEN) == {
+        **ALL,
+        "x-hexgen-workflow-id": "w1",
+        "x-hexgen-workflow-type": "t",
+        "x-hexgen-workflow-deadline-ms": "30000.000",
+        "x-hexgen-stage": "revise",
+        "x-hexgen-stages-left": "2",
+        "x-hexgen-expected-output-tokens": "64",
+        "x-hexgen-workflow-final": "1",
+        "x-hexgen-tenant": "acme",
+        "x-hexgen-tail-ms": "10000.000",
+    }
+
+
+def test_what_is_sent_can_be_read() -> None:
+    late = Placement("c1", "e1", "r", due_s=-5.0, deadline_s=-5.0, tail_s=1e12, background=True)
+    found = outbound.to_engine(
+        accepted(), late, EngineKind.HEXGEN, now=NOW, epoch=EPOCH, request_id="r"
+    )
+    meta = wire.from_headers(found)
+    assert meta.workflow_deadline_ms == 1.0, "overdue is still a number above 0"
+    assert meta.tail_ms == wire.MAX_TIME_MS
+    assert meta.background
+    never = Placement("c1", "e1", "r")
+    found = outbound.to_engine(
+        accepted(), never, EngineKind.HEXGEN, now=NOW, epoch=EPOCH, request_id="r"
+    )
+    assert wire.from_headers(found).workflow_deadline_ms is None
+
+
+def test_the_clients_own_session_header_stays() -> None:
+    one = accepted({**CLIENT, "x-session-id": "theirs"})
+    assert sent(EngineKind.FCFS, one)["x-session-id"] == "theirs"
+    assert "X-Session-ID" not in sent(EngineKind.FCFS, accepted(session=None))
+
+
+def test_an_engine_key_replaces_the_clients() -> None:
+    assert sent(EngineKind.FCFS, key="engine-key")["Authorization"] == "Bearer engine-key"
+
+
+def test_stock_priorities_are_in_order() -> None:
+    """Client priority first, then due time; never ever goes last; all fit vLLM's int64."""
+    order = [(-50.0, 1), (0.0, 1), (math.inf, 1), (-1e12, 0), (-50.0, 0), (0.001, 0), (5.0, 0),
+             (1e12, 0), (-1e12, -1), (5.0, -1), (math.inf, -1), (math.inf, -1000)]  # fmt: skip
+    numbers = [outbound.stock_priority(due, priority) for due, priority in order]
+    assert all(a < b for a, b in pairwise(numbers))
+    assert max(map(abs, numbers)) < 2**63
+
+
+def test_answers_keep_their_headers() -> None:
+    given = {
+        "Content-Type": "application/json", "Content-Length": "5", "Server": "uvicorn",
+        "Date": "now", "Transfer-Encoding": "chunked", "Connection": "close",
+        "X-Request-Id": "theirs", "openai-processing-ms": "12",
+    }  # fmt: skip
+    assert dict(outbound.to_client(CIMultiDict(given), "fast", "r1")) == {
+        "Content-Type": "application/json",
+        "openai-processing-ms": "12",
+        "Server": "hexgen-vllm",
+        "x-hexgen-engine": "fast",
+        "x-request-id": "r1",
+    }
+
+
+@pytest.mark.parametrize("named", ["X-Custom", "x-custom , close"])
+def test_headers_named_by_connection_stay_here(named: str) -> None:
+    found = outbound.plain_to_engine(CIMultiDict({**CLIENT, "Connection": named}), "r", None)
+    assert "X-Custom" not in found

@@ -1,0 +1,139 @@
+"""Streams are cut after whole events and understood, however the network cuts them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
+from hexgen_vllm.router.watch import MAX_EVENT_BYTES, StreamWatch, Usage, find_usage
+from hexgen_vllm.testing import fake_answers
+
+CHAT, COMPLETIONS, RESPONSES, MESSAGES, _ = ENDPOINTS
+GENERATING = ENDPOINTS[:4]
+
+
+def stream(endpoint: Endpoint, tokens: int = 5, with_usage: bool = True) -> list[bytes]:
+    work = fake_answers.Work(endpoint.path, "m", True, 20, 4, tokens, "length", with_usage)
+    return list(fake_answers.events(work))
+
+
+def fed(endpoint: Endpoint, pieces: list[bytes]) -> tuple[StreamWatch, list[bytes]]:
+    watch = StreamWatch(endpoint)
+    return watch, [ready for piece in pieces if (ready := watch.feed(piece))]
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    ends = sorted({p % (len(data) + 1) for p in places} | {len(data)})
+    return [data[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+TEXTS = st.lists(st.text(min_size=0, max_size=8), min_size=1, max_size=12)
+PLACES = st.lists(st.integers(0, 10_000), max_size=40)
+LINE_ENDS = st.sampled_from(["\n", "\r\n"])
+
+
+@given(texts=TEXTS, places=PLACES, line_end=LINE_ENDS, unicode=st.booleans())
+def test_any_fragmentation_gives_the_same_bytes_and_counts(
+    texts: list[str], places: list[int], line_end: str, unicode: bool
+) -> None:
+    """Multi-byte characters, CRLF and texts that look like events included."""
+    events = [{"t": text, "trap": "\n\ndata: [DONE]"} for text in texts]
+    blocks = [f"data: {json.dumps(e, ensure_ascii=not unicode)}{line_end * 2}" for e in events]
+    data = "".join([*blocks, f"data: [DONE]{line_end * 2}"]).encode("utf-8", "surrogatepass")
+    watch, out = fed(CHAT, cut(data, places))
+    assert b"".join(out) + watch.rest == data
+    assert watch.rest == b""
+    end = (line_end * 2).encode()
+    assert all(ready.endswith(end) for ready in out)
+    assert watch.events == len(texts) + 1
+    assert watch.complete()
+    before_last = fed(CHAT, cut(data[: -len(end) - 12], places))[0]
+    assert not before_last.complete(), "text is not taken for the end"
+    assert before_last.events == len(texts)
+
+
+@pytest.mark.parametrize("endpoint", GENERATING, ids=lambda e: e.name)
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_streams_of_every_endpoint_are_understood(endpoint: Endpoint, size: int) -> None:
+    data = b"".join(stream(endpoint))
+    pieces = [data[i : i + size] for i in range(0, len(data), size)]
+    watch, out = fed(endpoint, pieces)
+    assert b"".join(out) == data
+    assert watch.complete()
+    assert not watch.failed()
+    assert watch.usage() == Usage(20, 4, 5)
+
+
+@pytest.mark.parametrize("endpoint", GENERATING, ids=lambda e: e.name)
+def test_streams_that_lack_their_end_are_incomplete(endpoint: Endpoint) -> None:
+    watch, _ = fed(endpoint, stream(endpoint)[:-1])
+    assert not watch.complete()
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=lambda e: e.name)
+def test_without_usage_events_are_counted(endpoint: Endpoint) -> None:
+    watch, _ = fed(endpoint, stream(endpoint, 300, with_usage=False))
+    assert watch.usage() == Usage(None, None, 300)
+
+
+def test_a_long_stream_keeps_only_its_tail() -> None:
+    watch, _ = fed(CHAT, stream(CHAT, 5000))
+    assert len(watch.tail()) < 20_000
+    assert watch.usage().output_tokens == 5000
+
+
+def test_an_event_without_end_is_not_kept_for_ever() -> None:
+    piece = b"x" * 100_000
+    watch = StreamWatch(CHAT)
+    out = sum(len(watch.feed(piece)) for _ in range(40))
+    assert out + len(watch.rest) == 40 * len(piece)
+    assert len(watch.rest) < MAX_EVENT_BYTES
+
+
+@pytest.mark.parametrize(
+    "last", [b'data: {"error": {"message": "x"}}\n\n', b"event: error\ndata: {}\n\n"]
+)
+def test_error_events_of_engines_are_seen(last: bytes) -> None:
+    assert fed(CHAT, [*stream(CHAT, 3)[:-1], last])[0].failed()
+    said = b'data: {"text": "data: {\\"error\\": 1}\\n\\nevent: error"}\n\n'
+    assert not fed(CHAT, [said])[0].failed()
+
+
+def usage(**fields: Any) -> bytes:
+    return json.dumps({"usage": fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (usage(prompt_tokens=5, completion_tokens=2), Usage(5, None, 2)),
+        (usage(prompt_tokens=5, completion_tokens=2, prompt_tokens_details=None),
+         Usage(5, None, 2)),
+        (usage(prompt_tokens=5, completion_tokens=2, prompt_tokens_details={"cached_tokens": 3}),
+         Usage(5, 3, 2)),
+        (usage(input_tokens=5, output_tokens=2, input_tokens_details={"cached_tokens": 3}),
+         Usage(5, 3, 2)),
+        (usage(input_tokens=2, cache_read_input_tokens=3, output_tokens=2), Usage(5, 3, 2)),
+        (usage(prompt_tokens=5), Usage(5, None, None)),
+        (usage(prompt_tokens="5", completion_tokens=-2), Usage()),
+        (usage(prompt_tokens=5, completion_tokens=2) + b'{"usage": null}', Usage(5, None, 2)),
+        (usage(prompt_tokens=1) + usage(prompt_tokens=5), Usage(5, None, None)),
+        (json.dumps({"text": '"usage": {"prompt_tokens": 9}'}).encode(), Usage()),
+        (b'"usage": {"prompt_tokens": ', Usage()),
+        (b"", Usage()),
+    ],
+)  # fmt: skip
+def test_usage_is_found(data: bytes, expected: Usage) -> None:
+    assert find_usage(data) == expected
+
+
+@given(st.binary(max_size=300))
+def test_garbage_has_no_usage_and_breaks_nothing(data: bytes) -> None:
+    watch, out = fed(CHAT, [data, b'"usage":{' + data])
+    assert b"".join(out) + watch.rest == data + b'"usage":{' + data
+    watch.usage()
