@@ -6,10 +6,14 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
+from typing import Final
+
+import yaml
 
 from hexgen_vllm.errors import UnsupportedVLLM
 
-PLUGIN = "hexgen"
+PLUGIN: Final = "hexgen"
+OURS: Final = ("hexgen-", "hexgen_")
 
 
 def main(args: Sequence[str]) -> int:
@@ -25,7 +29,7 @@ def main(args: Sequence[str]) -> int:
     answer_for_distribution()
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    sys.argv = ["vllm", "serve", *args]
+    sys.argv = ["vllm", "serve", *with_switched_off(args)]
     vllm_main()
     return 0
 
@@ -54,3 +58,25 @@ def answer_for_distribution() -> None:
             return vllm.__version__ if distribution_name == "vllm" else ask(distribution_name)
 
         importlib.metadata.version = version
+
+
+def with_switched_off(args: Sequence[str]) -> list[str]:
+    """Return ``args`` with a ``--no-hexgen-…`` for each option that ``--config`` sets to false.
+
+    vLLM's command drops such lines of its YAML file without a word. The added words come before
+    the user's own, which win.
+    """
+    words = list(args)
+    try:
+        file = words[words.index("--config") + 1]
+        with open(file, encoding="utf-8") as text:
+            values = yaml.safe_load(text).items()
+    except (ValueError, IndexError, OSError, AttributeError, yaml.YAMLError):
+        return words  # there is no such file, or vLLM will say what is wrong with it
+    off = [
+        f"--no-{name.replace('_', '-')}"
+        for name, value in values
+        if value is False and str(name).startswith(OURS)
+    ]
+    behind_model = 0 if words[0].startswith("-") else 1
+    return [*words[:behind_model], *off, *words[behind_model:]]

@@ -85,6 +85,7 @@ def test_the_drop_in_does_all_that_vllm_serve_does(
     finally:
         code = server.program.stop()
     assert code == 0
+    assert "'hexgen': {'order': 'edf', 'displace': False}" in server.program.text()
 
 
 @pytest.fixture(scope="module")

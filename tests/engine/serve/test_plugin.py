@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +106,25 @@ def test_a_missing_distribution_is_answered_for_and_no_other(distribution: dict[
     assert importlib.metadata.version("other") == "4.5"
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["m"], ["m"]),
+        (["m", "--config"], ["m", "--config"]),
+        (["m", "--config", "none.yaml"], ["m", "--config", "none.yaml"]),
+        (["m", "--config", "list.yaml"], ["m", "--config", "list.yaml"]),
+        (["m", "--config", "bad.yaml"], ["m", "--config", "bad.yaml"]),
+        (["m", "--config", "a.yaml", "-x"], ["m", "--no-hexgen-a-b", "--config", "a.yaml", "-x"]),
+        (["--config", "a.yaml"], ["--no-hexgen-a-b", "--config", "a.yaml"]),
+    ],
+)
+def test_what_a_file_switches_off_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], expected: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("hexgen-a_b: false\nhexgen-c: true\nother: false\n")
+    Path("list.yaml").write_text("- 1")
+    Path("bad.yaml").write_text("a: [")
+    assert serve.with_switched_off(args) == expected
