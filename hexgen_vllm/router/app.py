@@ -14,7 +14,7 @@ from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import BadRequest, HexgenError
 from hexgen_vllm.router import answers
-from hexgen_vllm.router.context import Context, new_context
+from hexgen_vllm.router.context import Context, new_context, shutting_down
 from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.pages import Handler, Pages
@@ -25,6 +25,8 @@ from hexgen_vllm.router.watcher import Watcher
 
 _LOG = logging.getLogger(__name__)
 _TICK_S: Final = 0.5
+_CLOSE_S: Final = 0.1  # 0 would mean for ever
+_LAST_WORDS_S: Final = 1.0  # for telling clients that their calls were cut off
 # Open without a key: load balancers and scrapers have none.
 _OPEN: Final = frozenset(
     (
@@ -74,7 +76,7 @@ class Router:
         server = _Server(
             self._handle, request_factory=self._request, handler_cancellation=True, access_log=None
         )
-        self._runner = web.ServerRunner(server, shutdown_timeout=0.0)
+        self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self._options.host, self.port).start()
@@ -94,15 +96,26 @@ class Router:
         _LOG.info("listening url=%s policy=%s engines=%s", self.url, self._dispatch.policy, engines)
 
     async def drain(self) -> None:
-        """Refuse new calls and wait until those in flight have ended, or time is over."""
+        """Refuse new calls and wait until those in flight have ended; then end the rest."""
         context = self.context
         context.draining = True
         _LOG.info("draining open_calls=%d", context.ledger.open)
-        give_up_s = self._clock.now() + self._options.shutdown_timeout
-        while context.ledger.open and self._clock.now() < give_up_s:
-            await asyncio.sleep(0.05)
+        await self._wait_settled(self._options.shutdown_timeout)
         if context.ledger.open:
-            _LOG.warning("shutdown timeout, calls cut off open_calls=%d", context.ledger.open)
+            await self.hang_up()
+
+    async def hang_up(self) -> None:
+        """End all calls, and tell their clients why."""
+        context = self.context
+        _LOG.warning("calls cut off open_calls=%d", context.ledger.open)
+        context.service.refuse_waiting(shutting_down())
+        context.guard.end_all()
+        await self._wait_settled(_LAST_WORDS_S)
+
+    async def _wait_settled(self, seconds: float) -> None:
+        give_up_s = self._clock.now() + seconds
+        while self.context.ledger.open and self._clock.now() < give_up_s:
+            await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
         """Close everything at once."""

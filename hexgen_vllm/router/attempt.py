@@ -19,9 +19,11 @@ from hexgen_vllm.router.upstream import is_broken
 
 LOST: Final = "engine-lost"
 TIMEOUT: Final = "engine-timeout"
+SHUTDOWN: Final = "rejected-shutting-down"
 _MESSAGES: Final = {
     LOST: ("The engine failed before its answer was complete.", 502),
     TIMEOUT: ("The engine did not answer in time.", 504),
+    SHUTDOWN: ("The router is shutting down.", 503),
 }
 
 
@@ -143,3 +145,8 @@ class Guard:
         for attempt in self.attempts:
             if attempt.engine == engine and not attempt.answering:
                 attempt.abort(LOST)
+
+    def end_all(self) -> None:
+        """End all tries: the router stops."""
+        for attempt in self.attempts:
+            attempt.abort(SHUTDOWN)

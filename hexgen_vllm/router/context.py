@@ -72,9 +72,7 @@ class Context:
             Refused: the router is shutting down or full.
         """
         if self.draining:
-            raise Refused(
-                "The router is shutting down.", reason="rejected-shutting-down", retry_after_s=5.0
-            )
+            raise shutting_down()
         most = self.options.max_concurrent_requests
         if 0 < most < self.ledger.open:
             raise Refused("Too many calls are open.", reason="rejected-saturated", status=429)
@@ -96,6 +94,13 @@ class Context:
                 status=404,
                 code="model_not_found",
             )
+
+
+def shutting_down() -> Refused:
+    """Return the refusal of calls that come or wait while the router stops."""
+    return Refused(
+        "The router is shutting down.", reason="rejected-shutting-down", retry_after_s=5.0
+    )
 
 
 async def read_body(request: web.BaseRequest) -> bytes:

@@ -70,8 +70,10 @@ async def _serve(options: RouterOptions, dispatch: DispatchOptions) -> None:
     await stop.wait()
     drained, hurried = asyncio.ensure_future(router.drain()), asyncio.ensure_future(now.wait())
     await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
-    for task in (drained, hurried):
-        task.cancel()
+    if not drained.done():
+        drained.cancel()
+        await router.hang_up()
+    hurried.cancel()
     await router.stop()
     _LOG.info("stopped")
 

@@ -113,18 +113,19 @@ class Service:
         self._expire(now)
         self._carry_out(self.coordinator.tick(now))
 
+    def refuse_waiting(self, error: Refused) -> None:
+        """Turn away every call that waits for a decision."""
+        for _, future in self._waiting.values():
+            _refuse(future, error)
+
     def _expire(self, now: float) -> None:
-        for since_s, future in list(self._waiting.values()):
+        late = Refused(
+            "The call waited too long for an engine.", reason="rejected-ttl-expired", status=504
+        )
+        for since_s, future in self._waiting.values():
             if now - since_s <= self._queue_timeout_s:
                 break
-            if not future.done():
-                future.set_exception(
-                    Refused(
-                        "The call waited too long for an engine.",
-                        reason="rejected-ttl-expired",
-                        status=504,
-                    )
-                )
+            _refuse(future, late)
 
     async def _decided(self, call_id: str, decisions: Iterable[Decision]) -> Placement:
         future: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
@@ -157,6 +158,11 @@ def _settle(future: asyncio.Future[Placement], decision: Decision) -> None:
             status=decision.status,
             retry_after_s=decision.retry_after_s,
         )
-        future.set_exception(error)
+        _refuse(future, error)
     else:
         future.set_result(decision)
+
+
+def _refuse(future: asyncio.Future[Placement], error: Refused) -> None:
+    if not future.done():
+        future.set_exception(error)

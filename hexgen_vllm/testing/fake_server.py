@@ -69,7 +69,7 @@ class FakeServer:
         server = web.Server(
             self._handle, request_factory=_request, handler_cancellation=True, access_log=None
         )
-        self._runner = web.ServerRunner(server, shutdown_timeout=0.0)
+        self._runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
