@@ -1,0 +1,244 @@
+"""An urgent call makes room for itself, and nobody gives way for nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import RequestStatus
+
+from hexgen_vllm.wire import CallMeta
+from tests.engine.nomodel.conftest import Build
+from tests.engine.nomodel.harness import FakeEngine, expected
+
+URGENT = CallMeta(workflow_deadline_ms=300.0)
+LAZY = CallMeta(workflow_deadline_ms=900_000.0)
+
+
+def fill(engine: FakeEngine, calls: int, prompt: int = 40, output: int = 60) -> None:
+    """Let ``calls`` calls with much slack run for five steps."""
+    for i in range(calls):
+        engine.add(f"lazy{i}", [10 + i] * prompt, output, LAZY)
+    engine.steps(5)
+
+
+def test_displaces_for_a_slot_and_only_once(build: Build) -> None:
+    engine = build(max_num_seqs=2)
+    fill(engine, 4)
+    engine.add("urgent", [99] * 40, 10, URGENT)
+    engine.step()
+    assert "urgent" in engine.running()
+    assert engine.displaced() == 1
+    engine.run()
+    assert engine.ended[0] == "urgent"
+    assert engine.displaced() == 1, "equal calls displace each other in turn"
+    engine.assert_clean()
+
+
+def test_displaces_for_kv_blocks(build: Build) -> None:
+    engine = build(blocks=13, max_num_seqs=8, prefix_caching=False)
+    fill(engine, 3)
+    assert engine.free_blocks() <= 3
+    engine.add("urgent", [99] * 100, 10, URGENT)  # 7 blocks
+    engine.step()
+    assert "urgent" in engine.running()
+    assert engine.displaced() == 2
+    engine.run()
+    assert engine.ended[0] == "urgent"
+    assert engine.tokens == {
+        **{f"lazy{i}": expected([10 + i] * 40, 60) for i in range(3)},
+        "urgent": expected([99] * 100, 10),
+    }
+    engine.assert_clean()
+
+
+def test_a_victim_waits_out_the_step_and_comes_back(build: Build) -> None:
+    engine = build(max_num_seqs=2, async_scheduling=True)
+    fill(engine, 2)
+    engine.add("urgent", [99] * 40, 3, URGENT)
+    output = engine.scheduler.schedule()
+    victim = engine.scheduler.requests[engine.waiting()[0]]
+    assert victim.status == RequestStatus.PREEMPTED
+    assert victim.request_id not in output.num_scheduled_tokens
+    assert victim.hexgen.displacements == 1
+    engine.in_flight.append((output, engine.worker.execute(output)))
+    engine.run()
+    assert engine.tokens[victim.request_id] == expected(list(victim.prompt_token_ids), 60)
+    engine.assert_clean()
+
+
+def test_equal_calls_never_displace_each_other(build: Build) -> None:
+    engine = build(max_num_seqs=4, hexgen={"displace_gap_s": 0.0})
+    for i in range(20):  # far more than can be on time: all of them come to be in danger
+        engine.add(f"r{i}", [10 + i] * 40, 60, CallMeta(workflow_deadline_ms=2500))
+    engine.run()
+    assert engine.displaced() == 0
+
+
+def test_a_call_is_displaced_at_most_so_often(build: Build) -> None:
+    engine = build(max_num_seqs=1, hexgen={"max_displacements": 2})
+    lazy = engine.add("lazy", [1] * 40, 300, LAZY)
+    for i in range(6):
+        engine.steps(6)
+        engine.add(f"urgent{i}", [10 + i] * 20, 3, URGENT)
+    engine.run()
+    assert lazy.hexgen.displacements == 2
+    assert engine.displaced() == 2
+    assert engine.ended[:4] == ["urgent0", "urgent1", "lazy", "urgent2"]
+    assert engine.tokens["lazy"] == expected([1] * 40, 300)
+
+
+def blocked(engine: FakeEngine) -> None:
+    """The urgent call waits for a grammar that is not compiled yet."""
+    engine.add("urgent", [99] * 40, 10, URGENT, {"structured_outputs": GRAMMAR})
+
+
+def lora_full(engine: FakeEngine) -> None:
+    """Every adapter slot is taken by another adapter."""
+    engine.scheduler.lora_config = SimpleNamespace(max_loras=1)
+    for request in engine.scheduler.running:
+        request.lora_request = LoRARequest("one", 1, "/one")
+    engine.add("urgent", [99] * 40, 10, URGENT, lora_request=LoRARequest("two", 2, "/two"))
+
+
+def paused(engine: FakeEngine) -> None:
+    """The engine admits nobody."""
+    engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    engine.add("urgent", [99] * 40, 10, URGENT)
+
+
+def not_urgent(engine: FakeEngine) -> None:
+    """The call can wait."""
+    engine.add("urgent", [99] * 40, 10, CallMeta(workflow_deadline_ms=20_000.0))
+
+
+def too_late(engine: FakeEngine) -> None:
+    """The call was due long ago."""
+    tail = CallMeta(workflow_deadline_ms=300.0, tail_ms=20_000.0)
+    engine.add("urgent", [99] * 40, 10, tail)
+
+
+def too_large(engine: FakeEngine) -> None:
+    """The whole cache is not enough for the call and the batch's protected part."""
+    for request in engine.scheduler.running[1:]:
+        request.hexgen.displacements = 3
+    engine.add("urgent", list(range(2, 400)), 10, URGENT)
+
+
+def unfreeable(engine: FakeEngine) -> None:
+    """A connector may still write the blocks of the batch."""
+    engine.scheduler.defer_block_free = True
+    for request in engine.scheduler.running:
+        request.last_sched_seq = engine.scheduler.processed_step_seq + 9
+    engine.add("urgent", [99] * 40, 10, URGENT)
+
+
+GRAMMAR = StructuredOutputsParams(regex="a+")
+REASONS = [blocked, lora_full, paused, not_urgent, too_late, too_large, unfreeable]
+
+
+@pytest.mark.parametrize("reason", REASONS, ids=lambda f: f.__name__)
+def test_nobody_gives_way_for_nothing(build: Build, reason: Any) -> None:
+    engine = build(blocks=28, max_num_seqs=2)
+    fill(engine, 2)
+    reason(engine)
+    engine.steps(3)
+    assert engine.displaced() == 0
+    assert sorted(engine.running()) == ["lazy0", "lazy1"]
+
+
+@pytest.mark.parametrize("options", [{"displace": False}, {"max_displacements": 0}])
+def test_displacement_can_be_switched_off(build: Build, options: dict[str, Any]) -> None:
+    engine = build(max_num_seqs=2, hexgen=options)
+    fill(engine, 2)
+    engine.add("urgent", [99] * 40, 10, URGENT)
+    engine.steps(3)
+    assert engine.displaced() == 0
+
+
+def test_nearly_done_calls_are_left_to_end(build: Build) -> None:
+    engine = build(max_num_seqs=2)
+    fill(engine, 2, output=20)  # five steps gone: 15 left, 16 are protected
+    engine.add("urgent", [99] * 40, 10, URGENT)
+    engine.run()
+    assert engine.displaced() == 0
+
+
+def test_a_throttled_step_displaces_nobody(build: Build) -> None:
+    engine = build(max_num_seqs=2)
+    fill(engine, 2)
+    engine.add("urgent", [99] * 40, 10, URGENT)
+    output = engine.scheduler.schedule(True)  # data parallelism: prefills wait for their turn
+    engine.in_flight.append((output, engine.worker.execute(output)))
+    engine.take_output()
+    assert engine.displaced() == 0
+    engine.step()
+    assert engine.displaced() == 1
+
+
+def test_nobody_gives_way_when_the_token_budget_is_what_is_short(build: Build) -> None:
+    engine = build(max_num_seqs=3, max_batched_tokens=64)
+    for i in range(3):
+        engine.add(f"lazy{i}", [10 + i] * 500, 60, LAZY)
+    engine.steps(2)
+    engine.add("urgent", [99] * 40, 10, URGENT)
+    engine.step()
+    assert engine.displaced() == 0, "the chunks of the batch would still take every token"
+    engine.run()
+    engine.assert_clean()
+
+
+def test_a_compiled_grammar_is_no_obstacle(build: Build) -> None:
+    engine = build(max_num_seqs=2)
+    fill(engine, 2)
+    request = engine.add("urgent", [99] * 40, 10, URGENT, {"structured_outputs": GRAMMAR})
+    request.structured_output_request.grammar = SimpleNamespace()
+    engine.scheduler.schedule()
+    assert engine.displaced() == 1
+    assert "urgent" in engine.running()
+
+
+def test_blocks_shared_with_others_do_not_count_as_room(build: Build) -> None:
+    engine = build(blocks=16, max_num_seqs=8)
+    shared = list(range(2, 146))  # 9 blocks, once in the cache
+    for i in range(2):
+        engine.add(f"lazy{i}", [*shared, 500 + i], 40, LAZY)
+        engine.steps(3)
+    assert engine.free_blocks() == 15 - 9 - 2
+    engine.add("urgent", [99] * 120, 10, URGENT)  # 8 blocks; both victims own one each
+    engine.steps(3)
+    assert engine.displaced() == 0
+    assert "urgent" in engine.waiting()
+    engine.run()
+    engine.assert_clean()
+
+
+def test_blocks_that_the_urgent_call_shares_need_no_room(build: Build) -> None:
+    engine = build(blocks=16, max_num_seqs=8)
+    shared = list(range(2, 146))
+    engine.add("lazy", [*shared, 500], 40, LAZY)
+    engine.steps(3)
+    engine.add("urgent", [*shared, 501], 10, URGENT)  # fits: 9 of its 10 blocks are there
+    engine.step()
+    assert engine.displaced() == 0
+    assert sorted(engine.running()) == ["lazy", "urgent"]
+
+
+def test_a_call_that_already_holds_kv_goes_first(build: Build) -> None:
+    engine = build(max_num_seqs=3)
+    session = engine.add("session", [7] * 30, 4, LAZY, resumable=True)
+    engine.steps(6)
+    assert session.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+    fill(engine, 2)
+    engine.add("session", [8] * 30, 4, LAZY, resumable=True)
+    engine.add("urgent", [99] * 40, 10, URGENT)
+    engine.step()
+    assert engine.displaced() == 0
+    assert "session" in engine.running()
+    engine.step()
+    assert engine.displaced() == 1
+    assert "urgent" in engine.running()
