@@ -153,3 +153,11 @@ def _with_options(additional_config: Any, options: Mapping[str, Any]) -> dict[st
     merged = {**given_there, **options}
     from_mapping(EngineOptions, merged, where="hexgen option")
     return {**additional_config, "hexgen": merged}
+
+
+def _choose_connector(target: Any) -> None:
+    options = target.additional_config["hexgen"]
+    if options.get("host_kv_gib"):  # else without the cost of its imports
+        from hexgen_vllm.engine.swap_setup import choose_connector
+
+        choose_connector(target, options)

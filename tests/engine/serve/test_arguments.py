@@ -207,3 +207,17 @@ def test_wrong_arguments_made_in_python_are_errors() -> None:
         arguments.resolve(engine_args(scheduler_cls=Ours, additional_config="x"))
     with pytest.raises(UnsupportedVLLM, match="Too old"):
         arguments.resolve(engine_args(scheduler_cls=Ours), refusal="Too old.")
+
+
+@pytest.mark.engine
+def test_host_memory_for_kv_brings_our_connector() -> None:
+    target = engine_args(
+        scheduling_policy="urgency",
+        additional_config={"hexgen": {"host_kv_gib": 0.5}},
+        kv_transfer_config=None,
+    )
+    arguments.resolve(target)
+    assert target.kv_transfer_config.kv_connector == "HostKVConnector"
+    target.kv_transfer_config = {"kv_connector": "SomethingElse"}
+    with pytest.raises(ConfigError, match=r"another KV connector \(SomethingElse\)"):
+        arguments.resolve(target)
