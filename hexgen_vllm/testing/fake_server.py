@@ -63,6 +63,11 @@ class FakeServer:
         """Base URL, without a slash at the end."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def down(self) -> bool:
+        """Whether it is not started, or dead."""
+        return self._runner is None
+
     async def start(self) -> None:
         """Listen; after :meth:`stop`, on the same port as before."""
         self._slots = asyncio.Semaphore(self.settings.slots)

@@ -94,12 +94,16 @@ async def test_random_workflows_under_churn(policy: str) -> None:
         await stand.until(lambda: stand.context.ledger.open == 0)
         stand.assert_settled()
         book, seen = stand.context.ledger, churn.seen
-        assert seen["answered"] > 20
+        assert 0 < seen["answered"] < seen.total()
         assert book.answered() >= seen["answered"]
         assert sum(book.failed().values()) >= seen.total() - seen["answered"] - seen["left"]
         assert len(stand.context.service.coordinator.workflows) <= seen["left"]
         for engine in stand.engines:
             await stand.until(lambda e=engine: e.running + e.waiting == 0)
+            if engine.down:
+                await engine.start()
+        await stand.all_ready()
+        assert await asyncio.gather(*(_whole(stand, {}) for _ in range(20))) == [200] * 20
 
 
 async def test_held_calls_reach_the_engine_in_order_of_due_time() -> None:
