@@ -195,6 +195,7 @@ def snapshot(scheduler: Any, now: float) -> dict[str, Any]:
         "kv_usage": scheduler.kv_cache_manager.usage,
         "kv_tokens": scheduler.kv_cache_config.num_blocks * scheduler.block_size,
         "max_num_seqs": scheduler.max_num_running_reqs,
+        "max_num_batched_tokens": scheduler.scheduler_config.max_num_batched_tokens,
         "preemptions": dict(counters.preemptions),
         "recomputed_tokens": counters.recomputed_tokens,
         "host_kv": keeper.stats() if keeper is not None else None,

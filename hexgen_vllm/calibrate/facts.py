@@ -1,0 +1,93 @@
+"""What an engine says of its limits: our telemetry, stock metrics, vLLM's developer page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import aiohttp
+
+from hexgen_vllm.router import reports
+from hexgen_vllm.router.probe import STATS_PATH
+from hexgen_vllm.types import StepCost
+
+_CACHE: Final = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.M)
+_LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Limits of an engine; ``None`` is unknown.
+
+    Attributes:
+        ours: it runs the urgency scheduler.
+        max_num_seqs, max_num_batched_tokens, kv_tokens, block_size, prefix_caching: as in
+            :class:`hexgen_vllm.sim.model.EngineModel`.
+    """
+
+    ours: bool = False
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_tokens: int | None = None
+    block_size: int | None = None
+    prefix_caching: bool | None = None
+
+
+async def ask(session: aiohttp.ClientSession, url: str) -> Facts:
+    """Return what the engine at ``url`` says; whatever it does not say stays unknown."""
+    stats = _object(await _get(session, url + STATS_PATH))
+    metrics = await _get(session, f"{url}/metrics")
+    info = _object(await _get(session, f"{url}/server_info?config_format=json"))
+    told = reports.from_stats(stats)
+    labels = dict(_LABEL.findall("".join(_CACHE.findall(metrics))))
+    return Facts(
+        ours="cost" in stats,
+        max_num_seqs=told.max_num_seqs or reports.scheduling(info)[1],
+        max_num_batched_tokens=_whole(stats.get("max_num_batched_tokens")) or _budget(info),
+        kv_tokens=told.kv_tokens or reports.from_metrics(metrics).kv_tokens,
+        block_size=_whole(labels.get("block_size")),
+        prefix_caching={"True": True, "False": False}.get(labels.get("enable_prefix_caching", "")),
+    )
+
+
+async def fitted(session: aiohttp.ClientSession, url: str) -> tuple[StepCost, float] | None:
+    """Return the step cost that our scheduler fitted to its own steps, and its error."""
+    report = reports.from_stats(_object(await _get(session, url + STATS_PATH))).report
+    if report.cost is None or report.fit_error is None:
+        return None
+    return report.cost, report.fit_error
+
+
+async def _get(session: aiohttp.ClientSession, url: str) -> str:
+    """Return the body of a page, "" when there is none."""
+    try:
+        async with session.get(url) as answer:
+            return await answer.text() if answer.status == 200 else ""
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+        return ""
+
+
+def _object(text: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _budget(info: Mapping[str, Any]) -> int | None:
+    config = info.get("vllm_config")
+    scheduler = config.get("scheduler_config") if isinstance(config, dict) else None
+    return _whole(scheduler.get("max_num_batched_tokens")) if isinstance(scheduler, dict) else None
+
+
+def _whole(value: object) -> int | None:
+    try:
+        number = int(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        return None
+    return number if number > 0 else None
