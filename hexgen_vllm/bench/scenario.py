@@ -131,6 +131,7 @@ class LiveResult:
             "base_s": config.base_s or config.deadline_s,
             "length_scale": config.length_scale,
             "workload": config.trace or f"{config.workload}/{config.retries}",
+            "databases": config.databases,
             "burstiness": config.burstiness,
             "warmup": config.warmup,
             "hints": config.hints,

@@ -11,10 +11,11 @@ from pathlib import Path
 from hexgen_vllm.bench import results as files
 from hexgen_vllm.bench.plot import draw_attainment, require_matplotlib
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.sim import against
 from hexgen_vllm.sim.policies import NAMES, named
 from hexgen_vllm.sim.results import Row, row, simulate
 from hexgen_vllm.sim.scenario import Run, Scenario
-from hexgen_vllm.sim.scenario_file import load
+from hexgen_vllm.sim.scenario_file import load, load_fleet
 from hexgen_vllm.sim.table import describe, render
 
 
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load", nargs="+", type=float, dest="loads", help="rates as shares of λ*")
     add("--rate", nargs="+", type=float, dest="rates", help="rates, workflows/s")
     add("--workflows", type=int, help="workflows that count")
+    add(
+        "--against",
+        type=Path,
+        metavar="LIVE.json",
+        help="play the runs of this bench live result again on the scenario's fleet",
+    )
     add("--json", type=Path, metavar="OUT", help="write results here")
     add("--plot", type=Path, metavar="OUT.png", help="draw attainment here")
 
@@ -38,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: an option or a file cannot be used.
     """
+    if args.against:
+        return _against(args)
     scenario = _changed(load(args.scenario), args)
     for path in (args.json, args.plot):
         files.check_writable(path)
@@ -69,6 +78,19 @@ def play(scenario: Scenario, progress: Callable[[Run, int, int], None] | None = 
             progress(run, index, len(runs))
         rows.append(row(scenario, run, bounds, simulate(scenario, run, bounds)))
     return rows
+
+
+def _against(args: argparse.Namespace) -> int:
+    policies = args.policies or [None]
+    if len(policies) > 1:
+        raise ConfigError("--against takes one --policy.")
+    policy = None if policies[0] is None else named(policies[0])
+    files.check_writable(args.json)
+    comparisons = against.play(args.against, load_fleet(args.scenario), policy)
+    print(against.render(comparisons))
+    if args.json:
+        files.write(args.json, [comparison.simulated for comparison in comparisons])
+    return 0
 
 
 def _changed(scenario: Scenario, args: argparse.Namespace) -> Scenario:

@@ -1,0 +1,133 @@
+"""Calibration: the probe design, the fit of timings, vllm-router's names, a fake engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hexgen_vllm.calibrate import entry, facts
+from hexgen_vllm.calibrate.fit import DecodeTiming, PrefillTiming, fit
+from hexgen_vllm.calibrate.probes import design
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.policy.calibration import from_calibration, to_calibration
+from hexgen_vllm.sim.scenario_file import load_fleet
+from hexgen_vllm.types import StepCost
+
+COST = StepCost(c0=0.02, c1=4e-4, c2=6e-8, p0=0.003, p1=2e-4, p2=8e-9)
+coefficient = st.floats(1e-9, 1.0)
+
+
+def timings(cost: StepCost) -> tuple[list[PrefillTiming], list[DecodeTiming]]:
+    """Return what an engine of this cost takes for the probes of a long-context model."""
+    prefills, decodes = [], []
+    for probe in design(8192, 32):
+        if probe.output_tokens == 1:
+            n = probe.prompt_tokens
+            prefills.append(PrefillTiming(n, cost.c0 + cost.prefill_s(n, chunk=10_000)))
+        else:
+            context = probe.prompt_tokens + 12.0
+            step_s = cost.step_s(probe.batch, probe.batch * context)
+            decodes.append(DecodeTiming(probe.batch, context, step_s))
+    return prefills, decodes
+
+
+def test_timings_of_a_known_engine_give_its_cost_back() -> None:
+    found = fit(*timings(COST), chunk=None)
+    assert found.error < 1e-6
+    assert found.cost.c1 == pytest.approx(COST.c1, rel=1e-3)
+    assert found.cost.c2 == pytest.approx(COST.c2, rel=1e-3)
+    assert found.cost.p0 == pytest.approx(COST.p0, rel=1e-3)
+    assert found.cost.p2 == pytest.approx(COST.p2, rel=1e-2)
+
+
+def test_a_fit_never_has_a_negative_term() -> None:
+    # Times that fall with length: an unconstrained fit would have a negative slope.
+    prefills = [PrefillTiming(n, 0.1 - n / 1e6) for n in (10, 100, 1000, 5000)]
+    decodes = [DecodeTiming(b, 100.0, 0.02 - b / 1e5) for b in (1, 2, 4, 8)]
+    cost = fit(prefills, decodes, chunk=512).cost
+    assert min(cost.c0, cost.c1, cost.c2, cost.p0, cost.p1, cost.p2) >= 0
+    assert cost.c0 > 0
+
+
+def test_a_fit_that_does_not_hold_says_so() -> None:
+    prefills, decodes = timings(COST)
+    noisy = [
+        PrefillTiming(p.prompt_tokens, p.seconds * (1 + i % 2)) for i, p in enumerate(prefills)
+    ]
+    assert fit(noisy, decodes, chunk=None).error >= 0.0
+    assert fit(noisy, decodes[:1], chunk=None).error > 0.05
+
+
+def test_too_few_answers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="too few calls"):
+        fit([PrefillTiming(10, 0.1)], [], chunk=None)
+
+
+@given(context=st.integers(64, 200_000), slots=st.integers(1, 512))
+def test_no_probe_is_too_long_or_queues(context: int, slots: int) -> None:
+    probes = design(context, slots)
+    assert all(p.prompt_tokens + p.output_tokens <= context for p in probes)
+    assert all(p.batch <= slots for p in probes)
+    assert {p.batch for p in probes if p.output_tokens > 1} >= {1, min(slots, 2)}
+
+
+@given(st.tuples(*[coefficient] * 6))
+def test_vllm_routers_names_keep_the_cost(values: tuple[float, ...]) -> None:
+    cost = StepCost(*values)
+    back = from_calibration(to_calibration(cost))
+    assert back.p0 == pytest.approx(cost.p0, rel=1e-6, abs=1e-12)
+    assert back.p2 == pytest.approx(cost.p2, rel=1e-9)
+    assert (back.c0, back.c1, back.c2) == (cost.c0, cost.c1, cost.c2)
+
+
+def test_a_prompt_takes_the_same_time_in_both_languages() -> None:
+    model = to_calibration(COST)["prefill_cost_model"]
+    n = 3.0
+    theirs = model["intercept_seconds"] + model["linear_seconds_per_1k_tokens"] * n
+    theirs += model["quadratic_seconds_per_1k_tokens_squared"] * n * n
+    assert theirs == pytest.approx(COST.c0 + COST.prefill_s(3000, chunk=3000))
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "value"),
+    [
+        ("prefill_cost_model", "linear_seconds_per_1k_tokens", None),
+        ("prefill_cost_model", "intercept_seconds", -1.0),
+        ("decode_throughput_model", "fixed_step_seconds", "fast"),
+        ("decode_throughput_model", "context_step_seconds_per_token", float("nan")),
+    ],
+)
+def test_a_bad_coefficient_is_named(model: str, key: str, value: object) -> None:
+    values: dict[str, dict[str, object]] = {k: dict(v) for k, v in to_calibration(COST).items()}
+    values[model][key] = value
+    with pytest.raises(ConfigError, match=f"{model}.{key} must be"):
+        from_calibration(values)
+
+
+def test_the_command_line_wins_and_gaps_are_named() -> None:
+    said = facts.Facts(max_num_seqs=64, kv_tokens=1000)
+    limits, assumed = entry.complete(said, facts.Facts(max_num_seqs=8))
+    assert (limits.max_num_seqs, limits.kv_tokens) == (8, 1000)
+    assert assumed == ["max_num_batched_tokens", "block_size", "prefix_caching"]
+
+
+def test_the_simulator_reads_what_calibration_writes(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    limits, _ = entry.complete(facts.Facts(), facts.Facts(max_num_seqs=8, kv_tokens=4096))
+    for name in ("a", "b", "a"):  # the second a replaces the first
+        entry.write(path, entry.fleet_entry(name, COST, limits))
+    models = load_fleet(path)
+    assert [m.engine_id for m in models] == ["b", "a"]
+    assert models[0].cost == COST
+    assert (models[0].max_num_seqs, models[0].kv_tokens) == (8, 4096)
+
+
+def test_a_file_that_is_no_fleet_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "scenario.yaml"
+    path.write_text(yaml.safe_dump({"fleet": "reference-4", "arrivals": {"rates": [1.0]}}))
+    with pytest.raises(ConfigError, match=r"scenario\.yaml must hold nothing but a fleet"):
+        entry.write(path, {"name": "a"})
