@@ -113,7 +113,9 @@ def vllm_config(folder: Path, setup: Setup) -> VllmConfig:
     config.scheduler_config.async_scheduling = setup.async_scheduling
     config.cache_config.block_size = setup.block_size
     config.cache_config.num_gpu_blocks = setup.blocks
-    choose_connector(config, setup.additional.get("hexgen", {}))
+    options = setup.additional.get("hexgen")
+    if isinstance(options, dict):
+        choose_connector(config, options)
     return config
 
 
