@@ -119,7 +119,7 @@ def test_the_simulator_reads_what_calibration_writes(tmp_path: Path) -> None:
     path = tmp_path / "fleet.yaml"
     limits, _ = entry.complete(facts.Facts(), facts.Facts(max_num_seqs=8, kv_tokens=4096))
     for name in ("a", "b", "a"):  # the second a replaces the first
-        entry.write(path, entry.fleet_entry(name, COST, limits))
+        entry.write(path, entry.fleet_entry(name, COST, limits), 0.004)
     models = load_fleet(path)
     assert [m.engine_id for m in models] == ["b", "a"]
     assert models[0].cost == COST
@@ -130,4 +130,4 @@ def test_a_file_that_is_no_fleet_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "scenario.yaml"
     path.write_text(yaml.safe_dump({"fleet": "reference-4", "arrivals": {"rates": [1.0]}}))
     with pytest.raises(ConfigError, match=r"scenario\.yaml must hold nothing but a fleet"):
-        entry.write(path, {"name": "a"})
+        entry.write(path, {"name": "a"}, 0.0)

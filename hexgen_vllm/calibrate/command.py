@@ -22,7 +22,7 @@ import aiohttp
 from hexgen_vllm.bench import results
 from hexgen_vllm.bench.endpoint import find_model
 from hexgen_vllm.calibrate import entry, facts
-from hexgen_vllm.calibrate.fit import Fit, fit
+from hexgen_vllm.calibrate.fit import Fit, fit, overhead_s
 from hexgen_vllm.calibrate.measure import Measurement
 from hexgen_vllm.calibrate.probes import MAX_PROMPT, design
 from hexgen_vllm.clock import SystemClock
@@ -62,6 +62,8 @@ class Calibration:
         fit: step cost and its error.
         source: ``steps`` of the engine itself, or ``timings`` of answers.
         timings_fit: the fit of the timings, for comparison.
+        call_latency_s: time of a call outside the engine's steps, with a router in between: what
+            the engine's server adds, the round trip, and one more for the router.
         assumed: limits that the engine does not say and that were assumed.
         limits: limits of the engine.
     """
@@ -70,6 +72,7 @@ class Calibration:
     fit: Fit
     source: str
     timings_fit: Fit
+    call_latency_s: float
     assumed: list[str]
     limits: facts.Facts
 
@@ -81,6 +84,7 @@ class Calibration:
             "fit_error": self.fit.error,
             "timings_cost": asdict(self.timings_fit.cost),
             "timings_error": self.timings_fit.error,
+            "call_latency_s": self.call_latency_s,
             "assumed": self.assumed,
             "vllm_router": to_calibration(
                 self.fit.cost, self.limits.max_num_batched_tokens or 2048
@@ -111,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(found.row(), indent=1) + "\n", encoding="utf-8")
     if args.fleet:
-        entry.write(args.fleet, found.fleet_entry)
+        entry.write(args.fleet, found.fleet_entry, found.call_latency_s)
     return 0
 
 
@@ -152,7 +156,9 @@ async def _measured(
     name = options.name or urlsplit(url).netloc
     source = "steps" if inside is not None else "timings"
     found = entry.fleet_entry(name, best.cost, limits)
-    return Calibration(found, best, source, outside, assumed, limits)
+    beyond_s = overhead_s(timings.prefills, best.cost, limits.max_num_batched_tokens or MAX_PROMPT)
+    latency_s = beyond_s + 2 * measurement.round_trip_s
+    return Calibration(found, best, source, outside, latency_s, assumed, limits)
 
 
 def describe(found: Calibration) -> str:
@@ -164,6 +170,7 @@ def describe(found: Calibration) -> str:
     for title, one in costs.items():
         values = "  ".join(f"{key} {value:.3g}" for key, value in asdict(one.cost).items())
         lines.append(f"{title}: {values}  error {one.error:.1%}")
+    lines.append(f"a call takes {1e3 * found.call_latency_s:.1f} ms outside the engine's steps")
     limits = [f"{key} {value}" for key, value in found.fleet_entry.items() if key != "cost"]
     lines.append("limits: " + ", ".join(limits[1:]))
     if found.assumed:

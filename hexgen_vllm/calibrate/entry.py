@@ -48,25 +48,31 @@ def fleet_entry(name: str, cost: StepCost, facts: Facts) -> dict[str, Any]:
     return {"name": name, **{n: getattr(facts, n) for n in _LIMITS}, "cost": rounded}
 
 
-def write(path: Path, entry: dict[str, Any]) -> None:
+def write(path: Path, entry: dict[str, Any], call_latency_s: float) -> None:
     """Write ``entry`` into the fleet file ``path``; an entry of the same name is replaced.
+
+    The simulator's ``router_latency_s`` goes beside it: the largest one of all engines.
 
     Raises:
         ConfigError: the file exists and holds something else than a fleet.
     """
-    entries = [old for old in _read(path) if old.get("name") != entry["name"]]
-    text = yaml.safe_dump({"fleet": [*entries, entry]}, sort_keys=False)
+    entries, known_s = _read(path)
+    fleet = [*(old for old in entries if old.get("name") != entry["name"]), entry]
+    simulation = {"router_latency_s": round(max(call_latency_s, known_s), 5)}
+    text = yaml.safe_dump({"fleet": fleet, "simulation": simulation}, sort_keys=False)
     path.write_text(text, encoding="utf-8")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> tuple[list[dict[str, Any]], float]:
+    """Return the engines in ``path``, none when it does not exist, and the latency there."""
     if not path.exists():
-        return []
+        return [], 0.0
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
-    fleet = data.get("fleet") if isinstance(data, dict) and set(data) == {"fleet"} else None
+    keys = set(data) if isinstance(data, dict) else set()
+    fleet = data["fleet"] if "fleet" in keys and keys <= {"fleet", "simulation"} else None
     if not isinstance(fleet, list) or not all(isinstance(entry, dict) for entry in fleet):
         raise ConfigError(f"{path} must hold nothing but a fleet with a list of engines.")
-    return fleet
+    return fleet, float((data.get("simulation") or {}).get("router_latency_s", 0.0))

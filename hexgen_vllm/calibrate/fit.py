@@ -78,6 +78,17 @@ def fit(
     return Fit(cost, median(abs(ratio - 1.0) for ratio in told))
 
 
+def overhead_s(prefills: Sequence[PrefillTiming], cost: StepCost, chunk: int) -> float:
+    """Return the median seconds that a call takes beyond the engine's own steps, at least 0."""
+    beyond = (
+        p.seconds
+        - cost.c0 * math.ceil(p.prompt_tokens / chunk)
+        - cost.prefill_s(p.prompt_tokens, chunk=chunk)
+        for p in prefills
+    )
+    return max(median(beyond), 0.0)
+
+
 def _non_negative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
     """Return the least-squares coefficients of relative errors, none below 0.
 

@@ -41,6 +41,8 @@ class Measurement:
         model: served model name.
         clock: what times are taken with.
         salt: sets the prompts of this measurement apart from all others.
+        timings: what was measured.
+        round_trip_s: seconds of a request that computes nothing.
     """
 
     session: aiohttp.ClientSession
@@ -49,7 +51,7 @@ class Measurement:
     clock: Clock
     salt: str
     timings: Timings = field(default_factory=Timings)
-    _round_trip_s: float = 0.0
+    round_trip_s: float = 0.0
 
     async def run(
         self, probes: list[Probe], budget_s: float, progress: Callable[[int, int], None]
@@ -67,7 +69,7 @@ class Measurement:
         start_s = self.clock.now()
         await self._probe(Probe(1, 32, 8))  # the first call of a server may compile or warm up
         self.timings = Timings()
-        self._round_trip_s = await self._round_trip()
+        self.round_trip_s = await self._round_trip()
         for done, probe in enumerate(probes):
             if self.clock.now() - start_s > budget_s:
                 break
@@ -94,7 +96,7 @@ class Measurement:
             reason = str(error) or type(error).__name__
             raise ConfigError(f"{self.url} did not answer a probe: {reason}.") from None
         if probe.output_tokens == 1:
-            seconds = times[0][0][0] - sent_s - self._round_trip_s
+            seconds = times[0][0][0] - sent_s - self.round_trip_s
             if seconds > 0:
                 self.timings.prefills.append(PrefillTiming(probe.prompt_tokens, seconds))
         else:

@@ -26,6 +26,8 @@ from hexgen_vllm.sim.scenario import (
     Scenario,
     WorkloadOptions,
 )
+from hexgen_vllm.sim.scenario_file import load_fleet, load_simulation
+from hexgen_vllm.sim.simulator import SimOptions
 from hexgen_vllm.sim.workload import WorkflowSpec
 
 GOALS: Final = {"P50": 0.10, "P95": 0.15}
@@ -75,7 +77,10 @@ class Comparison:
 
 
 def compare(
-    rows: Iterable[Row], fleet: Sequence[EngineModel], policy: Policy | None = None
+    rows: Iterable[Row],
+    fleet: Sequence[EngineModel],
+    policy: Policy | None = None,
+    simulation: SimOptions | None = None,
 ) -> list[Comparison]:
     """Simulate every live run in ``rows``.
 
@@ -83,6 +88,7 @@ def compare(
         rows: of a result file of ``bench live``.
         fleet: calibrated engines.
         policy: what the live service ran; by default what the row is named after.
+        simulation: the service around the engines.
 
     Raises:
         ConfigError: a row cannot be played again.
@@ -90,6 +96,7 @@ def compare(
     found = []
     for live in rows:
         scenario = scenario_of(live, tuple(fleet), policy)
+        scenario = replace(scenario, simulation=simulation or scenario.simulation)
         # Loads are shares of a capacity that has no part in this.
         run = Run(scenario.policies[0], float(live["rate"]), 0.0, scenario.seeds[0])
         specs = scenario.specs(run)
@@ -158,8 +165,8 @@ def _check_same(live: Row, scenario: Scenario, specs: Sequence[WorkflowSpec]) ->
         )
 
 
-def play(path: Path, fleet: Sequence[EngineModel], policy: Policy | None) -> list[Comparison]:
-    """Simulate every run of the result file ``path``.
+def play(path: Path, fleet: Path, policy: Policy | None) -> list[Comparison]:
+    """Simulate every run of the result file ``path`` on the engines of the file ``fleet``.
 
     Raises:
         ConfigError: the file does not exist or holds no run that can be played again.
@@ -167,7 +174,7 @@ def play(path: Path, fleet: Sequence[EngineModel], policy: Policy | None) -> lis
     rows = files.read(path)
     if not rows:
         raise ConfigError(f"{path} holds no live run.")
-    return compare(rows, fleet, policy)
+    return compare(rows, load_fleet(fleet), policy, load_simulation(fleet))
 
 
 def render(comparisons: Sequence[Comparison]) -> str:

@@ -15,7 +15,7 @@ from hexgen_vllm.sim import against
 from hexgen_vllm.sim.policies import NAMES, named
 from hexgen_vllm.sim.results import Row, row, simulate
 from hexgen_vllm.sim.scenario import Run, Scenario
-from hexgen_vllm.sim.scenario_file import load, load_fleet
+from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.sim.table import describe, render
 
 
@@ -86,7 +86,7 @@ def _against(args: argparse.Namespace) -> int:
         raise ConfigError("--against takes one --policy.")
     policy = None if policies[0] is None else named(policies[0])
     files.check_writable(args.json)
-    comparisons = against.play(args.against, load_fleet(args.scenario), policy)
+    comparisons = against.play(args.against, args.scenario, policy)
     print(against.render(comparisons))
     if args.json:
         files.write(args.json, [comparison.simulated for comparison in comparisons])

@@ -92,6 +92,18 @@ def load_fleet(path: Path) -> tuple[EngineModel, ...]:
     return read_fleet(source, ("fleet",))
 
 
+def load_simulation(path: Path) -> SimOptions:
+    """Read the key ``simulation`` of a file; without it everything is at its default.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong; one sentence says where.
+    """
+    source = read(path)
+    if "simulation" not in _mapping(source, ()):
+        return SimOptions()
+    return _section(source, ("simulation",), SimOptions)
+
+
 def read_fleet(source: Located, path: Key) -> tuple[EngineModel, ...]:
     """Read a fleet: the name of a reference fleet, or a list of engines."""
     value = source.at(path)
