@@ -109,6 +109,9 @@ async def read_body(request: web.BaseRequest) -> bytes:
     Raises:
         BadRequest: it is too long, or broken.
     """
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.can_read_body:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:

@@ -72,7 +72,7 @@ def agentic_context(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read(headers: Mapping[str, str], body: Mapping[str, Any]) -> Foreign:
-    """Read every convention from ``headers`` (case-insensitive) and a decoded ``body``."""
+    """Read every convention from ``headers`` (by lower-case name) and a decoded ``body``."""
     agent, hints = agentic_context(body), _dict(_dict(body.get("nvext")).get("agent_hints"))
     deadline_s = _positive(agent.get("deadline_seconds"))
     osl = _positive(agent.get("expected_output_length")) or _positive(hints.get("osl"))
@@ -103,9 +103,12 @@ def _session(
     )
     found = next((value for value in in_body if isinstance(value, str) and value), None)
     if found is None:
-        vendors = (v for k, v in headers.items() if _VENDOR_SESSION.fullmatch(k.lower()))
-        found = next((value for value in vendors if value), None)
+        found = next((v for k, v in headers.items() if _is_vendor_session(k) and v), None)
     return None if found is None else _as_id(found)
+
+
+def _is_vendor_session(name: str) -> bool:
+    return name.endswith("-session-id") and _VENDOR_SESSION.fullmatch(name) is not None
 
 
 def _as_id(text: str) -> str:
@@ -120,6 +123,8 @@ def _name(value: object) -> str | None:
 
 
 def _number(value: object) -> float | None:
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:

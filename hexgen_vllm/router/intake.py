@@ -103,8 +103,11 @@ class Intake:
         """
         body = decoded(raw)
         model = _model(body, only_model)
-        said = wire.merged(wire.from_headers(headers), _said_in_body(body))
-        foreign = conventions.read(headers, body)
+        names = {name.lower(): value for name, value in headers.items()}
+        said = wire.from_headers(names)
+        if "vllm_xargs" in body:
+            said = wire.merged(said, _said_in_body(body))
+        foreign = conventions.read(names, body)
         prompt = read_prompt(body, endpoint.prompt_fields)
         call = self._call(endpoint, model, said, foreign, prompt, body, now)
         return Accepted(

@@ -6,7 +6,8 @@
 | stock, priority scheduling | ``X-Vllm-Priority``: due time, so that it serves earliest due first |
 | stock, FCFS | nothing |
 
-All are told the session and the request id.
+All are told the session and the request id. A client's own ``X-Vllm-Priority`` reaches engines of
+which it is not known that they schedule by priority.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ _NOT_TO_ENGINE: Final = frozenset(
         "content-length",
         "expect",
         "host",
-        PRIORITY_HEADER.lower(),
     )
 )
 _NOT_TO_CLIENT: Final = frozenset(
@@ -72,6 +72,7 @@ def plain_to_engine(
     for name in [name for name in out if name.lower().startswith(wire.HEADER_PREFIX)]:
         del out[name]
     out[REQUEST_ID_HEADER] = request_id
+    out["Accept-Encoding"] = "identity"
     if engine_api_key is not None:
         out["Authorization"] = f"Bearer {engine_api_key}"
     return out

@@ -23,7 +23,7 @@ from hexgen_vllm.types import Decision, EngineState, Placement
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _DECISIONS_SHOWN: Final = 50
-_PASSED_ON: Final = ("/tokenize", "/detokenize")
+_PASSED_ON: Final = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=60.0)
 
 
@@ -49,7 +49,8 @@ class Pages:
         }
         post: dict[str, Handler] = dict.fromkeys(_PASSED_ON, self.pass_on)
         post["/finish_session"] = self.finish_session
-        return {("GET", p): h for p, h in get.items()} | {("POST", p): h for p, h in post.items()}
+        pages = {(method, p): h for p, h in get.items() for method in ("GET", "HEAD")}
+        return pages | {("POST", p): h for p, h in post.items()}
 
     async def liveness(self, request: web.BaseRequest) -> web.StreamResponse:
         """Say that the process runs."""

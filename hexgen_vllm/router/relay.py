@@ -157,7 +157,8 @@ class Relay:
     async def _relay(
         self, job: Job, attempt: Attempt, answer: aiohttp.ClientResponse
     ) -> web.StreamResponse:
-        if answer.status in _ELSEWHERE:
+        # A redirect would show the client where the engine is.
+        if answer.status in _ELSEWHERE or 300 <= answer.status < 400:
             raise _refused_by_engine(answer)
         head = outbound.to_client(answer.headers, attempt.engine, job.request_id or "")
         if answer.status == 200 and answer.content_type == "text/event-stream":

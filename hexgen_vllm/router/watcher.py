@@ -120,6 +120,7 @@ class Watcher:
             reading = await self._probe.telemetry(self._engine.worker, self._engine.kind)
         except Unreachable:
             reading = None
+            self._check_at_s = 0.0  # telemetry may be slow; the health check decides
         now = self._clock.now()
         if reading is not None:
             self._heard_s = now

@@ -27,6 +27,7 @@ from hexgen_vllm.testing.fake_settings import FakeSettings, Fault, FaultKind, Re
 __all__ = ["FakeServer", "FakeSettings", "Fault", "Received"]
 
 _MAX_BODY_BYTES = 2**29
+_COUNTING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _ENDING = ("reset", "close", "garbage")  # faults that end the connection from this side
 
 
@@ -76,7 +77,7 @@ class FakeServer:
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=2048)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
@@ -134,7 +135,7 @@ class FakeServer:
         )
 
     async def _tokenize(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.path not in ("/tokenize", "/detokenize"):
+        if request.path not in _COUNTING:
             return web.json_response({"detail": "Not Found"}, status=404)
         await self._note(request)
         return web.json_response({"count": 3, "tokens": [1, 2, 3], "prompt": "abc"})

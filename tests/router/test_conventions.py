@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from multidict import CIMultiDict
 
 from hexgen_vllm.router import conventions
 from hexgen_vllm.router.conventions import SESSION_HEADERS, Foreign
 
 
 def read(headers: dict[str, str] | None = None, body: dict[str, Any] | None = None) -> Foreign:
-    return conventions.read(CIMultiDict(headers or {}), body or {})
+    lower = {name.lower(): value for name, value in (headers or {}).items()}
+    return conventions.read(lower, body or {})
 
 
 def agent(**fields: Any) -> dict[str, Any]:

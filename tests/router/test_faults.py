@@ -10,7 +10,7 @@ import pytest
 
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
-from hexgen_vllm.testing.stand import Stand, open_stand
+from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 from hexgen_vllm.types import EngineState
 
 BREAKING = ("reset", "close", "garbage")
@@ -112,6 +112,17 @@ async def test_when_all_engines_refuse_the_client_hears_it(
         assert answer.headers.get("Retry-After") == ("9" if code == "engine-busy" else None)
     assert len(stand.received()) == 2, "each engine was asked once"
     stand.assert_settled()
+
+
+async def test_a_redirect_does_not_show_where_the_engine_is(single: Stand) -> None:
+    where = (("Location", single.engines[0].url + "/elsewhere"),)
+    single.engines[0].fault = Fault("status", status=307, headers=where)
+    async with single.client.post(
+        single.router.url + CHAT, json=single.body(), allow_redirects=False
+    ) as answer:
+        assert answer.status == 502
+        assert "Location" not in answer.headers
+        assert_is_error(await answer.json(), "engine-error")
 
 
 async def test_without_retries_a_call_is_sent_once() -> None:

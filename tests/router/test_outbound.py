@@ -48,6 +48,8 @@ ALL = {
     "Accept": "text/event-stream",
     "traceparent": "00-a-b-01",
     "X-Custom": "kept",
+    "X-Vllm-Priority": "-9",
+    "Accept-Encoding": "identity",
     "X-Session-ID": "w1",
     "x-request-id": "r1",
 }

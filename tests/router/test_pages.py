@@ -16,7 +16,8 @@ from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 PATHS = {
     "GET": ("/v1/models", "/version", "/workers", "/load", "/metrics", "/scheduling/diagnostics",
             "/health", "/readiness", "/liveness", "/ping", "/health/readiness"),
-    "POST": ("/tokenize", "/detokenize"),
+    "HEAD": ("/health", "/v1/models"),
+    "POST": ("/tokenize", "/detokenize", "/v1/messages/count_tokens"),
 }  # fmt: skip
 
 
@@ -162,6 +163,21 @@ async def test_what_is_not_http_gets_an_error_object(stand: Stand) -> None:
         assert b" 400 " in head.split(b"\r\n")[0]
         assert json.loads(body)["error"]["type"] == "invalid_request_error"
         writer.close()
+
+
+async def test_a_client_that_waits_to_be_asked_is_asked(stand: Stand) -> None:
+    """As curl does with long bodies."""
+    body = json.dumps(stand.body()).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", stand.router.port)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nConnection: close\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(body)
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"chat.completion" in answer
+    writer.close()
+    assert "Expect" not in stand.received()[0].headers
 
 
 async def test_a_body_that_breaks_off_is_no_call(stand: Stand) -> None:
