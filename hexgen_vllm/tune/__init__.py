@@ -1,0 +1,1 @@
+"""Finds the knobs of a policy by playing recent workflows in the simulator."""

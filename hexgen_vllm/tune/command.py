@@ -1,0 +1,198 @@
+"""``hexgen-vllm tune``: searches the knobs of a policy on recent workflows and a measured fleet."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from hexgen_vllm.bench import results
+from hexgen_vllm.bench.plot import require_matplotlib
+from hexgen_vllm.config import add_arguments as add_options
+from hexgen_vllm.config import check, from_mapping, given, option
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.sim.limits import limits
+from hexgen_vllm.sim.policies import NAMES, Policy, named
+from hexgen_vllm.sim.scenario_file import load_fleet, load_simulation
+from hexgen_vllm.tune import report
+from hexgen_vllm.tune.evaluate import Evaluator, Setting, capacity, tuned
+from hexgen_vllm.tune.knobs import Knob, defaults, knobs_for
+from hexgen_vllm.tune.objective import OBJECTIVES, chosen
+from hexgen_vllm.tune.replay import Generated, Recent, read
+from hexgen_vllm.tune.rivals import compare, compare_rates
+from hexgen_vllm.tune.search import Search
+
+_TUNED: Final = ("hexgen", "slack")
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What is searched, and on what."""
+
+    policy: str = option("slack", "what is tuned", choices=_TUNED)
+    objective: str = option("min_deadline_95", "what for", choices=tuple(OBJECTIVES))
+    knobs: tuple[str, ...] = option((), "only these knobs; none is all of the policy")
+    grid: int | None = option(None, "points of a grid over the only knob, not a search", least=2)
+    budget: int = option(60, "simulations of a search", least=6)
+    workflows: int = option(300, "workflows of one simulation that count", least=20)
+    warmup: int = option(30, "workflows before them", least=0)
+    rate: float | None = option(None, "arrivals, workflows/s; none is as recorded", least=1e-6)
+    load: float | None = option(None, "the same as a share of the capacity λ*", least=1e-3)
+    deadline_s: float | None = option(
+        None, "deadline, seconds; none is as recorded, or twice the base SLO", least=1e-3
+    )
+    base_s: float | None = option(
+        None, "base SLO, seconds; none is the mean critical path on an idle engine", least=1e-3
+    )
+    jobs: int = option(1, "simulations at a time", least=1, most=256)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.rate is not None and self.load is not None:
+            raise ConfigError("rate and load cannot both be given.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``hexgen-vllm tune``."""
+    add = parser.add_argument
+    add("--fleet", type=Path, required=True, metavar="FLEET.yaml", help="engines, calibrated")
+    add("--trace", type=Path, metavar="RECENT.jsonl", help="recent workflows, or a public trace")
+    add_options(parser, TuneOptions)
+    add("--seed", nargs="+", type=int, default=[1, 2, 3], dest="seeds", help="workloads to play")
+    add("--weight", nargs="+", default=[], metavar="TENANT=W", help="for --objective tenants")
+    add("--baseline", metavar="POLICY", choices=NAMES, help="compare with this policy")
+    add("--sustained", action="store_true", help="with --baseline: compare sustained rates, too")
+    add("--json", type=Path, metavar="OUT", help="write all candidates here")
+    add("--plot", type=Path, metavar="OUT.png", help="draw loss against knobs here")
+    add("--out", type=Path, metavar="CONFIG.yaml", help="write the proposed configuration here")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        ConfigError: an option or a file cannot be used.
+    """
+    options = from_mapping(TuneOptions, given(args, TuneOptions))
+    for path in (args.json, args.plot, args.out):
+        results.check_writable(path)
+    if args.plot:
+        require_matplotlib()
+    policy = named(options.policy)
+    knobs = _knobs(policy, options)
+    setting = _setting(args, options)
+    objective, heading = chosen(options.objective, _weights(args.weight))
+    with Evaluator(setting, policy, objective, options.jobs) as evaluate:
+        search = Search(evaluate, args.seeds, defaults(policy, knobs))
+        _search(search, knobs, options)
+    print(_workload(setting))
+    print(report.table(search, knobs, heading, by_value=options.grid is not None))
+    found = _summary(args, options, setting, search, policy)
+    if args.plot:
+        report.draw(search, knobs, heading, args.plot)
+    if args.json:
+        results.write(args.json, [found])
+    if args.out:
+        best = search.best().values
+        report.write_config(args.out, report.config(options.policy, policy.engine.order, best))
+    return 0
+
+
+def _knobs(policy: Policy, options: TuneOptions) -> list[Knob]:
+    knobs = knobs_for(policy, options.knobs)
+    if options.grid is None:
+        return knobs
+    if not options.knobs and policy.name == "hexgen":
+        return knobs[:1]  # the paper's grid is over alpha
+    if len(knobs) != 1:
+        raise ConfigError("grid takes exactly one knob; name it with --knobs.")
+    return knobs
+
+
+def _search(search: Search, knobs: list[Knob], options: TuneOptions) -> None:
+    if options.grid is not None:
+        search.grid(knobs[0], options.grid)
+    else:
+        search.halving(knobs, options.budget, random.Random(0))
+
+
+def _setting(args: argparse.Namespace, options: TuneOptions) -> Setting:
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise ConfigError("--seed must be different whole numbers, 0 or more.")
+    fleet = load_fleet(args.fleet)
+    recent: Recent = read(args.trace) if args.trace else Generated()
+    bounds = limits(fleet, recent.draw(options.workflows, args.seeds[0]))
+    rate = options.rate or (
+        options.load * capacity(fleet, bounds) if options.load else recent.rate_per_s
+    )
+    if rate is None:
+        raise ConfigError("the workload has no times; give --rate or --load.")
+    base_s = options.base_s or bounds.base_s
+    deadline_s = options.deadline_s or recent.deadline_s or 2 * base_s
+    return Setting(
+        fleet,
+        recent,
+        options.workflows,
+        options.warmup,
+        rate,
+        deadline_s,
+        base_s,
+        load_simulation(args.fleet),
+    )
+
+
+def _weights(pairs: list[str]) -> dict[str, float]:
+    weights = {}
+    for pair in pairs:
+        tenant, _, weight = pair.rpartition("=")
+        try:
+            weights[tenant] = float(weight)
+        except ValueError:
+            raise ConfigError(f"--weight must be TENANT=NUMBER, not {pair!r}.") from None
+    return weights
+
+
+def _workload(setting: Setting) -> str:
+    bounds = setting.bounds
+    best = capacity(setting.fleet, bounds)
+    return (
+        f"{setting.workflows} workflows at {setting.rate_per_s:.3f}/s "
+        f"({setting.rate_per_s / best:.2f} of λ* {best:.3f}/s), base SLO {setting.base_s:.1f} s, "
+        f"deadline {setting.deadline_s:.1f} s\n"
+    )
+
+
+def _summary(
+    args: argparse.Namespace,
+    options: TuneOptions,
+    setting: Setting,
+    search: Search,
+    policy: Policy,
+) -> dict[str, Any]:
+    """Print the proposal and what it is compared with; return everything as a JSON object."""
+    best = search.best()
+    gain, error = best.gain_over(search.present)
+    words = ", ".join(f"{name} {value:g}" for name, value in best.values.items())
+    print(f"\nproposed: {words}; gain {gain:.3g} ± {error:.2g} over the values in force")
+    found: dict[str, Any] = {
+        "policy": options.policy,
+        "objective": options.objective,
+        "rate": setting.rate_per_s,
+        "deadline_s": setting.deadline_s,
+        "base_s": setting.base_s,
+        "seeds": args.seeds,
+        "proposed": best.values,
+        "simulations": search.runs,
+        "trials": [asdict(trial) for trial in search.trials],
+    }
+    if args.baseline:
+        rival = compare(setting, named(args.baseline), tuned(policy, best.values), args.seeds)
+        if args.sustained:
+            rival |= compare_rates(
+                setting, named(args.baseline), tuned(policy, best.values), args.seeds
+            )
+        found["baseline"] = rival
+        print("\n".join(f"{key}: {value}" for key, value in rival.items()))
+    return found

@@ -1,0 +1,105 @@
+"""A tuning as a table, a plot, and a configuration file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from hexgen_vllm.bench.plot import COLOURS, require_matplotlib
+from hexgen_vllm.bench.table import aligned
+from hexgen_vllm.metrics.summary import spread
+from hexgen_vllm.tune.knobs import KNOBS, Knob, Values
+from hexgen_vllm.tune.search import Search, Trial
+
+_SHOWN: Final = 12
+
+
+def table(search: Search, knobs: Sequence[Knob], heading: str, *, by_value: bool) -> str:
+    """Return the candidates, best first or in order of the knob; ``*`` marks the best."""
+    best = search.best()
+    trials = _listed(search, knobs, by_value=by_value)
+    heads = ["", *(k.name for k in knobs), "seeds", heading, "least", "most", "gain", "± s.e."]
+    return aligned(heads, [_line(t, search, knobs, best) for t in trials])
+
+
+def _listed(search: Search, knobs: Sequence[Knob], *, by_value: bool) -> list[Trial]:
+    if by_value:
+        name = knobs[0].name
+        return sorted(search.trials, key=lambda t: t.values[name])
+    most = max(len(t.losses) for t in search.trials)
+    ranked = sorted(search.trials, key=lambda t: (len(t.losses) < most, t.mean))[:_SHOWN]
+    return ranked if search.present in ranked else [*ranked, search.present]
+
+
+def _line(trial: Trial, search: Search, knobs: Sequence[Knob], best: Trial) -> list[str]:
+    found = spread(list(trial.losses.values()))
+    gain, error = trial.gain_over(search.present)
+    mark = "*" if trial is best else "now" if trial is search.present else ""
+    values = [f"{trial.values[k.name]:g}" for k in knobs]
+    figures = [f"{v:.4g}" for v in (found.mean, found.least, found.most)]
+    change = ["-", "-"] if trial is search.present else [f"{gain:+.3g}", f"{error:.2g}"]
+    return [mark, *values, str(len(trial.losses)), *figures, *change]
+
+
+def draw(search: Search, knobs: Sequence[Knob], heading: str, path: Path) -> None:
+    """Draw loss against every knob; bars span the seeds.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    require_matplotlib()
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1,
+        len(knobs),
+        figsize=(4.0 * len(knobs) + 1.5, 3.8),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    trials = [t for t in search.trials if t.losses and math.isfinite(t.mean)]
+    for axis, knob in zip(axes[0], knobs, strict=True):
+        for trial in trials:
+            best, present = trial is search.best(), trial is search.present
+            colour = COLOURS[1] if best else COLOURS[6] if present else COLOURS[0]
+            low, high = min(trial.losses.values()), max(trial.losses.values())
+            x = trial.values[knob.name]
+            axis.plot([x, x], [low, high], color=colour, linewidth=1.0, alpha=0.6)
+            axis.plot([x], [trial.mean], "o", color=colour, markersize=7 if best or present else 4)
+        axis.set_xlabel(knob.name)
+        if knob.log:
+            axis.set_xscale("log")
+        axis.grid(visible=True, color="0.92", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel(heading)
+    axes[0][0].set_title("orange: proposed, black: in force", loc="left", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def config(policy: str, order: str, values: Values) -> dict[str, Any]:
+    """Return the configuration that ``values`` stand for, by where it goes."""
+    sections: dict[str, dict[str, float]] = {"dispatch": {}, "engine": {}}
+    for knob in KNOBS:
+        if knob.name in values:
+            sections[knob.section][knob.name] = values[knob.name]
+    router = " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in sections["dispatch"].items())
+    found: dict[str, Any] = {
+        "policies": [{"policy": policy, **{k: v for k, v in sections.items() if v}}],
+        "router": f"--policy {policy} {router}".strip(),
+    }
+    if sections["engine"]:
+        found["engine"] = {"order": order, **sections["engine"]}
+    return found
+
+
+def write_config(path: Path, found: Mapping[str, Any]) -> None:
+    """Write a configuration as YAML."""
+    text = yaml.safe_dump(dict(found), sort_keys=False)
+    path.write_text(text, encoding="utf-8")
