@@ -41,8 +41,9 @@ class TuneOptions:
     rate: float | None = option(None, "arrivals, workflows/s; none is as recorded", least=1e-6)
     load: float | None = option(None, "the same as a share of the capacity λ*", least=1e-3)
     deadline_s: float | None = option(
-        None, "deadline, seconds; none is as recorded, or twice the base SLO", least=1e-3
+        None, "deadline, seconds; none is as recorded, or else by its scale", least=1e-3
     )
+    deadline_scale: float = option(2.0, "deadline in multiples of the base SLO", least=1e-3)
     base_s: float | None = option(
         None, "base SLO, seconds; none is the mean critical path on an idle engine", least=1e-3
     )
@@ -130,7 +131,7 @@ def _setting(args: argparse.Namespace, options: TuneOptions) -> Setting:
     if rate is None:
         raise ConfigError("the workload has no times; give --rate or --load.")
     base_s = options.base_s or bounds.base_s
-    deadline_s = options.deadline_s or recent.deadline_s or 2 * base_s
+    deadline_s = options.deadline_s or recent.deadline_s or options.deadline_scale * base_s
     return Setting(
         fleet,
         recent,
