@@ -95,6 +95,12 @@ def error_event(error: EngineFailed, path: str) -> bytes:
     return f"data: {json.dumps(content)}\n\n".encode()
 
 
+def refused_by_engine(status: int) -> bytes:
+    """Return the body for a refusal that an engine did not put into an error object."""
+    texts = {404: "The engine does not serve this endpoint.", 501: "The engine cannot do this."}
+    return json.dumps(error_object(texts.get(status, "The engine refuses it."), status)).encode()
+
+
 def hung_up(request: web.BaseRequest) -> web.Response:
     """Close the client's connection and return what aiohttp wants: an answer nobody gets."""
     if isinstance(request.transport, asyncio.Transport):

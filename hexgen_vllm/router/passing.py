@@ -9,7 +9,12 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from hexgen_vllm.router import ledger
-from hexgen_vllm.router.answers import EngineFailed, error_event, hung_up
+from hexgen_vllm.router.answers import (
+    EngineFailed,
+    error_event,
+    hung_up,
+    refused_by_engine,
+)
 from hexgen_vllm.router.attempt import LOST, Attempt, failed
 from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.service import Service
@@ -113,6 +118,9 @@ async def whole_pass(
     if size > MAX_WHOLE_BYTES:
         return await _large_pass(job, attempt, answer, head, body)
     _note_end(job, answer.status, body[-TAIL_BYTES:])
+    if answer.status >= 400 and b'"error"' not in body:
+        body = refused_by_engine(answer.status)
+        head["Content-Type"] = "application/json"
     return web.Response(status=answer.status, body=body, headers=head)
 
 

@@ -130,6 +130,13 @@ async def test_answers_of_4xx_are_the_engines(stand: Stand) -> None:
     stand.assert_settled()
 
 
+async def test_refusals_that_are_no_error_objects_become_one(single: Stand) -> None:
+    single.engines[0].fault = Fault("status", status=404, body=b'{"detail":"Not Found"}')
+    async with single.post("/v1/embeddings") as answer:
+        assert answer.status == 404
+        assert (await answer.json())["error"]["type"] == "invalid_request_error"
+
+
 async def test_usage_teaches_lengths_and_the_prompts_ratio(single: Stand) -> None:
     said = {"x-hexgen-workflow-id": "w", "x-hexgen-workflow-type": "t", "x-hexgen-stage": "s"}
     options = {"max_tokens": 40, "ignore_eos": True}
