@@ -87,6 +87,7 @@ class HostCopy:
         call: its state; tells how urgent it is at any moment.
         tokens: the copy ends with the KV of token ``tokens - 1``.
         first_block: the block that the copy starts with; the ones before it stay on the device.
+        shared_blocks: how many blocks from the start other running calls held, too.
         saves_s: seconds of computing that it saves.
         local: tokens of the call that the prefix cache held when it was last asked.
         extents: the records it takes, in the order of the call's blocks.
@@ -96,6 +97,7 @@ class HostCopy:
     call: CallState
     tokens: int
     first_block: int
+    shared_blocks: int
     saves_s: float
     local: int = 0
     extents: tuple[Extent, ...] = ()

@@ -12,6 +12,7 @@ on, and then runs the forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -20,9 +21,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from hexgen_vllm.engine import compat, kv_copier, swap_setup
+from hexgen_vllm.engine import compat, swap_setup
 from hexgen_vllm.engine.compat import Seam
 from hexgen_vllm.engine.host_pool import HostPool, RecordSpace
+from hexgen_vllm.engine.kv_copier import Copier, make_copier
 from hexgen_vllm.engine.kv_swap_worker import SwapWorker
 from hexgen_vllm.engine.scheduler import options_of
 from hexgen_vllm.engine.swap_messages import SwapMeta, SwapReport
@@ -65,6 +67,9 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
         ConfigError: the model's KV cannot be kept.
         UnsupportedVLLM: this vLLM's connector interface has changed.
     """
+
+    make_copier: Callable[[BlockLayout], Copier] = staticmethod(make_copier)
+    """How a worker copies; a test may put its own in place."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         compat.check_seams(_SEAMS)
@@ -140,7 +145,7 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Learn where the KV cache lies, and take the host memory."""
         layout = BlockLayout.from_tensors(list(kv_caches.values()), self._num_blocks)
-        self.worker = SwapWorker(layout, self._records, kv_copier.make_copier(layout))
+        self.worker = SwapWorker(layout, self._records, self.make_copier(layout))
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Save before blocks are written by this step."""

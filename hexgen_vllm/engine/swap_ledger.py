@@ -9,7 +9,8 @@ from hexgen_vllm.engine.host_pool import HostCopy
 from hexgen_vllm.engine.swap_messages import SwapReport
 
 _DECAY: Final = 0.9
-_SURVIVAL_WEIGHT: Final = 0.1
+_WEIGHT: Final = 0.1
+_FIRST_HEAD_RISK: Final = 0.1
 
 
 class Bandwidth:
@@ -39,13 +40,15 @@ class SwapLedger:
     Attributes:
         out: bandwidth to host memory.
         back: bandwidth back to the device.
-        survival: share of saved KV that the prefix cache still held when it was wanted.
+        survival: share of unshared KV that the prefix cache still held when it was wanted.
+        head_risk: how often shared KV was gone by then.
     """
 
     def __init__(self, block_size: int, block_bytes: int) -> None:
         self._block_size, self._block_bytes = block_size, block_bytes
         self.out, self.back = Bandwidth(), Bandwidth()
         self.survival = 0.0
+        self.head_risk = _FIRST_HEAD_RISK
         self._tokens: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
@@ -69,14 +72,24 @@ class SwapLedger:
             tokens: tokens that are loaded.
             blocks: blocks that are loaded.
         """
-        start = copy.first_block * self._block_size
-        cached = copy.local - start
-        self._tokens["cached"] += cached
+        self._tokens["cached"] += copy.local - copy.first_block * self._block_size
         self._tokens["restored"] += tokens
         self._tokens["restored_bytes"] += blocks * self._block_bytes
-        self.survival += _SURVIVAL_WEIGHT * (
-            min(cached / max(wanted - start, 1), 1) - self.survival
-        )
+        self._look(copy, wanted)
+
+    def headless(self, copy: HostCopy) -> None:
+        """Note that a copy is of no use, because the shared head that it leaves out is gone."""
+        self._look(copy, copy.tokens)
+        self.dropped(copy, "headless")
+
+    def _look(self, copy: HostCopy, wanted: int) -> None:
+        """Learn from what the prefix cache holds of a call that comes back."""
+        shared = copy.shared_blocks * self._block_size
+        if shared:
+            self.head_risk += _WEIGHT * ((copy.local < shared) - self.head_risk)
+        if copy.local >= shared:
+            found = (copy.local - shared) / max(wanted - shared, 1)
+            self.survival += _WEIGHT * (min(found, 1.0) - self.survival)
 
     def dropped(self, copy: HostCopy, why: str) -> None:
         """Note that a copy went unused."""
@@ -103,4 +116,5 @@ class SwapLedger:
             "save_bytes_per_s": self.out.rate(),
             "restore_bytes_per_s": self.back.rate(),
             "survival": self.survival,
+            "head_risk": self.head_risk,
         }

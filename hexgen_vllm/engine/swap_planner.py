@@ -2,8 +2,8 @@
 
 A preempted call's blocks are saved in the step that frees them. When it is admitted again, what
 the prefix cache still holds stays where it is and the rest is loaded, the partly filled last block
-included. Leading blocks that other running calls hold are not saved: they survive with those. If
-they are gone nevertheless, the copy is of no use and the call is computed again.
+included. Leading blocks that other running calls hold may be left out of the copy: they survive
+with those. If they are gone nevertheless, it is of no use and the call is computed again.
 
 How many tokens. The KV of ``num_computed_tokens`` tokens is there once the step in flight has
 ended, and workers save after it. Of drafted tokens in it some may be rejected; their KV is saved
@@ -19,7 +19,7 @@ from hexgen_vllm.engine.host_pool import HostCopy, HostPool
 from hexgen_vllm.engine.requests import ServiceRates
 from hexgen_vllm.engine.swap_ledger import SwapLedger
 from hexgen_vllm.engine.swap_messages import Load, Save, SwapMeta
-from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, Retention, weigh
+from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, leaves_head, weigh
 
 _BESIDE_FROM_S: Final = 0.002
 
@@ -60,7 +60,8 @@ class SwapPlanner:
             shared: how many of them other running calls hold, too.
             rates: how fast the engine computes.
         """
-        decision = self._weigh(tokens, shared, rates)
+        held = Held(tokens, shared, self._block_bytes / self._block_size)
+        decision = weigh(held, self._again(rates), self._copying(), self._keep)
         fits = self._blocks(tokens - shared) <= self.pool.space.capacity
         return decision.redo_s if fits else decision.recompute_s
 
@@ -79,29 +80,36 @@ class SwapPlanner:
             The tokens whose KV will be there again without computing, 0 if none are kept.
         """
         tokens = 0 if request.skip_reading_prefix_cache else request.num_computed_tokens
-        last = self._blocks(tokens)
-        first = _leading_shared(blocks[:last])
-        own = tokens - first * self._block_size
+        held_blocks = blocks[: self._blocks(tokens)]
+        shared = _leading_shared(held_blocks)
+        own = tokens - shared * self._block_size
         if own <= 0:
             return 0
-        decision = self._weigh(tokens, tokens - own, rates)
+        held = Held(tokens, tokens - own, self._block_bytes / self._block_size)
+        again, copying = self._again(rates), self._copying()
+        tight = len(held_blocks) > self.pool.space.free
+        first = shared if tight or leaves_head(held, again, copying) else 0
+        decision = weigh(held, again, copying, self._keep, whole=not first)
         if not decision.keep:
             self.ledger.refused(own, decision.reason)
             return 0
-        copy = HostCopy(request.request_id, request.hexgen, tokens, first, decision.recompute_s)
-        if not self._store(copy, last - first, now):
-            self.ledger.refused(own, "full")
-            return 0
-        ids = tuple(block.block_id for block in blocks[first:last])
-        self._saves[request.request_id] = Save(ids, copy.extents)
-        self.ledger.saved(own, last - first)
-        return int(tokens)
+        saves_s = decision.recompute_s
+        copy = HostCopy(request.request_id, request.hexgen, tokens, first, shared, saves_s)
+        return int(tokens) if self._store(copy, held_blocks[first:], now) else 0
 
-    def _store(self, copy: HostCopy, blocks: int, now: float) -> bool:
-        evicted = self.pool.put(copy, blocks, now)
-        for other in evicted or ():
-            self._gone(other, "evicted")
-        return evicted is not None
+    def _store(self, copy: HostCopy, blocks: Sequence[Any], now: float) -> bool:
+        tokens = copy.tokens - copy.first_block * self._block_size
+        evicted = self.pool.put(copy, len(blocks), now)
+        if evicted is None:
+            self.ledger.refused(tokens, "full")
+            return False
+        for other in evicted:
+            self._end(other)
+            self.ledger.dropped(other, "evicted")
+        ids = tuple(block.block_id for block in blocks)
+        self._saves[copy.request_id] = Save(ids, copy.extents)
+        self.ledger.saved(tokens, len(blocks))
+        return True
 
     # Asked by the connector.
 
@@ -115,10 +123,11 @@ class SwapPlanner:
         copy = self.pool.copies.get(request.request_id)
         if copy is None:
             return 0, False
-        if local < copy.first_block * self._block_size:
-            self.forget(request.request_id, "headless")
-            return 0, False
         copy.local = local
+        if local < copy.first_block * self._block_size:
+            self._end(copy)
+            self.ledger.headless(copy)
+            return 0, False
         tokens = min(copy.tokens, request.num_tokens - 1) - local
         return (tokens, self._runs_beside(tokens)) if tokens > 0 else (0, False)
 
@@ -140,9 +149,10 @@ class SwapPlanner:
 
     def forget(self, request_id: str, why: str = "finished") -> None:
         """Drop the copy of a call, if there is one."""
-        copy = self.pool.drop(request_id)
+        copy = self.pool.copies.get(request_id)
         if copy is not None:
-            self._gone(copy, why)
+            self._end(copy)
+            self.ledger.dropped(copy, why)
 
     def forget_all(self, why: str) -> None:
         """Drop all copies."""
@@ -165,28 +175,30 @@ class SwapPlanner:
             **self.ledger.stats(),
         }
 
-    def _weigh(self, tokens: int, shared: int, rates: ServiceRates) -> Retention:
-        held = Held(tokens, shared, self._block_bytes / self._block_size)
-        again = RecomputeRates(rates.prefill_token_s, rates.prefill_context_s, self.ledger.survival)
-        copy = CopyRates(
-            self.ledger.out.rate(), self.ledger.back.rate(), self.beside_from_s is not None
+    def _again(self, rates: ServiceRates) -> RecomputeRates:
+        ledger = self.ledger
+        return RecomputeRates(
+            rates.prefill_token_s, rates.prefill_context_s, ledger.survival, ledger.head_risk
         )
-        return weigh(held, again, copy, self._keep)
+
+    def _copying(self) -> CopyRates:
+        ledger = self.ledger
+        return CopyRates(ledger.out.rate(), ledger.back.rate(), self.beside_from_s is not None)
 
     def _runs_beside(self, tokens: int) -> bool:
         if self.beside_from_s is None:
             return False
         num_bytes = self._blocks(tokens) * self._block_bytes
         rates = CopyRates(in_bytes_per_s=self.ledger.back.rate())
-        return rates.copy_s(0, num_bytes) >= self.beside_from_s
+        return rates.stall_s(0, num_bytes) >= self.beside_from_s
 
     def _blocks(self, tokens: int) -> int:
         return int(-(-tokens // self._block_size))
 
-    def _gone(self, copy: HostCopy, why: str) -> None:
+    def _end(self, copy: HostCopy) -> None:
+        self.pool.drop(copy.request_id)
         self._saves.pop(copy.request_id, None)  # planned in this very step: never start it
         copy.call.kept_tokens = 0
-        self.ledger.dropped(copy, why)
 
 
 def _leading_shared(blocks: Sequence[Any]) -> int:

@@ -2,15 +2,19 @@
 
 Formula. A call that is preempted holds the KV of n tokens. The first s of them are held by other
 running calls as well and stay on the device. Of the rest a share q, the head, is expected to be
-found in the prefix cache when the call comes back. With k bytes of KV per token:
+found in the prefix cache when the call comes back. With k bytes of KV per token, c tokens copied:
 
     lost        = (n - s) * (1 - q)
     recompute_s = lost * (token_s + context_s * (n - lost / 2))
-    copy_s      = stall * ((n - s) * k / out_rate + lost * k / in_rate) + 2 * overhead_s
+    copy_s      = stall * (c * k / out_rate + lost * k / in_rate) + 2 * overhead_s
 
 Both are seconds that the engine does nothing else. ``stall`` is 1 where a copy holds up the
 forward pass, and the part that it still costs where it runs beside it. The copy is made if
 ``recompute_s > 1.2 * copy_s`` (strict), so that rates which drift do not make it flicker.
+
+The shared head is left out of the copy (c = n - s) if that saves more than it risks: should the
+others let go of it in the meantime, all n tokens are computed again. With the risk r of that:
+``r * n * (token_s + context_s * n / 2) < stall * s * k / out_rate``. Otherwise c = n.
 
 A copy in a bounded pool is worth the seconds it saves per block, and less the longer its call may
 wait: ``saves_s / blocks * 10 s / (10 s + slack)``. A new copy that finds no room evicts those of
@@ -18,7 +22,8 @@ least worth, each of which must be worth strictly less than it; if that is not e
 is refused and nobody is evicted.
 
 Inputs are measured by the engine: the prefill rate by its step-cost fit, the bandwidths by its
-copies. An unknown bandwidth counts as 4 GB/s, a slow bus: the first copies tell the real one.
+copies, q and r by what it finds when calls come back. An unknown bandwidth counts as 4 GB/s, a
+slow bus: the first copies tell the real one.
 
 Cost: deciding is constant time, eviction O(n log n) in the copies held, on preemption only.
 
@@ -65,11 +70,17 @@ class RecomputeRates:
         token_s: seconds per token.
         context_s: seconds per token and token of context before it.
         survival: share of unshared KV that the prefix cache still holds when it is wanted, 0 to 1.
+        head_risk: how often shared KV is gone by then, 0 to 1.
     """
 
     token_s: float
     context_s: float = 0.0
     survival: float = 0.0
+    head_risk: float = 1.0
+
+    def seconds(self, tokens: float, end: int) -> float:
+        """Return the time of computing ``tokens`` tokens, the last of which is token ``end``."""
+        return tokens * (self.token_s + self.context_s * (end - tokens / 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +97,11 @@ class CopyRates:
     in_bytes_per_s: float | None = None
     beside: bool = False
 
-    def copy_s(self, bytes_out: float, bytes_in: float) -> float:
-        """Return the seconds that a copy out and a copy in take from the engine."""
+    def stall_s(self, bytes_out: float, bytes_in: float) -> float:
+        """Return the seconds that copies of so many bytes take from the engine."""
         out_s = bytes_out / (self.out_bytes_per_s or ASSUMED_BYTES_PER_S)
         in_s = bytes_in / (self.in_bytes_per_s or ASSUMED_BYTES_PER_S)
-        stall = _STALL_BESIDE if self.beside else 1.0
-        return stall * (out_s + in_s) + 2 * _OVERHEAD_S
+        return (_STALL_BESIDE if self.beside else 1.0) * (out_s + in_s)
 
 
 class Retention(NamedTuple):
@@ -108,24 +118,34 @@ class Retention(NamedTuple):
         return self.copy_s if self.keep else self.recompute_s
 
 
-def weigh(held: Held, again: RecomputeRates, copy: CopyRates, keep: str = "auto") -> Retention:
+def leaves_head(held: Held, again: RecomputeRates, copy: CopyRates) -> bool:
+    """Return whether the shared head is better left out of a copy."""
+    risk_s = again.head_risk * again.seconds(held.tokens, held.tokens)
+    return risk_s < copy.stall_s(held.shared * held.token_bytes, 0.0)
+
+
+def weigh(
+    held: Held, again: RecomputeRates, copy: CopyRates, keep: str = "auto", *, whole: bool = False
+) -> Retention:
     """Decide whether to copy ``held`` to host memory or to compute it again.
 
     Args:
         held: what would be lost.
         again: how fast it is computed.
         copy: how fast it is copied.
+        whole: whether the shared head is copied, too.
         keep: ``auto``, or ``always`` or ``never`` to overrule the rates.
 
     The reason is ``faster`` or ``slower`` (a copy is), ``always``, ``never``, or ``nothing``: the
     device keeps all there is.
     """
     own = held.tokens - held.shared
-    lost = own * (1.0 - again.survival)
-    recompute_s = lost * (again.token_s + again.context_s * (held.tokens - lost / 2))
-    copy_s = copy.copy_s(own * held.token_bytes, lost * held.token_bytes)
     if own <= 0:
         return Retention(False, 0.0, 0.0, "nothing")
+    lost = own * (1.0 - again.survival)
+    recompute_s = again.seconds(lost, held.tokens)
+    copied = held.tokens if whole else own
+    copy_s = copy.stall_s(copied * held.token_bytes, lost * held.token_bytes) + 2 * _OVERHEAD_S
     if keep != "auto":
         return Retention(keep == "always", recompute_s, copy_s, keep)
     pays = recompute_s > _GAIN * copy_s

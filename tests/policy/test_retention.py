@@ -16,6 +16,7 @@ from hexgen_vllm.policy.retention import (
     RecomputeRates,
     StoredCopy,
     choose_evictions,
+    leaves_head,
     weigh,
     worth,
 )
@@ -32,6 +33,17 @@ def test_costs_are_those_of_the_formula() -> None:
     found = weigh(held, again, CopyRates(1e6, 2e6))
     assert found.recompute_s == pytest.approx(600 * (1e-3 + 1e-6 * 700))
     assert found.copy_s == pytest.approx(0.8 + 0.3 + 4e-4)
+    whole = weigh(held, again, CopyRates(1e6, 2e6), whole=True)
+    assert whole.recompute_s == found.recompute_s
+    assert whole.copy_s == pytest.approx(1.0 + 0.3 + 4e-4)
+
+
+def test_the_shared_head_is_left_out_where_that_risks_less_than_it_saves() -> None:
+    held = replace(HELD, shared=3000)  # 20 ms of copying against 400 ms of computing
+    assert not leaves_head(held, replace(PREFILL, head_risk=0.1), BUS)
+    assert leaves_head(held, replace(PREFILL, head_risk=0.04), BUS)
+    assert not leaves_head(held, replace(PREFILL, head_risk=0.04), replace(BUS, beside=True))
+    assert not leaves_head(HELD, replace(PREFILL, head_risk=0.0), BUS)
 
 
 @pytest.mark.parametrize(
