@@ -200,6 +200,9 @@ class DispatchOptions:
     externality: float = option(
         0.5, "slack: weight of the delay a call causes to others on the engine", least=0.0
     )
+    lateness: float = option(
+        0.0, "slack: extra weight of the part of a call's time that makes it late", least=0.0
+    )
     hold_depth: int = option(
         2, "slack: calls an engine gets beyond its sequence slots; -1 places at once", least=-1
     )
@@ -215,6 +218,42 @@ class DispatchOptions:
     slack_quantile: float = option(
         0.8, "quantile of the remaining path that slack allows for", least=0.0, most=1.0
     )
+    overload: str = option(
+        "off",
+        "protect: workflows that cannot be on time come behind those that can",
+        choices=("off", "protect"),
+    )
+    hopeless_quantile: float = option(
+        0.1, "protect: quantile of length and path of the hopeless test", least=0.0, most=1.0
+    )
+    hopeless_pace: float = option(
+        1.0, "protect: hopeless test: time expected over time on the idle engine", least=1.0
+    )
+    entry_margin: float = option(
+        1.0, "protect: a new workflow needs its predicted time times this; 0 takes all", least=0.0
+    )
+    reject_at_entry: bool = option(
+        False, "protect: refuse new workflows that would be late instead of demoting them"
+    )
+    background_share: float = option(
+        0.1, "protect: share of placements for the call demoted longest", least=0.0, most=1.0
+    )
+    max_held_calls: int = option(
+        0, "calls that may wait for room on an engine, 0 is no limit", least=0
+    )
+    max_held_tokens: int = option(
+        0, "prompt and output tokens of calls that may wait, 0 is no limit", least=0
+    )
+    held_timeout_s: float = option(
+        0.0, "a call that waited this long is refused, seconds; 0 is never", least=0.0
+    )
+    fair_window_tokens: int = option(
+        0, "tokens that a tenant may get beyond its share while others wait; 0 is off", least=0
+    )
+    tenant_weights: Mapping[str, float] = option({}, "weights of tenants, 1 for others")
 
     def __post_init__(self) -> None:
         check(self)
+        for tenant, weight in self.tenant_weights.items():
+            if not (math.isfinite(weight) and weight > 0):
+                raise ConfigError(f"tenant_weights of {tenant} must be more than 0.")

@@ -8,6 +8,10 @@
     dispatch     which engine
     urgency      order of waiting calls
     preemption   which running call gives way
+    overload     hopeless test, bounds of the queue, fair shares
+    held         calls that wait for room, in order
+    demand       length, tail and due time of a call
+    protection   overload rules applied to open calls
     coordinator  the state machine that joins them; router and simulator drive it
 
 Nothing here reads a clock, does I/O, logs, draws random numbers, or knows torch or vLLM.

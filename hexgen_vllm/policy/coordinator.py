@@ -13,15 +13,19 @@ is bound to an engine, the better both are known. Baseline policies bind at once
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.dispatch import POLICIES, UNMEASURED, Choice
-from hexgen_vllm.policy.load import Demand, EngineLoad
-from hexgen_vllm.policy.workflow import NOTHING, Shapes, Workflows
+from hexgen_vllm.policy import overload
+from hexgen_vllm.policy.demand import Estimates
+from hexgen_vllm.policy.dispatch import POLICIES, Choice
+from hexgen_vllm.policy.held import HeldCalls
+from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.overload import FairShares
+from hexgen_vllm.policy.protection import OpenCall, Protection
+from hexgen_vllm.policy.workflow import Shapes, Workflows
 from hexgen_vllm.types import (
     NO_DEADLINE,
     Call,
@@ -33,28 +37,10 @@ from hexgen_vllm.types import (
     InFlight,
     Placement,
     Rejection,
-    Tail,
 )
 
 _SCAN: Final = 32  # held calls looked at per event; bounds the cost of one event
 _LOG: Final = 1024
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Held:
-    due_s: float
-    sequence: int
-    call_id: str
-
-
-@dataclass(slots=True)
-class _Open:
-    """A call that has not ended."""
-
-    demand: Demand
-    held: _Held | None = None
-    engine: EngineLoad | None = None
-    refused_by: frozenset[str] = frozenset()
 
 
 class Coordinator:
@@ -75,9 +61,10 @@ class Coordinator:
         self.log: deque[tuple[float, Decision]] = deque(maxlen=_LOG)
         self._dispatch = POLICIES[options.policy](options)
         self._holds = options.policy == "slack" and options.hold_depth >= 0
-        self._open: dict[str, _Open] = {}
-        self._held: list[_Held] = []
-        self._sequence = 0
+        self._open: dict[str, OpenCall] = {}
+        self._estimates = Estimates(options, self.workflows.shapes, self.engines)
+        self._held = HeldCalls(options.background_share, _fair_shares(options))
+        self._protection = Protection(options, self._estimates, self._held, self._open)
 
     # Engines
 
@@ -110,12 +97,13 @@ class Coordinator:
 
     def call_arrived(self, call: Call, now: float) -> list[Decision]:
         """Take in a call; an empty answer means that it is held."""
-        demand = self._demand(call, now)
-        self._open[call.call_id] = entry = _Open(demand)
+        entry = self._opened(call, now)
+        if self._protection.turns_away(entry):
+            return [self._refused(entry, overload.unattainable(call.call_id), now)]
         if not self._holds or not self._candidates(entry):
             return [self._settled(entry, now)]
-        self._hold(entry)
-        return self._release(now)
+        self._protection.hold(entry, now)
+        return [*self._release(now), *self._bounded(now)]
 
     def call_started(self, call_id: str, now: float) -> None:
         """Note the first token of a call."""
@@ -134,7 +122,7 @@ class Coordinator:
         flight = found[1]
         flight.output_tokens = output_tokens
         if output_tokens >= flight.placement.expected_output_tokens:
-            longer = self._output_tokens(flight.call, seen=output_tokens)
+            longer = self._estimates.output_tokens(flight.call, seen=output_tokens)
             flight.placement = replace(flight.placement, expected_output_tokens=longer)
 
     def call_bounced(self, call_id: str, now: float) -> list[Decision]:
@@ -152,11 +140,11 @@ class Coordinator:
         entry = self._open.pop(call_id, None)
         if entry is None:
             return []
-        self._unhold(entry)
+        self._unhold(call_id)
         if entry.engine is not None:
             flight = entry.engine.removed(call_id)
             if flight is not None and result.ok:
-                self._learn_rate(entry.engine, flight, result, now)
+                entry.engine.learn(flight, result, now)
         self.workflows.ended(entry.demand.call, result, now)
         return self._release(now)
 
@@ -167,7 +155,12 @@ class Coordinator:
     def tick(self, now: float) -> list[Decision]:
         """Do what time alone causes; call about once a second."""
         self.workflows.expire(now)
-        return self._release(now)
+        decisions = self._release(now)
+        waited_s = self.options.held_timeout_s
+        for call_id in self._protection.expired(now):
+            rejection = overload.expired(call_id, waited_s)
+            decisions.append(self._refused(self._open[call_id], rejection, now))
+        return decisions
 
     @property
     def held(self) -> int:
@@ -179,87 +172,26 @@ class Coordinator:
         found = self._in_flight(call_id)
         return None if found is None else found[1]
 
-    # Estimates
-
-    def _demand(self, call: Call, now: float) -> Demand:
-        run, seen = self.workflows.arrived(call, now)
-        if run.deadline_s == NO_DEADLINE:
-            run.deadline_s = run.started_s + self.options.default_deadline_s
-        output = self._output_tokens(call)
-        tail_s = self._tail_s(call, seen.ordinal, output)
-        return Demand(call, output, run.deadline_s, tail_s, run.deadline_s - tail_s)
-
-    def _output_tokens(self, call: Call, seen: int = 0) -> int:
-        hint = call.expected_output_tokens
-        if hint is not None and hint > seen:
-            expected = hint
-        else:
-            learned = self.workflows.shapes.output_tokens(
-                call.workflow_type, call.stage, self.options.length_quantile, seen
-            )
-            expected = learned or max(self.options.default_output_tokens, seen + 1)
-        most = call.max_output_tokens
-        return expected if most is None else max(min(expected, most), 1)
-
-    def _tail_s(self, call: Call, ordinal: int, output: int) -> float:
-        if call.final:
-            return 0.0
-        tail = self.workflows.shapes.tail(
-            call.workflow_type, call.stage, ordinal, self.options.slack_quantile, call.stages_left
-        )
-        if tail is NOTHING and call.stages_left:
-            n = call.stages_left
-            tail = Tail(n, n * call.prompt_tokens, n * output)
-        return self._seconds(tail)
-
-    def _seconds(self, tail: Tail) -> float:
-        """Return the time of a path at the fleet's present pace (harmonic mean of engines)."""
-        decode_rate = prefill_rate = 0.0
-        ready = [e for e in self.engines.values() if e.state is EngineState.READY]
-        for engine in ready:
-            cost = engine.cost() or UNMEASURED
-            decode_rate += 1.0 / max(
-                cost.step_s(min(engine.slots, len(engine.in_flight) + 1)), 1e-6
-            )
-            prefill_rate += 1.0 / max(cost.p1, 1e-9)
-        if not ready:
-            return 0.0
-        n = len(ready)
-        return tail.output_tokens * n / decode_rate + tail.prefill_tokens * n / prefill_rate
-
-    def _learn_rate(
-        self, engine: EngineLoad, flight: InFlight, result: CallResult, now: float
-    ) -> None:
-        """Fit an engine that does not report its own step cost from what its calls took."""
-        if engine.report.cost is not None or not result.output_tokens:
-            return
-        batch = (flight.batch + len(engine.in_flight) + 1) / 2
-        if flight.batch > engine.slots:
-            return  # it queued in the engine for an unknown time
-        prompt = result.prompt_tokens or flight.call.prompt_tokens
-        uncached = flight.placement.uncached_tokens
-        if result.cached_tokens is not None:
-            uncached = max(prompt - result.cached_tokens, 1)
-        context = prompt + result.output_tokens / 2
-        seconds = now - flight.placed_s
-        engine.traffic_fit.observe_call(result.output_tokens, batch, context, uncached, seconds)
-
     # Placement
 
-    def _candidates(self, entry: _Open) -> list[EngineLoad]:
+    def _candidates(self, entry: OpenCall) -> list[EngineLoad]:
         call, refused = entry.demand.call, entry.refused_by
         found = [e for e in self.engines.values() if e.serves(call) and e.engine_id not in refused]
         return sorted(found, key=lambda e: e.engine_id)
 
-    def _hold(self, entry: _Open) -> None:
-        self._sequence += 1
-        entry.held = _Held(entry.demand.due_s, self._sequence, entry.demand.call.call_id)
-        insort(self._held, entry.held)
+    def _opened(self, call: Call, now: float) -> OpenCall:
+        """Take a call into its workflow."""
+        run, seen = self.workflows.arrived(call, now)
+        if run.deadline_s == NO_DEADLINE:
+            run.deadline_s = run.started_s + self.options.default_deadline_s
+        entry = OpenCall(self._estimates.demand(call, run, seen.ordinal), run)
+        self._open[call.call_id] = entry
+        self._protection.judge(entry, seen.ordinal, now)
+        return entry
 
-    def _unhold(self, entry: _Open) -> None:
-        if entry.held is not None:
-            self._held.remove(entry.held)
-            entry.held = None
+    def _unhold(self, call_id: str) -> None:
+        if call_id in self._held:
+            self._held.remove(call_id)
 
     def _release(self, now: float) -> list[Decision]:
         """Place held calls, most urgent first, while engines have room.
@@ -270,34 +202,42 @@ class Coordinator:
         decisions: list[Decision] = []
         if not self._held or not self._any_room():
             return decisions
+        self._protection.judge_held(_SCAN, now)
         claims: dict[str, int] = {}
-        for held in self._held[:_SCAN]:
-            entry = self._open[held.call_id]
+        for call_id in self._held.first(_SCAN):
+            entry = self._open[call_id]
             candidates = self._candidates(entry)
             if not candidates:
-                self._unhold(entry)
-                decisions.append(self._refused(entry, now))
+                decisions.append(self._refused(entry, overload.no_endpoints(call_id), now))
                 continue
-            choice = self._dispatch.choose(entry.demand, candidates, claims)
+            choice = self._dispatch.choose(entry.demand, candidates, claims, now)
             if not choice.engine.room(self.options.hold_depth):
                 claims[choice.engine.engine_id] = claims.get(choice.engine.engine_id, 0) + 1
                 continue
-            self._unhold(entry)
+            self._held.placed(call_id)
             decisions.append(self._placed(entry, choice, now))
         return decisions
 
-    def _settled(self, entry: _Open, now: float) -> Decision:
+    def _bounded(self, now: float) -> list[Decision]:
+        """Refuse held calls until the queue is within its bounds."""
+        decisions: list[Decision] = []
+        while (call_id := self._protection.excess()) is not None:
+            rejection = overload.saturated(call_id)
+            decisions.append(self._refused(self._open[call_id], rejection, now))
+        return decisions
+
+    def _settled(self, entry: OpenCall, now: float) -> Decision:
         """Place a call at once, or refuse it when nobody can take it."""
         candidates = self._candidates(entry)
         if not candidates:
-            return self._refused(entry, now)
-        return self._placed(entry, self._dispatch.choose(entry.demand, candidates, {}), now)
+            return self._refused(entry, overload.no_endpoints(entry.demand.call.call_id), now)
+        return self._placed(entry, self._dispatch.choose(entry.demand, candidates, {}, now), now)
 
     def _any_room(self) -> bool:
         depth = self.options.hold_depth
         return any(e.state is not EngineState.READY or e.room(depth) for e in self.engines.values())
 
-    def _placed(self, entry: _Open, choice: Choice, now: float) -> Placement:
+    def _placed(self, entry: OpenCall, choice: Choice, now: float) -> Placement:
         demand, engine, forecast = entry.demand, choice.engine, choice.forecast
         cached = engine.prefixes.match(demand.call)
         placement = Placement(
@@ -311,20 +251,20 @@ class Coordinator:
             tail_s=demand.tail_s,
             expected_output_tokens=demand.output_tokens,
             uncached_tokens=max(demand.call.prompt_tokens - cached, 1),
+            background=entry.run.background,
         )
+        entry.run.begun = True
         flight = InFlight(demand.call, placement, now, batch=len(engine.in_flight) + 1)
         engine.placed(flight)
         entry.engine = engine
         self.log.append((now, placement))
         return placement
 
-    def _refused(self, entry: _Open, now: float) -> Rejection:
+    def _refused(self, entry: OpenCall, rejection: Rejection, now: float) -> Rejection:
         call = entry.demand.call
+        self._unhold(call.call_id)
         del self._open[call.call_id]
-        self.workflows.ended(call, CallResult(ok=False, reason="rejected-no-endpoints"), now)
-        rejection = Rejection(
-            call.call_id, "rejected-no-endpoints", "No engine can take this call now."
-        )
+        self.workflows.ended(call, CallResult(ok=False, reason=rejection.reason), now)
         self.log.append((now, rejection))
         return rejection
 
@@ -333,3 +273,9 @@ class Coordinator:
         if entry is None or entry.engine is None:
             return None
         return entry.engine, entry.engine.in_flight[call_id]
+
+
+def _fair_shares(options: DispatchOptions) -> FairShares | None:
+    if not options.fair_window_tokens:
+        return None
+    return FairShares(options.fair_window_tokens, options.tenant_weights)

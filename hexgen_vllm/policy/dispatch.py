@@ -40,7 +40,11 @@ class Dispatch(Protocol):
     """A placement policy. It may keep counters; it never reads a clock."""
 
     def choose(
-        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+        self,
+        demand: Demand,
+        engines: Sequence[EngineLoad],
+        claims: Mapping[str, int],
+        now: float,
     ) -> Choice:
         """Return the engine for ``demand``.
 
@@ -48,6 +52,7 @@ class Dispatch(Protocol):
             demand: the call and its estimates.
             engines: engines that can serve it, not empty, sorted by name.
             claims: per engine, more urgent calls that wait for it outside; may be ignored.
+            now: the present moment, for slack.
         """
         ...
 
@@ -71,7 +76,11 @@ class RoundRobin:
         self._turn = 0
 
     def choose(
-        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+        self,
+        demand: Demand,
+        engines: Sequence[EngineLoad],
+        claims: Mapping[str, int],
+        now: float,
     ) -> Choice:
         """Return the next engine."""
         engine = engines[self._turn % len(engines)]
@@ -89,7 +98,11 @@ class LeastOutstanding:
         self._turn = 0
 
     def choose(
-        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+        self,
+        demand: Demand,
+        engines: Sequence[EngineLoad],
+        claims: Mapping[str, int],
+        now: float,
     ) -> Choice:
         """Return the least loaded engine by call count."""
         least = min(len(e.in_flight) for e in engines)
@@ -118,7 +131,11 @@ class HexGen:
         self._options = options
 
     def choose(
-        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+        self,
+        demand: Demand,
+        engines: Sequence[EngineLoad],
+        claims: Mapping[str, int],
+        now: float,
     ) -> Choice:
         """Return the engine with the highest score."""
         default = assumed_cost(engines)
@@ -149,16 +166,26 @@ class HexGen:
 class EarliestFinish:
     """Ours: smallest predicted finish plus the delay the call causes to others.
 
-    ``score = finish + externality * delay_others`` in seconds; lower is better. Uncached
-    prefill, slots, batch interference and measured rates are all in the forecast, so affinity to
-    a prefix is worth exactly the seconds of prefill it saves.
+    In seconds; lower is better::
+
+        score = finish + externality * delay_others + lateness * max(0, now + finish - due)
+
+    Uncached prefill, slots, batch interference and measured rates are all in the forecast, so
+    affinity to a prefix is worth exactly the seconds of prefill it saves. The last term gives the
+    fast devices to calls that need them: one with slack to spare is judged more by the delay it
+    causes, one that would be late more by its own finish (just-enough choice, GoodServe, arXiv
+    2605.16867).
     """
 
     def __init__(self, options: DispatchOptions) -> None:
         self._options = options
 
     def choose(
-        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int]
+        self,
+        demand: Demand,
+        engines: Sequence[EngineLoad],
+        claims: Mapping[str, int],
+        now: float,
     ) -> Choice:
         """Return the engine with the lowest score."""
         default = assumed_cost(engines)
@@ -166,7 +193,9 @@ class EarliestFinish:
         for engine in engines:
             waiting = claims.get(engine.engine_id, 0)
             forecast = engine.forecast(demand, engine.cost() or default, waiting)
-            score = forecast.finish_in_s + self._options.externality * forecast.delay_others_s
+            finish_s = forecast.finish_in_s
+            score = finish_s + self._options.externality * forecast.delay_others_s
+            score += self._options.lateness * max(0.0, now + finish_s - demand.due_s)
             if best is None or score < best.score:
                 best = Choice(engine, score, "finish", forecast)
         if best is None:

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from hexgen_vllm.policy.cost_model import CostFit
 from hexgen_vllm.types import (
     Call,
+    CallResult,
     EngineKind,
     EngineReport,
     EngineSpec,
@@ -167,6 +168,21 @@ class EngineLoad:
                 self._queued_prefill -= entry.placement.uncached_tokens
         return entry
 
+    def learn(self, entry: InFlight, result: CallResult, now: float) -> None:
+        """Fit the step cost from a call that ended, where the engine does not report its own."""
+        if self.report.cost is not None or not result.output_tokens:
+            return
+        batch = (entry.batch + len(self.in_flight) + 1) / 2
+        if entry.batch > self.slots:
+            return  # it queued in the engine for an unknown time
+        prompt = result.prompt_tokens or entry.call.prompt_tokens
+        uncached = entry.placement.uncached_tokens
+        if result.cached_tokens is not None:
+            uncached = max(prompt - result.cached_tokens, 1)
+        context = prompt + result.output_tokens / 2
+        seconds = now - entry.placed_s
+        self.traffic_fit.observe_call(result.output_tokens, batch, context, uncached, seconds)
+
     def outstanding_tokens(self) -> int:
         """Return prompt tokens to prefill plus output tokens to come."""
         return self._queued_prefill + sum(e.output_left() for e in self.in_flight.values())
@@ -212,7 +228,7 @@ class EngineLoad:
             wait_s=self._slot_wait_tokens(len(ahead), claims) * step / busy,
             prefill_s=cost.prefill_s(prefill_ahead) + own_prefill,
             decode_s=demand.output_tokens * step / busy,
-            delay_others_s=self._delay_s(own_prefill, demand.output_tokens, cost, len(waiting)),
+            delay_others_s=self._delay_s(own_prefill, demand, cost, len(waiting)),
             uncached_tokens=uncached,
         )
 
@@ -227,9 +243,10 @@ class EngineLoad:
         mean = sum(left) / len(left)
         return left[min(index, len(left) - 1)] + rounds * mean
 
-    def _delay_s(self, own_prefill_s: float, output: int, cost: StepCost, waiting: int) -> float:
+    def _delay_s(self, own_prefill_s: float, demand: Demand, cost: StepCost, waiting: int) -> float:
         """Return the time the call adds to all others: its prefill stalls them, its row slows."""
         others = len(self.in_flight)
         decoding = min(others - waiting, self.slots)
-        shared = min(output, sum(e.output_left() for e in self.in_flight.values()) / max(others, 1))
-        return own_prefill_s * others + cost.c1 * shared * decoding
+        left = sum(e.output_left() for e in self.in_flight.values()) / max(others, 1)
+        row_s = cost.c1 + cost.c2 * demand.call.prompt_tokens
+        return own_prefill_s * others + row_s * min(demand.output_tokens, left) * decoding

@@ -61,6 +61,7 @@ class WorkflowRun:
     last_seen_s: float = 0.0
     in_flight: int = 0
     background: bool = False
+    begun: bool = False  # one of its calls was placed
     calls: dict[str, SeenCall] = field(default_factory=dict)
     stage_counts: dict[str, int] = field(default_factory=dict)
 

@@ -1,0 +1,134 @@
+"""What a call needs and what follows it: length, tail, when it must end, when it is hopeless."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.dispatch import UNMEASURED
+from hexgen_vllm.policy.load import Demand, EngineLoad
+from hexgen_vllm.policy.overload import hopeless_after
+from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun
+from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost, Tail
+
+_LEAST_S: Final = 1e-6
+
+
+class Estimates:
+    """Estimates of calls from learned shapes and the engines' rates.
+
+    Args:
+        options: quantiles and defaults.
+        shapes: what was learned.
+        engines: by name; read, never changed.
+    """
+
+    def __init__(
+        self, options: DispatchOptions, shapes: Shapes, engines: Mapping[str, EngineLoad]
+    ) -> None:
+        self._options, self._shapes, self._engines = options, shapes, engines
+
+    def demand(self, call: Call, run: WorkflowRun, ordinal: int) -> Demand:
+        """Return the estimates of a call.
+
+        Args:
+            call: the call.
+            run: its workflow, with its deadline.
+            ordinal: calls of the same stage that came before it in the workflow.
+        """
+        output = self.output_tokens(call)
+        tail_s = self._seconds(self._tail(call, ordinal, self._options.slack_quantile, output))
+        due_s = NO_DEADLINE if run.background else run.deadline_s - tail_s
+        return Demand(call, output, run.deadline_s, tail_s, due_s)
+
+    def output_tokens(self, call: Call, seen: int = 0, q: float | None = None) -> int:
+        """Return the expected output length of a call that has ``seen`` tokens."""
+        hint = call.expected_output_tokens
+        if hint is not None and hint > seen:
+            expected = hint
+        else:
+            quantile = self._options.length_quantile if q is None else q
+            learned = self._shapes.output_tokens(call.workflow_type, call.stage, quantile, seen)
+            expected = learned or max(self._options.default_output_tokens, seen + 1)
+        most = call.max_output_tokens
+        return expected if most is None else max(min(expected, most), 1)
+
+    def hopeless_after_s(self, call: Call, deadline_s: float, ordinal: int) -> float:
+        """Return the moment after which the workflow is late whatever is done.
+
+        Low quantiles of length and tail, on the fastest engine with nothing else to do. What was
+        never seen counts as nothing, so that ignorance demotes nobody.
+        """
+        q = self._options.hopeless_quantile
+        output = self.output_tokens(call, q=q) if self._known(call) else 1
+        tail = self._tail(call, ordinal, q, output)
+        times = [
+            _alone_s(e.cost() or UNMEASURED, tail, output, self._uncached(e, call))
+            for e in self._engines.values()
+            if e.serves(call)
+        ]
+        least_s = min(times, default=0.0)
+        return hopeless_after(deadline_s, least_s, self._options.hopeless_pace)
+
+    def predicted_s(self, demand: Demand, ordinal: int, held_output_tokens: int) -> float:
+        """Return the likely time of a whole workflow from its first call on, at today's pace.
+
+        Args:
+            demand: of the call.
+            ordinal: calls of the same stage before it.
+            held_output_tokens: output tokens of the calls that wait for room before it.
+        """
+        ready = self._ready()
+        rate = sum(e.slots / max((e.cost() or UNMEASURED).step_s(e.slots), _LEAST_S) for e in ready)
+        wait_s = held_output_tokens / rate if rate else 0.0
+        tail = self._tail(demand.call, ordinal, 0.5, demand.output_tokens)
+        return wait_s + self._seconds(tail) + self._own_s(demand)
+
+    def work_s(self, demand: Demand) -> float:
+        """Return the seconds of work left on a call and the path after it."""
+        return demand.tail_s + self._own_s(demand)
+
+    def _own_s(self, demand: Demand) -> float:
+        return self._seconds(Tail(1.0, 0.0, demand.output_tokens))
+
+    def _known(self, call: Call) -> bool:
+        if call.expected_output_tokens is not None:
+            return True
+        return self._shapes.output_tokens(call.workflow_type, call.stage, 0.5) is not None
+
+    @staticmethod
+    def _uncached(engine: EngineLoad, call: Call) -> int:
+        return max(call.prompt_tokens - engine.prefixes.match(call), 1)
+
+    def _tail(self, call: Call, ordinal: int, q: float, output: int) -> Tail:
+        if call.final:
+            return NOTHING
+        tail = self._shapes.tail(call.workflow_type, call.stage, ordinal, q, call.stages_left)
+        if tail is NOTHING and call.stages_left:
+            n = call.stages_left
+            return Tail(n, n * call.prompt_tokens, n * output)
+        return tail
+
+    def _ready(self) -> list[EngineLoad]:
+        return [e for e in self._engines.values() if e.state is EngineState.READY]
+
+    def _seconds(self, tail: Tail) -> float:
+        """Return the time of a path at the fleet's present pace (harmonic mean of engines)."""
+        decode_rate = prefill_rate = 0.0
+        ready = self._ready()
+        for engine in ready:
+            cost = engine.cost() or UNMEASURED
+            batch = min(engine.slots, len(engine.in_flight) + 1)
+            decode_rate += 1.0 / max(cost.step_s(batch), _LEAST_S)
+            prefill_rate += 1.0 / max(cost.p1, 1e-9)
+        if not ready:
+            return 0.0
+        n = len(ready)
+        return tail.output_tokens * n / decode_rate + tail.prefill_tokens * n / prefill_rate
+
+
+def _alone_s(cost: StepCost, tail: Tail, output: int, uncached: int) -> float:
+    """Return the time of a call and the path after it with nothing else in the batch."""
+    prefill_s = cost.p1 * (uncached + tail.prefill_tokens)
+    return prefill_s + cost.step_s(1) * (output + tail.output_tokens)

@@ -1,0 +1,184 @@
+"""Calls that wait for room on an engine, in the order in which they get it.
+
+    1. one placement in ``1 / background_share``: the call demoted longest
+    2. calls by due time; tenants that are ahead of their share behind the others
+    3. demoted calls, least remaining work first
+
+Starvation: a demoted call with k older ones before it is offered a place after at most
+``(k + 1) (1 / background_share + 1)`` placements. Cost of an event: O(log n) search plus moves of
+pointers, and O(tenants) with fair shares.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from heapq import merge
+from itertools import chain, islice, takewhile
+from typing import Final
+
+from hexgen_vllm.policy.overload import FairShares
+
+_MAX_TENANTS: Final = 4096
+_FULL_TURN: Final = 1.0 - 1e-9  # ten shares of 0.1 are one turn, whatever floats say
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Entry:
+    key: float  # due time, or seconds of work of a demoted call
+    sequence: int
+    call_id: str
+    tenant: str
+    tokens: int
+    output_tokens: int
+    since_s: float
+
+
+class HeldCalls:
+    """Held calls.
+
+    Attributes:
+        tokens: prompt and output tokens of all held calls.
+        output_tokens: output tokens of those that are not demoted.
+
+    Args:
+        background_share: share of placements that the call demoted longest gets; 0 is none.
+        shares: fair shares of tenants, ``None`` for order by due time alone.
+    """
+
+    def __init__(self, background_share: float = 0.0, shares: FairShares | None = None) -> None:
+        self.tokens = self.output_tokens = 0
+        self._share, self._shares = background_share, shares
+        self._turn = 0.0
+        self._sequence = 0
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # in order of arrival
+        self._tenants: dict[str, list[_Entry]] = {}
+        self._background: list[_Entry] = []
+        self._demoted: OrderedDict[str, None] = OrderedDict()  # in order of demotion
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, call_id: object) -> bool:
+        return call_id in self._entries
+
+    def add(
+        self,
+        call_id: str,
+        key: float,
+        now: float,
+        *,
+        tenant: str = "",
+        prompt_tokens: int = 0,
+        output_tokens: int = 0,
+        background: bool = False,
+    ) -> None:
+        """Hold a call.
+
+        Args:
+            call_id: the call, not held yet.
+            key: when it is due, or for a demoted call the seconds of work it has left.
+            now: the present moment.
+            tenant: who pays.
+            prompt_tokens, output_tokens: its size.
+            background: it is demoted.
+        """
+        self._sequence += 1
+        tokens = prompt_tokens + output_tokens
+        entry = _Entry(key, self._sequence, call_id, tenant, tokens, output_tokens, now)
+        self._entries[call_id] = entry
+        self.tokens += tokens
+        self._queue(entry, background)
+
+    def demote(self, call_id: str, work_s: float) -> None:
+        """Move a held call behind the others; one demoted already stays where it is."""
+        entry = self._entries[call_id]
+        if call_id in self._demoted:
+            return
+        self._unqueue(entry)
+        moved = _Entry(
+            work_s, entry.sequence, call_id, entry.tenant, entry.tokens,
+            entry.output_tokens, entry.since_s,
+        )  # fmt: skip
+        self._entries[call_id] = moved
+        self._queue(moved, True)
+
+    def remove(self, call_id: str) -> None:
+        """Drop a held call."""
+        entry = self._entries.pop(call_id)
+        self.tokens -= entry.tokens
+        self._unqueue(entry)
+
+    def placed(self, call_id: str) -> None:
+        """Drop a held call that got its place, and count it."""
+        entry = self._entries[call_id]
+        if self._shares is not None:
+            self._shares.served(entry.tenant, entry.tokens)
+        if self._demoted:
+            offered = self._turn >= _FULL_TURN and call_id == next(iter(self._demoted))
+            self._turn = 0.0 if offered else self._turn + self._share
+        self.remove(call_id)
+
+    def first(self, limit: int) -> list[str]:
+        """Return the first ``limit`` calls in order."""
+        ids = (entry.call_id for entry in chain(self._by_due(), self._background))
+        if self._turn < _FULL_TURN or not self._demoted:
+            return list(islice(ids, limit))
+        oldest = next(iter(self._demoted))
+        return [oldest, *islice((name for name in ids if name != oldest), limit - 1)]
+
+    def last_first(self) -> Iterator[str]:
+        """Yield calls in the order in which they are given up: demoted ones, then the last due."""
+        yield from (entry.call_id for entry in reversed(self._background))
+        entries = [e for queue in self._tenants.values() for e in queue]
+        yield from (entry.call_id for entry in sorted(entries, reverse=True))
+
+    def waited_longer(self, seconds: float, now: float) -> list[str]:
+        """Return the calls that have waited longer than ``seconds``."""
+        late = takewhile(lambda e: now - e.since_s > seconds, self._entries.values())
+        return [entry.call_id for entry in late]
+
+    def _by_due(self) -> Iterator[_Entry]:
+        queues = self._tenants
+        if self._shares is None or len(queues) < 2:
+            return merge(*queues.values()) if len(queues) > 1 else chain(*queues.values())
+        ahead = self._shares.ahead(queues)
+        within = merge(*(queue for tenant, queue in queues.items() if tenant not in ahead))
+        return chain(within, merge(*(queues[tenant] for tenant in queues if tenant in ahead)))
+
+    def _queue(self, entry: _Entry, background: bool) -> None:
+        if background:
+            insort(self._background, entry)
+            self._demoted[entry.call_id] = None
+            return
+        self.output_tokens += entry.output_tokens
+        queue = self._tenants.get(self._tenant(entry))
+        if queue is None:
+            queue = self._tenants[self._tenant(entry)] = []
+            self._begins(entry.tenant)
+        insort(queue, entry)
+
+    def _begins(self, tenant: str) -> None:
+        if self._shares is None:
+            return
+        others = [name for name in self._tenants if name != tenant]
+        self._shares.waits(tenant, others)
+        if len(self._tenants) > _MAX_TENANTS:
+            self._shares.forget(self._tenants)
+
+    def _unqueue(self, entry: _Entry) -> None:
+        if entry.call_id in self._demoted:
+            del self._demoted[entry.call_id]
+            del self._background[bisect_left(self._background, entry)]
+            return
+        self.output_tokens -= entry.output_tokens
+        tenant = self._tenant(entry)
+        queue = self._tenants[tenant]
+        del queue[bisect_left(queue, entry)]
+        if not queue:
+            del self._tenants[tenant]
+
+    def _tenant(self, entry: _Entry) -> str:
+        return "" if self._shares is None else entry.tenant

@@ -1,0 +1,111 @@
+"""What to do when not everything can be on time: demote, bound, expire, share.
+
+Least slack first is the best order while all deadlines can be met and the worst once they cannot:
+workflows that are late already come first and make the next ones late. So (``protect``):
+
+- **Hopeless**: a call after which its workflow is late even at optimistic rates,
+
+      now > D - f * (T_min + R_min)
+
+  with T_min and R_min low quantiles of the call and of the path after it, alone on the fastest
+  engine, and f (``hopeless_pace``) at least 1. The whole workflow is demoted, siblings too.
+- **Entry**: a new workflow is demoted when its likely time at today's pace, times
+  ``entry_margin``, exceeds its deadline. What has begun is never demoted for that.
+- Demoted calls come behind all others, least remaining work first; yet one placement in
+  ``1 / background_share`` goes to the one demoted longest, so none starves.
+- The queue is bounded in calls and tokens, and in time. A workflow that has begun is not refused
+  while one that has not can be.
+
+Demotion raises the share of workflows on time and the latency of the demoted: it is off unless
+asked for. Compare SCORPIO (arXiv 2505.23022) and D-over for the hopeless test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.types import Rejection
+
+SATURATED: Final = "rejected-saturated"
+EXPIRED: Final = "rejected-ttl-expired"
+NO_ENDPOINTS: Final = "rejected-no-endpoints"
+
+
+def hopeless_after(deadline_s: float, least_s: float, pace: float) -> float:
+    """Return the moment after which a call cannot be on time any more.
+
+    Args:
+        deadline_s: D of its workflow; ``inf`` gives ``inf``.
+        least_s: T_min + R_min, seconds at optimistic rates.
+        pace: f, how much slower than that is still called optimistic.
+    """
+    return deadline_s - pace * least_s
+
+
+def saturated(call_id: str) -> Rejection:
+    """Return the refusal of a call because the queue is full (HTTP 429)."""
+    return Rejection(call_id, SATURATED, "Too many calls are waiting; try again later.", status=429)
+
+
+def unattainable(call_id: str) -> Rejection:
+    """Return the refusal of a new workflow that would be late (HTTP 429)."""
+    return Rejection(call_id, SATURATED, "The workflow cannot meet its deadline now.", status=429)
+
+
+def expired(call_id: str, waited_s: float) -> Rejection:
+    """Return the refusal of a call that waited too long (HTTP 504)."""
+    text = f"No engine had room for this call within {waited_s:.0f} seconds."
+    return Rejection(call_id, EXPIRED, text, status=504)
+
+
+def no_endpoints(call_id: str) -> Rejection:
+    """Return the refusal of a call that no engine can take (HTTP 503)."""
+    return Rejection(call_id, NO_ENDPOINTS, "No engine can take this call now.")
+
+
+def over_bounds(options: DispatchOptions, calls: int, tokens: int) -> bool:
+    """Return whether a queue of ``calls`` calls with ``tokens`` tokens is longer than allowed."""
+    too_many = 0 < options.max_held_calls < calls
+    return too_many or 0 < options.max_held_tokens < tokens
+
+
+class FairShares:
+    """Tokens served per tenant over its weight, for a bounded correction of the order by due time.
+
+    A tenant is *ahead* when it got more than ``window_tokens`` (per unit of weight) beyond the
+    least served tenant that waits; its calls then come behind those of the others. Within the
+    window order stays by due time. A tenant that was away starts level with the least served, so
+    that absence earns no credit.
+
+    Args:
+        window_tokens: more than 0.
+        weights: by tenant; 1 for others.
+    """
+
+    def __init__(self, window_tokens: float, weights: Mapping[str, float]) -> None:
+        self._window, self._weights = window_tokens, weights
+        self._served: dict[str, float] = {}
+
+    def waits(self, tenant: str, waiting: Iterable[str]) -> None:
+        """Note that ``tenant`` begins to wait beside the ``waiting`` ones."""
+        floor = min((self._served.get(t, 0.0) for t in waiting), default=None)
+        if floor is None:
+            floor = max(self._served.values(), default=0.0)
+        self._served[tenant] = max(self._served.get(tenant, 0.0), floor - self._window)
+
+    def served(self, tenant: str, tokens: int) -> None:
+        """Note that a call of ``tenant`` was placed."""
+        weight = self._weights.get(tenant, 1.0)
+        self._served[tenant] = self._served.get(tenant, 0.0) + tokens / weight
+
+    def ahead(self, waiting: Iterable[str]) -> frozenset[str]:
+        """Return those of the ``waiting`` tenants that are ahead."""
+        served = {tenant: self._served.get(tenant, 0.0) for tenant in waiting}
+        limit = min(served.values(), default=0.0) + self._window
+        return frozenset(tenant for tenant, tokens in served.items() if tokens > limit)
+
+    def forget(self, known: Iterable[str]) -> None:
+        """Drop all tenants but the ``known`` ones; bounds memory."""
+        self._served = {t: self._served[t] for t in known if t in self._served}

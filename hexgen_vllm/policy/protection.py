@@ -1,0 +1,122 @@
+"""Overload rules applied to open calls: who is demoted, who is turned away, who is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.demand import Estimates
+from hexgen_vllm.policy.held import HeldCalls
+from hexgen_vllm.policy.load import Demand, EngineLoad
+from hexgen_vllm.policy.overload import over_bounds
+from hexgen_vllm.policy.workflow import WorkflowRun
+from hexgen_vllm.types import NO_DEADLINE
+
+
+@dataclass(slots=True)
+class OpenCall:
+    """A call that has not ended.
+
+    Attributes:
+        demand: its estimates.
+        run: its workflow.
+        hopeless_after_s: when its workflow cannot be on time any more.
+        engine: where it was placed.
+        refused_by: engines that failed before they answered it.
+    """
+
+    demand: Demand
+    run: WorkflowRun
+    hopeless_after_s: float = NO_DEADLINE
+    engine: EngineLoad | None = None
+    refused_by: frozenset[str] = frozenset()
+
+
+class Protection:
+    """Judges open calls; changes only their standing, never whether they are open.
+
+    Args:
+        options: limits and margins.
+        estimates: of calls.
+        held: calls that wait; demoted calls are moved in it.
+        open_calls: by id; read.
+    """
+
+    def __init__(
+        self,
+        options: DispatchOptions,
+        estimates: Estimates,
+        held: HeldCalls,
+        open_calls: Mapping[str, OpenCall],
+    ) -> None:
+        self._options, self._estimates = options, estimates
+        self._held, self._open = held, open_calls
+        self.enabled = options.overload == "protect" and options.policy == "slack"
+
+    def judge(self, entry: OpenCall, ordinal: int, now: float) -> None:
+        """Demote the workflow of a call that just came if it will be late."""
+        if not self.enabled or entry.run.background:
+            return
+        run, call = entry.run, entry.demand.call
+        entry.hopeless_after_s = self._estimates.hopeless_after_s(call, run.deadline_s, ordinal)
+        new = len(run.calls) == 1
+        if now > entry.hopeless_after_s or (new and self._too_slow(entry.demand, ordinal, now)):
+            self._demote(run)
+
+    def judge_held(self, limit: int, now: float) -> None:
+        """Demote the workflows of the first ``limit`` held calls that became hopeless."""
+        if not self.enabled:
+            return
+        for call_id in self._held.first(limit):
+            entry = self._open[call_id]
+            if now > entry.hopeless_after_s and not entry.run.background:
+                self._demote(entry.run)
+
+    def turns_away(self, entry: OpenCall) -> bool:
+        """Return whether a call is refused because its workflow, not begun, would be late."""
+        run = entry.run
+        return self.enabled and self._options.reject_at_entry and run.background and not run.begun
+
+    def excess(self) -> str | None:
+        """Return the held call to refuse while the queue is too long, ``None`` when it is not.
+
+        Calls of workflows that have begun come last; among others the demoted, then the last due.
+        """
+        if not over_bounds(self._options, len(self._held), self._held.tokens):
+            return None
+        order = list(self._held.last_first())
+        return next((c for c in order if not self._open[c].run.begun), order[0])
+
+    def expired(self, now: float) -> list[str]:
+        """Return the held calls that have waited longer than they may."""
+        most_s = self._options.held_timeout_s
+        return self._held.waited_longer(most_s, now) if most_s > 0 else []
+
+    def hold(self, entry: OpenCall, now: float) -> None:
+        """Add a call to those that wait for room."""
+        demand, background = entry.demand, entry.run.background
+        self._held.add(
+            demand.call.call_id,
+            self._estimates.work_s(demand) if background else demand.due_s,
+            now,
+            tenant=demand.call.tenant,
+            prompt_tokens=demand.call.prompt_tokens,
+            output_tokens=demand.output_tokens,
+            background=background,
+        )
+
+    def _too_slow(self, demand: Demand, ordinal: int, now: float) -> bool:
+        likely_s = self._estimates.predicted_s(demand, ordinal, self._held.output_tokens)
+        return now + self._options.entry_margin * likely_s > demand.deadline_s
+
+    def _demote(self, run: WorkflowRun) -> None:
+        """Put a workflow behind the others, with all its calls that are not placed yet."""
+        run.background = True
+        for call_id in run.calls:
+            entry = self._open.get(call_id)
+            if entry is None or entry.engine is not None:
+                continue
+            entry.demand = replace(entry.demand, due_s=NO_DEADLINE)
+            if call_id in self._held:
+                self._held.demote(call_id, self._estimates.work_s(entry.demand))

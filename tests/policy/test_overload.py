@@ -1,0 +1,311 @@
+"""Overload: who is demoted, that demotion starves nobody, bounds of the queue, fair shares."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.held import HeldCalls
+from hexgen_vllm.policy.overload import FairShares, hopeless_after
+from hexgen_vllm.types import (
+    Call,
+    CallResult,
+    Decision,
+    EngineKind,
+    EngineReport,
+    EngineSpec,
+    Placement,
+    Rejection,
+    StepCost,
+)
+
+# 10 ms a step: 100 tokens/s
+COST = StepCost(0.01, 0.0, 0.0, 0.0, 1e-5, 0.0)
+DONE = CallResult(ok=True, output_tokens=100)
+
+
+def coordinator(slots: int = 1, **options: object) -> Coordinator:
+    c = Coordinator(DispatchOptions(hold_depth=0, **options))  # type: ignore[arg-type]
+    spec = EngineSpec("e0", kind=EngineKind.HEXGEN, max_num_seqs=slots, kv_tokens=100_000)
+    c.engine_joined(spec, 0.0)
+    c.engine_reported("e0", EngineReport(cost=COST))
+    return c
+
+
+def call(name: str, now: float, deadline_s: float, workflow: str = "", **more: object) -> Call:
+    more = {"expected_output_tokens": 100, **more}
+    return Call(name, workflow or f"w-{name}", now, 10, deadline_s=now + deadline_s, **more)  # type: ignore[arg-type]
+
+
+def placed(decisions: list[Decision]) -> list[str]:
+    return [d.call_id for d in decisions if isinstance(d, Placement)]
+
+
+def refused(decisions: list[Decision]) -> list[tuple[str, str, int]]:
+    return [(d.call_id, d.reason, d.status) for d in decisions if isinstance(d, Rejection)]
+
+
+def drained(c: Coordinator, first: str, now: float) -> list[str]:
+    """End calls one by one and return the order in which the held ones came."""
+    order: list[str] = []
+    running = [first]
+    while running:
+        found = placed(c.call_finished(running.pop(0), DONE, now))
+        order += found
+        running += found
+    return order
+
+
+def test_hopeless_is_a_matter_of_optimistic_time() -> None:
+    assert hopeless_after(100.0, 20.0, 1.5) == 70.0
+    assert hopeless_after(math.inf, 20.0, 1.5) == math.inf
+
+
+def test_a_hopeless_workflow_comes_last_and_off_it_comes_first() -> None:
+    for mode, expected in (
+        ("off", ["dead", "soon", "late"]),
+        ("protect", ["soon", "late", "dead"]),
+    ):
+        c = coordinator(overload=mode, entry_margin=0.0)
+        c.call_arrived(call("run", 0.0, 9.0), 0.0)
+        for name, deadline_s in (("late", 50.0), ("dead", 0.5), ("soon", 20.0)):
+            assert c.call_arrived(call(name, 0.0, deadline_s), 0.0) == []
+        assert drained(c, "run", 0.0) == expected
+
+
+def test_a_held_call_that_becomes_hopeless_takes_its_siblings_along() -> None:
+    c = coordinator(overload="protect", entry_margin=0.0)
+    c.call_arrived(call("run", 0.0, 9.0), 0.0)
+    for name, workflow in (("a", "w"), ("b", "w"), ("other", "o")):
+        c.call_arrived(call(name, 0.0, 5.0 if workflow == "w" else 60.0, workflow), 0.0)
+    decisions = c.call_finished("run", DONE, 8.0)
+    assert placed(decisions) == ["other"]
+    late = c.call_finished("other", DONE, 9.0)
+    assert [d.background for d in late if isinstance(d, Placement)] == [True]
+    run = c.workflows.get("w")
+    assert run is not None
+    assert run.background
+
+
+def test_later_calls_of_a_demoted_workflow_are_background_too() -> None:
+    c = coordinator(slots=4, overload="protect", entry_margin=0.0)
+    first = c.call_arrived(call("a", 0.0, 0.1, "w"), 0.0)
+    c.call_finished("a", DONE, 1.0)
+    second = c.call_arrived(call("b", 1.0, 500.0, "w"), 1.0)
+    backgrounds = [d.background for d in first + second if isinstance(d, Placement)]
+    assert backgrounds == [True, True]
+
+
+def test_ignorance_demotes_nobody() -> None:
+    c = coordinator(overload="protect", entry_margin=0.0)
+    one = Call("a", "w", 0.0, 10, deadline_s=0.5)
+    decision = c.call_arrived(one, 0.0)[0]
+    assert isinstance(decision, Placement)
+    assert not decision.background
+
+
+def test_a_new_workflow_must_fit_behind_the_queue_but_not_one_that_has_begun() -> None:
+    c = coordinator(overload="protect", entry_margin=1.0)
+    c.call_arrived(call("first", 0.0, 30.0, "begun"), 0.0)
+    c.call_finished("first", DONE, 1.0)
+    c.call_arrived(call("run", 1.0, 30.0), 1.0)
+    for i in range(20):
+        c.call_arrived(call(f"q{i}", 1.0, 90.0), 1.0)
+    c.call_arrived(call("new", 1.0, 9.0), 1.0)
+    c.call_arrived(call("next", 1.0, 9.0, "begun"), 1.0)
+    order = drained(c, "run", 2.0)
+    assert order[0] == "next"
+    assert order[-1] == "new" or order.index("new") >= 8  # only its turn in ten brings it on
+
+
+def test_a_new_workflow_can_be_refused_instead() -> None:
+    c = coordinator(overload="protect", reject_at_entry=True)
+    found = c.call_arrived(call("dead", 0.0, 0.5), 0.0)
+    assert refused(found) == [("dead", "rejected-saturated", 429)]
+    assert placed(c.call_arrived(call("fine", 0.0, 50.0), 0.0)) == ["fine"]
+    assert c.held == 0
+
+
+@pytest.mark.parametrize("bound", [{"max_held_calls": 3}, {"max_held_tokens": 330}])
+def test_a_full_queue_refuses_new_workflows_before_begun_ones(bound: dict[str, int]) -> None:
+    c = coordinator(**bound)
+    c.call_arrived(call("a", 0.0, 50.0, "begun"), 0.0)
+    for i in range(3):
+        assert c.call_arrived(call(f"q{i}", 0.0, 50.0 + i), 0.0) == []
+    assert refused(c.call_arrived(call("new", 0.0, 90.0), 0.0)) == [
+        ("new", "rejected-saturated", 429)
+    ]
+    assert refused(c.call_arrived(call("b", 0.0, 99.0, "begun"), 0.0)) == [
+        ("q2", "rejected-saturated", 429)
+    ]
+    assert c.held == 3
+
+
+def test_a_call_that_waited_too_long_is_refused() -> None:
+    c = coordinator(held_timeout_s=5.0)
+    c.call_arrived(call("run", 0.0, 9.0), 0.0)
+    c.call_arrived(call("q", 0.0, 50.0), 0.0)
+    assert c.tick(5.0) == []
+    assert refused(c.tick(5.1)) == [("q", "rejected-ttl-expired", 504)]
+    assert c.held == 0
+
+
+@given(
+    share=st.sampled_from([0.05, 0.1, 0.25, 1.0]),
+    background=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+)
+def test_starvation_bound(share: float, background: int, seed: int) -> None:
+    """Newcomers never stop; the k-th oldest demoted call is still served in bounded placements."""
+    rng = random.Random(seed)
+    held = HeldCalls(share)
+    for i in range(background):
+        held.add(f"b{i}", rng.random(), 0.0, background=True)
+    served_at: dict[str, int] = {}
+    turns = 0
+    while len(served_at) < background:
+        held.add(f"n{turns}", float(turns), float(turns))
+        turns += 1
+        first = held.first(4)[0]
+        held.placed(first)
+        if first.startswith("b"):
+            served_at[first] = turns
+        assert turns < 10_000
+    for i in range(background):
+        assert served_at[f"b{i}"] <= (i + 1) * (math.ceil(1 / share) + 1)
+
+
+def test_demoted_calls_go_by_least_work_while_nobody_else_waits() -> None:
+    held = HeldCalls(0.1)
+    for name, work_s in (("long", 9.0), ("short", 1.0), ("mid", 5.0)):
+        held.add(name, work_s, 0.0, background=True)
+    assert held.first(9) == ["short", "mid", "long"]
+    assert list(held.last_first()) == ["long", "mid", "short"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(1, 50), st.booleans()),
+        max_size=120,
+    )
+)
+def test_held_calls_keep_their_book(acts: list[tuple[int, int, int, bool]]) -> None:
+    held = HeldCalls(0.1, FairShares(100, {}))
+    book: dict[str, int] = {}
+    demoted: set[str] = set()
+    for i, (act, who, tokens, background) in enumerate(acts):
+        if act == 0:
+            name = f"c{i}"
+            held.add(
+                name, float(who), float(i), tenant=f"t{who % 3}",
+                prompt_tokens=tokens, background=background,
+            )  # fmt: skip
+            book[name] = tokens
+            demoted |= {name} if background else set()
+        elif book:
+            name = sorted(book)[who % len(book)]
+            if act == 1:
+                held.demote(name, float(tokens))
+                demoted.add(name)
+            else:
+                (held.placed if background else held.remove)(name)
+                del book[name]
+                demoted.discard(name)
+        order = held.first(1000)
+        assert sorted(order) == sorted(book)
+        assert sorted(held.last_first()) == sorted(book)
+        assert held.tokens == sum(book.values())
+        assert len(held) == len(book)
+
+
+def test_a_tenant_beyond_its_share_waits_behind_the_others() -> None:
+    held = HeldCalls(0.0, FairShares(250, {"paying": 2.0}))
+    for i in range(60):
+        held.add(f"greedy{i}", 0.0, 0.0, tenant="greedy", prompt_tokens=100)
+        held.add(f"paying{i}", 99.0, 0.0, tenant="paying", prompt_tokens=100)
+    counts = {"greedy": 0, "paying": 0}
+    for _ in range(60):
+        first = held.first(1)[0]
+        counts[first.rstrip("0123456789")] += 1
+        held.placed(first)
+    assert 36 <= counts["paying"] <= 40, "twice the weight, but for the window"
+
+
+def test_one_tenant_alone_is_never_ahead() -> None:
+    held = HeldCalls(0.0, FairShares(10, {}))
+    for i in range(20):
+        held.add(f"c{i:02}", float(i), 0.0, tenant="only", prompt_tokens=1000)
+    order = []
+    for _ in range(20):
+        order += held.first(1)
+        held.placed(order[-1])
+    assert order == sorted(order)
+
+
+def _random_life(seed: int, options: dict[str, object]) -> tuple[list[Decision], set[str]]:
+    """Play arrivals and ends at random until all is over; return decisions and unsettled calls."""
+    rng, c = random.Random(seed), coordinator(slots=2, **options)
+    log: list[Decision] = []
+    running: list[str] = []
+    waiting: set[str] = set()
+    now, count = 0.0, 0
+
+    def take(found: list[Decision]) -> None:
+        for decision in found:
+            log.append(decision)
+            waiting.discard(decision.call_id)
+            if isinstance(decision, Placement):
+                running.append(decision.call_id)
+
+    while count < 150 or running:
+        now += rng.random()
+        if count < 150 and rng.random() < 0.6:
+            name, count = f"c{count}", count + 1
+            waiting.add(name)
+            tenant = rng.choice("ab")
+            one = call(name, now, rng.uniform(0.1, 30), f"w{count % 40}", tenant=tenant)
+            take(c.call_arrived(one, now))
+        elif running:
+            take(c.call_finished(running.pop(rng.randrange(len(running))), DONE, now))
+        else:
+            take(c.tick(now))
+    return log, waiting
+
+
+PROTECTED = (
+    {"overload": "protect"},
+    {"overload": "protect", "reject_at_entry": True, "max_held_calls": 9, "held_timeout_s": 7.0},
+    {"overload": "protect", "fair_window_tokens": 300, "max_held_tokens": 900},
+)
+
+
+@pytest.mark.parametrize("options", PROTECTED)
+@pytest.mark.parametrize("seed", range(10))
+def test_no_call_is_lost(seed: int, options: dict[str, object]) -> None:
+    """Every call is placed or refused, exactly once or refused after being placed never."""
+    log, unsettled = _random_life(seed, options)
+    assert not unsettled
+    ids = [d.call_id for d in log]
+    assert len(ids) == len(set(ids)) == 150
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_off_ignores_the_knobs_of_protect(seed: int) -> None:
+    plain, _ = _random_life(seed, {})
+    knobs = {"hopeless_pace": 3.0, "entry_margin": 9.0, "background_share": 0.5}
+    off, _ = _random_life(seed, {**knobs, "overload": "off", "reject_at_entry": True})
+    assert plain == off
+    due = [d.background for d in plain if isinstance(d, Placement)]
+    assert not any(due)
+
+
+def test_weights_must_be_numbers_above_0() -> None:
+    with pytest.raises(ConfigError, match="tenant_weights of a"):
+        DispatchOptions(tenant_weights={"a": 0.0})
