@@ -70,7 +70,7 @@ def row(scenario: Scenario, run: Run, bounds: Limits, simulation: Simulation) ->
         "p95_over_horizon": summary.p95_s / horizon_s,
         "cached_share": cached_share(simulation),
         "preemptions": preemptions(simulation),
-        "workload": scenario.workload.trace or f"text2sql/{scenario.workload.retries}",
+        "workload": scenario.workload.name,
         "burstiness": scenario.arrivals.burstiness,
         "length_scale": scenario.workload.length_scale,
         "warmup": scenario.workload.warmup,

@@ -13,9 +13,13 @@ from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.arrivals import gamma_bursts, poisson, recorded
 from hexgen_vllm.sim.limits import Limits, limits
+from hexgen_vllm.sim.mac_sql import mac_sql
+from hexgen_vllm.sim.map_reduce import map_reduce
 from hexgen_vllm.sim.model import EngineModel
 from hexgen_vllm.sim.policies import Policy, named
+from hexgen_vllm.sim.react import react
 from hexgen_vllm.sim.simulator import SimOptions
+from hexgen_vllm.sim.tenants import mixed_tenants
 from hexgen_vllm.sim.text2sql import Text2SqlOptions, text2sql
 from hexgen_vllm.sim.trace import read_trace, resample
 from hexgen_vllm.sim.workload import WorkflowSpec, generator, scaled, timed
@@ -25,6 +29,11 @@ from hexgen_vllm.sim.workload import WorkflowSpec, generator, scaled, timed
 class WorkloadOptions:
     """Which workflows are played."""
 
+    kind: str = option(
+        "text2sql",
+        "generated workflows; mixed is text2sql, react and map_reduce by three tenants",
+        choices=("text2sql", "mac_sql", "react", "map_reduce", "mixed"),
+    )
     trace: str | None = option(None, "file in the public trace format, drawn from with the seed")
     workflows: int = option(300, "workflows that count", least=1, most=1_000_000)
     warmup: int = option(0, "workflows played before those that count", least=0, most=1_000_000)
@@ -49,11 +58,26 @@ class WorkloadOptions:
         if self.trace is not None:
             drawn = resample(read_trace(self.trace), count, seed=seed)
         else:
-            options = Text2SqlOptions(self.databases, self.zipf, self.retries, self.tenants)
-            drawn = text2sql(count, seed=seed, options=options)
+            drawn = self._generated(count, seed)
         if self.length_scale == 1.0:
             return drawn
         return tuple(scaled(spec, self.length_scale) for spec in drawn)
+
+    @property
+    def name(self) -> str:
+        """What is played, for tables."""
+        if self.trace is not None:
+            return self.trace
+        return f"{self.kind}/{self.retries}" if self.kind == "text2sql" else self.kind
+
+    def _generated(self, count: int, seed: int) -> tuple[WorkflowSpec, ...]:
+        options = Text2SqlOptions(self.databases, self.zipf, self.retries, self.tenants)
+        if self.kind == "react":
+            return react(count, seed=seed, tenants=self.tenants)
+        if self.kind == "map_reduce":
+            return map_reduce(count, seed=seed, tenants=self.tenants)
+        makers = {"mac_sql": mac_sql, "mixed": mixed_tenants}
+        return makers.get(self.kind, text2sql)(count, seed=seed, options=options)
 
 
 @dataclass(frozen=True)
