@@ -26,7 +26,7 @@ from hexgen_vllm.router.watcher import Watcher
 _LOG = logging.getLogger(__name__)
 _TICK_S: Final = 0.5
 _BACKLOG: Final = 2048  # a full one makes kernels reset connections
-_CLOSE_S: Final = 0.1  # 0 would mean for ever
+_CLOSE_S: Final = 0.5  # 0 would mean for ever
 _LAST_WORDS_S: Final = 1.0  # for telling clients that their calls were cut off
 # Open without a key: load balancers and scrapers have none.
 _OPEN: Final = frozenset(

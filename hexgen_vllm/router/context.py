@@ -129,13 +129,7 @@ def new_context(
 ) -> Context:
     """Make the parts of a router; nothing runs yet."""
     ledger, ratios = Ledger(), TokenRatios()
-    service = Service(
-        Coordinator(dispatch),
-        clock,
-        ledger,
-        queue_size=options.queue_size,
-        queue_timeout_s=options.queue_timeout_secs,
-    )
+    service = Service(Coordinator(options.bounded(dispatch)), clock, ledger)
     guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
     fleet = Fleet(options.workers(), service, guard)
     return Context(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from hexgen_vllm.config import check, option
+from hexgen_vllm.config import DispatchOptions, check, option
 from hexgen_vllm.errors import ConfigError
 
 _WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
@@ -71,9 +71,13 @@ class RouterOptions:
     max_concurrent_requests: int = option(
         0, "calls in the router at once, more are refused; 0 for no limit", least=0
     )
-    queue_size: int = option(4096, "calls that may wait in the router", least=0)
+    queue_size: int = option(
+        4096, "calls that may wait for an engine, 0 for no limit (also --max-held-calls)", least=0
+    )
     queue_timeout_secs: float = option(
-        600.0, "longest wait of a call in the router, seconds", least=1e-3
+        600.0,
+        "longest wait for an engine, seconds, 0 for no limit (also --held-timeout-s)",
+        least=0.0,
     )
     max_payload_size: int = option(2**29, "largest request body, bytes", least=1)
     api_key: tuple[str, ...] = option((), "keys of which clients must present one")
@@ -105,6 +109,14 @@ class RouterOptions:
                 if values.count(value) > 1:
                     raise ConfigError(f"worker_urls must have different {field}, not two {value}.")
         return found
+
+    def bounded(self, dispatch: DispatchOptions) -> DispatchOptions:
+        """Return ``dispatch`` with the bounds of the queue that it leaves open."""
+        return replace(
+            dispatch,
+            max_held_calls=dispatch.max_held_calls or self.queue_size,
+            held_timeout_s=dispatch.held_timeout_s or self.queue_timeout_secs,
+        )
 
 
 def _worker(index: int, text: str) -> Worker:

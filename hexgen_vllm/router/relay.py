@@ -50,6 +50,8 @@ class Relay:
             return answers.from_error(error, job.request_id)
         except (Refused, EngineFailed) as error:
             job.ended(error.reason)
+            if isinstance(error, EngineFailed):
+                self._log_failure(job)
             return answers.from_error(error, job.request_id)
         except (ClientGone, ConnectionError):
             job.ended(ledger.CLIENT_GONE)
@@ -164,6 +166,13 @@ class Relay:
         if answer.status == 200 and answer.content_type == "text/event-stream":
             return await StreamPass(job, attempt, self._context.service).run(answer, head)
         return await whole_pass(job, attempt, answer, head)
+
+    def _log_failure(self, job: Job) -> None:
+        engine = "" if job.placement is None else job.placement.engine_id
+        _LOG.info(
+            "call failed reason=%s engine=%s tries=%d request_id=%s",
+            job.outcome, engine, job.tries, job.request_id,
+        )  # fmt: skip
 
     def _learn(self, job: Job) -> None:
         accepted, result = job.accepted, job.result

@@ -31,26 +31,13 @@ class Service:
         coordinator: the state machine.
         clock: its time.
         ledger: where placements are counted.
-        queue_size: calls that may wait here.
-        queue_timeout_s: longest wait here, seconds.
     """
 
-    def __init__(
-        self,
-        coordinator: Coordinator,
-        clock: Clock,
-        ledger: Ledger,
-        *,
-        queue_size: int = 4096,
-        queue_timeout_s: float = 600.0,
-    ) -> None:
+    def __init__(self, coordinator: Coordinator, clock: Clock, ledger: Ledger) -> None:
         self.coordinator = coordinator
         self.clock = clock
         self._ledger = ledger
-        self._queue_size = queue_size
-        self._queue_timeout_s = queue_timeout_s
-        # Calls without a decision, in order of arrival.
-        self._waiting: dict[str, tuple[float, asyncio.Future[Placement]]] = {}
+        self._waiting: dict[str, asyncio.Future[Placement]] = {}  # calls without a decision
 
     @property
     def waiting(self) -> int:
@@ -109,33 +96,18 @@ class Service:
 
     def tick(self) -> None:
         """Do what time alone causes; call it about once a second or more often."""
-        now = self.clock.now()
-        self._expire(now)
-        self._carry_out(self.coordinator.tick(now))
+        self._carry_out(self.coordinator.tick(self.clock.now()))
 
     def refuse_waiting(self, error: Refused) -> None:
         """Turn away every call that waits for a decision."""
-        for _, future in self._waiting.values():
+        for future in self._waiting.values():
             _refuse(future, error)
-
-    def _expire(self, now: float) -> None:
-        late = Refused(
-            "The call waited too long for an engine.", reason="rejected-ttl-expired", status=504
-        )
-        for since_s, future in self._waiting.values():
-            if now - since_s <= self._queue_timeout_s:
-                break
-            _refuse(future, late)
 
     async def _decided(self, call_id: str, decisions: Iterable[Decision]) -> Placement:
         future: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
-        self._waiting[call_id] = (self.clock.now(), future)
+        self._waiting[call_id] = future
         try:
             self._carry_out(decisions)
-            if not future.done() and self.coordinator.held > self._queue_size:
-                raise Refused(
-                    "Too many calls are waiting.", reason="rejected-saturated", status=429
-                )
             return await future
         finally:
             del self._waiting[call_id]
@@ -145,9 +117,9 @@ class Service:
         for decision in decisions:
             if isinstance(decision, Placement):
                 self._ledger.placements[decision.engine_id, decision.reason] += 1
-            entry = self._waiting.get(decision.call_id)
-            if entry is not None and not entry[1].done():
-                _settle(entry[1], decision)
+            future = self._waiting.get(decision.call_id)
+            if future is not None and not future.done():
+                _settle(future, decision)
 
 
 def _settle(future: asyncio.Future[Placement], decision: Decision) -> None:

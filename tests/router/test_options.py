@@ -7,6 +7,7 @@ import argparse
 import pytest
 
 from hexgen_vllm import config
+from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router.main import add_arguments, run
 from hexgen_vllm.router.options import RouterOptions, Worker
@@ -56,6 +57,14 @@ def test_flags_of_the_ecosystem_are_understood() -> None:
     assert options.disable_retries
     assert (options.retry_max_retries, options.retry_jitter_factor) == (7, 0.1)
     assert (options.max_concurrent_requests, options.queue_timeout_secs) == (11, 13.0)
+
+
+def test_the_queue_has_bounds_under_either_name() -> None:
+    options = RouterOptions(queue_size=5, queue_timeout_secs=6.0)
+    found = options.bounded(DispatchOptions())
+    assert (found.max_held_calls, found.held_timeout_s) == (5, 6.0)
+    given = DispatchOptions(max_held_calls=7, held_timeout_s=8.0)
+    assert options.bounded(given) == given
 
 
 @pytest.mark.parametrize(

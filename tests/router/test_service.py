@@ -40,8 +40,8 @@ class Desk:
         self, policy: str = "slack", engines: int = 1, slots: int = 1, **more: Any
     ) -> None:
         self.clock, self.ledger = ManualClock(), Ledger()
-        options = DispatchOptions(policy=policy, hold_depth=0)
-        self.service = Service(Coordinator(options), self.clock, self.ledger, **more)
+        options = DispatchOptions(policy=policy, hold_depth=0, **more)
+        self.service = Service(Coordinator(options), self.clock, self.ledger)
         for i in range(engines):
             self.service.engine_joined(
                 EngineSpec(f"e{i}", kind=EngineKind.HEXGEN, max_num_seqs=slots)
@@ -102,7 +102,7 @@ async def test_held_calls_are_woken_in_order_of_due_time() -> None:
 
 
 async def test_a_full_queue_turns_away_who_comes_last() -> None:
-    desk = Desk(queue_size=1)
+    desk = Desk(max_held_calls=1)
     await desk.service.place(desk.call("in"))
     waiting = desk.place("waits")
     await settle()
@@ -116,7 +116,7 @@ async def test_a_full_queue_turns_away_who_comes_last() -> None:
 
 
 async def test_waiting_has_an_end() -> None:
-    desk = Desk(queue_timeout_s=30.0)
+    desk = Desk(held_timeout_s=30.0)
     await desk.service.place(desk.call("in"))
     old = desk.place("old")
     await settle()
@@ -219,7 +219,7 @@ class Life:
 
     def __init__(self, policy: str, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.desk = Desk(policy, engines=3, slots=2, queue_size=6, queue_timeout_s=20.0)
+        self.desk = Desk(policy, engines=3, slots=2, max_held_calls=6, held_timeout_s=20.0)
         self.tasks: dict[str, asyncio.Task[Placement]] = {}
         self.asked = 0
 
