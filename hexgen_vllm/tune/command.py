@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any, Final
 
 from hexgen_vllm.bench import results
 from hexgen_vllm.bench.plot import require_matplotlib
+from hexgen_vllm.config import DispatchOptions, check, from_mapping, given, option
 from hexgen_vllm.config import add_arguments as add_options
-from hexgen_vllm.config import check, from_mapping, given, option
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.limits import limits
 from hexgen_vllm.sim.policies import NAMES, Policy, named
@@ -62,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trace", type=Path, metavar="RECENT.jsonl", help="recent workflows, or a public trace")
     add_options(parser, TuneOptions)
     add("--seed", nargs="+", type=int, default=[1, 2, 3], dest="seeds", help="workloads to play")
+    add("--dispatch", nargs="+", default=[], metavar="OPTION=X", help="placement options in force")
+    add("--live", action="store_true", help="only knobs that a running router can turn")
+    add("--nice", type=int, default=0, metavar="N", help="lower this process's priority by N")
     add("--weight", nargs="+", default=[], metavar="TENANT=W", help="for --objective tenants")
     add("--baseline", metavar="POLICY", choices=NAMES, help="compare with this policy")
     add("--sustained", action="store_true", help="with --baseline: compare sustained rates, too")
@@ -81,10 +85,11 @@ def main(args: argparse.Namespace) -> int:
         results.check_writable(path)
     if args.plot:
         require_matplotlib()
-    policy = named(options.policy)
-    knobs = _knobs(policy, options)
+    os.nice(args.nice)
+    policy = named(options.policy, _dispatch(args.dispatch))
+    knobs = _knobs(policy, options, live=args.live)
     setting = _setting(args, options)
-    objective, heading = chosen(options.objective, _weights(args.weight))
+    objective, heading = chosen(options.objective, _numbers(args.weight, "--weight"))
     with Evaluator(setting, policy, objective, options.jobs) as evaluate:
         search = Search(evaluate, args.seeds, defaults(policy, knobs))
         _search(search, knobs, options)
@@ -101,8 +106,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _knobs(policy: Policy, options: TuneOptions) -> list[Knob]:
-    knobs = knobs_for(policy, options.knobs)
+def _dispatch(pairs: list[str]) -> DispatchOptions:
+    """Return placement options; those that are whole numbers come as such."""
+    values = _numbers(pairs, "--dispatch")
+    return from_mapping(DispatchOptions, values, where="placement option")
+
+
+def _knobs(policy: Policy, options: TuneOptions, *, live: bool) -> list[Knob]:
+    knobs = knobs_for(policy, options.knobs, live=live)
     if options.grid is None:
         return knobs
     if not options.knobs and policy.name == "hexgen":
@@ -144,15 +155,16 @@ def _setting(args: argparse.Namespace, options: TuneOptions) -> Setting:
     )
 
 
-def _weights(pairs: list[str]) -> dict[str, float]:
-    weights = {}
+def _numbers(pairs: list[str], flag: str) -> dict[str, float]:
+    """Read pairs like ``name=0.5``."""
+    values = {}
     for pair in pairs:
-        tenant, _, weight = pair.rpartition("=")
+        name, _, value = pair.rpartition("=")
         try:
-            weights[tenant] = float(weight)
+            values[name] = float(value)
         except ValueError:
-            raise ConfigError(f"--weight must be TENANT=NUMBER, not {pair!r}.") from None
-    return weights
+            raise ConfigError(f"{flag} must be NAME=NUMBER, not {pair!r}.") from None
+    return values
 
 
 def _workload(setting: Setting) -> str:

@@ -80,7 +80,8 @@ def test_a_plot_is_drawn(fleet: Path, recent: Path, tmp_path: Path) -> None:
         (["--rate=1", "--load=0.5"], "rate and load cannot both be given"),
         (["--grid=3"], "grid takes exactly one knob"),
         (["--knobs", "alpha"], "'alpha' is not a knob of slack"),
-        (["--objective=tenants", "--weight", "b"], "--weight must be TENANT=NUMBER"),
+        (["--objective=tenants", "--weight", "b"], "--weight must be NAME=NUMBER"),
+        (["--dispatch", "speed=1"], "unknown placement option 'speed'"),
         (["--seed", "1", "1"], "--seed must be different"),
     ],
 )
