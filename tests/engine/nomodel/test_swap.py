@@ -33,8 +33,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize(("seed", "name"), enumerate(SETUPS))
 def test_tokens_are_exact_and_hardly_any_is_computed_again(
     folder: Path, name: str, seed: int
 ) -> None:
@@ -49,19 +48,28 @@ def test_tokens_are_exact_and_hardly_any_is_computed_again(
     assert engine.recomputed() <= 0.1 * (engine.recomputed() + kept["restored_tokens"])
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True])
-def test_without_it_the_same_load_is_computed_again(folder: Path, async_scheduling: bool) -> None:
+def test_without_it_the_same_load_is_computed_again(folder: Path) -> None:
     """What the limit above is a share of: it would not hold by itself."""
     found = []
     for keep in ("always", "never"):
-        engine = SwapEngine(folder, async_scheduling=async_scheduling, hexgen={"keep_kv": keep})
+        engine = SwapEngine(folder, async_scheduling=True, hexgen={"keep_kv": keep})
         Load(engine, 0).play()
         found.append(engine.recomputed())
     assert found[0] < 0.1 * found[1]
 
 
-@pytest.mark.parametrize("setup", ["sync", "async", "beside-async", "async-no-prefix-cache"])
-@pytest.mark.parametrize("host_blocks", [1, 5, 20])
+@pytest.mark.parametrize(
+    ("setup", "host_blocks"),
+    [
+        ("async", 1),
+        ("sync", 5),
+        ("async", 5),
+        ("beside-async", 5),
+        ("async-no-prefix-cache", 5),
+        ("sync", 15),
+        ("beside-async", 15),
+    ],
+)
 def test_a_full_pool_is_exact_and_stays_in_its_bounds(
     folder: Path, setup: str, host_blocks: int
 ) -> None:
@@ -80,11 +88,11 @@ def test_a_full_pool_is_exact_and_stays_in_its_bounds(
     load.check()
     kept = engine.host_kv()
     assert kept["refused_tokens"]["full"] > 0
-    assert host_blocks < 20 or kept["dropped_tokens"]["evicted"] > 0
+    assert host_blocks < 15 or kept["dropped_tokens"]["evicted"] > 0
     assert 0 < most <= host_blocks
 
 
-@pytest.mark.parametrize("name", ["sync", "async", "beside-async", "async-no-prefix-cache"])
+@pytest.mark.parametrize("name", ["sync", "beside-async", "async-no-prefix-cache"])
 def test_a_corrupted_copy_is_noticed(folder: Path, name: str) -> None:
     """The negative control: were restored KV never read, everything above would prove nothing."""
     engine = SwapEngine(folder, **SETUPS[name])
