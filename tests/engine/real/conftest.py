@@ -1,0 +1,78 @@
+"""Real engines on the CPU, one after the other, in this process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.real import async_cpu
+from tests.engine.real.engines import RealEngine
+
+CACHE = Path(__file__).resolve().parents[3] / ".cache"
+Start = Callable[..., RealEngine]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    """Return the folder of a model of two small layers, built once per checkout."""
+    folder = CACHE / "tiny-model-e2e"
+    make = [sys.executable, "-m", "hexgen_vllm.engine.tiny_model", str(folder)]
+    subprocess.run([*make, "--hidden=128", "--layers=2"], check=True, capture_output=True)
+    return str(folder)
+
+
+def _nothing(cls: type) -> None:
+    del cls
+
+
+@pytest.fixture(scope="session")
+def once() -> Iterator[Callable[[], None]]:
+    """Let vLLM replace its Triton kernels only for the first engine of the process.
+
+    It looks for them in every loaded module, and fails at one of numba's, which n-gram drafting
+    loads.
+    """
+    patch = pytest.MonkeyPatch()
+
+    def done() -> None:
+        from vllm.platforms.cpu import CpuPlatform
+
+        name = "register_triton_kernel_overrides"
+        patch.setattr(CpuPlatform, name, classmethod(_nothing))
+
+    yield done
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def start(model: str, once: Callable[[], None]) -> Iterator[Start]:
+    """Start an engine, ``start(UrgencyScheduler, max_num_seqs=2)``, and end the one before."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    async_cpu.allow(patch)
+    engines: list[RealEngine] = []
+
+    def begin(scheduler_class: type | None = None, **args: Any) -> RealEngine:
+        while engines:
+            engines.pop().close()
+        engines.append(RealEngine(model, scheduler_class, **{"async_scheduling": False, **args}))
+        once()
+        return engines[-1]
+
+    yield begin
+    while engines:
+        engines.pop().close()
+    patch.undo()
