@@ -93,6 +93,13 @@ class Coordinator:
         """Take in telemetry."""
         self.engines[engine_id].report = report
 
+    def retune(self, options: DispatchOptions, now: float) -> list[Decision]:
+        """Turn the knobs of the policy in force; ``options`` differ in nothing else."""
+        self.options = options
+        self._dispatch = POLICIES[options.policy](options)
+        self._estimates.retuned(options)
+        return self._release(now)
+
     # Calls
 
     def call_arrived(self, call: Call, now: float) -> list[Decision]:

@@ -29,6 +29,10 @@ class Estimates:
     ) -> None:
         self._options, self._shapes, self._engines = options, shapes, engines
 
+    def retuned(self, options: DispatchOptions) -> None:
+        """Estimate by other quantiles and defaults from now on."""
+        self._options = options
+
     def demand(self, call: Call, run: WorkflowRun, ordinal: int) -> Demand:
         """Return the estimates of a call.
 

@@ -93,6 +93,8 @@ class Router:
             self._watchers[engine.name] = watcher
             self._tasks.append(asyncio.create_task(watcher.run()))
         self._tasks.append(asyncio.create_task(self._beat()))
+        if context.tuning is not None:
+            self._tasks.append(asyncio.create_task(context.tuning.run()))
         engines = ",".join(context.fleet.engines)
         _LOG.info("listening url=%s policy=%s engines=%s", self.url, self._dispatch.policy, engines)
 

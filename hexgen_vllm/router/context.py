@@ -20,8 +20,11 @@ from hexgen_vllm.router.ledger import Ledger
 from hexgen_vllm.router.metrics import Metrics
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.prompt import TokenRatios
+from hexgen_vllm.router.recorder import Recorder
 from hexgen_vllm.router.retry import RetryPolicy
 from hexgen_vllm.router.service import Service
+from hexgen_vllm.router.tuning import Tuning
+from hexgen_vllm.tune.recent import Ring
 
 
 @dataclass(slots=True)
@@ -42,6 +45,7 @@ class Context:
         metrics: histograms and exposition.
         session: connections to engines.
         suspect: asks for a health check of an engine now.
+        tuning: tunes placement on recent traffic; ``None`` when it is off.
         draining: whether new calls are refused because the router is shutting down.
     """
 
@@ -58,6 +62,7 @@ class Context:
     metrics: Metrics
     session: aiohttp.ClientSession
     suspect: Callable[[str], None]
+    tuning: Tuning | None = None
     draining: bool = False
 
     @property
@@ -129,7 +134,12 @@ def new_context(
 ) -> Context:
     """Make the parts of a router; nothing runs yet."""
     ledger, ratios = Ledger(), TokenRatios()
-    service = Service(Coordinator(options.bounded(dispatch)), clock, ledger)
+    ring = Ring(options.tune_ring)
+    recorder = None if options.tune == "off" else Recorder(ring)
+    service = Service(Coordinator(options.bounded(dispatch)), clock, ledger, recorder)
+    tuning = None
+    if recorder is not None:
+        tuning = Tuning(options, service.coordinator, clock, ring, service.retune)
     guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
     fleet = Fleet(options.workers(), service, guard)
     return Context(
@@ -143,7 +153,8 @@ def new_context(
         ratios=ratios,
         intake=Intake(ratios, dispatch.default_deadline_s, options.request_id_headers),
         retries=RetryPolicy(options, random.Random()),
-        metrics=Metrics(ledger, service, fleet),
+        metrics=Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner),
         session=session,
         suspect=suspect,
+        tuning=tuning,
     )

@@ -18,6 +18,7 @@ from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.router.fleet import Fleet
 from hexgen_vllm.router.ledger import Ledger
 from hexgen_vllm.router.service import Service
+from hexgen_vllm.tune.online import OnlineTuner
 from hexgen_vllm.types import EngineState
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -33,9 +34,13 @@ class Metrics:
         held_s: time from receipt to the first placement.
     """
 
-    def __init__(self, ledger: Ledger, service: Service, fleet: Fleet) -> None:
+    def __init__(
+        self, ledger: Ledger, service: Service, fleet: Fleet, tuner: OnlineTuner | None = None
+    ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_State(ledger, service, fleet))
+        if tuner is not None:
+            self._registry.register(_Tuning(tuner))
         self.call_s = Histogram(
             f"{_PREFIX}call_seconds",
             "Time from receipt to the end of answered calls",
@@ -99,6 +104,24 @@ class _State(Collector):
         for name, doc, values in gauges:
             known = (((e.engine_id,), v) for e, v in values if v is not None)
             yield _gauge(name, doc, ("engine",), known)
+
+
+class _Tuning(Collector):
+    """Reads what tuning does."""
+
+    def __init__(self, tuner: OnlineTuner) -> None:
+        self._tuner = tuner
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric of tuning."""
+        tuner = self._tuner
+        yield _counter("tune_events", "What tuning did", ("what",),
+                       (((what,), n) for what, n in tuner.counts.items()))  # fmt: skip
+        yield _gauge("tune_knob", "Values in force of tuned options", ("option",),
+                     (((name,), value) for name, value in tuner.values.items()))  # fmt: skip
+        error = tuner.simulator_error
+        yield _gauge("tune_simulator_error", "Relative error of the simulated live loss", (),
+                     () if error is None else (((), error),))  # fmt: skip
 
 
 def _fit_error(engine: EngineLoad) -> float | None:

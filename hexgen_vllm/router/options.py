@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from hexgen_vllm.config import DispatchOptions, check, option
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.tune.online import OnlineOptions
 
 _WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
 
@@ -21,8 +22,8 @@ class Worker(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RouterOptions:
-    """Options of the router; those of placement are ``DispatchOptions``."""
+class RouterOptions(OnlineOptions):
+    """Options of the router and of its tuning; those of placement are ``DispatchOptions``."""
 
     worker_urls: tuple[str, ...] = option(
         (), "engines, as http://host:port or name=http://host:port"

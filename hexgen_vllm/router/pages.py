@@ -46,6 +46,7 @@ class Pages:
             "/load": self.load,
             "/metrics": self.metrics,
             "/scheduling/diagnostics": self.diagnostics,
+            "/tuning": self.tuning,
         }
         post: dict[str, Handler] = dict.fromkeys(_PASSED_ON, self.pass_on)
         post["/finish_session"] = self.finish_session
@@ -127,6 +128,13 @@ class Pages:
             report = asdict(load.report)
             shown["report"] = {k: report[k] for k in report if k not in ("cost", "fit_error")}
         return shown
+
+    async def tuning(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Show what tuning did, suggests, and stands on; times are ages in seconds."""
+        tuning = self._context.tuning
+        if tuning is None:
+            return _json({"mode": "off"})
+        return _json(tuning.tuner.state(self._context.clock.now()))
 
     async def finish_session(self, request: web.BaseRequest) -> web.StreamResponse:
         """End the workflow that the query names, by vllm-router's convention."""

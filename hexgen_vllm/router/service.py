@@ -6,12 +6,14 @@ Everything here runs in one event loop and does not wait between reading and cha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.router.ledger import Ledger
+from hexgen_vllm.router.recorder import Recorder
 from hexgen_vllm.types import (
     Call,
     CallResult,
@@ -31,12 +33,20 @@ class Service:
         coordinator: the state machine.
         clock: its time.
         ledger: where placements are counted.
+        recorder: remembers recent workflows.
     """
 
-    def __init__(self, coordinator: Coordinator, clock: Clock, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        clock: Clock,
+        ledger: Ledger,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.coordinator = coordinator
         self.clock = clock
         self._ledger = ledger
+        self._recorder = recorder
         self._waiting: dict[str, asyncio.Future[Placement]] = {}  # calls without a decision
 
     @property
@@ -52,7 +62,10 @@ class Service:
         Raises:
             Refused: nobody can take it, too many calls wait, or it waited too long.
         """
-        arrived = self.coordinator.call_arrived(call, self.clock.now())
+        now = self.clock.now()
+        if self._recorder is not None:
+            self._recorder.arrived(call, now)
+        arrived = self.coordinator.call_arrived(call, now)
         return await self._decided(call.call_id, arrived)
 
     async def replace(self, call_id: str) -> Placement:
@@ -75,11 +88,21 @@ class Service:
 
     def finished(self, call_id: str, result: CallResult) -> None:
         """Note that a call ended; harmless for one that has ended before."""
-        self._carry_out(self.coordinator.call_finished(call_id, result, self.clock.now()))
+        now = self.clock.now()
+        if self._recorder is not None:
+            self._recorder.ended(call_id, result, now)
+        self._carry_out(self.coordinator.call_finished(call_id, result, now))
 
     def workflow_finished(self, workflow_id: str) -> None:
         """Note the client's word that a workflow is over."""
+        if self._recorder is not None:
+            self._recorder.finished(workflow_id)
         self.coordinator.workflow_finished(workflow_id)
+
+    def retune(self, values: Mapping[str, float]) -> None:
+        """Turn knobs of the placement policy in force, by option name."""
+        options = replace(self.coordinator.options, **values)  # type: ignore[arg-type]
+        self._carry_out(self.coordinator.retune(options, self.clock.now()))
 
     def engine_joined(self, spec: EngineSpec) -> None:
         """Note an engine that is ready."""
@@ -96,7 +119,10 @@ class Service:
 
     def tick(self) -> None:
         """Do what time alone causes; call it about once a second or more often."""
-        self._carry_out(self.coordinator.tick(self.clock.now()))
+        now = self.clock.now()
+        if self._recorder is not None:
+            self._recorder.tick(now)
+        self._carry_out(self.coordinator.tick(now))
 
     def refuse_waiting(self, error: Refused) -> None:
         """Turn away every call that waits for a decision."""

@@ -70,6 +70,11 @@ class Tuning:
         self._search = search or search_apart
         self.tuner = OnlineTuner(options, {}, clock.now())
 
+    @property
+    def recent(self) -> Ring:
+        """Recent workflows."""
+        return self._ring
+
     async def run(self) -> None:
         """Look every few seconds whether there is something to do."""
         while True:

@@ -226,14 +226,24 @@ class OnlineTuner:
         gain, spread = (None, None) if proposal is None else (proposal.gain, proposal.spread)
         self.history.append(Event(now, what, why, dict(values), gain, spread, self.simulator_error))
 
-    def state(self) -> dict[str, Any]:
-        """Return everything as a JSON object."""
+    def state(self, now: float) -> dict[str, Any]:
+        """Return everything as a JSON object; events have an age, newest first."""
         return {
             "mode": self._options.tune,
             "phase": self.phase.value,
             "values": self.values,
             "suggested": self.suggested,
-            "simulator_error": self.simulator_error,
+            "simulator_error": _finite(self.simulator_error),
             "counts": self.counts,
-            "history": [asdict(event) for event in self.history],
+            "history": [_shown(event, now) for event in reversed(self.history)],
         }
+
+
+def _shown(event: Event, now: float) -> dict[str, Any]:
+    shown = {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(event).items()}
+    del shown["at_s"]
+    return {"age_s": round(now - event.at_s, 3), **shown}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

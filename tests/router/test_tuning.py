@@ -14,7 +14,9 @@ from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.router.recorder import Recorder
 from hexgen_vllm.router.tuning import Files, SearchFailed, Tuning, command, fleet_text, search_apart
 from hexgen_vllm.sim.scenario_file import load_fleet
+from hexgen_vllm.testing.fake_server import FakeSettings
 from hexgen_vllm.testing.manual_clock import ManualClock
+from hexgen_vllm.testing.stand import open_stand
 from hexgen_vllm.tune.online import OnlineOptions, Phase
 from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring, parse
 from hexgen_vllm.types import Call, CallResult, EngineReport, EngineSpec, StepCost
@@ -138,7 +140,7 @@ async def test_suggest_turns_nothing() -> None:
     stand.clock.advance(11.0)
     await stand.tuning.look()
     assert stand.applied == []
-    assert stand.tuning.tuner.state()["suggested"] == {"alpha": 0.6}
+    assert stand.tuning.tuner.state(0.0)["suggested"] == {"alpha": 0.6}
 
 
 async def test_a_failed_search_is_noted() -> None:
@@ -185,3 +187,36 @@ async def test_a_real_search_runs_apart() -> None:
     assert json.dumps(found["proposed"])
     with pytest.raises(SearchFailed, match="line 1 is not JSON"):
         await search_apart(("nonsense", files[1]), DispatchOptions(policy="hexgen"), options)
+
+
+async def test_the_router_records_and_shows_its_tuning() -> None:
+    async with open_stand(FakeSettings(), tune="suggest") as stand:
+        headers = {"x-hexgen-workflow-id": "w", "x-hexgen-workflow-final": "true"}
+        async with stand.post(headers=headers) as answer:
+            assert answer.status == 200
+            await answer.read()
+        stand.assert_settled()
+        assert stand.context.tuning is not None
+        async with stand.client.get(f"{stand.router.url}/tuning") as page:
+            shown = await page.json()
+        assert (shown["mode"], shown["phase"], shown["history"]) == ("suggest", "watching", [])
+        (recorded,) = stand.context.tuning.recent
+        assert [c.stage for c in recorded.calls] == ["default"]
+
+
+async def test_tuning_is_off_by_default() -> None:
+    async with open_stand(FakeSettings()) as stand:
+        async with stand.client.get(f"{stand.router.url}/tuning") as page:
+            assert await page.json() == {"mode": "off"}
+        async with stand.client.get(f"{stand.router.url}/metrics") as page:
+            assert "hexgen_router_tune" not in await page.text()
+
+
+async def test_knobs_turn_in_a_running_router() -> None:
+    async with open_stand(FakeSettings(), tune="auto", policy="hexgen") as stand:
+        stand.context.service.retune({"alpha": 0.9})
+        assert stand.context.service.coordinator.options.alpha == 0.9
+        async with stand.post() as answer:
+            assert answer.status == 200
+        async with stand.client.get(f"{stand.router.url}/metrics") as page:
+            assert "hexgen_router_tune_events_total" in await page.text()

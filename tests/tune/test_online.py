@@ -112,7 +112,7 @@ def test_the_history_is_bounded_and_counted() -> None:
     for index in range(300):
         one.search_started(STEADY, "period", float(index))
         one.search_failed("x", float(index))
-    assert len(one.state()["history"]) == 100
+    assert len(one.state(300.0)["history"]) == 100
     assert one.counts == {"search": 300, "failed": 300}
 
 
