@@ -102,9 +102,7 @@ SEAMS: Final = (
         ("self", "scheduler_output", "model_runner_output"),
     ),
     Seam(AsyncScheduler, "add_request", ("self", "request")),
-    Seam(
-        AsyncScheduler, "_preempt_request", ("self", "request", "timestamp", "drop_stale_output")
-    ),
+    Seam(AsyncScheduler, "_preempt_request", ("self", "request", "timestamp", "drop_stale_output")),
     Seam(AsyncScheduler, "_update_request_as_session", ("self", "session", "update")),
     Seam(AsyncScheduler, "_connector_finished", ("self", "request")),
     Seam(AsyncScheduler, "_request_remaining_blocks", ("self", "request")),

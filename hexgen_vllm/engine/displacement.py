@@ -13,13 +13,14 @@ from typing import Any, Final
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.compat import PauseState, Request
-from hexgen_vllm.engine.requests import CallBook, output_left
+from hexgen_vllm.engine.requests import CallBook
 from hexgen_vllm.policy.preemption import (
     Candidate,
     RunningView,
     choose_victims,
     urgent,
 )
+from hexgen_vllm.policy.service import output_left
 
 _MOST_VIEWS: Final = 32
 _QUIET_STEPS: Final = 8

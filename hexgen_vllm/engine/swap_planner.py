@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from hexgen_vllm.engine.host_pool import HostCopy, HostPool
-from hexgen_vllm.engine.requests import ServiceRates
 from hexgen_vllm.engine.swap_ledger import SwapLedger
 from hexgen_vllm.engine.swap_messages import Load, Save, SwapMeta
 from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, leaves_head, weigh
+from hexgen_vllm.policy.service import ServiceRates
 
 _BESIDE_FROM_S: Final = 0.002
 

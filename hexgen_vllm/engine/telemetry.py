@@ -14,8 +14,9 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from hexgen_vllm.engine.exposition import exposition
-from hexgen_vllm.engine.requests import CallState, ServiceRates
+from hexgen_vllm.engine.requests import CallState
 from hexgen_vllm.policy.cost_model import CostFit, StepShape
+from hexgen_vllm.policy.service import ServiceRates
 
 __all__ = [
     "SLACK_BOUNDS_S",
