@@ -30,6 +30,8 @@ PRIORITY_HEADER: Final = "X-Vllm-Priority"
 # A step of client priority outranks every difference in due time: 1e12 ms are 31 years.
 PRIORITY_STEP: Final = 10**12
 
+LEAST_DEADLINE_S: Final = 0.001
+
 _HOP_BY_HOP: Final = (
     "connection",
     "keep-alive",
@@ -124,23 +126,25 @@ def stock_priority(due_in_s: float, priority: int) -> int:
 def _meta(accepted: Accepted, placement: Placement, now: float) -> wire.CallMeta:
     call = accepted.call
     known = placement.deadline_s < math.inf
+    # The wire has no negative deadline. What is overdue goes into the tail: deadline minus tail,
+    # which engines order by, stays what it is.
+    overdue_s = max(now + LEAST_DEADLINE_S - placement.deadline_s, 0.0)
     return wire.CallMeta(
         workflow_id=accepted.session_id,
         workflow_type=call.workflow_type,
-        # An engine needs a number it can order by, also when the deadline has passed.
-        workflow_deadline_ms=_ms(placement.deadline_s - now, 1.0) if known else None,
+        workflow_deadline_ms=_ms(placement.deadline_s + overdue_s - now) if known else None,
         stage=call.stage,
         stages_left=call.stages_left,
         expected_output_tokens=placement.expected_output_tokens or None,
         workflow_final=call.final or None,
         tenant=call.tenant,
-        tail_ms=_ms(placement.tail_s, 0.0),
+        tail_ms=_ms(placement.tail_s + overdue_s),
         background=placement.background or None,
     )
 
 
-def _ms(seconds: float, least: float) -> float:
-    return min(max(seconds * 1000.0, least), wire.MAX_TIME_MS)
+def _ms(seconds: float) -> float:
+    return min(seconds * 1000.0, wire.MAX_TIME_MS)
 
 
 def to_client(headers: Mapping[str, str], engine: str, request_id: str) -> CIMultiDict[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -104,6 +105,22 @@ def test_what_is_sent_can_be_read() -> None:
         accepted(), never, EngineKind.HEXGEN, now=NOW, epoch=EPOCH, request_id="r"
     )
     assert wire.from_headers(found).workflow_deadline_ms is None
+
+
+def test_an_overdue_call_keeps_its_due_time() -> None:
+    """Two overdue calls must not change places because neither may send a negative deadline."""
+    early = Placement("c1", "e1", "r", due_s=NOW - 9.0, deadline_s=NOW - 5.0, tail_s=4.0)
+    late = replace(early, due_s=NOW - 3.0, deadline_s=NOW - 2.0, tail_s=1.0)
+    due = []
+    for placement in (early, late):
+        found = outbound.to_engine(
+            accepted(), placement, EngineKind.HEXGEN, now=NOW, epoch=EPOCH, request_id="r"
+        )
+        meta = wire.from_headers(found)
+        assert meta.workflow_deadline_ms is not None
+        assert meta.tail_ms is not None
+        due.append(round((meta.workflow_deadline_ms - meta.tail_ms) / 1000.0, 2))
+    assert due == [-9.0, -3.0]
 
 
 def test_the_clients_own_session_header_stays() -> None:
