@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexgen_vllm.calibrate import entry, facts
+from hexgen_vllm.calibrate.command import CalibrateOptions, calibrate, describe
 from hexgen_vllm.calibrate.fit import DecodeTiming, PrefillTiming, fit
 from hexgen_vllm.calibrate.probes import design
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.calibration import from_calibration, to_calibration
 from hexgen_vllm.sim.scenario_file import load_fleet
+from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.types import StepCost
 
 COST = StepCost(c0=0.02, c1=4e-4, c2=6e-8, p0=0.003, p1=2e-4, p2=8e-9)
@@ -131,3 +133,21 @@ def test_a_file_that_is_no_fleet_is_left_alone(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"fleet": "reference-4", "arrivals": {"rates": [1.0]}}))
     with pytest.raises(ConfigError, match=r"scenario\.yaml must hold nothing but a fleet"):
         entry.write(path, {"name": "a"}, 0.0)
+
+
+async def test_a_plain_engine_is_measured_by_its_answers() -> None:
+    settings = FakeSettings(step_s=0.004, prefill_tokens_per_s=20_000.0, slots=2)
+    async with FakeServer(settings) as engine:
+        found = await calibrate(engine.url, CalibrateOptions(max_num_seqs=2, kv_tokens=500))
+    assert found.source == "timings"
+    assert found.assumed == ["max_num_batched_tokens", "prefix_caching"]
+    assert found.fit.cost.step_s(1) >= 0.004  # a busy machine is slower, never faster
+    assert found.fleet_entry["kv_tokens"] == 500
+    assert "fit (timings)" in describe(found)
+
+
+async def test_a_url_without_an_engine_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="cannot be used"):
+        await calibrate("http://127.0.0.1:9", CalibrateOptions())
+    with pytest.raises(ConfigError, match="url must start with http"):
+        await calibrate("gpu-1:8000", CalibrateOptions())
