@@ -99,3 +99,16 @@ def test_a_workload_without_times_needs_a_rate(
 ) -> None:
     assert main(["tune", f"--fleet={fleet}"]) == 2
     assert "give --rate or --load" in capsys.readouterr().err
+
+
+def test_sustained_rates_end_at_the_capacity(
+    fleet: Path, recent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "tuning.json"
+    argv = ["tune", f"--fleet={fleet}", f"--trace={recent}", "--policy=hexgen", "--grid=2", *FAST]
+    argv += ["--deadline-s=20", "--baseline=round_robin+fcfs", "--sustained", f"--json={data}"]
+    assert main(argv) == 0
+    found = json.loads(data.read_text())[0]["baseline"]
+    worse, better = found["sustained_per_s"]
+    assert 0 < worse <= better <= found["capacity_per_s"]
+    assert f"rate_ratio: {found['rate_ratio']}" in capsys.readouterr().out
