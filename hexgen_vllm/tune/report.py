@@ -16,6 +16,7 @@ from hexgen_vllm.tune.knobs import KNOBS, Knob, Values
 from hexgen_vllm.tune.search import Search, Trial
 
 _SHOWN: Final = 12
+_COLUMNS: Final = 4
 
 
 def table(search: Search, knobs: Sequence[Knob], heading: str, *, by_value: bool) -> str:
@@ -54,16 +55,17 @@ def draw(search: Search, knobs: Sequence[Knob], heading: str, path: Path) -> Non
     require_matplotlib()
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(
-        1,
-        len(knobs),
-        figsize=(4.0 * len(knobs) + 1.5, 3.8),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
+    columns = min(len(knobs), _COLUMNS)
+    rows = -(-len(knobs) // columns)
+    size = (3.4 * columns + 1.2, 3.2 * rows)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
+    axes = list(grid.flat)
+    for unused in axes[len(knobs) :]:
+        unused.set_axis_off()
     trials = [t for t in search.trials if t.losses and math.isfinite(t.mean)]
-    for axis, knob in zip(axes[0], knobs, strict=True):
+    for axis, knob in zip(axes, knobs, strict=False):
         for trial in trials:
             best, present = trial is search.best(), trial is search.present
             colour = COLOURS[1] if best else COLOURS[6] if present else COLOURS[0]
@@ -76,8 +78,9 @@ def draw(search: Search, knobs: Sequence[Knob], heading: str, path: Path) -> Non
             axis.set_xscale("log")
         axis.grid(visible=True, color="0.92", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel(heading)
-    axes[0][0].set_title("orange: proposed, black: in force", loc="left", fontsize=10)
+    for first in axes[::columns]:
+        first.set_ylabel(heading)
+    axes[0].set_title("orange: proposed, black: in force", loc="left", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
