@@ -6,7 +6,16 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from hexgen_vllm.tune.recent import MAX_CALLS, RecentCall, RecentWorkflow, Ring
-from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
+from hexgen_vllm.types import NO_DEADLINE, Call, CallResult, Placement
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A call that has not ended."""
+
+    call: Call
+    since_s: float
+    cached: int | None = None
 
 
 @dataclass(slots=True)
@@ -40,7 +49,7 @@ class Recorder:
         self.ring = ring
         self._idle_s, self._max_open = idle_s, max_open
         self._runs: OrderedDict[str, _Run] = OrderedDict()
-        self._calls: dict[str, tuple[Call, float]] = {}
+        self._calls: dict[str, _Seen] = {}
 
     def arrived(self, call: Call, now: float) -> None:
         """Note that a call came."""
@@ -54,23 +63,28 @@ class Recorder:
         run.last_s, run.open_calls = now, run.open_calls + 1
         run.deadline_s = min(run.deadline_s, call.deadline_s)
         run.final = run.final or call.final
-        self._calls[call.call_id] = (call, now)
+        self._calls[call.call_id] = _Seen(call, now)
+
+    def placed(self, placement: Placement) -> None:
+        """Note where a call goes, and what of its prompt the engine probably has."""
+        seen = self._calls.get(placement.call_id)
+        if seen is not None:
+            seen.cached = max(seen.call.prompt_tokens - placement.uncached_tokens, 0)
 
     def ended(self, call_id: str, result: CallResult, now: float) -> None:
         """Note that a call ended, however it did; harmless for one that is not known."""
         known = self._calls.pop(call_id, None)
-        run = self._runs.get(known[0].workflow_id) if known is not None else None
+        run = self._runs.get(known.call.workflow_id) if known is not None else None
         if known is None or run is None:
             return
-        call, since_s = known
         run.last_s, run.open_calls = now, run.open_calls - 1
         if result.ok and result.output_tokens:
             if len(run.calls) <= MAX_CALLS:  # one too many: the ring refuses the workflow
-                run.calls.append(_recorded(call, result, since_s, now, run.began_s))
+                run.calls.append(_recorded(known, result, now, run.began_s))
         else:
             run.failed = True
         if run.final and not run.open_calls:
-            self._end(call.workflow_id)
+            self._end(known.call.workflow_id)
 
     def finished(self, workflow_id: str) -> None:
         """Note the client's word that a workflow is over."""
@@ -103,14 +117,15 @@ class Recorder:
         )
 
 
-def _recorded(
-    call: Call, result: CallResult, since_s: float, now: float, began_s: float
-) -> RecentCall:
+def _recorded(seen: _Seen, result: CallResult, now: float, began_s: float) -> RecentCall:
+    """Return the record of an answered call; few engines say what their prefix cache had."""
+    prompt = max(result.prompt_tokens or seen.call.prompt_tokens, 1)
+    cached = seen.cached if result.cached_tokens is None else result.cached_tokens
     return RecentCall(
-        stage=call.stage,
-        at_s=round(since_s - began_s, 4),
-        took_s=round(now - since_s, 4),
-        prompt=max(result.prompt_tokens or call.prompt_tokens, 1),
+        stage=seen.call.stage,
+        at_s=round(seen.since_s - began_s, 4),
+        took_s=round(now - seen.since_s, 4),
+        prompt=prompt,
         output=max(result.output_tokens or 1, 1),
-        cached=result.cached_tokens,
+        cached=None if cached is None else min(cached, prompt),
     )

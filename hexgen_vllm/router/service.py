@@ -143,6 +143,8 @@ class Service:
         for decision in decisions:
             if isinstance(decision, Placement):
                 self._ledger.placements[decision.engine_id, decision.reason] += 1
+                if self._recorder is not None:
+                    self._recorder.placed(decision)
             future = self._waiting.get(decision.call_id)
             if future is not None and not future.done():
                 _settle(future, decision)

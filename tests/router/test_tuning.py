@@ -19,7 +19,7 @@ from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.testing.stand import open_stand
 from hexgen_vllm.tune.online import OnlineOptions, Phase
 from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring, parse
-from hexgen_vllm.types import Call, CallResult, EngineReport, EngineSpec, StepCost
+from hexgen_vllm.types import Call, CallResult, EngineReport, EngineSpec, Placement, StepCost
 
 COST = StepCost(0.02, 1e-4, 0.0, 0.0, 2e-4, 0.0)
 OK = CallResult(ok=True, prompt_tokens=90, cached_tokens=64, output_tokens=5)
@@ -44,6 +44,15 @@ def test_calls_become_a_workflow() -> None:
     assert (workflow.type, workflow.tenant, workflow.arrived_s) == ("sql", "t", 10.0)
     assert (workflow.deadline_s, workflow.latency_s) == (40.0, 4.0)
     assert parse(recorder.ring.text().splitlines(), "ring") == [workflow]
+
+
+def test_the_routers_own_estimate_stands_in_for_unsaid_cache_hits() -> None:
+    recorder = Recorder(Ring())
+    recorder.arrived(call("a", final=True), 0.0)
+    recorder.placed(Placement("a", "fast", "finish", uncached_tokens=30))
+    recorder.ended("a", CallResult(ok=True, output_tokens=7), 1.0)
+    (workflow,) = recorder.ring
+    assert (workflow.calls[0].prompt, workflow.calls[0].cached) == (100, 70)
 
 
 def test_silence_and_the_clients_word_end_a_workflow() -> None:
