@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -229,3 +231,11 @@ async def test_knobs_turn_in_a_running_router() -> None:
             assert answer.status == 200
         async with stand.client.get(f"{stand.router.url}/metrics") as page:
             assert "hexgen_router_tune_events_total" in await page.text()
+
+
+def test_a_router_with_tuning_loads_no_simulator() -> None:
+    code = (
+        "import sys, hexgen_vllm.router.app; print(*(n for n in sys.modules if '_vllm.sim' in n))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
