@@ -60,7 +60,6 @@ def test_a_fit_that_does_not_hold_says_so() -> None:
     noisy = [
         PrefillTiming(p.prompt_tokens, p.seconds * (1 + i % 2)) for i, p in enumerate(prefills)
     ]
-    assert fit(noisy, decodes, chunk=None).error >= 0.0
     assert fit(noisy, decodes[:1], chunk=None).error > 0.05
 
 
