@@ -65,7 +65,11 @@ class Head:
     def __init__(self, key_s: float, computed: int = 0) -> None:
         status = compat.RequestStatus.WAITING
         self.head = SimpleNamespace(
-            hexgen=SimpleNamespace(key_s=key_s), num_computed_tokens=computed, status=status
+            hexgen=SimpleNamespace(key_s=key_s),
+            num_computed_tokens=computed,
+            status=status,
+            num_stale_output_tokens=0,
+            drop_stale_output=False,
         )
 
     def peek_request(self) -> Any:
@@ -86,6 +90,22 @@ def test_of_two_queues_holders_of_kv_go_first_then_the_more_urgent() -> None:
     assert chosen(near, []) is near
     assert chosen([], far) is far
     assert chosen([], []) is None
+
+
+def test_nobody_is_next_while_a_holder_of_kv_can_start() -> None:
+    def first(waiting: Any, second: Any) -> Any:
+        queues = {"waiting": waiting, compat.SECOND_QUEUE: second}
+        return compat.first_waiting(SimpleNamespace(**queues))
+
+    near, far, holder = Head(1.0), Head(2.0), Head(3.0, computed=16)
+    assert first(near, []) is near.head
+    assert first(near, holder) is None
+    holder.head.status = compat.RequestStatus.WAITING_FOR_STREAMING_REQ
+    assert first(near, holder) is near.head
+    assert first(far, near) is near.head
+    assert first(near, far) is near.head
+    assert first([], far) is far.head
+    assert first([], []) is None
 
 
 @pytest.mark.parametrize(

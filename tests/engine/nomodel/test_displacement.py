@@ -181,13 +181,19 @@ def test_a_throttled_step_displaces_nobody(build: Build) -> None:
 
 
 def test_nobody_gives_way_when_the_token_budget_is_what_is_short(build: Build) -> None:
-    engine = build(max_num_seqs=3, max_batched_tokens=64)
-    for i in range(3):
-        engine.add(f"lazy{i}", [10 + i] * 500, 60, LAZY)
+    engine = build(max_num_seqs=2, max_batched_tokens=64)
+    engine.add("decoding", [1] * 40, 60, LAZY)
+    engine.steps(3)
+    chunked = engine.add("chunked", [2] * 500, 60, LAZY)
     engine.steps(2)
+    chunked.hexgen.displacements = 3
     engine.add("urgent", [99] * 40, 10, URGENT)
     engine.step()
-    assert engine.displaced() == 0, "the chunks of the batch would still take every token"
+    assert engine.displaced() == 0, "what stays in the batch takes every token"
+    while chunked.is_prefill_chunk:
+        engine.step()
+    engine.steps(9)
+    assert engine.displaced() == 1
     engine.run()
     engine.assert_clean()
 
@@ -218,14 +224,16 @@ def test_blocks_shared_with_others_do_not_count_as_room(build: Build) -> None:
 
 
 def test_blocks_that_the_urgent_call_shares_need_no_room(build: Build) -> None:
-    engine = build(blocks=16, max_num_seqs=8)
+    engine = build(blocks=20, max_num_seqs=8)
     shared = list(range(2, 146))
     engine.add("lazy", [*shared, 500], 40, LAZY)
+    engine.add("other", [7] * 90, 40, LAZY)
     engine.steps(3)
-    engine.add("urgent", [*shared, 501], 10, URGENT)  # fits: 9 of its 10 blocks are there
+    assert engine.free_blocks() == 19 - 10 - 6
+    engine.add("urgent", [*shared, 501], 10, URGENT)  # 9 of its 10 blocks are there
     engine.step()
     assert engine.displaced() == 0
-    assert sorted(engine.running()) == ["lazy", "urgent"]
+    assert sorted(engine.running()) == ["lazy", "other", "urgent"]
 
 
 def test_a_call_that_already_holds_kv_goes_first(build: Build) -> None:
