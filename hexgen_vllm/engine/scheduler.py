@@ -177,7 +177,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         """Put queue and batch in order, make room, then let vLLM schedule the step."""
-        now = self.hexgen_clock()
+        now, busy = self.hexgen_clock(), bool(self.running)
         self._end_background(now)
         self.running.sort(key=_KEY)
         # Under data parallelism a throttled step admits nobody, so making room would be in vain.
@@ -188,7 +188,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         finally:
             for request in held:
                 self.waiting.add_request(request)
-        self.hexgen_meter.started(output, now)
+        self.hexgen_meter.started(output, now, busy)
         self._note_admitted(output)
         return output
 

@@ -1,8 +1,9 @@
 """What the engine measures of itself: step times, the fit over them, counters, a snapshot.
 
-A step's time is from its start, or from the end of the step before it if that is later, to the
-moment its output is processed. That is right with and without overlapping steps, and leaves out
-idle time.
+A step's time is up to the moment its output is processed: from the end of the step before it if
+calls were in the batch all the time, because what the process does between two steps delays them
+as much as the steps do; from its own start if the engine was idle. That is right with and without
+overlapping steps.
 """
 
 from __future__ import annotations
@@ -83,10 +84,16 @@ class StepMeter:
         self._uncached = 1.0
         self._busy_s = self._prefill_s = 0.0
 
-    def started(self, output: Any, now: float) -> None:
-        """Note that the step of ``output`` began to be prepared at ``now``."""
+    def started(self, output: Any, now: float, busy: bool = False) -> None:
+        """Note that the step of ``output`` began to be prepared at ``now``.
+
+        Args:
+            output: the scheduled step.
+            now: seconds.
+            busy: calls have been in the batch since the step before it.
+        """
         if output.total_num_scheduled_tokens:
-            self._open.append((output, now))
+            self._open.append((output, self._last_end_s if busy and self.steps else now))
 
     def finished(self, output: Any, sampled: list[list[int]] | None, now: float) -> None:
         """Note that the output of a step is here, and learn from how long it took."""

@@ -94,6 +94,24 @@ def test_step_times_leave_out_idle_time_and_overlap(overlap: bool, idle_s: float
     assert 0.1 < share < 0.6
 
 
+def test_time_between_the_steps_of_a_busy_engine_counts() -> None:
+    """Calls wait for it as for the steps themselves; time without calls is nobody's."""
+    gap_s = 0.004
+    for busy, extra_s in ((True, gap_s), (False, 0.0)):
+        rng, meter, now = random.Random(0), StepMeter(), 100.0
+        for i in range(400):
+            new = ((rng.randint(50, 400), 0),) * (rng.random() < 0.3)
+            step = output(rng.randint(1, 20), new=new)
+            now += gap_s
+            meter.started(step, now, busy and i > 0)
+            shape = step_shape(step)
+            now += TRUE.step_s(shape.n_decode, 0, shape.n_prefill)
+            meter.finished(step, None, now)
+        cost = meter.fit.cost()
+        assert cost is not None
+        assert cost.step_s(10) == pytest.approx(TRUE.step_s(10) + extra_s, rel=0.05)
+
+
 def test_rates_are_unknown_until_there_is_evidence() -> None:
     meter = StepMeter()
     assert meter.rates(512) is None
