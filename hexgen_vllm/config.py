@@ -198,10 +198,13 @@ class DispatchOptions:
     )
     beta: float = option(1.0, "hexgen, paper form: seconds squared that scale 1/t_queue", least=0.0)
     externality: float = option(
-        0.5, "slack: weight of the delay a call causes to others on the engine", least=0.0
+        0.12, "slack: weight of the delay a call causes to others on the engine", least=0.0
     )
     lateness: float = option(
-        0.0, "slack: extra weight of the part of a call's time that makes it late", least=0.0
+        1.0, "slack: extra weight of the part of a call's time that makes it late", least=0.0
+    )
+    prefix_affinity: bool = option(
+        True, "slack: count the prefill that an engine's prefix cache saves"
     )
     hold_depth: int = option(
         2, "slack: calls an engine gets beyond its sequence slots; -1 places at once", least=-1
@@ -227,7 +230,7 @@ class DispatchOptions:
         0.1, "protect: quantile of length and path of the hopeless test", least=0.0, most=1.0
     )
     hopeless_pace: float = option(
-        1.0, "protect: hopeless test: time expected over time on the idle engine", least=1.0
+        1.5, "protect: hopeless test: time expected over time on the idle engine", least=1.0
     )
     entry_margin: float = option(
         1.0, "protect: a new workflow needs its predicted time times this; 0 takes all", least=0.0
@@ -236,7 +239,7 @@ class DispatchOptions:
         False, "protect: refuse new workflows that would be late instead of demoting them"
     )
     background_share: float = option(
-        0.1, "protect: share of placements for the call demoted longest", least=0.0, most=1.0
+        0.05, "protect: share of placements for the call demoted longest", least=0.0, most=1.0
     )
     max_held_calls: int = option(
         0, "calls that may wait for room on an engine, 0 is no limit", least=0

@@ -131,6 +131,7 @@ class Coordinator:
         if output_tokens >= flight.placement.expected_output_tokens:
             longer = self._estimates.output_tokens(flight.call, seen=output_tokens)
             flight.placement = replace(flight.placement, expected_output_tokens=longer)
+        found[0].progressed()
 
     def call_bounced(self, call_id: str, now: float) -> list[Decision]:
         """Place a call elsewhere: its engine failed before the first byte of an answer."""
@@ -223,6 +224,8 @@ class Coordinator:
                 continue
             self._held.placed(call_id)
             decisions.append(self._placed(entry, choice, now))
+            if not self._any_room():
+                break
         return decisions
 
     def _bounded(self, now: float) -> list[Decision]:

@@ -84,10 +84,16 @@ class Estimates:
             held_output_tokens: output tokens of the calls that wait for room before it.
         """
         ready = self._ready()
-        rate = sum(e.slots / max((e.cost() or UNMEASURED).step_s(e.slots), _LEAST_S) for e in ready)
-        wait_s = held_output_tokens / rate if rate else 0.0
+        if not ready:
+            return 0.0
+        token_s = [max(e.token_s(e.cost() or UNMEASURED), _LEAST_S) for e in ready]
+        rate = sum(
+            min(e.slots, len(e.in_flight) + 1) / t for e, t in zip(ready, token_s, strict=True)
+        )
         tail = self._tail(demand.call, ordinal, 0.5, demand.output_tokens)
-        return wait_s + self._seconds(tail) + self._own_s(demand)
+        output = demand.output_tokens + tail.output_tokens
+        pace_s = len(ready) / sum(1.0 / t for t in token_s)
+        return held_output_tokens / rate + output * pace_s
 
     def work_s(self, demand: Demand) -> float:
         """Return the seconds of work left on a call and the path after it."""

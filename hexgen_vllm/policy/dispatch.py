@@ -192,7 +192,12 @@ class EarliestFinish:
         best: Choice | None = None
         for engine in engines:
             waiting = claims.get(engine.engine_id, 0)
-            forecast = engine.forecast(demand, engine.cost() or default, waiting)
+            forecast = engine.forecast(
+                demand,
+                engine.cost() or default,
+                waiting,
+                affinity=self._options.prefix_affinity,
+            )
             finish_s = forecast.finish_in_s
             score = finish_s + self._options.externality * forecast.delay_others_s
             score += self._options.lateness * max(0.0, now + finish_s - demand.due_s)

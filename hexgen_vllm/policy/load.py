@@ -120,6 +120,8 @@ class EngineLoad:
         self.traffic_fit = CostFit(min_steps=12)
         self._queued_prefill = 0
         self._context = 0
+        self._waiting: dict[str, InFlight] = {}  # no first token yet
+        self._left: list[int] | None = None  # output tokens to come, ascending; None is stale
 
     @property
     def engine_id(self) -> str:
@@ -153,17 +155,27 @@ class EngineLoad:
         self.in_flight[entry.call.call_id] = entry
         self._queued_prefill += entry.placement.uncached_tokens
         self._context += entry.call.prompt_tokens
+        self._waiting[entry.call.call_id] = entry
+        self._left = None
         self.prefixes.add(entry.call)
 
     def started(self, entry: InFlight) -> None:
         """Account for the first token of a call: its prefill is done."""
         self._queued_prefill -= entry.placement.uncached_tokens
+        self._waiting.pop(entry.call.call_id, None)
+        self._left = None
+
+    def progressed(self) -> None:
+        """Note that calls here are further on than before."""
+        self._left = None
 
     def removed(self, call_id: str) -> InFlight | None:
         """Account for the end of a call, however it ended."""
         entry = self.in_flight.pop(call_id, None)
         if entry is not None:
             self._context -= entry.call.prompt_tokens
+            self._waiting.pop(call_id, None)
+            self._left = None
             if not entry.started:
                 self._queued_prefill -= entry.placement.uncached_tokens
         return entry
@@ -185,11 +197,16 @@ class EngineLoad:
 
     def outstanding_tokens(self) -> int:
         """Return prompt tokens to prefill plus output tokens to come."""
-        return self._queued_prefill + sum(e.output_left() for e in self.in_flight.values())
+        return self._queued_prefill + sum(self._outputs_left())
 
     def queued_prefill_tokens(self) -> int:
         """Return prompt tokens of calls whose first token has not come."""
         return self._queued_prefill
+
+    def _outputs_left(self) -> list[int]:
+        if self._left is None:
+            self._left = sorted(e.output_left() for e in self.in_flight.values())
+        return self._left
 
     def solo_s(self, demand: Demand, cost: StepCost) -> float:
         """Return the call's time alone on the idle engine without prefix cache (t_comp)."""
@@ -201,7 +218,15 @@ class EngineLoad:
         """Return whether fewer than ``depth`` calls are here beyond the sequence slots."""
         return len(self.in_flight) < self.slots + depth
 
-    def forecast(self, demand: Demand, cost: StepCost, claims: int = 0) -> Forecast:
+    def token_s(self, cost: StepCost) -> float:
+        """Return the seconds of an output token with one more call here, prefill included."""
+        batch = min(self.slots, len(self.in_flight) + 1)
+        step = cost.step_s(batch, self._context * batch / (len(self.in_flight) + 1))
+        return step / (1.0 - min(self.report.prefill_share or 0.0, _MAX_SHARE))
+
+    def forecast(
+        self, demand: Demand, cost: StepCost, claims: int = 0, *, affinity: bool = True
+    ) -> Forecast:
         """Return what placing ``demand`` here now would mean under ``cost``.
 
         Calls that have not started and are due earlier are ahead of it when the engine orders
@@ -211,23 +236,21 @@ class EngineLoad:
             demand: the call.
             cost: the engine's step cost.
             claims: more urgent calls that are waiting for this engine elsewhere.
+            affinity: count what the prefix cache saves.
         """
         call = demand.call
-        entries = self.in_flight.values()
-        cached = self.prefixes.match(call)
+        cached = self.prefixes.match(call) if affinity else 0
         uncached = max(call.prompt_tokens - cached, 1)
-        waiting = [e for e in entries if not e.started]
+        waiting = self._waiting.values()
         ordered = self.spec.kind is not EngineKind.FCFS
         ahead = [e for e in waiting if not ordered or e.placement.due_s <= demand.due_s]
-        batch = min(self.slots, len(self.in_flight) + 1)
-        step = cost.step_s(batch, self._context * batch / (len(self.in_flight) + 1))
-        busy = 1.0 - min(self.report.prefill_share or 0.0, _MAX_SHARE)
+        step = self.token_s(cost)
         prefill_ahead = sum(e.placement.uncached_tokens for e in ahead)
         own_prefill = cost.prefill_s(uncached, cached)
         return Forecast(
-            wait_s=self._slot_wait_tokens(len(ahead), claims) * step / busy,
+            wait_s=self._slot_wait_tokens(len(ahead), claims) * step,
             prefill_s=cost.prefill_s(prefill_ahead) + own_prefill,
-            decode_s=demand.output_tokens * step / busy,
+            decode_s=demand.output_tokens * step,
             delay_others_s=self._delay_s(own_prefill, demand, cost, len(waiting)),
             uncached_tokens=uncached,
         )
@@ -238,7 +261,7 @@ class EngineLoad:
         if queued < 0:
             return 0.0
         position = min(queued, ahead + claims)
-        left = sorted(e.output_left() for e in self.in_flight.values()) or [0]
+        left = self._outputs_left() or [0]
         rounds, index = divmod(position, max(self.slots, 1))
         mean = sum(left) / len(left)
         return left[min(index, len(left) - 1)] + rounds * mean
@@ -247,6 +270,6 @@ class EngineLoad:
         """Return the time the call adds to all others: its prefill stalls them, its row slows."""
         others = len(self.in_flight)
         decoding = min(others - waiting, self.slots)
-        left = sum(e.output_left() for e in self.in_flight.values()) / max(others, 1)
+        left = sum(self._outputs_left()) / max(others, 1)
         row_s = cost.c1 + cost.c2 * demand.call.prompt_tokens
         return own_prefill_s * others + row_s * min(demand.output_tokens, left) * decoding
