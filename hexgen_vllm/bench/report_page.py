@@ -23,7 +23,7 @@ to which 95 % meet the scenario's own deadline, on a straight line between measu
 λ*, on-time goodput counts refused and unfinished workflows as late. ∞ marks a policy whose queue
 grew without end (median latency of the last quarter of workflows over twice that of the second);
 ratios against it are left out of means. The paper's policy has its own best alpha of
-0, 0.1, 0.2, 0.3, 0.5 near each load, found on a seed that is not reported.
+0, 0.1, ..., 1 near each load, found on a seed that is not reported.
 """
 
 
