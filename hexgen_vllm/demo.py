@@ -78,14 +78,20 @@ class DemoOptions:
 
     model: str = option("out/tiny-model", "folder of the model that both engines serve")
     out: str = option("out/demo", "folder for results and logs")
-    workflows: int = option(90, "workflows of each run", least=1)
-    warmup: int = option(10, "workflows before those that count", least=0)
-    rate: float = option(1.6, "arrivals, workflows/s", least=1e-3)
+    workflows: int = option(120, "workflows of each run", least=1)
+    warmup: int = option(15, "workflows before those that count", least=0)
+    rate: float = option(3.0, "arrivals, workflows/s", least=1e-3)
     length_scale: float = option(0.05, "factor on the lengths of the workload", least=1e-3)
-    deadline_s: float = option(12.0, "deadline of a workflow, seconds", least=0.1)
+    deadline_s: float = option(4.0, "deadline of a workflow, seconds", least=0.1)
     slots: int = option(8, "sequences that an engine runs at once", least=1)
     kv_blocks: int = option(512, "KV blocks of 32 tokens of an engine", least=64)
-    alpha: float = option(0.2, "the paper's weight of speed against load", least=0.0, most=1.0)
+    alpha: float = option(
+        0.4,
+        "the paper's weight of speed against load; best for these devices in the simulator "
+        "(hexgen-vllm sim examples/scenarios/demo.yaml)",
+        least=0.0,
+        most=1.0,
+    )
     seeds: tuple[str, ...] = option(("0",), "one run of every policy for each seed")
     policies: tuple[str, ...] = option(tuple(CONTENDERS), "what to compare")
 
