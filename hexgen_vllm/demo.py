@@ -123,6 +123,7 @@ def engine_entry(options: DemoOptions, fleet: Fleet, device: str) -> EngineEntry
             "--dtype=float32",
             "--max-model-len=4096",
             "--enforce-eager",
+            "--gpu-memory-utilization=0.2",  # of the host's memory, on the CPU
             "--block-size=32",
             f"--num-gpu-blocks-override={options.kv_blocks}",
             f"--max-num-seqs={options.slots}",

@@ -40,6 +40,7 @@ def main() -> int:
         block_size=32,
         num_gpu_blocks_override=64,
         enforce_eager=True,
+        gpu_memory_utilization=0.2,
         distributed_executor_backend="uni",
         **asked,
     )

@@ -168,5 +168,6 @@ def small_engine(port: int) -> list[str]:
         "--block-size=32",
         "--num-gpu-blocks-override=256",
         "--enforce-eager",
+        "--gpu-memory-utilization=0.2",
         "--distributed-executor-backend=uni",
     ]

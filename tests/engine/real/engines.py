@@ -37,6 +37,7 @@ class RealEngine:
             "max_num_batched_tokens": 512,
             "block_size": 32,
             "enforce_eager": True,
+            "gpu_memory_utilization": 0.2,
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
             "seed": 0,

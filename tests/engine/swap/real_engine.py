@@ -94,6 +94,7 @@ class Engine:
             "model": str(model),
             "dtype": "float32",
             "enforce_eager": True,
+            "gpu_memory_utilization": 0.2,
             "num_gpu_blocks_override": blocks,
             "block_size": BLOCK,
             "max_model_len": LONGEST,
