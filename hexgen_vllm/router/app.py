@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from contextlib import suppress
 from typing import Any, Final
 
 from aiohttp import web
@@ -122,11 +121,11 @@ class Router:
 
     async def stop(self) -> None:
         """Close everything at once."""
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        # More than once: a cancellation that meets a timeout in a library can get lost.
+        while pending := [task for task in self._tasks if not task.done()]:
+            for task in pending:
+                task.cancel()
+            await asyncio.wait(pending, timeout=_CLOSE_S)
         if self._runner is not None:
             await self._runner.cleanup()
         await self.context.session.close()

@@ -15,6 +15,7 @@ from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router.options import RouterOptions
 
 _LOG = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,17 +51,26 @@ def main(args: argparse.Namespace) -> int:
 
 async def _serve(options: RouterOptions, dispatch: DispatchOptions) -> None:
     """Run until a signal, drain, and stop; a second signal ends the draining."""
-    from hexgen_vllm.router.app import Router
-
-    stop = asyncio.Event()
-    now = asyncio.Event()
+    stop, now = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
-        (now if stop.is_set() else stop).set()  # asked twice means at once
+        (now if stop.is_set() else stop).set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal)
+    try:
+        await _run_until(stop, now, options, dispatch)
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def _run_until(
+    stop: asyncio.Event, now: asyncio.Event, options: RouterOptions, dispatch: DispatchOptions
+) -> None:
+    from hexgen_vllm.router.app import Router
+
     router = Router(options, dispatch)
     try:
         await router.start()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.router.fleet import Engine, Fleet
@@ -60,8 +59,15 @@ class Watcher:
             except Exception:  # whatever it was, an engine must not go unwatched
                 _LOG.exception("watching failed engine=%s", self._engine.name)
                 delay_s = _DOWN_INTERVAL_S
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), delay_s)
+            await self._sleep(delay_s)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait until ``seconds`` have passed or somebody suspects the engine."""
+        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            timer.cancel()
 
     async def turn(self) -> float:
         """Do what is due; return the seconds until the next turn."""
