@@ -115,6 +115,9 @@ def engine_entry(options: DemoOptions, fleet: Fleet, device: str) -> EngineEntry
         model=options.model,
         scheduler=fleet.scheduler,
         env={
+            "OMP_NUM_THREADS": "1",  # two engines with more would fight for the cores
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start
             "VLLM_SERVER_DEV_MODE": "1",  # lets the demo empty the prefix cache between runs
         },
