@@ -25,7 +25,6 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("bench", "live"): ("hexgen_vllm.bench.live", "play workflows against real endpoints"),
     ("bench", "scheduler"): ("hexgen_vllm.bench.scheduler", "time schedule() against stock vLLM"),
     ("bench", "kv"): ("hexgen_vllm.bench.kv", "time saving and restoring KV blocks"),
-    ("bench", "sim"): ("hexgen_vllm.bench.sim", "time the simulator"),
     ("bench", "report"): ("hexgen_vllm.bench.report", "compare all policies in the simulator"),
 }
 _GROUPS: Final = {"bench": "measure; every figure in the documentation comes from here"}
