@@ -19,11 +19,12 @@ from hexgen_vllm.policy.preemption import (
     RunningView,
     choose_victims,
     urgent,
+    wait_for_room,
 )
 from hexgen_vllm.policy.service import output_left
 
 _MOST_VIEWS: Final = 32
-_QUIET_STEPS: Final = 8
+_QUIET_STEPS: Final = 4
 
 
 class Displacer:
@@ -125,8 +126,18 @@ class Displacer:
         blocks_short = needs - manager.block_pool.get_num_free_blocks()
         if slots_short <= 0 and blocks_short <= 0:
             return None
+        wait_s = wait_for_room(slots_short, blocks_short, map(self._ending, scheduler.running))
         call = head.hexgen
-        return Candidate(call.key_s, call.latest_start_s, slots_short, blocks_short)
+        return Candidate(call.key_s, call.latest_start_s, slots_short, blocks_short, wait_s)
+
+    def _ending(self, request: Request) -> tuple[float, int]:
+        """Return in how many seconds ``request`` should end, and roughly the blocks it holds."""
+        computed = request.num_computed_tokens
+        left = output_left(
+            request.hexgen.expected_tokens, request.num_output_tokens, request.max_tokens
+        )
+        ahead = max(request.num_tokens - computed, 0)
+        return self._book.rates.service_s(ahead, left), computed // self._scheduler.block_size
 
     def _most_blocks(self, head: Request) -> int:
         """Return the blocks that ``head`` needs to be admitted without any prefix hit."""

@@ -10,7 +10,9 @@ call and ``redo_s`` the seconds that v needs to compute again what it would lose
     gain(v) = L_v - redo_s(v) - L_c
 
 The candidate qualifies while ``-displace_late_s <= L_c - now < displace_slack_s``: with more
-slack it can wait, and once it is that late the victim would pay for nothing. A victim qualifies
+slack it can wait, and once it is that late the victim would pay for nothing. Nor does it qualify
+while ``L_c - now >= wait_s``, the time after which calls that end by themselves are predicted to
+have made room for it; a prediction that proves too hopeful ends with the slack. A victim qualifies
 if ``gain > displace_gap_s`` (strict, after its own loss), it stands behind the candidate in the
 queue's order, it was displaced fewer than ``max_displacements`` times, more than
 ``protect_last_tokens`` of its output are left, and its blocks can be freed now. Victims are taken
@@ -33,7 +35,8 @@ being late (``displace=False``), nor to shield one client from another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,12 +52,14 @@ class Candidate:
         latest_start_s: L, absolute seconds.
         slots_short: batch slots that must become free, 0 or less when there are enough.
         blocks_short: KV blocks that must become free, 0 or less when there are enough.
+        wait_s: predicted seconds until there is room without displacing (:func:`wait_for_room`).
     """
 
     key_s: float
     latest_start_s: float
     slots_short: int
     blocks_short: int
+    wait_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,24 @@ def urgent(latest_start_s: float, limits: EngineOptions, now: float) -> bool:
     return -limits.displace_late_s <= latest_start_s - now < limits.displace_slack_s
 
 
+def wait_for_room(
+    slots_short: int, blocks_short: int, endings: Iterable[tuple[float, int]]
+) -> float:
+    """Return the seconds until running calls that end by themselves have made enough room.
+
+    Args:
+        slots_short: batch slots that must become free.
+        blocks_short: KV blocks that must become free.
+        endings: for each running call, the seconds it has left and the blocks it then releases.
+    """
+    for in_s, blocks in sorted(endings):
+        slots_short -= 1
+        blocks_short -= blocks
+        if slots_short <= 0 and blocks_short <= 0:
+            return in_s
+    return math.inf
+
+
 def gain_s(candidate: Candidate, view: RunningView) -> float:
     """Return the slack that the victim would have more than the candidate, after its loss."""
     return view.latest_start_s - view.redo_s - candidate.latest_start_s
@@ -115,8 +138,8 @@ def choose_victims(
 ) -> Displacement:
     """Return the running calls to displace for ``candidate``, best first, or none and why.
 
-    The reason is ``displaced``, or why not: ``off``, ``fits``, ``not-urgent``, ``no-victim``
-    (nobody qualifies) or ``would-not-fit`` (all who qualify are too few).
+    The reason is ``displaced``, or why not: ``off``, ``fits``, ``not-urgent``, ``room-soon``,
+    ``no-victim`` (nobody qualifies) or ``would-not-fit`` (all who qualify are too few).
     """
     if not limits.displace:
         return Displacement((), "off")
@@ -124,6 +147,8 @@ def choose_victims(
         return Displacement((), "fits")
     if not urgent(candidate.latest_start_s, limits, now):
         return Displacement((), "not-urgent")
+    if candidate.latest_start_s - now >= candidate.wait_s:
+        return Displacement((), "room-soon")
     able = [i for i, view in enumerate(running) if eligible(candidate, view, limits)]
     if not able:
         return Displacement((), "no-victim")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
 import pytest
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.preemption import Candidate, RunningView, choose_victims, eligible, gain_s
+from hexgen_vllm.policy.preemption import (
+    Candidate,
+    RunningView,
+    choose_victims,
+    eligible,
+    gain_s,
+    wait_for_room,
+)
 
 NOW = 1000.0
 LIMITS = EngineOptions()
@@ -39,6 +47,7 @@ def test_displaces_who_has_slack_for_who_has_none() -> None:
         (replace(URGENT, slots_short=0), [RICH], LIMITS, "fits"),
         (replace(URGENT, latest_start_s=NOW + 2), [RICH], LIMITS, "not-urgent"),
         (replace(URGENT, latest_start_s=NOW - 5.1), [RICH], LIMITS, "not-urgent"),
+        (replace(URGENT, wait_s=0.9), [RICH], LIMITS, "room-soon"),
         (URGENT, [], LIMITS, "no-victim"),
         (URGENT, [replace(RICH, displacements=3)], LIMITS, "no-victim"),
         (URGENT, [replace(RICH, output_left=16)], LIMITS, "no-victim"),
@@ -54,6 +63,21 @@ def test_leaves_the_batch_alone(
     candidate: Candidate, running: list[RunningView], limits: EngineOptions, reason: str
 ) -> None:
     assert choose_victims(candidate, running, limits, NOW) == ((), reason)
+
+
+def test_a_wait_that_takes_all_slack_is_too_long() -> None:
+    assert choose_victims(replace(URGENT, wait_s=1.1), [RICH], LIMITS, NOW).victims == (0,)
+    late = replace(URGENT, latest_start_s=NOW - 0.1, wait_s=0.0)
+    assert choose_victims(late, [RICH], LIMITS, NOW).victims == (0,)
+
+
+@pytest.mark.parametrize(
+    ("slots", "blocks", "wait_s"),
+    [(1, 0, 1.0), (2, 0, 2.0), (0, 5, 1.0), (0, 6, 2.0), (1, 13, 3.0), (4, 0, math.inf)],
+)
+def test_room_comes_as_calls_end(slots: int, blocks: int, wait_s: float) -> None:
+    endings = [(3.0, 4), (1.0, 5), (2.0, 5)]
+    assert wait_for_room(slots, blocks, endings) == wait_s
 
 
 def test_takes_the_most_slack_per_token_lost() -> None:
@@ -75,7 +99,8 @@ def test_spares_victims_that_others_make_unnecessary() -> None:
 
 def random_case(rng: random.Random) -> tuple[Candidate, list[RunningView]]:
     start = NOW + rng.uniform(-8, 4)
-    candidate = Candidate(start, start, rng.randint(-1, 3), rng.randint(-5, 40))
+    wait_s = rng.choice([math.inf, rng.uniform(0, 3)])
+    candidate = Candidate(start, start, rng.randint(-1, 3), rng.randint(-5, 40), wait_s)
     running = [
         RunningView(
             key_s=(key := NOW + rng.uniform(-5, 60)),
@@ -115,7 +140,9 @@ def test_every_decision_keeps_every_bound(seed: int) -> None:
                 sum(v.blocks_released for v in rest) >= candidate.blocks_short
             )
             assert not (fits and rest), "a victim more than needed"
-    assert {"displaced", "fits", "not-urgent", "no-victim", "would-not-fit"} <= seen
+    assert seen == {
+        "displaced", "fits", "not-urgent", "room-soon", "no-victim", "would-not-fit"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(5))

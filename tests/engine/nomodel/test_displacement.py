@@ -168,6 +168,30 @@ def test_nearly_done_calls_are_left_to_end(build: Build) -> None:
     assert engine.displaced() == 0
 
 
+def test_nobody_gives_way_when_room_comes_in_time(build: Build) -> None:
+    engine = build(max_num_seqs=2, hexgen={"decode_tokens_per_s": 100.0})
+    fill(engine, 2, output=60)  # 55 left: 0.55 s
+    engine.add("urgent", [99] * 40, 10, CallMeta(workflow_deadline_ms=1000.0))
+    engine.run()
+    assert engine.displaced() == 0
+    assert engine.ended[2] == "urgent"
+
+
+def test_a_hopeful_prediction_ends_with_the_slack(build: Build) -> None:
+    engine = build(max_num_seqs=2, hexgen={"decode_tokens_per_s": 1000.0})
+    for i in range(2):  # they say 20 and write 300
+        said = CallMeta(workflow_deadline_ms=900_000.0, expected_output_tokens=20)
+        engine.add(f"lazy{i}", [10 + i] * 40, 300, said)
+    engine.steps(2)
+    due_s = engine.clock.now + 0.5
+    engine.add("urgent", [99] * 40, 10, CallMeta(workflow_deadline_ms=500.0))
+    engine.run()
+    assert engine.displaced() == 1
+    assert engine.ended[0] == "urgent"
+    assert engine.scheduler.hexgen_counters.preemptions["displaced"] == 1
+    assert engine.clock.now > due_s
+
+
 def test_a_throttled_step_displaces_nobody(build: Build) -> None:
     engine = build(max_num_seqs=2)
     fill(engine, 2)
@@ -238,11 +262,11 @@ def test_blocks_that_the_urgent_call_shares_need_no_room(build: Build) -> None:
 
 def test_a_call_that_already_holds_kv_goes_first(build: Build) -> None:
     engine = build(max_num_seqs=3)
-    session = engine.add("session", [7] * 30, 4, LAZY, resumable=True)
-    engine.steps(6)
+    session = engine.add("session", [7] * 30, 30, LAZY, resumable=True)
+    engine.steps(32)
     assert session.status == RequestStatus.WAITING_FOR_STREAMING_REQ
     fill(engine, 2)
-    engine.add("session", [8] * 30, 4, LAZY, resumable=True)
+    engine.add("session", [8] * 30, 30, LAZY, resumable=True)
     engine.add("urgent", [99] * 40, 10, URGENT)
     engine.step()
     assert engine.displaced() == 0

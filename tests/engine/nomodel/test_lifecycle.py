@@ -71,9 +71,7 @@ def test_a_paused_engine_keeps_its_order(build: Build) -> None:
     assert engine.ended == ["r1", "r2", "r0"]
 
 
-def play_session(
-    engine: FakeEngine, name: str, turns: list[list[int]], count: int
-) -> list[int]:
+def play_session(engine: FakeEngine, name: str, turns: list[list[int]], count: int) -> list[int]:
     """Send every turn of a session when it is due; return the tokens that it should write."""
     history: list[int] = []
     want: list[int] = []

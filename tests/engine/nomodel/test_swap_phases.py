@@ -184,7 +184,7 @@ def test_a_call_that_ends_while_preempted_takes_its_copy_along(folder: Path) -> 
     engine.add("lazy", PROMPT, 4, LAZY)
     while len(engine.tokens["lazy"]) < 3:
         engine.step()
-    engine.add("urgent", [3] * 40, 12, URGENT)
+    engine.add("urgent", [3] * 40, 12, CallMeta(workflow_deadline_ms=1.0))  # cannot wait
     finish(engine)
     assert engine.displaced() == 1
     assert engine.tokens["lazy"] == expected(PROMPT, 4)
