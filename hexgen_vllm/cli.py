@@ -24,6 +24,10 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("doctor",): ("hexgen_vllm.doctor", "check this installation and say what is missing"),
     ("bench", "live"): ("hexgen_vllm.bench.live", "play workflows against real endpoints"),
     ("bench", "scheduler"): ("hexgen_vllm.bench.scheduler", "time schedule() against stock vLLM"),
+    ("bench", "preempt"): (
+        "hexgen_vllm.bench.preempt",
+        "keep the KV of preempted calls against computing it again",
+    ),
     ("bench", "kv"): ("hexgen_vllm.bench.kv", "time saving and restoring KV blocks"),
     ("bench", "report"): ("hexgen_vllm.bench.report", "compare all policies in the simulator"),
 }

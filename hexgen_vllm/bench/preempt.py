@@ -1,0 +1,162 @@
+"""``hexgen-vllm bench preempt``: a real engine under KV pressure, computing again against copying.
+
+The KV cache holds a fifth of the load. Three modes run the same workflows: ``recompute`` (as
+vLLM does), ``swap`` (the KV of every victim is kept in host memory) and ``auto`` (where the
+measured rates say so). What each writes is compared, token by token, with a run that had room for
+everything. ``resume_ms`` is the time from the end of an urgent call, which took the whole KV
+cache, to the next token of the call that gave way for it.
+
+Times are wall time of this machine: leave it alone while they are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from hexgen_vllm.errors import ConfigError
+
+_QUIET: Final = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+_QUIET_CPU: Final = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+_PER_MODE: Final = (
+    "restored_fraction",
+    "tokens_identical",
+    "leaked_blocks",
+    "resume_ms",
+    "recomputed_tokens",
+    "step_ms",
+    "on_time_fraction",
+)
+_SIZES: Final = ("in_flight", "workflows", "stages", "repeats")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--model", help="path or name (default: a tiny one, made here)")
+    parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
+    parser.add_argument("--in-flight", type=int, default=10, help="workflows at once")
+    parser.add_argument("--workflows", type=int, default=24, help="workflows in all")
+    parser.add_argument("--stages", type=int, default=2, help="calls of a workflow")
+    parser.add_argument(
+        "--prompt", type=int, nargs=2, default=(100, 400), metavar=("LEAST", "MOST")
+    )
+    parser.add_argument("--output", type=int, nargs=2, default=(60, 160), metavar=("LEAST", "MOST"))
+    parser.add_argument("--contexts", type=int, nargs="+", default=(256, 1024, 2048))
+    parser.add_argument("--repeats", type=int, default=3, help="resumes timed per context")
+    parser.add_argument("--host-kv-gib", type=float, default=1.0, help="host memory for KV, GiB")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and lengths")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print a table, write the JSON file.
+
+    Returns:
+        1 when a mode wrote other tokens or leaked blocks, else 0.
+
+    Raises:
+        ConfigError: an argument cannot work, or there is no such device.
+        UnsupportedVLLM: vLLM is missing or not supported.
+    """
+    _check(args)
+    found = _measure(args)
+    print(table(found))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    modes = found["modes"].values()
+    return 0 if all(m["tokens_identical"] and not m["leaked_blocks"] for m in modes) else 1
+
+
+def _check(args: argparse.Namespace) -> None:
+    numbers = {name: getattr(args, name) for name in _SIZES} | {
+        "prompt": min(args.prompt),
+        "output": min(args.output),
+        "contexts": min(args.contexts) - 15,
+    }
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is too small.")
+    for name in ("prompt", "output"):
+        least, most = getattr(args, name)
+        if least > most:
+            raise ConfigError(f"--{name}: {least} is more than {most}.")
+    if args.host_kv_gib <= 0:
+        raise ConfigError(f"--host-kv-gib must be more than 0, not {args.host_kv_gib:g}.")
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    for name, value in (_QUIET | (_QUIET_CPU if args.device == "cpu" else {})).items():
+        os.environ.setdefault(name, value)
+    compat = import_module("hexgen_vllm.engine.compat")  # one sentence if vLLM is not there
+    bench = import_module("hexgen_vllm.engine.bench_preempt")
+    bench.check_device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        case = bench.Case(
+            model=args.model or _tiny_model(Path(folder)),
+            dtype=args.dtype,
+            prompt=tuple(args.prompt),
+            output=tuple(args.output),
+            contexts=tuple(args.contexts),
+            host_kv_gib=args.host_kv_gib,
+            seed=args.seed,
+            **{name: getattr(args, name) for name in _SIZES},
+        )
+        lone_s, want = bench.undisturbed(case)
+        modes = {mode: bench.run_mode(case, mode, lone_s, want) for mode in bench.MODES}
+    return {
+        **{key: {mode: figures[key] for mode, figures in modes.items()} for key in _PER_MODE},
+        "modes": modes,
+        "kv_blocks": case.tight_blocks,
+        "lone_workflow_s": round(lone_s, 4),
+        "environment": {
+            "device": bench.device_name(args.device),
+            "vllm": compat.found_version(),
+            "python": platform.python_version(),
+        },
+        "arguments": {name: _plain(value) for name, value in vars(args).items()},
+    }
+
+
+def _tiny_model(folder: Path) -> str:
+    return str(import_module("hexgen_vllm.engine.tiny_model").build(folder / "tiny"))
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    contexts = list(next(iter(found["modes"].values()))["resume_ms_by_context"])
+    title = (
+        "mode        restored  recomputed  preempted  step ms   p99 ms  on time  urgent  identical"
+    )
+    resume = "".join(f"  {f'resume {c}':>11}" for c in contexts)
+    lines = [f"{title}  leaked{resume}"]
+    for mode, row in found["modes"].items():
+        times = "".join(f"  {ms:8.1f} ms" for ms in row["resume_ms_by_context"].values())
+        lines.append(
+            f"{mode:<10} {row['restored_fraction']:9.1%} {row['recomputed_tokens']:11,d}"
+            f" {sum(row['preemptions'].values()):10,d} {row['step_ms']:8.2f}"
+            f" {row['step_ms_p99']:8.1f} {row['on_time_fraction']:8.0%}"
+            f" {row['urgent_on_time_fraction']:7.0%}"
+            f" {'yes' if row['tokens_identical'] else 'NO':>10} {row['leaked_blocks']:7d}{times}"
+        )
+    return "\n".join(lines)

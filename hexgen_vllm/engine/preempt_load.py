@@ -1,0 +1,115 @@
+"""The workflows of ``bench preempt``, and what becomes of them.
+
+The load is closed: so many workflows are in flight, and one that ends makes room for the next, so
+that fast and slow devices are pressed alike. The calls of a workflow follow one another, each with
+the prompt and the output of those before it. Every third workflow is urgent; deadlines are
+multiples of the time that a workflow takes alone.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Final
+
+URGENT_EVERY: Final = 3
+_PATIENT: Final = 10.0
+_VOCABULARY: Final = (2, 1000)
+
+
+def tokens(rng: random.Random, count: int) -> list[int]:
+    """Return ``count`` random token ids."""
+    return [rng.randrange(*_VOCABULARY) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run; lengths in tokens.
+
+    Attributes:
+        model: path or name.
+        dtype: of weights and KV.
+        in_flight: workflows at once.
+        workflows: workflows in all.
+        stages: calls of a workflow.
+        prompt: new prompt tokens of a call, least and most.
+        output: output tokens of a call, least and most.
+        urgent: deadline of urgent workflows, as a multiple of a lone one; others have ten times
+            as much.
+        contexts: contexts for which resuming is timed.
+        repeats: times each is timed.
+        block_size: tokens per KV block.
+        host_kv_gib: host memory for KV, GiB.
+        seed: of prompts and lengths.
+    """
+
+    model: str
+    dtype: str = "float32"
+    in_flight: int = 10
+    workflows: int = 24
+    stages: int = 2
+    prompt: tuple[int, int] = (100, 400)
+    output: tuple[int, int] = (60, 160)
+    urgent: float = 4.0
+    contexts: tuple[int, ...] = (256, 1024, 2048)
+    repeats: int = 3
+    block_size: int = 32
+    host_kv_gib: float = 1.0
+    seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.stages * (self.prompt[1] + self.output[1])
+
+    @property
+    def tight_blocks(self) -> int:
+        """KV blocks for a fifth of the load, yet for one call of any kind."""
+        fifth = self.in_flight * self.longest // (5 * self.block_size)
+        longest = max(self.longest, *self.contexts) + self.block_size
+        return max(fifth, -(-longest // self.block_size)) + 1
+
+    @property
+    def ample_blocks(self) -> int:
+        """KV blocks for everything at once."""
+        return (self.in_flight + 1) * (self.longest // self.block_size + 2)
+
+
+@dataclass
+class Workflow:
+    """One workflow: the calls it still makes, and what it has said and read so far."""
+
+    name: str
+    deadline_s: float
+    urgent: bool
+    calls: list[tuple[list[int], int]]
+    context: list[int] = field(default_factory=list)
+
+
+@dataclass
+class LoadResult:
+    """What a run of the load showed; times in seconds."""
+
+    written: dict[str, list[int]] = field(default_factory=dict)
+    steps_s: list[float] = field(default_factory=list)
+    on_time: int = 0
+    urgent_on_time: int = 0
+    took_s: float = 0.0
+
+    def ended(self, workflow: Workflow, now: float) -> None:
+        """Count a workflow that ended at ``now``."""
+        on_time = now <= workflow.deadline_s
+        self.on_time += on_time
+        self.urgent_on_time += on_time and workflow.urgent
+
+
+def make_workflow(case: Case, number: int, urgent_s: float, now: float) -> Workflow:
+    """Return workflow ``number`` of ``case``, which starts ``now``; always the same one."""
+    rng = random.Random(f"{case.seed}/{number}")
+    urgent = number % URGENT_EVERY == 0
+    calls = [
+        (tokens(rng, rng.randint(*case.prompt)), rng.randint(*case.output))
+        for _ in range(case.stages)
+    ]
+    deadline_s = now + urgent_s * (1.0 if urgent else _PATIENT)
+    return Workflow(f"w{number}", deadline_s, urgent, calls)

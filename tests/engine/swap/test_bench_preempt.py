@@ -1,0 +1,69 @@
+"""``bench preempt`` on a small load: its figures are there, and they are those of a sane engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from hexgen_vllm.engine.tiny_model import TinySpec, build
+
+SMALL = [
+    *("--in-flight", "6", "--workflows", "8", "--prompt", "60", "120", "--output", "40", "90"),
+    *("--contexts", "64", "192", "--repeats", "1", "--host-kv-gib", "0.1"),
+]
+
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hexgen_vllm.cli", "bench", "preempt", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    model = build(folder / "tiny", TinySpec(hidden=64, layers=2))
+    done = bench(*SMALL, "--model", str(model), "--json", str(folder / "out" / "preempt.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(mode in done.stdout for mode in ("recompute", "swap", "auto"))
+    found: dict[str, Any] = json.loads((folder / "out" / "preempt.json").read_text())
+    return found
+
+
+def test_every_mode_writes_the_same_and_leaks_nothing(figures: dict[str, Any]) -> None:
+    modes = {"recompute", "swap", "auto"}
+    for key in ("restored_fraction", "tokens_identical", "leaked_blocks", "resume_ms"):
+        assert figures[key].keys() == modes
+    assert all(figures["tokens_identical"].values())
+    assert not any(figures["leaked_blocks"].values())
+    assert all(ms > 0 for ms in figures["resume_ms"].values())
+
+
+def test_copies_take_the_place_of_computing(figures: dict[str, Any]) -> None:
+    assert figures["restored_fraction"]["recompute"] == 0
+    assert figures["restored_fraction"]["swap"] >= 0.9
+    assert figures["recomputed_tokens"]["recompute"] > 100
+    assert figures["modes"]["swap"]["host_kv"]["used_bytes"] == 0
+    assert figures["modes"]["recompute"]["host_kv"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--device", "cuda"], "--device cuda: this vLLM runs on cpu."),
+        (["--in-flight", "0"], "--in-flight is too small."),
+        (["--output", "9", "3"], "--output: 9 is more than 3."),
+        (["--host-kv-gib", "0"], "--host-kv-gib must be more than 0, not 0."),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(arguments: list[str], sentence: str) -> None:
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"hexgen-vllm bench preempt: {sentence}"
