@@ -171,6 +171,24 @@ async def test_with_all_engines_dead_calls_are_refused(stand: Stand) -> None:
     stand.assert_settled()
 
 
+@pytest.mark.parametrize("kind", ["reset", "close"])
+async def test_a_connection_that_was_idle_too_long_is_no_failure(single: Stand, kind: str) -> None:
+    """It breaks before the first byte: the call goes out once more, to the same engine."""
+    single.engines[0].faults.append(Fault(kind))  # type: ignore[arg-type]
+    async with single.post() as answer:
+        assert answer.status == 200
+    assert len(single.received()) == 2
+    assert single.state(0) is EngineState.READY
+    assert not single.context.ledger.retries
+
+
+async def test_an_engine_that_nobody_calls_is_missed_too() -> None:
+    """One refused connection is enough, whatever the threshold for checks that fail."""
+    async with open_stand(FakeSettings(), health_failure_threshold=10**6) as stand:
+        await stand.engines[0].stop()
+        await stand.until(lambda: stand.state(0) is EngineState.DOWN)
+
+
 async def test_a_failing_health_check_takes_an_engine_down(stand: Stand) -> None:
     stand.engines[0].healthy = False
     await stand.until(lambda: stand.state(0) is EngineState.DOWN)
