@@ -116,7 +116,6 @@ async def read_body(request: web.BaseRequest) -> bytes:
     """
     if request.headers.get("Expect", "").lower() == "100-continue" and request.can_read_body:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer itself has not begun
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
