@@ -168,9 +168,7 @@ def _fits(candidate: Candidate, running: Sequence[RunningView], victims: Sequenc
     return len(victims) >= candidate.slots_short and blocks >= candidate.blocks_short
 
 
-def _enough(
-    candidate: Candidate, running: Sequence[RunningView], able: Sequence[int]
-) -> list[int]:
+def _enough(candidate: Candidate, running: Sequence[RunningView], able: Sequence[int]) -> list[int]:
     """Return the shortest head of ``able`` that makes enough room, or nothing."""
     slots, blocks = candidate.slots_short, candidate.blocks_short
     for count, i in enumerate(able, 1):

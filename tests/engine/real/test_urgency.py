@@ -92,9 +92,7 @@ def test_a_feature_is_exact_under_displacement(start: Start, feature: str) -> No
     stock = start(num_gpu_blocks_override=2000, **more)
     play(stock, feature)
     options = {"hexgen": {"displace_late_s": 1e6}}
-    engine = start(
-        UrgencyScheduler, num_gpu_blocks_override=18, additional_config=options, **more
-    )
+    engine = start(UrgencyScheduler, num_gpu_blocks_override=18, additional_config=options, **more)
     play(engine, feature)
     assert engine.tokens == stock.tokens
     assert engine.reasons == stock.reasons
