@@ -276,3 +276,17 @@ def test_the_page_of_metrics_tells_what_was_copied(folder: Path) -> None:
     assert "hexgen_vllm_host_kv_used_bytes 0\n" in page
     assert kept["save_bytes_per_s"] > 0
     assert kept["restore_bytes_per_s"] > 0
+
+
+@pytest.mark.parametrize(("keep", "displacements"), [("always", 1), ("never", 0)])
+def test_cheap_copies_let_urgency_act(folder: Path, keep: str, displacements: int) -> None:
+    """Computing the victim's KV again would take 8 seconds, more than its slack allows."""
+    slow = {"prefill_tokens_per_s": 10.0, "keep_kv": keep}
+    engine = SwapEngine(folder, max_num_seqs=1, hexgen=slow)
+    engine.add("lazy", PROMPT, WRITES, CallMeta(workflow_deadline_ms=16_000.0))
+    engine.steps(20)
+    engine.add("urgent", [3] * 20, 12, CallMeta(workflow_deadline_ms=3_000.0))
+    engine.step()
+    assert engine.displaced() == displacements
+    engine.run()
+    engine.assert_clean()
