@@ -44,6 +44,7 @@ class Batch:
         pricing: keys.
         chunks: calls that compute prompt tokens in the present step.
         missed: decoding calls that get no token in it.
+        evicted: calls preempted for it.
         restored: tokens whose KV comes back from the host in it.
         preemptions: preemptions so far.
         displacer: makes room for urgent calls; ``None`` in a stock engine.
@@ -65,11 +66,13 @@ class Batch:
         self.pricing = Pricing(options, model.cost, model.max_num_batched_tokens)
         self.chunks: list[Sequence] = []
         self.missed: list[Sequence] = []
+        self.evicted: list[Sequence] = []
         self.restored = 0
         self.preemptions = 0
         self.watermark_blocks = int(model.watermark * model.blocks)
         self.displacer = None if stock else Displacer(self)
         self._admitted = 0
+        self._tight = False  # the present step was scheduled call by call
 
     def add(self, sequence: Sequence, now: float) -> None:
         """Queue a call."""
@@ -79,8 +82,8 @@ class Batch:
 
     def schedule(self, now: float) -> Plan:
         """Decide what the next step computes."""
-        held = self.displacer.displace(now) if self.displacer is not None else []
         self.chunks, self.missed, self.restored = [], [], 0
+        held = self.displacer.displace(now) if self.displacer is not None else []
         budget, preempted = self._schedule_running()
         if not preempted and budget > 0 and self.waiting:
             self._schedule_waiting(budget)
@@ -107,15 +110,29 @@ class Batch:
                 if not sequence.decoding:
                     finished.append(sequence)
         finished.extend(clock.ended())
+        if len(finished) > 1:
+            finished = self._in_output_order(finished)
         for sequence in finished:
             self._remove(sequence)
+        self.evicted = []
         return started, finished
+
+    def _in_output_order(self, finished: list[Sequence]) -> list[Sequence]:
+        """Return calls that end together in the order in which vLLM frees their blocks."""
+        if self._stock:
+            return [s for s in self.running if s in finished]
+        for sequence in finished:
+            self.pricing.price(sequence, sequence.tokens, sequence.tokens - 1)
+        if self._tight:
+            return sorted(finished, key=_KEY)
+        return sorted(finished, key=lambda s: (s in self.chunks, s.key_s))
 
     # Running calls
 
     def _schedule_running(self) -> tuple[int, bool]:
         """Give running calls their tokens; return the budget left and whether any was preempted."""
         clock, pool, budget = self.clock, self.pool, self.model.max_num_batched_tokens
+        self._tight = False
         if not self.prefilling:
             blocks = clock.blocks(0, 1)
             if clock.size <= budget and blocks <= pool.free:
@@ -137,6 +154,7 @@ class Batch:
 
     def _schedule_tightly(self, budget: int) -> tuple[int, bool]:
         """Give tokens call by call, preempting from the end when blocks run out."""
+        self._tight = True
         if not self._stock:
             self.reprice()
             self.running.sort(key=_KEY)
@@ -145,11 +163,12 @@ class Batch:
         before = self.preemptions
         while len(served) < len(self.running) and budget > 0:
             sequence = self.running[len(served)]
-            budget += self._make_room(sequence, budget, served, given)
+            back = self._make_room(sequence, budget, served, given)
             if sequence not in self.running:
+                budget += back
                 break
             given[id(sequence)] = tokens = self._serve(sequence, budget)
-            budget -= tokens
+            budget += back - tokens  # what came back is for those after it, as in vLLM
             served.append(sequence)
         self.missed = [s for s in self.running if s.decoding and id(s) not in given]
         return budget, self.preemptions > before
@@ -246,6 +265,7 @@ class Batch:
         """Preempt a running call; what it computed is dropped or goes to the host."""
         size, holding, started = self.model.block_size, sequence.holding, 0
         self.running.remove(sequence)
+        self.evicted.append(sequence)
         if sequence in self.chunks:  # vLLM has given its blocks their hashes already
             self.chunks.remove(sequence)
             started = sequence.chunk

@@ -18,7 +18,7 @@ class DecodeClock:
     Attributes:
         steps: steps so far; the clock.
         size: sequences.
-        context: sum of their tokens.
+        context: sum of their tokens with KV.
 
     Args:
         block_size: tokens of a KV block.
@@ -38,7 +38,7 @@ class DecodeClock:
         sequence.base = sequence.tokens - self.steps
         sequence.decoding = True
         self.size += 1
-        self.context += sequence.tokens
+        self.context += sequence.tokens - 1
         self._residues[(1 - sequence.base) % self._block_size] += 1
         heappush(self._ends, (sequence.total_tokens - sequence.base, sequence.number, sequence))
 
@@ -48,7 +48,7 @@ class DecodeClock:
         sequence.computed = sequence.tokens - 1
         sequence.decoding = False
         self.size -= 1
-        self.context -= sequence.tokens
+        self.context -= sequence.computed
         self._residues[(1 - sequence.base) % self._block_size] -= 1
 
     def tokens(self, sequence: Sequence) -> int:

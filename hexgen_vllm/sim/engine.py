@@ -37,7 +37,8 @@ class Engine:
         model: what it is.
         batch: its calls.
         end_s: when its present steps end; ``inf`` while it is idle.
-        steps: equal steps that end then; 0 while it is idle.
+        start_s: when they began.
+        steps: their number; 0 while it is idle.
 
     Args:
         model: what it is.
@@ -58,7 +59,7 @@ class Engine:
         self.batch = Batch(model, options, stock=stock)
         self.end_s = _NEVER
         self.steps = 0
-        self._start_s = 0.0
+        self.start_s = 0.0
         self._first_s = self._slope_s = 0.0  # a step without prefill, and its growth each step
         self._prefill_s = 0.0
 
@@ -72,8 +73,12 @@ class Engine:
         if not self.steps:
             self._begin(now)
         elif self.steps > 1 and self._may_matter(sequence):
-            self.steps = self._steps_by(now)
-            self.end_s = self._start_s + self._took_s(self.steps)
+            self.cut(now)
+
+    def cut(self, now: float) -> None:
+        """End the present stretch with the step that is being computed."""
+        self.steps = self._steps_by(now)
+        self.end_s = self.start_s + self._took_s(self.steps)
 
     def step_ended(self, now: float) -> tuple[list[Sequence], list[Sequence]]:
         """End the present steps and begin the next.
@@ -83,8 +88,8 @@ class Engine:
         """
         batch, steps = self.batch, self.steps
         if self._observer is not None:
-            self._observer.stepped(self, self._start_s, steps)
-        if batch.pricing.stepped(steps, now - self._start_s, self._prefill_s):
+            self._observer.stepped(self, self.start_s, steps)
+        if batch.pricing.stepped(steps, now - self.start_s, self._prefill_s):
             batch.rekey_waiting()
         ended = batch.end(steps, now)
         self._begin(now)
@@ -138,18 +143,20 @@ class Engine:
         size, context = batch.clock.size, batch.clock.context
         if batch.missed:
             size -= len(batch.missed)
-            context -= sum(batch.clock.tokens(s) for s in batch.missed)
-        self._start_s = now
-        self._first_s = cost.c0 + cost.c1 * size + cost.c2 * context
-        self._slope_s = cost.c2 * size
-        self._prefill_s = 0.0
-        if batch.chunks:
-            tokens = area = 0.0
-            for sequence in batch.chunks:
-                chunk = sequence.chunk
+            context -= sum(batch.clock.tokens(s) - 1 for s in batch.missed)
+        tokens, area = 0, 0.0
+        for sequence in batch.chunks:
+            chunk = sequence.chunk
+            if chunk == 1:  # costs what a decode costs
+                size += 1
+                context += sequence.computed
+            else:
                 tokens += chunk
                 area += chunk * (sequence.computed + chunk / 2)
-            self._prefill_s = cost.p0 + cost.p1 * tokens + cost.p2 * area
+        self.start_s = now
+        self._first_s = cost.step_s(size, context)
+        self._slope_s = cost.c2 * size
+        self._prefill_s = cost.p0 + cost.p1 * tokens + cost.p2 * area if tokens else 0.0
         if batch.restored and self.model.kv_copy_tokens_per_s is not None:
             self._prefill_s += batch.restored / self.model.kv_copy_tokens_per_s
 
@@ -160,8 +167,10 @@ class Engine:
         if steps > 1:
             steps = 1 + clock.steps_within(batch.pool.free, 1, steps - 1)
         if steps > 1 and batch.waiting and batch.displacer is not None:
-            again_s = batch.displacer.look_again_s(now)
-            if again_s < _NEVER:
+            again_s, most = batch.displacer.look_again(now)
+            if most is not None:
+                steps = max(1, min(steps, most))
+            elif again_s < _NEVER:
                 self.steps = steps
                 steps = self._steps_by(again_s)
         return steps
@@ -174,7 +183,7 @@ class Engine:
         """Return how many of the present steps have begun by ``moment_s``, at least 1."""
         if self.steps == 1:
             return 1
-        elapsed = moment_s - self._start_s
+        elapsed = moment_s - self.start_s
         a, b = self._slope_s / 2, self._first_s - self._slope_s / 2
         # a·n² + b·n = elapsed, in the form that is exact for small a
         steps = 2 * elapsed / (b + math.sqrt(b * b + 4 * a * elapsed))

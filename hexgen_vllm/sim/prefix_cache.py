@@ -76,8 +76,19 @@ class Hit(NamedTuple):
     idle: int
 
 
+class Exclusive(NamedTuple):
+    """Blocks that one sequence alone holds, and those of them that become free with it."""
+
+    held: int
+    released: int
+
+
 class BlockPool:
     """The KV blocks of one engine.
+
+    Attributes:
+        total, free: usable blocks, and those that no sequence holds.
+        copied: blocks computed while another sequence's copy of them was cached.
 
     Args:
         blocks: usable blocks.
@@ -86,6 +97,7 @@ class BlockPool:
 
     def __init__(self, blocks: int, *, caching: bool = True) -> None:
         self.total = self.free = blocks
+        self.copied = 0
         self._caching = caching
         self._plain = blocks  # free blocks without a hash; reused first
         self._runs: dict[int, _Run] = {}
@@ -156,7 +168,9 @@ class BlockPool:
             if run is None:
                 run = self._runs[key] = _Run(key, first)
             upto = min(end, full)
-            holding.copies += max(min(run.cached, upto) - holding.shared, 0)
+            copies = max(min(run.cached, upto) - holding.shared, 0)
+            holding.copies += copies
+            self.copied += copies
             run.cached = max(run.cached, upto)
             if index == len(ends):
                 ends.append(upto)
@@ -188,14 +202,25 @@ class BlockPool:
             self.register(holding, full)
         self.drop(holding, full)
 
-    def exclusive(self, holding: Holding, blocks: int) -> int:
-        """Return how many of the ``blocks`` blocks of ``holding`` nobody else holds."""
-        own = blocks - holding.shared + holding.copies
+    def exclusive(self, holding: Holding, blocks: int, wanted: tuple[Link, ...]) -> Exclusive:
+        """Return which of the ``blocks`` blocks of ``holding`` nobody else holds.
+
+        Args:
+            holding: a sequence's blocks.
+            blocks: how many it has, if it decodes and they were not counted one by one.
+            wanted: prefix that another sequence would take over from it.
+        """
+        held = blocks - holding.shared + holding.copies
+        released = held
+        taken = {link.key: link.end for link in wanted}
         for link, end in zip(holding.chain, holding.ends, strict=False):
             holders = self._runs[link.key].holders
-            if holders[end] == 1:
-                own += max(end - max((e for e in holders if e != end), default=link.first), 0)
-        return own
+            if holders[end] > 1:
+                continue
+            first = max((e for e in holders if e != end), default=link.first)
+            held += max(end - first, 0)
+            released += max(end - max(first, taken.get(link.key, 0)), 0)
+        return Exclusive(held, released)
 
     def usage(self) -> float:
         """Return the share of blocks that sequences hold, 0 to 1."""

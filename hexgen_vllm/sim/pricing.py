@@ -19,7 +19,6 @@ from hexgen_vllm.types import StepCost
 _WEIGHT: Final = 0.05  # of the newest step in the usual step, as in the live telemetry
 _RATES_MOVED: Final = 0.1
 _REFIT_EVERY_STEPS: Final = 32
-_NO_LIMIT: Final = 1 << 30  # a request's max_tokens says nothing about how long it will be
 
 
 class Pricing:
@@ -58,7 +57,7 @@ class Pricing:
             computed: how many of them have their KV.
         """
         done = tokens - sequence.prompt_tokens
-        left = output_left(sequence.expected_tokens, done, _NO_LIMIT)
+        left = output_left(sequence.expected_tokens, done, sequence.most_tokens)
         service_s = self.rates.service_s(tokens - computed, left)
         if sequence.background:
             sequence.key_s = sequence.latest_start_s = background_key(service_s + sequence.tail_s)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from hexgen_vllm.sim.prefix_cache import Holding, Link
 from hexgen_vllm.types import Placement
+
+NO_LIMIT: Final = 1 << 30
 
 
 class Sequence:
@@ -19,6 +21,7 @@ class Sequence:
         prompt_tokens: prompt length.
         total_tokens: prompt and output length together; where it ends.
         deadline_s, tail_s, expected_tokens, background: what the router said of it.
+        most_tokens: output tokens that the request allows.
         arrived_s: when it reached the engine.
         key_s: its place in the order; smaller is sooner.
         latest_start_s: L, credited with progress.
@@ -52,6 +55,7 @@ class Sequence:
         "holding",
         "key_s",
         "latest_start_s",
+        "most_tokens",
         "number",
         "preemptions",
         "prompt_tokens",
@@ -78,6 +82,7 @@ class Sequence:
         self.deadline_s, self.tail_s = placement.deadline_s, placement.tail_s
         self.expected_tokens = placement.expected_output_tokens
         self.background = placement.background
+        self.most_tokens = NO_LIMIT
         self.arrived_s = self.key_s = self.latest_start_s = self.queued_start_s = 0.0
         self.computed = self.base = self.chunk = self.number = 0
         self.displacements = self.preemptions = self.saved_tokens = 0
