@@ -97,7 +97,7 @@ class StepMeter:
 
     def finished(self, output: Any, sampled: list[list[int]] | None, now: float) -> None:
         """Note that the output of a step is here, and learn from how long it took."""
-        start_s = self._started_s(output)
+        start_s = self._started_s(output) if output.total_num_scheduled_tokens else None
         if start_s is None:
             return
         step_s = now - max(start_s, self._last_end_s)

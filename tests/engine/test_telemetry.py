@@ -133,6 +133,16 @@ def test_an_output_that_never_came_back_is_forgotten() -> None:
     assert meter.steps == 1
 
 
+def test_an_empty_step_takes_no_time_and_hides_none() -> None:
+    meter = StepMeter()
+    empty, after = output(0), output(2)
+    meter.started(empty, 1.0)
+    meter.started(after, 1.0)
+    meter.finished(empty, None, 1.1)
+    meter.finished(after, None, 1.5)
+    assert meter.steps == 1
+
+
 def test_slack_histogram() -> None:
     calls: list[Any] = [
         SimpleNamespace(latest_start_s=1000.0 + s) for s in (-100, -0.5, 0.0, 0.5, 4, 1e12)
