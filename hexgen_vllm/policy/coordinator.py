@@ -57,6 +57,7 @@ class Coordinator:
     def __init__(self, options: DispatchOptions, shapes: Shapes | None = None) -> None:
         self.options = options
         self.engines: dict[str, EngineLoad] = {}
+        self._by_name: list[EngineLoad] = []
         self.workflows = Workflows(shapes or Shapes())
         self.log: deque[tuple[float, Decision]] = deque(maxlen=_LOG)
         self._dispatch = POLICIES[options.policy](options)
@@ -73,6 +74,7 @@ class Coordinator:
         known = self.engines.get(spec.engine_id)
         if known is None:
             self.engines[spec.engine_id] = EngineLoad(spec)
+            self._by_name = [self.engines[name] for name in sorted(self.engines)]
         else:
             known.restarted(spec)
         return self._release(now)
@@ -80,6 +82,7 @@ class Coordinator:
     def engine_left(self, engine_id: str) -> None:
         """Forget an engine; its driver ends or bounces the calls it had."""
         self.engines.pop(engine_id, None)
+        self._by_name = [self.engines[name] for name in sorted(self.engines)]
 
     def engine_changed(self, engine_id: str, state: EngineState, now: float) -> list[Decision]:
         """Note that an engine became ready, draining or down."""
@@ -131,7 +134,7 @@ class Coordinator:
         if output_tokens >= flight.placement.expected_output_tokens:
             longer = self._estimates.output_tokens(flight.call, seen=output_tokens)
             flight.placement = replace(flight.placement, expected_output_tokens=longer)
-        found[0].progressed()
+        found[0].progressed(flight)
 
     def call_bounced(self, call_id: str, now: float) -> list[Decision]:
         """Place a call elsewhere: its engine failed before the first byte of an answer."""
@@ -184,8 +187,7 @@ class Coordinator:
 
     def _candidates(self, entry: OpenCall) -> list[EngineLoad]:
         call, refused = entry.demand.call, entry.refused_by
-        found = [e for e in self.engines.values() if e.serves(call) and e.engine_id not in refused]
-        return sorted(found, key=lambda e: e.engine_id)
+        return [e for e in self._by_name if e.serves(call) and e.engine_id not in refused]
 
     def _opened(self, call: Call, now: float) -> OpenCall:
         """Take a call into its workflow."""
@@ -245,7 +247,10 @@ class Coordinator:
 
     def _any_room(self) -> bool:
         depth = self.options.hold_depth
-        return any(e.state is not EngineState.READY or e.room(depth) for e in self.engines.values())
+        for engine in self._by_name:
+            if engine.state is not EngineState.READY or engine.room(depth):
+                return True
+        return False
 
     def _placed(self, entry: OpenCall, choice: Choice, now: float) -> Placement:
         demand, engine, forecast = entry.demand, choice.engine, choice.forecast

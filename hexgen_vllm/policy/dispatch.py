@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, cast
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.load import Demand, EngineLoad, Forecast
@@ -67,6 +67,15 @@ def assumed_cost(engines: Sequence[EngineLoad]) -> StepCost:
         return UNMEASURED
     n = len(known) / OPTIMISM
     return StepCost(*(sum(getattr(c, f.name) for c in known) / n for f in fields(StepCost)))
+
+
+def costs(engines: Sequence[EngineLoad]) -> list[StepCost]:
+    """Return what each engine's steps cost, as measured or else as assumed."""
+    found = [e.cost() for e in engines]
+    if None not in found:
+        return cast(list[StepCost], found)
+    assumed = assumed_cost(engines)
+    return [cost or assumed for cost in found]
 
 
 class RoundRobin:
@@ -138,8 +147,7 @@ class HexGen:
         now: float,
     ) -> Choice:
         """Return the engine with the highest score."""
-        default = assumed_cost(engines)
-        solo = [e.solo_s(demand, e.cost() or default) for e in engines]
+        solo = [e.solo_s(demand, c) for e, c in zip(engines, costs(engines), strict=True)]
         score = self._paper if self._options.hexgen_form == "paper" else self._code
         scores = score(solo, engines)
         best = max(range(len(engines)), key=lambda i: (scores[i], -i))
@@ -188,15 +196,11 @@ class EarliestFinish:
         now: float,
     ) -> Choice:
         """Return the engine with the lowest score."""
-        default = assumed_cost(engines)
         best: Choice | None = None
-        for engine in engines:
+        for engine, cost in zip(engines, costs(engines), strict=True):
             waiting = claims.get(engine.engine_id, 0)
             forecast = engine.forecast(
-                demand,
-                engine.cost() or default,
-                waiting,
-                affinity=self._options.prefix_affinity,
+                demand, cost, waiting, affinity=self._options.prefix_affinity
             )
             finish_s = forecast.finish_in_s
             score = finish_s + self._options.externality * forecast.delay_others_s

@@ -121,7 +121,8 @@ class EngineLoad:
         self._queued_prefill = 0
         self._context = 0
         self._waiting: dict[str, InFlight] = {}  # no first token yet
-        self._left: list[int] | None = None  # output tokens to come, ascending; None is stale
+        self._left: dict[str, int] = {}  # output tokens to come, by call
+        self._left_sum = 0
 
     @property
     def engine_id(self) -> str:
@@ -156,18 +157,21 @@ class EngineLoad:
         self._queued_prefill += entry.placement.uncached_tokens
         self._context += entry.call.prompt_tokens
         self._waiting[entry.call.call_id] = entry
-        self._left = None
+        self._left[entry.call.call_id] = left = entry.output_left()
+        self._left_sum += left
         self.prefixes.add(entry.call)
 
     def started(self, entry: InFlight) -> None:
         """Account for the first token of a call: its prefill is done."""
         self._queued_prefill -= entry.placement.uncached_tokens
         self._waiting.pop(entry.call.call_id, None)
-        self._left = None
+        self.progressed(entry)
 
-    def progressed(self) -> None:
-        """Note that calls here are further on than before."""
-        self._left = None
+    def progressed(self, entry: InFlight) -> None:
+        """Account for what a call has written, or is expected to write, since it was told last."""
+        left, call_id = entry.output_left(), entry.call.call_id
+        self._left_sum += left - self._left[call_id]
+        self._left[call_id] = left
 
     def removed(self, call_id: str) -> InFlight | None:
         """Account for the end of a call, however it ended."""
@@ -175,7 +179,7 @@ class EngineLoad:
         if entry is not None:
             self._context -= entry.call.prompt_tokens
             self._waiting.pop(call_id, None)
-            self._left = None
+            self._left_sum -= self._left.pop(call_id)
             if not entry.started:
                 self._queued_prefill -= entry.placement.uncached_tokens
         return entry
@@ -197,16 +201,11 @@ class EngineLoad:
 
     def outstanding_tokens(self) -> int:
         """Return prompt tokens to prefill plus output tokens to come."""
-        return self._queued_prefill + sum(self._outputs_left())
+        return self._queued_prefill + self._left_sum
 
     def queued_prefill_tokens(self) -> int:
         """Return prompt tokens of calls whose first token has not come."""
         return self._queued_prefill
-
-    def _outputs_left(self) -> list[int]:
-        if self._left is None:
-            self._left = sorted(e.output_left() for e in self.in_flight.values())
-        return self._left
 
     def solo_s(self, demand: Demand, cost: StepCost) -> float:
         """Return the call's time alone on the idle engine without prefix cache (t_comp)."""
@@ -261,15 +260,15 @@ class EngineLoad:
         if queued < 0:
             return 0.0
         position = min(queued, ahead + claims)
-        left = self._outputs_left() or [0]
+        left = sorted(self._left.values()) or [0]
         rounds, index = divmod(position, max(self.slots, 1))
-        mean = sum(left) / len(left)
+        mean = self._left_sum / len(left)
         return left[min(index, len(left) - 1)] + rounds * mean
 
     def _delay_s(self, own_prefill_s: float, demand: Demand, cost: StepCost, waiting: int) -> float:
         """Return the time the call adds to all others: its prefill stalls them, its row slows."""
         others = len(self.in_flight)
         decoding = min(others - waiting, self.slots)
-        left = sum(self._outputs_left()) / max(others, 1)
+        left = self._left_sum / max(others, 1)
         row_s = cost.c1 + cost.c2 * demand.call.prompt_tokens
         return own_prefill_s * others + row_s * min(demand.output_tokens, left) * decoding

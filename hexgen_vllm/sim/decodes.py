@@ -8,8 +8,12 @@ many decode, over how much context, who needs a new block, who ends next) is kep
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from typing import Final
 
 from hexgen_vllm.sim.sequence import Sequence
+
+MARK_TOKENS: Final = 64
+"""Tokens between two marks; the router takes note of a call's progress as often."""
 
 
 class DecodeClock:
@@ -24,7 +28,7 @@ class DecodeClock:
         block_size: tokens of a KV block.
     """
 
-    __slots__ = ("_block_size", "_ends", "_residues", "context", "size", "steps")
+    __slots__ = ("_block_size", "_ends", "_marks", "_residues", "context", "size", "steps")
 
     def __init__(self, block_size: int) -> None:
         self.steps = self.size = self.context = 0
@@ -32,6 +36,7 @@ class DecodeClock:
         # By remainder of the clock at which a sequence needs a new block: how many do.
         self._residues = [0] * block_size
         self._ends: list[tuple[int, int, Sequence]] = []
+        self._marks: list[tuple[int, int, Sequence]] = []
 
     def join(self, sequence: Sequence) -> None:
         """Let ``sequence``, whose last token is not computed yet, decode from the next step on."""
@@ -40,7 +45,10 @@ class DecodeClock:
         self.size += 1
         self.context += sequence.tokens - 1
         self._residues[(1 - sequence.base) % self._block_size] += 1
-        heappush(self._ends, (sequence.total_tokens - sequence.base, sequence.number, sequence))
+        left = sequence.total_tokens - sequence.tokens
+        heappush(self._ends, (self.steps + left, sequence.number, sequence))
+        if left > MARK_TOKENS:
+            heappush(self._marks, (self.steps + MARK_TOKENS, sequence.number, sequence))
 
     def leave(self, sequence: Sequence) -> None:
         """Take ``sequence`` off the clock and write its progress down."""
@@ -98,6 +106,16 @@ class DecodeClock:
             if sequence.decoding and sequence.total_tokens - sequence.base == at:
                 return at - self.steps
             heappop(ends)
+
+    def marked(self, ahead: int) -> list[Sequence]:
+        """Return the sequences that passed another mark by ``ahead`` steps from now."""
+        marks, at, found = self._marks, self.steps + ahead, []
+        while marks and marks[0][0] <= at:
+            due, number, sequence = heappop(marks)
+            if sequence.decoding:
+                found.append(sequence)
+                heappush(marks, (due + MARK_TOKENS, number, sequence))
+        return found
 
     def ended(self) -> list[Sequence]:
         """Take off the clock and return those that have all their tokens, by admission."""

@@ -8,7 +8,6 @@ new call comes. Cutting a stretch short changes nothing, so it is cut freely.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Final, Protocol
 
 from hexgen_vllm.config import EngineOptions
@@ -108,15 +107,13 @@ class Engine:
             prefill_share=batch.pricing.prefill_share if ours else None,
         )
 
-    def written(self, now: float) -> Iterator[tuple[Sequence, int]]:
-        """Yield every decoding call and the output tokens it has at ``now``."""
-        if not self.steps:
-            return
-        clock = self.batch.clock
-        clock_now = clock.steps + self._steps_by(now) - 1
-        for sequence in self.batch.running:
-            if sequence.decoding:
-                yield sequence, sequence.base + clock_now - sequence.prompt_tokens
+    def progressed(self, now: float) -> list[tuple[Sequence, int]]:
+        """Return calls that wrote much since they were returned last, and their output tokens."""
+        ahead = self._steps_by(now) - 1 if self.steps else 0
+        return [
+            (sequence, self.batch.clock.tokens(sequence) + ahead - sequence.prompt_tokens)
+            for sequence in self.batch.clock.marked(ahead)
+        ]
 
     def _begin(self, now: float) -> None:
         """Schedule the next step, and as many equal ones as can be told."""

@@ -324,7 +324,7 @@ class Simulation:
         coordinator = self.coordinator
         for name, engine in self.engines.items():
             coordinator.engine_reported(name, engine.report())
-            for sequence, tokens in engine.written(now):
+            for sequence, tokens in engine.progressed(now):
                 coordinator.call_progressed(sequence.call_id, tokens, now)
         self._carry_out(coordinator.tick(now), now)
         if self._open or self._more:
