@@ -73,6 +73,7 @@ class CostFit:
         self._p = [[_PRIOR if i == j else 0.0 for j in range(_N)] for i in range(_N)]
         self._errors: deque[float] = deque(maxlen=128)
         self._spread_s = 0.0
+        self._cost: StepCost | None = None  # of the present coefficients, once asked for
         self.steps = 0
         self.prefills = 0
 
@@ -114,6 +115,7 @@ class CostFit:
     def _observe(self, x: tuple[float, ...], seconds: float) -> None:
         residual = seconds - sum(t * v for t, v in zip(self._theta, x, strict=True))
         self.steps += 1
+        self._cost = None
         if self.steps > _N:
             self._errors.append(abs(residual) / seconds)
         self._update(x, residual, self._weight(residual))
@@ -147,10 +149,10 @@ class CostFit:
 
     def cost(self) -> StepCost | None:
         """Return the fit with negative coefficients cut to 0, or ``None`` while unknown."""
-        if not self.known():
-            return None
-        values = (max(t, 0.0) * s for t, s in zip(self._theta, _SCALES, strict=True))
-        return StepCost(*values)
+        if self._cost is None and self.known():
+            values = (max(t, 0.0) * s for t, s in zip(self._theta, _SCALES, strict=True))
+            self._cost = StepCost(*values)
+        return self._cost
 
     def error(self) -> float | None:
         """Return the median relative error of recent one-step predictions, ``None`` if none."""

@@ -108,31 +108,35 @@ class Demand:
 
 
 class EngineLoad:
-    """One engine as dispatch sees it (mutable, owned by the coordinator)."""
+    """One engine as dispatch sees it (mutable, owned by the coordinator).
+
+    Attributes:
+        spec: what it said when it joined.
+        engine_id: its name.
+        slots: sequences it runs at once.
+        state: whether it gets calls.
+        report: its latest telemetry.
+        prefixes: what its prefix cache probably holds.
+        in_flight: calls placed on it, by id.
+        assigned_s: W_e of the paper, service seconds ever assigned.
+        traffic_fit: step cost learned from its answers.
+    """
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
+        self.engine_id = spec.engine_id
+        self.slots = spec.max_num_seqs or _DEFAULT_SLOTS
         self.state = EngineState.READY
         self.report = EngineReport()
         self.prefixes = PrefixIndex(spec.kv_tokens)
         self.in_flight: dict[str, InFlight] = {}
-        self.assigned_s = 0.0  # W_e of the paper: service seconds ever assigned
+        self.assigned_s = 0.0
         self.traffic_fit = CostFit(min_steps=12)
         self._queued_prefill = 0
         self._context = 0
         self._waiting: dict[str, InFlight] = {}  # no first token yet
         self._left: dict[str, int] = {}  # output tokens to come, by call
         self._left_sum = 0
-
-    @property
-    def engine_id(self) -> str:
-        """The engine's name."""
-        return self.spec.engine_id
-
-    @property
-    def slots(self) -> int:
-        """Sequences the engine runs at once."""
-        return self.spec.max_num_seqs or _DEFAULT_SLOTS
 
     def serves(self, call: Call) -> bool:
         """Whether the engine takes new calls for the call's model."""
@@ -146,6 +150,7 @@ class EngineLoad:
     def restarted(self, spec: EngineSpec) -> None:
         """Forget what a restart makes untrue; calls in flight stay until their driver ends them."""
         self.spec = spec
+        self.slots = spec.max_num_seqs or _DEFAULT_SLOTS
         self.state = EngineState.READY
         self.report = EngineReport()
         self.prefixes = PrefixIndex(spec.kv_tokens)
@@ -219,8 +224,9 @@ class EngineLoad:
 
     def token_s(self, cost: StepCost) -> float:
         """Return the seconds of an output token with one more call here, prefill included."""
-        batch = min(self.slots, len(self.in_flight) + 1)
-        step = cost.step_s(batch, self._context * batch / (len(self.in_flight) + 1))
+        calls = len(self.in_flight) + 1
+        batch = min(self.slots, calls)
+        step = cost.step_s(batch, self._context * batch / calls)
         return step / (1.0 - min(self.report.prefill_share or 0.0, _MAX_SHARE))
 
     def forecast(
@@ -240,35 +246,45 @@ class EngineLoad:
         call = demand.call
         cached = self.prefixes.match(call) if affinity else 0
         uncached = max(call.prompt_tokens - cached, 1)
-        waiting = self._waiting.values()
-        ordered = self.spec.kind is not EngineKind.FCFS
-        ahead = [e for e in waiting if not ordered or e.placement.due_s <= demand.due_s]
+        ahead, prefill_ahead = self._ahead(demand)
         step = self.token_s(cost)
-        prefill_ahead = sum(e.placement.uncached_tokens for e in ahead)
         own_prefill = cost.prefill_s(uncached, cached)
+        queued = len(self.in_flight) + claims - self.slots
+        wait_tokens = self._slot_wait_tokens(queued, ahead, claims) if queued >= 0 else 0.0
         return Forecast(
-            wait_s=self._slot_wait_tokens(len(ahead), claims) * step,
-            prefill_s=cost.prefill_s(prefill_ahead) + own_prefill,
+            wait_s=wait_tokens * step,
+            prefill_s=cost.prefill_s(prefill_ahead) + own_prefill if ahead else own_prefill,
             decode_s=demand.output_tokens * step,
-            delay_others_s=self._delay_s(own_prefill, demand, cost, len(waiting)),
+            delay_others_s=self._delay_s(own_prefill, demand, cost),
             uncached_tokens=uncached,
         )
 
-    def _slot_wait_tokens(self, ahead: int, claims: int) -> float:
+    def _ahead(self, demand: Demand) -> tuple[int, int]:
+        """Return the calls that prefill before a new one, and their tokens to prefill."""
+        if not self._waiting:
+            return 0, 0
+        if self.spec.kind is EngineKind.FCFS:
+            return len(self._waiting), self._queued_prefill
+        count = tokens = 0
+        for entry in self._waiting.values():
+            placement = entry.placement
+            if placement.due_s <= demand.due_s:
+                count += 1
+                tokens += placement.uncached_tokens
+        return count, tokens
+
+    def _slot_wait_tokens(self, queued: int, ahead: int, claims: int) -> float:
         """Return decode steps until a slot is free for the call after ``ahead`` others."""
-        queued = len(self.in_flight) + claims - self.slots
-        if queued < 0:
-            return 0.0
         position = min(queued, ahead + claims)
         left = sorted(self._left.values()) or [0]
         rounds, index = divmod(position, max(self.slots, 1))
         mean = self._left_sum / len(left)
         return left[min(index, len(left) - 1)] + rounds * mean
 
-    def _delay_s(self, own_prefill_s: float, demand: Demand, cost: StepCost, waiting: int) -> float:
+    def _delay_s(self, own_prefill_s: float, demand: Demand, cost: StepCost) -> float:
         """Return the time the call adds to all others: its prefill stalls them, its row slows."""
         others = len(self.in_flight)
-        decoding = min(others - waiting, self.slots)
+        decoding = min(others - len(self._waiting), self.slots)
         left = self._left_sum / max(others, 1)
         row_s = cost.c1 + cost.c2 * demand.call.prompt_tokens
         return own_prefill_s * others + row_s * min(demand.output_tokens, left) * decoding
