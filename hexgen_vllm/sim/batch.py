@@ -19,6 +19,7 @@ from hexgen_vllm.sim.prefix_cache import BlockPool
 from hexgen_vllm.sim.pricing import Pricing
 from hexgen_vllm.sim.queues import ArrivalQueue, KeyQueue, WaitingQueue
 from hexgen_vllm.sim.sequence import Sequence
+from hexgen_vllm.sim.tight import TightStep
 
 _KEY: Final = attrgetter("key_s")
 
@@ -36,9 +37,12 @@ class Batch:
     Attributes:
         model: what the engine is.
         options: order and displacement.
+        stock: it is stock vLLM.
+        by_arrival: it serves first come, first served, as stock vLLM does.
         running: the batch, in vLLM's order.
         prefilling: those of it that do not decode yet.
         waiting: calls not in the batch.
+        queued: their number.
         pool: KV blocks.
         clock: decoding calls.
         pricing: keys.
@@ -56,11 +60,12 @@ class Batch:
     """
 
     def __init__(self, model: EngineModel, options: EngineOptions, *, stock: bool = False) -> None:
-        self.model, self.options, self._stock = model, options, stock
-        self._by_arrival = stock and options.order == "fcfs"
+        self.model, self.options, self.stock = model, options, stock
+        self.by_arrival = stock and options.order == "fcfs"
         self.running: list[Sequence] = []
         self.prefilling: list[Sequence] = []
-        self.waiting: WaitingQueue = ArrivalQueue() if self._by_arrival else KeyQueue()
+        self.waiting: WaitingQueue = ArrivalQueue() if self.by_arrival else KeyQueue()
+        self.queued = 0
         self.pool = BlockPool(model.blocks, caching=model.prefix_caching)
         self.clock = DecodeClock(model.block_size)
         self.pricing = Pricing(options, model.cost, model.max_num_batched_tokens)
@@ -79,16 +84,19 @@ class Batch:
         sequence.arrived_s = now
         self.pricing.price(sequence, sequence.tokens, 0)
         self.waiting.push(sequence)
+        self.queued += 1
 
     def schedule(self, now: float) -> Plan:
         """Decide what the next step computes."""
         self.chunks, self.missed, self.restored = [], [], 0
-        held = self.displacer.displace(now) if self.displacer is not None else []
+        held: list[Sequence] = []
+        if self.queued and self.displacer is not None:
+            held = self.displacer.displace(now)
         budget, preempted = self._schedule_running()
-        if not preempted and budget > 0 and self.waiting:
+        if not preempted and budget > 0 and self.queued:
             self._schedule_waiting(budget)
         for sequence in held:
-            self.waiting.push_back(sequence)
+            self._push_back(sequence)
         chunks = bool(self.chunks)
         runs = chunks or self.clock.size > len(self.missed)
         return Plan(runs, chunks or preempted or bool(held) or bool(self.missed))
@@ -119,7 +127,7 @@ class Batch:
 
     def _in_output_order(self, finished: list[Sequence]) -> list[Sequence]:
         """Return calls that end together in the order in which vLLM frees their blocks."""
-        if self._stock:
+        if self.stock:
             return [s for s in self.running if s in finished]
         for sequence in finished:
             self.pricing.price(sequence, sequence.tokens, sequence.tokens - 1)
@@ -142,76 +150,19 @@ class Batch:
             pool.take(clock.blocks(0, 1))
             budget -= clock.size
             for sequence in self._in_order(self.prefilling):
-                budget -= self._give_chunk(sequence, budget)
+                budget -= self.give_chunk(sequence, budget)
             return budget, False
-        return self._schedule_tightly(budget)
+        self._tight = True
+        return TightStep(self).schedule(budget)
 
     def _in_order(self, calls: list[Sequence]) -> list[Sequence]:
-        if self._stock or len(calls) < 2:
+        if self.stock or len(calls) < 2:
             return calls
         self.reprice()
         return sorted(calls, key=_KEY)
 
-    def _schedule_tightly(self, budget: int) -> tuple[int, bool]:
-        """Give tokens call by call, preempting from the end when blocks run out."""
-        self._tight = True
-        if not self._stock:
-            self.reprice()
-            self.running.sort(key=_KEY)
-        served: list[Sequence] = []
-        given: dict[int, int] = {}
-        before = self.preemptions
-        while len(served) < len(self.running) and budget > 0:
-            sequence = self.running[len(served)]
-            back = self._make_room(sequence, budget, served, given)
-            if sequence not in self.running:
-                budget += back
-                break
-            given[id(sequence)] = tokens = self._serve(sequence, budget)
-            budget += back - tokens  # what came back is for those after it, as in vLLM
-            served.append(sequence)
-        self.missed = [s for s in self.running if s.decoding and id(s) not in given]
-        return budget, self.preemptions > before
-
-    def _make_room(
-        self, sequence: Sequence, budget: int, served: list[Sequence], given: dict[int, int]
-    ) -> int:
-        """Preempt until ``sequence`` has its blocks, itself at last; return tokens given back."""
-        back = 0
-        while self._blocks_for(sequence, budget) > self.pool.free:
-            victim = self._last()
-            if victim in served:
-                served.remove(victim)
-                back += given.pop(id(victim))
-                if victim.decoding:  # it has the block of this step already
-                    size, tokens = self.model.block_size, self.clock.tokens(victim)
-                    victim.holding.blocks = -(-tokens // size)
-            self._evict(victim)
-            self.waiting.push_back(victim)
-            if victim is sequence:
-                break
-        return back
-
-    def _last(self) -> Sequence:
-        """Return the running call that gives way first."""
-        if self._stock and not self._by_arrival:
-            return max(self.running, key=lambda s: (s.key_s, s.arrived_s))
-        return self.running[-1]
-
-    def _blocks_for(self, sequence: Sequence, budget: int) -> int:
-        size = self.model.block_size
-        if sequence.decoding:
-            return int((self.clock.tokens(sequence) - 1) % size == 0)
-        end = min(sequence.computed + budget, sequence.tokens)
-        return -(-end // size) - sequence.holding.blocks
-
-    def _serve(self, sequence: Sequence, budget: int) -> int:
-        if sequence.decoding:
-            self.pool.take(self._blocks_for(sequence, budget))
-            return 1
-        return self._give_chunk(sequence, budget)
-
-    def _give_chunk(self, sequence: Sequence, budget: int) -> int:
+    def give_chunk(self, sequence: Sequence, budget: int) -> int:
+        """Let ``sequence`` compute prompt tokens in this step; return how many."""
         sequence.chunk = chunk = min(sequence.tokens - sequence.computed, budget)
         if chunk:
             size, end = self.model.block_size, sequence.computed + chunk
@@ -232,20 +183,21 @@ class Batch:
     def _schedule_waiting(self, budget: int) -> None:
         """Admit waiting calls while there is budget, a slot, and room for their whole prompt."""
         waiting, size, pool = self.waiting, self.model.block_size, self.pool
-        while budget > 0 and waiting and len(self.running) < self.model.max_num_seqs:
+        while budget > 0 and self.queued and len(self.running) < self.model.max_num_seqs:
             sequence = waiting.peek()
             hit = pool.lookup(sequence.holding.chain, (sequence.tokens - 1) // size)
             needed = -(-sequence.tokens // size) - hit.blocks + hit.idle
             if needed + (self.watermark_blocks if self.running else 0) > pool.free:
                 return
             waiting.pop()
+            self.queued -= 1
             pool.adopt(sequence.holding, hit.blocks)
             self._admitted += 1
             sequence.number = self._admitted
             self._restore(sequence, hit.blocks * size)
             self.running.append(sequence)
             self.prefilling.append(sequence)
-            budget -= self._give_chunk(sequence, budget)
+            budget -= self.give_chunk(sequence, budget)
 
     def _restore(self, sequence: Sequence, cached: int) -> None:
         """Note what of an admitted call's KV is there, from the cache or the host."""
@@ -255,6 +207,15 @@ class Batch:
         sequence.computed = max(cached, min(sequence.saved_tokens, sequence.tokens - 1))
         sequence.saved_tokens = 0
         self.restored += sequence.computed - cached
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running call out and queue it again."""
+        self._evict(sequence)
+        self._push_back(sequence)
+
+    def _push_back(self, sequence: Sequence) -> None:
+        self.waiting.push_back(sequence)
+        self.queued += 1
 
     def displace(self, sequence: Sequence) -> None:
         """Take a running call out for a more urgent one; it is not queued yet."""
@@ -299,7 +260,7 @@ class Batch:
 
     def rekey_waiting(self) -> None:
         """Price what waits at the rates in force."""
-        if self._by_arrival:
+        if self.by_arrival:
             return
         for sequence in self.waiting.unordered():
             self.pricing.price(sequence, sequence.tokens, 0)

@@ -40,7 +40,7 @@ class Displacer:
     def displace(self, now: float) -> list[Sequence]:
         """Preempt running calls for the head of the queue; return them, not queued yet."""
         batch = self._batch
-        if not (self._enabled and batch.waiting and batch.running):
+        if not (self._enabled and batch.queued and batch.running):
             return []
         head = batch.waiting.peek()
         if not urgent(head.latest_start_s, self._options, now) or self._look_is_vain(head):

@@ -101,7 +101,7 @@ class Engine:
             cost=self.model.cost if ours else None,
             fit_error=0.0 if ours else None,
             running=len(batch.running),
-            waiting=len(batch.waiting),
+            waiting=batch.queued,
             kv_usage=batch.pool.usage(),
             preemptions=batch.preemptions,
             prefill_share=batch.pricing.prefill_share if ours else None,
@@ -119,11 +119,11 @@ class Engine:
         """Schedule the next step, and as many equal ones as can be told."""
         batch = self.batch
         self.steps, self.end_s = 0, _NEVER
-        if not (batch.running or batch.waiting):
+        if not (batch.running or batch.queued):
             return
         plan = batch.schedule(now)
         while not plan.runs:
-            if not batch.waiting:
+            if not batch.queued:
                 return
             if not plan.single:
                 raise HexgenError(f"engine {self.model.engine_id} cannot go on")
@@ -163,7 +163,7 @@ class Engine:
         steps = clock.steps_to_end()
         if steps > 1:
             steps = 1 + clock.steps_within(batch.pool.free, 1, steps - 1)
-        if steps > 1 and batch.waiting and batch.displacer is not None:
+        if steps > 1 and batch.queued and batch.displacer is not None:
             again_s, most = batch.displacer.look_again(now)
             if most is not None:
                 steps = max(1, min(steps, most))
@@ -190,5 +190,5 @@ class Engine:
         """Return whether the next step could differ because of a call that just came."""
         batch = self.batch
         if len(batch.running) < self.model.max_num_seqs:
-            return len(batch.waiting) == 1 or batch.waiting.peek() is sequence
+            return batch.queued == 1 or batch.waiting.peek() is sequence
         return batch.displacer is not None and batch.waiting.peek() is sequence

@@ -7,10 +7,14 @@ it. A layer so gets a key from all that is before it; the key stands for its con
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from hexgen_vllm.sim.prefix_cache import Link
 from hexgen_vllm.sim.workload import Layer
+
+# Within a workflow many prompts have the same layers; across workflows few do.
+_REMEMBERED = 4096
 
 
 class Span(NamedTuple):
@@ -36,19 +40,21 @@ def spans(layers: Sequence[Layer]) -> tuple[Span, ...]:
     return tuple(found)
 
 
-def links(prompt: Sequence[Span], block_size: int) -> tuple[Link, ...]:
+@lru_cache(_REMEMBERED)
+def links(layers: tuple[Layer, ...], block_size: int) -> tuple[Link, ...]:
     """Return the runs of full KV blocks that a prompt may share."""
     return tuple(
         Link(key, start // block_size, end // block_size)
-        for key, start, end in prompt
+        for key, start, end in spans(layers)
         if end // block_size > start // block_size
     )
 
 
-def chunk_hashes(prompt: Sequence[Span], chunk_tokens: int) -> tuple[int, ...]:
+@lru_cache(_REMEMBERED)
+def chunk_hashes(layers: tuple[Layer, ...], chunk_tokens: int) -> tuple[int, ...]:
     """Return one number per full chunk of the shared part of a prompt, as routers hash text."""
     return tuple(
         hash((key, index))
-        for key, start, end in prompt
+        for key, start, end in spans(layers)
         for index in range(start // chunk_tokens, end // chunk_tokens)
     )

@@ -30,8 +30,6 @@ class WaitingQueue(Protocol):
     def unordered(self) -> list[Sequence]:
         """Return what is queued, in no particular order."""
 
-    def __len__(self) -> int: ...
-
 
 class ArrivalQueue:
     """Stock vLLM, ``fcfs``: in order of arrival, calls that lost their place in front."""
@@ -53,9 +51,6 @@ class ArrivalQueue:
         """Return what is queued."""
         return list(self._queue)
 
-    def __len__(self) -> int:
-        return len(self._queue)
-
 
 class KeyQueue:
     """By key, then arrival, over the live engine's own heap."""
@@ -76,6 +71,3 @@ class KeyQueue:
         """Move a queued call to its present key."""
         sequence.queued_start_s = sequence.latest_start_s
         self._heap.rekey(sequence, sequence.key_s)
-
-    def __len__(self) -> int:
-        return len(self._heap)

@@ -94,7 +94,7 @@ def counted(
 
 def cached_share(simulation: Simulation) -> float:
     """Return the share of prompt tokens that prefix caches served."""
-    return simulation.cached_tokens / max(simulation.prompt_tokens, 1)
+    return simulation.records.cached_tokens / max(simulation.records.prompt_tokens, 1)
 
 
 def preemptions(simulation: Simulation) -> int:

@@ -18,7 +18,8 @@ from hexgen_vllm.sim.engine import Engine, StepObserver
 from hexgen_vllm.sim.loop import ARRIVAL, DELIVERY, STEP_END, TICK, EventLoop
 from hexgen_vllm.sim.model import EngineModel
 from hexgen_vllm.sim.policies import Policy
-from hexgen_vllm.sim.prompts import Span, chunk_hashes, links, spans
+from hexgen_vllm.sim.prompts import chunk_hashes, links
+from hexgen_vllm.sim.records import CallState, Recorder, WorkflowState
 from hexgen_vllm.sim.sequence import Sequence
 from hexgen_vllm.sim.truth import TruthShapes
 from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
@@ -51,38 +52,13 @@ class SimOptions:
         check(self)
 
 
-@dataclass(slots=True)
-class _Workflow:
-    """A workflow that has begun."""
-
-    spec: WorkflowSpec
-    deadline_s: float
-    group: int = -1
-    calls: int = 0
-    open_calls: int = 0
-    error: str | None = None
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A call between its arrival at the router and its end."""
-
-    workflow: _Workflow
-    spec: CallSpec
-    prompt: tuple[Span, ...]
-    sent_s: float
-    engine: Engine | None = None
-
-
 class Simulation:
     """One run: one policy, one fleet, one workload.
 
     Attributes:
         coordinator: the router's state machine.
         engines: by name.
-        workflows, calls: records of what has ended, in order of ending.
-        prompt_tokens, cached_tokens: of answered calls, and of them out of prefix caches.
-        events: events run.
+        records: of what has ended.
 
     Args:
         models: the fleet.
@@ -109,10 +85,8 @@ class Simulation:
         self.engines = {
             m.engine_id: Engine(m, policy.engine, stock=stock, observer=observer) for m in models
         }
-        self.workflows: list[WorkflowRecord] = []
-        self.calls: list[CallRecord] = []
-        self.prompt_tokens = self.cached_tokens = 0
-        self._pending: dict[str, _Pending] = {}
+        self.records = Recorder(keep_calls=self._options.record_calls)
+        self._pending: dict[str, CallState] = {}
         self._source: Iterator[WorkflowSpec] = iter(())
         self._progress: Callable[[int], None] | None = None
         self._open = 0
@@ -122,6 +96,16 @@ class Simulation:
     def events(self) -> int:
         """Events run so far."""
         return self._loop.events
+
+    @property
+    def workflows(self) -> list[WorkflowRecord]:
+        """Records of workflows, in order of ending."""
+        return self.records.workflows
+
+    @property
+    def calls(self) -> list[CallRecord]:
+        """Records of calls, in order of ending."""
+        return self.records.calls
 
     @property
     def now(self) -> float:
@@ -167,9 +151,9 @@ class Simulation:
         self._open += 1
         if self._truth is not None:
             self._truth.reveal(spec)
-        self._next_group(_Workflow(spec, now + self._deadline_s(spec)), now)
+        self._next_group(WorkflowState(spec, now + self._deadline_s(spec)), now)
 
-    def _next_group(self, workflow: _Workflow, now: float) -> None:
+    def _next_group(self, workflow: WorkflowState, now: float) -> None:
         workflow.group += 1
         if workflow.group == len(workflow.spec.stages) or workflow.error is not None:
             self._end_workflow(workflow, now)
@@ -179,33 +163,22 @@ class Simulation:
         for call in group:
             self._send(workflow, call, now)
 
-    def _end_workflow(self, workflow: _Workflow, now: float) -> None:
+    def _end_workflow(self, workflow: WorkflowState, now: float) -> None:
         spec = workflow.spec
         self.coordinator.workflow_finished(spec.workflow_id)
         if self._truth is not None:
             self._truth.forget(spec.workflow_id)
         self._open -= 1
-        self.workflows.append(
-            WorkflowRecord(
-                workflow_id=spec.workflow_id,
-                arrived_s=spec.arrival_s,
-                deadline_s=workflow.deadline_s - spec.arrival_s,
-                latency_s=now - spec.arrival_s if workflow.error is None else None,
-                error=workflow.error,
-                type=spec.type,
-                tenant=spec.tenant,
-            )
-        )
+        self.records.workflow_ended(workflow, now)
         if self._progress is not None:
-            self._progress(len(self.workflows))
+            self._progress(len(self.records.workflows))
 
     # Calls
 
-    def _send(self, workflow: _Workflow, spec: CallSpec, now: float) -> None:
+    def _send(self, workflow: WorkflowState, spec: CallSpec, now: float) -> None:
         call_id = f"{workflow.spec.workflow_id}.{workflow.calls}"
         workflow.calls += 1
-        prompt = spans(spec.layers)
-        self._pending[call_id] = _Pending(workflow, spec, prompt, now)
+        self._pending[call_id] = CallState(workflow, spec, now)
         call = Call(
             call_id=call_id,
             workflow_id=workflow.spec.workflow_id,
@@ -216,7 +189,7 @@ class Simulation:
             tenant=workflow.spec.tenant,
             deadline_s=workflow.deadline_s,
             expected_output_tokens=None if self._truth is None else spec.output_tokens,
-            prefix=chunk_hashes(prompt, self._options.prefix_chunk_tokens),
+            prefix=chunk_hashes(spec.layers, self._options.prefix_chunk_tokens),
             prefix_chunk_tokens=self._options.prefix_chunk_tokens,
         )
         self._carry_out(self.coordinator.call_arrived(call, now), now)
@@ -236,7 +209,7 @@ class Simulation:
             placement,
             spec.prompt_tokens,
             spec.output_tokens,
-            chain=links(pending.prompt, engine.model.block_size),
+            chain=links(spec.layers, engine.model.block_size),
             tag=pending,
         )
         at = now + self._options.router_latency_s
@@ -257,10 +230,10 @@ class Simulation:
     def _fail(self, call_id: str, reason: str, now: float) -> None:
         pending = self._pending.pop(call_id)
         pending.workflow.error = reason
-        self._record(pending, now, error=reason)
+        self.records.failed(pending, reason, now)
         self._call_over(pending.workflow, now)
 
-    def _call_over(self, workflow: _Workflow, now: float) -> None:
+    def _call_over(self, workflow: WorkflowState, now: float) -> None:
         workflow.open_calls -= 1
         if not workflow.open_calls:
             self._next_group(workflow, now)
@@ -281,8 +254,6 @@ class Simulation:
     def _answered(self, sequence: Sequence, now: float) -> None:
         pending = self._pending.pop(sequence.call_id)
         spec = pending.spec
-        self.prompt_tokens += spec.prompt_tokens
-        self.cached_tokens += sequence.cached_tokens
         result = CallResult(
             ok=True,
             prompt_tokens=spec.prompt_tokens,
@@ -290,34 +261,9 @@ class Simulation:
             output_tokens=spec.output_tokens,
         )
         decisions = self.coordinator.call_finished(sequence.call_id, result, now)
-        self._record(pending, now, first_token_s=sequence.first_token_s)
+        self.records.answered(pending, sequence, now)
         self._carry_out(decisions, now)
         self._call_over(pending.workflow, now)
-
-    def _record(
-        self,
-        pending: _Pending,
-        now: float,
-        *,
-        first_token_s: float | None = None,
-        error: str | None = None,
-    ) -> None:
-        if not self._options.record_calls:
-            return
-        spec, engine = pending.spec, pending.engine
-        self.calls.append(
-            CallRecord(
-                workflow_id=pending.workflow.spec.workflow_id,
-                stage=spec.stage,
-                sent_s=pending.sent_s,
-                latency_s=now - pending.sent_s,
-                prompt_tokens=spec.prompt_tokens,
-                output_tokens=spec.output_tokens if error is None else 0,
-                ttft_s=None if first_token_s is None else first_token_s - pending.sent_s,
-                engine=None if engine is None else engine.model.engine_id,
-                error=error,
-            )
-        )
 
     def _tick(self, now: float, _: None) -> None:
         """Read telemetry and progress, as the router does."""

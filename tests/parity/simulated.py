@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.sim.engine import Engine
-from hexgen_vllm.sim.prompts import links, spans
+from hexgen_vllm.sim.prompts import links
 from hexgen_vllm.sim.sequence import Sequence
 from hexgen_vllm.types import Placement
 from tests.parity.scenarios import Arrival, EngineScenario
@@ -107,7 +107,7 @@ def _sequence(arrival: Arrival, block_size: int) -> Sequence:
         placement,
         arrival.prompt_tokens,
         arrival.output_tokens,
-        chain=links(spans(arrival.layers), block_size),
+        chain=links(arrival.layers, block_size),
     )
     sequence.most_tokens = arrival.output_tokens
     return sequence
