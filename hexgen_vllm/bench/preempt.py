@@ -51,14 +51,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--model", help="path or name (default: a tiny one, made here)")
     parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
-    parser.add_argument("--in-flight", type=int, default=10, help="workflows at once")
-    parser.add_argument("--workflows", type=int, default=24, help="workflows in all")
+    parser.add_argument("--in-flight", type=int, default=14, help="workflows at once")
+    parser.add_argument("--workflows", type=int, default=28, help="workflows in all")
     parser.add_argument("--stages", type=int, default=2, help="calls of a workflow")
+    for name, default, text in (
+        ("--prompt", (60, 240), "new prompt tokens of a call"),
+        ("--output", (100, 240), "output tokens of a call"),
+    ):
+        bounds = ("LEAST", "MOST")
+        parser.add_argument(name, type=int, nargs=2, default=default, metavar=bounds, help=text)
     parser.add_argument(
-        "--prompt", type=int, nargs=2, default=(100, 400), metavar=("LEAST", "MOST")
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=(256, 1024, 2048),
+        help="tokens of the calls whose resume is timed",
     )
-    parser.add_argument("--output", type=int, nargs=2, default=(60, 160), metavar=("LEAST", "MOST"))
-    parser.add_argument("--contexts", type=int, nargs="+", default=(256, 1024, 2048))
+    parser.add_argument(
+        "--urgent",
+        type=float,
+        default=1.5,
+        help="deadline of every third workflow in multiples of a lone one; others have 10 x that",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="resumes timed per context")
     parser.add_argument("--host-kv-gib", type=float, default=1.0, help="host memory for KV, GiB")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and lengths")
@@ -97,8 +111,9 @@ def _check(args: argparse.Namespace) -> None:
         least, most = getattr(args, name)
         if least > most:
             raise ConfigError(f"--{name}: {least} is more than {most}.")
-    if args.host_kv_gib <= 0:
-        raise ConfigError(f"--host-kv-gib must be more than 0, not {args.host_kv_gib:g}.")
+    for name in ("host_kv_gib", "urgent"):
+        if not getattr(args, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be more than 0.")
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -115,6 +130,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             output=tuple(args.output),
             contexts=tuple(args.contexts),
             host_kv_gib=args.host_kv_gib,
+            urgent=args.urgent,
             seed=args.seed,
             **{name: getattr(args, name) for name in _SIZES},
         )

@@ -105,17 +105,17 @@ class Bed:
 
     def lone_s(self) -> float:
         """Return the time of a workflow alone, warmed up."""
-        return min(self._play(1, 1, 1e6).took_s for _ in range(2))
+        return min(self._play(1, 1, 1e6).took_s for _ in range(4))
 
     def play(self, lone_s: float) -> LoadResult:
         """Run the load with deadlines in multiples of ``lone_s``."""
-        return self._play(self.case.workflows, self.case.in_flight, self.case.urgent * lone_s)
+        return self._play(self.case.workflows, self.case.in_flight, lone_s)
 
-    def _play(self, workflows: int, in_flight: int, urgent_s: float) -> LoadResult:
+    def _play(self, workflows: int, in_flight: int, lone_s: float) -> LoadResult:
         result, begin = LoadResult(), perf_counter()
         alive: dict[str, Workflow] = {}
         todo = iter(range(workflows))
-        while self._admit(alive, in_flight, todo, urgent_s):
+        while self._admit(alive, in_flight, todo, lone_s):
             start = perf_counter()
             outputs = self._llm.step()
             now = perf_counter()
@@ -129,11 +129,11 @@ class Bed:
         return result
 
     def _admit(
-        self, alive: dict[str, Workflow], in_flight: int, todo: Iterator[int], urgent_s: float
+        self, alive: dict[str, Workflow], in_flight: int, todo: Iterator[int], lone_s: float
     ) -> bool:
         """Keep as many workflows in flight as wanted; return whether there are any."""
         while len(alive) < in_flight and (number := next(todo, None)) is not None:
-            workflow = make_workflow(self.case, number, urgent_s, perf_counter())
+            workflow = make_workflow(self.case, number, lone_s, perf_counter())
             alive[workflow.name] = workflow
             self._call(workflow)
         return bool(alive)
@@ -150,13 +150,19 @@ class Bed:
     def _call(self, workflow: Workflow) -> None:
         prompt, writes = workflow.calls.pop(0)
         workflow.context += prompt
-        name = f"{workflow.name}.{len(workflow.calls)}"
+        left = len(workflow.calls)
         left_s = max(workflow.deadline_s - perf_counter(), 1e-3)
-        self._add(name, workflow.context, writes, left_s)
+        tail_s = left * workflow.stage_s
+        self._add(f"{workflow.name}.{left}", workflow.context, writes, left_s, tail_s)
 
-    def _add(self, name: str, prompt: list[int], writes: int, left_s: float) -> None:
+    def _add(
+        self, name: str, prompt: list[int], writes: int, left_s: float, tail_s: float = 0.0
+    ) -> None:
         meta = wire.CallMeta(
-            workflow_id=name, workflow_deadline_ms=1000 * left_s, expected_output_tokens=writes
+            workflow_id=name.partition(".")[0],
+            workflow_deadline_ms=1000 * left_s,
+            expected_output_tokens=writes,
+            tail_ms=1000 * tail_s,
         )
         params = SamplingParams(
             temperature=0.0,

@@ -34,28 +34,28 @@ class Case:
         stages: calls of a workflow.
         prompt: new prompt tokens of a call, least and most.
         output: output tokens of a call, least and most.
-        urgent: deadline of urgent workflows, as a multiple of a lone one; others have ten times
-            as much.
         contexts: contexts for which resuming is timed.
         repeats: times each is timed.
-        block_size: tokens per KV block.
         host_kv_gib: host memory for KV, GiB.
         seed: of prompts and lengths.
+        urgent: deadline of urgent workflows, as a multiple of a lone one; others have ten times
+            as much.
+        block_size: tokens per KV block.
     """
 
     model: str
-    dtype: str = "float32"
-    in_flight: int = 10
-    workflows: int = 24
-    stages: int = 2
-    prompt: tuple[int, int] = (100, 400)
-    output: tuple[int, int] = (60, 160)
-    urgent: float = 4.0
-    contexts: tuple[int, ...] = (256, 1024, 2048)
-    repeats: int = 3
+    dtype: str
+    in_flight: int
+    workflows: int
+    stages: int
+    prompt: tuple[int, int]
+    output: tuple[int, int]
+    contexts: tuple[int, ...]
+    repeats: int
+    host_kv_gib: float
+    seed: int
+    urgent: float
     block_size: int = 32
-    host_kv_gib: float = 1.0
-    seed: int = 0
 
     @property
     def longest(self) -> int:
@@ -82,6 +82,7 @@ class Workflow:
     name: str
     deadline_s: float
     urgent: bool
+    stage_s: float
     calls: list[tuple[list[int], int]]
     context: list[int] = field(default_factory=list)
 
@@ -103,13 +104,20 @@ class LoadResult:
         self.urgent_on_time += on_time and workflow.urgent
 
 
-def make_workflow(case: Case, number: int, urgent_s: float, now: float) -> Workflow:
-    """Return workflow ``number`` of ``case``, which starts ``now``; always the same one."""
+def make_workflow(case: Case, number: int, lone_s: float, now: float) -> Workflow:
+    """Return workflow ``number`` of ``case``, which starts ``now``; always the same one.
+
+    Args:
+        case: the load.
+        number: which workflow.
+        lone_s: seconds that a workflow takes alone.
+        now: the present, seconds.
+    """
     rng = random.Random(f"{case.seed}/{number}")
     urgent = number % URGENT_EVERY == 0
     calls = [
         (tokens(rng, rng.randint(*case.prompt)), rng.randint(*case.output))
         for _ in range(case.stages)
     ]
-    deadline_s = now + urgent_s * (1.0 if urgent else _PATIENT)
-    return Workflow(f"w{number}", deadline_s, urgent, calls)
+    deadline_s = now + lone_s * case.urgent * (1.0 if urgent else _PATIENT)
+    return Workflow(f"w{number}", deadline_s, urgent, lone_s / case.stages, calls)

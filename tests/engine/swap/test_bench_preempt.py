@@ -60,7 +60,7 @@ def test_copies_take_the_place_of_computing(figures: dict[str, Any]) -> None:
         (["--device", "cuda"], "--device cuda: this vLLM runs on cpu."),
         (["--in-flight", "0"], "--in-flight is too small."),
         (["--output", "9", "3"], "--output: 9 is more than 3."),
-        (["--host-kv-gib", "0"], "--host-kv-gib must be more than 0, not 0."),
+        (["--host-kv-gib", "0"], "--host-kv-gib must be more than 0."),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(arguments: list[str], sentence: str) -> None:
