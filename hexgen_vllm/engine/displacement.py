@@ -1,9 +1,10 @@
 """From the scheduler's state to the plain values that the displacement policy decides on.
 
 Looking at the batch costs time in every step, so it goes from cheap to dear and stops early: is
-anyone waiting, is the head urgent, has anyone behind it slack to give, is room short at all. Only
-then are the possible victims looked at, at most :data:`_MOST_VIEWS` of them, and after a look in
-vain not again for :data:`_QUIET_STEPS` steps unless the head or the batch has changed.
+anyone waiting, is the head urgent, has anyone behind it slack to give, is room short at all, will
+room come too late. Only then are the possible victims looked at, at most :data:`_MOST_VIEWS` of
+them, and after a look in vain there is none for :data:`_QUIET_STEPS` steps unless the head or the
+number of running calls has changed.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any, Final
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine import compat
+from hexgen_vllm.engine.batch_order import by_key
 from hexgen_vllm.engine.compat import PauseState, Request
 from hexgen_vllm.engine.requests import CallBook
 from hexgen_vllm.policy.preemption import (
     Candidate,
     RunningView,
     choose_victims,
+    refusal,
     urgent,
     wait_for_room,
 )
@@ -42,10 +45,11 @@ class Displacer:
         self.reason = ""
 
     def victims(self, now: float) -> list[Request]:
-        """Return whom to preempt before this step; ``running`` must be in the queue's order."""
+        """Return whom to preempt before this step; a look puts ``running`` in the queue's order."""
         head = self._head(now)
         if head is None or self._look_is_vain(head):
             return []
+        by_key(self._scheduler.running)
         victims = self._choose(head, now)
         if victims and self._leaves_tokens(victims):
             return victims
@@ -56,9 +60,14 @@ class Displacer:
         able = self._able(head)
         if not able:
             return []
-        shared = self._shared_hits(head)
-        wanted = self._wanted(head, shared)
-        if wanted is None:
+        slots_short, blocks_short, shared = self._lacking(head)
+        if slots_short <= 0 and blocks_short <= 0:
+            return []
+        wait_s = wait_for_room(slots_short, blocks_short, self._endings())
+        call = head.hexgen
+        wanted = Candidate(call.key_s, call.latest_start_s, slots_short, blocks_short, wait_s)
+        self.reason = refusal(wanted, self._options, now)
+        if self.reason:
             return []
         views = [self._view(r, shared) for r in able]
         chosen, self.reason = choose_victims(wanted, views, self._options, now)
@@ -73,8 +82,6 @@ class Displacer:
             return None
         head = compat.first_waiting(scheduler)
         if head is None or not urgent(head.hexgen.latest_start_s, self._options, now):
-            return None
-        if scheduler.running[-1].hexgen.key_s <= head.hexgen.key_s:
             return None
         # Encoder budget and cache are not modelled: room in KV would not tell that it fits.
         if head.has_encoder_inputs or compat.is_blocked(head) or self._lora_is_full(head):
@@ -115,29 +122,34 @@ class Displacer:
                 able.append(request)
         return able
 
-    def _wanted(self, head: Request, shared: set[int]) -> Candidate | None:
-        """Return what ``head`` lacks, ``None`` when it lacks nothing."""
+    def _lacking(self, head: Request) -> tuple[int, int, set[int]]:
+        """Return slots and blocks that ``head`` lacks, and the blocks that it would share.
+
+        Hits are looked up only where they matter: not while there are blocks enough without.
+        """
         scheduler = self._scheduler
         active = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
         slots_short = 1 - (compat.max_active(scheduler) - active)
         manager = scheduler.kv_cache_manager
+        free = manager.block_pool.get_num_free_blocks()
+        needs = self._most_blocks(head) + manager.watermark_blocks
+        if free >= needs + self._most_growth():
+            return slots_short, 0, set()
+        shared = self._shared_hits(head)
         grows = sum(self._growth(r) for r in scheduler.running)
-        needs = self._most_blocks(head) - len(shared) + manager.watermark_blocks + grows
-        blocks_short = needs - manager.block_pool.get_num_free_blocks()
-        if slots_short <= 0 and blocks_short <= 0:
-            return None
-        wait_s = wait_for_room(slots_short, blocks_short, map(self._ending, scheduler.running))
-        call = head.hexgen
-        return Candidate(call.key_s, call.latest_start_s, slots_short, blocks_short, wait_s)
+        return slots_short, needs - len(shared) + grows - free, shared
 
-    def _ending(self, request: Request) -> tuple[float, int]:
-        """Return in how many seconds ``request`` should end, and roughly the blocks it holds."""
-        computed = request.num_computed_tokens
-        left = output_left(
-            request.hexgen.expected_tokens, request.num_output_tokens, request.max_tokens
-        )
-        ahead = max(request.num_tokens - computed, 0)
-        return self._book.rates.service_s(ahead, left), computed // self._scheduler.block_size
+    def _endings(self) -> list[tuple[float, int]]:
+        """Return in how many seconds each running call should end, and roughly its blocks."""
+        rates, size = self._book.rates, self._scheduler.block_size
+        endings = []
+        for request in self._scheduler.running:
+            computed, tokens = request.num_computed_tokens, request.num_tokens
+            expected, done = request.hexgen.expected_tokens, request.num_output_tokens
+            left = output_left(expected, done, request.max_tokens)
+            in_s = rates.service_s(max(tokens - computed, 0), left)
+            endings.append((in_s, computed // size))
+        return endings
 
     def _most_blocks(self, head: Request) -> int:
         """Return the blocks that ``head`` needs to be admitted without any prefix hit."""
@@ -148,6 +160,13 @@ class Displacer:
         tokens = min(head.num_tokens, scheduler.max_num_scheduled_tokens)
         groups = len(scheduler.kv_cache_config.kv_cache_groups)
         return min(whole, groups * -(-tokens // scheduler.block_size))
+
+    def _most_growth(self) -> int:
+        """Return the blocks that the batch takes in this step at most."""
+        scheduler = self._scheduler
+        groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        chunks = [r for r in scheduler.running if r.is_prefill_chunk]
+        return groups * len(scheduler.running) + sum(self._growth(r) for r in chunks)
 
     def _growth(self, request: Request) -> int:
         """Return the blocks that ``request`` takes in this step."""

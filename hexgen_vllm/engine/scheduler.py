@@ -5,9 +5,7 @@ and victims are preempted; what comes out is the same kind of step with other ca
 greedy tokens are those of stock vLLM. ``--scheduling-policy`` stays ``fcfs``: then the last of
 ``running`` is vLLM's victim when the KV cache is full, and ``priority`` stays the client's.
 
-``running`` is in the order of keys, so that the least urgent call is that victim, unless prefill
-chunks are in the batch and there are blocks enough for the step: then decodes go before chunks,
-because a long chunk takes the whole token budget and a decode next to it costs almost nothing.
+The order of the batch is that of :mod:`hexgen_vllm.engine.batch_order`.
 
 Keys change on new information only. A running call is re-keyed about every 64 steps, a few calls
 in each step; when the fitted step cost has moved, so are the waiting ones, a few dozen in a step.
@@ -19,12 +17,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
-from operator import attrgetter
 from typing import Any, Final
 
 from hexgen_vllm.config import EngineOptions, from_mapping
 from hexgen_vllm.engine import compat
+from hexgen_vllm.engine.batch_order import arrange
 from hexgen_vllm.engine.compat import AsyncScheduler, Request, RequestStatus
 from hexgen_vllm.engine.displacement import Displacer
 from hexgen_vllm.engine.request_queue import UrgencyQueue
@@ -33,10 +30,8 @@ from hexgen_vllm.engine.swap_setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
 from hexgen_vllm.errors import ConfigError
 
-_KEY: Final = attrgetter("hexgen.key_s")
-_IS_CHUNK: Final = attrgetter("is_prefill_chunk")
 _REKEY_EVERY_STEPS: Final = 64
-_REKEY_WAITING: Final = 64
+_REKEY_WAITING: Final = 32
 _REFIT_EVERY_STEPS: Final = 32
 _RATES_MOVED: Final = 0.1
 _ENDED: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
@@ -83,7 +78,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         self._displacer = Displacer(self, self.hexgen_options, self.hexgen_book)
         self._preemption_cause = "kv"
         self._background: deque[tuple[float, str]] = deque()  # (ages at, id), oldest first
-        self._to_rekey: Iterator[Request] = iter(())
+        self._to_rekey: list[Request] = []
         self._next_running = 0
 
     def hexgen_stats(self) -> dict[str, Any]:
@@ -165,6 +160,8 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         worker would miss their tokens.
         """
         victims = self._displacer.victims(now)
+        if not victims:
+            return victims
         with self._preempting("displaced"):
             for victim in victims:
                 self.running.remove(victim)
@@ -179,10 +176,9 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         """Put queue and batch in order, make room, then let vLLM schedule the step."""
         now, busy = self.hexgen_clock(), bool(self.running)
         self._end_background(now)
-        self.running.sort(key=_KEY)
         # Under data parallelism a throttled step admits nobody, so making room would be in vain.
         held = [] if throttle_prefills else self._displace(now)
-        self._decodes_first()
+        arrange(self)
         try:
             output = super().schedule(throttle_prefills)
         finally:
@@ -198,17 +194,6 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
             if request is not None and request.hexgen.background:
                 self.hexgen_book.aged(request)
                 self._requeue(request)
-
-    def _decodes_first(self) -> None:
-        """Move prefill chunks behind decodes if nobody will be preempted in this step."""
-        running = self.running
-        chunks = [r for r in running if r.is_prefill_chunk]
-        if not chunks or len(chunks) == len(running):
-            return
-        groups = len(self.kv_cache_config.kv_cache_groups)
-        blocks = len(running) + self.max_num_scheduled_tokens // self.block_size + 1
-        if self.kv_cache_manager.block_pool.get_num_free_blocks() >= groups * blocks:
-            running.sort(key=_IS_CHUNK)
 
     def _note_admitted(self, output: Any) -> None:
         """Learn from the prefix hits of the calls that this step admitted."""
@@ -251,12 +236,14 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
 
     def _rekey_waiting(self) -> None:
         meter, book = self.hexgen_meter, self.hexgen_book
-        if meter.steps % _REFIT_EVERY_STEPS == 0:
+        # New rates wait for the end of a pass: beginning again would never reach the tail.
+        if not self._to_rekey and meter.steps % _REFIT_EVERY_STEPS == 0:
             rates = meter.rates(self.max_num_scheduled_tokens)
             if rates is not None and rates.differs(book.rates, _RATES_MOVED):
                 book.rates = rates
-                self._to_rekey = iter(self.waiting.unordered())
-        for request in islice(self._to_rekey, _REKEY_WAITING):
+                self._to_rekey = self.waiting.unordered()
+        for _ in range(min(_REKEY_WAITING, len(self._to_rekey))):
+            request = self._to_rekey.pop()
             if request in self.waiting:
                 book.price(request)
                 self.waiting.rekey(request)

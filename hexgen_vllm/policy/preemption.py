@@ -109,6 +109,8 @@ def wait_for_room(
         blocks_short: KV blocks that must become free.
         endings: for each running call, the seconds it has left and the blocks it then releases.
     """
+    if slots_short <= 1 and blocks_short <= 0:
+        return min(endings, default=(math.inf, 0))[0]
     for in_s, blocks in sorted(endings):
         slots_short -= 1
         blocks_short -= blocks
@@ -133,22 +135,30 @@ def eligible(candidate: Candidate, view: RunningView, limits: EngineOptions) -> 
     )
 
 
+def refusal(candidate: Candidate, limits: EngineOptions, now: float) -> str:
+    """Return why nobody is to be displaced for ``candidate``, whoever is running; "" if nothing.
+
+    It is ``off``, ``fits``, ``not-urgent`` or ``room-soon``.
+    """
+    if not limits.displace:
+        return "off"
+    if candidate.slots_short <= 0 and candidate.blocks_short <= 0:
+        return "fits"
+    if not urgent(candidate.latest_start_s, limits, now):
+        return "not-urgent"
+    return "room-soon" if candidate.latest_start_s - now >= candidate.wait_s else ""
+
+
 def choose_victims(
     candidate: Candidate, running: Sequence[RunningView], limits: EngineOptions, now: float
 ) -> Displacement:
     """Return the running calls to displace for ``candidate``, best first, or none and why.
 
-    The reason is ``displaced``, or why not: ``off``, ``fits``, ``not-urgent``, ``room-soon``,
-    ``no-victim`` (nobody qualifies) or ``would-not-fit`` (all who qualify are too few).
+    The reason is ``displaced``, or why not: a :func:`refusal`, ``no-victim`` (nobody qualifies)
+    or ``would-not-fit`` (all who qualify are too few).
     """
-    if not limits.displace:
-        return Displacement((), "off")
-    if candidate.slots_short <= 0 and candidate.blocks_short <= 0:
-        return Displacement((), "fits")
-    if not urgent(candidate.latest_start_s, limits, now):
-        return Displacement((), "not-urgent")
-    if candidate.latest_start_s - now >= candidate.wait_s:
-        return Displacement((), "room-soon")
+    if reason := refusal(candidate, limits, now):
+        return Displacement((), reason)
     able = [i for i, view in enumerate(running) if eligible(candidate, view, limits)]
     if not able:
         return Displacement((), "no-victim")

@@ -130,14 +130,31 @@ def test_background_ages_behind_an_endless_stream(build: Build, order: str) -> N
     assert engine.clock.now >= began + bound_s, "background is not behind"
 
 
-def test_the_batch_is_in_the_order_of_urgency(build: Build) -> None:
-    engine = build(max_num_seqs=4)
+@pytest.mark.parametrize(
+    ("blocks", "order"),
+    [(8, ["r1", "r3", "r2", "r0"]), (200, ["r1", "r2", "r0", "r3"])],
+    ids=["blocks may run out: by urgency", "plenty: as admitted"],
+)
+def test_the_batch_is_ordered_when_it_matters(build: Build, blocks: int, order: list[str]) -> None:
+    engine = build(blocks=blocks, max_num_seqs=4)
     for i, seconds in enumerate((30, 10, 20)):
         engine.add(f"r{i}", [10 + i] * 8, 30, due(seconds))
     engine.steps(2)
     engine.add("r3", [1] * 8, 30, due(15))
     engine.steps(2)
-    assert engine.running() == ["r1", "r3", "r2", "r0"]
+    assert engine.running() == order
+
+
+def test_prefill_chunks_get_tokens_in_the_order_of_urgency(build: Build) -> None:
+    engine = build(max_num_seqs=4, max_batched_tokens=48)
+    engine.scheduler.scheduler_config.long_prefill_token_threshold = 32
+    engine.add("far", [1] * 500, 5, due(500))
+    engine.step()
+    engine.add("near", [2] * 500, 5, due(400))
+    engine.step()
+    assert engine.running() == ["far", "near"], "one of them gets 32 tokens a step, the other 16"
+    engine.run()
+    assert engine.ended == ["near", "far"]
 
 
 def test_the_least_urgent_gives_way_when_kv_is_full(build: Build) -> None:
