@@ -56,6 +56,18 @@ def test_displaces_for_kv_blocks(build: Build) -> None:
     engine.assert_clean()
 
 
+def test_finds_the_call_with_slack_wherever_it_is_in_the_batch(build: Build) -> None:
+    engine = build(max_num_seqs=2)
+    engine.add("lazy", [10] * 40, 60, LAZY)
+    engine.step()
+    engine.add("keen", [11] * 40, 60, CallMeta(workflow_deadline_ms=1.0))
+    engine.step()
+    assert engine.running() == ["lazy", "keen"]
+    engine.add("urgent", [99] * 40, 10, URGENT)
+    engine.step()
+    assert sorted(engine.running()) == ["keen", "urgent"]
+
+
 def test_a_victim_waits_out_the_step_and_comes_back(build: Build) -> None:
     engine = build(max_num_seqs=2, async_scheduling=True)
     fill(engine, 2)
