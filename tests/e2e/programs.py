@@ -22,6 +22,11 @@ START_S = 110.0
 """Time for a real server to start on a busy machine; only a hang is meant to meet it."""
 
 
+def environment() -> dict[str, str]:
+    """Return the variables of a program under test: ours, but it logs as it does for users."""
+    return {name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"}
+
+
 class Program(Protocol):
     """A started program, however it was started."""
 
@@ -50,6 +55,7 @@ class Spawned:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=environment(),
             )
 
     def poll(self) -> int | None:

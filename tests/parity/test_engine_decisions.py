@@ -16,14 +16,11 @@ The last test lets all three loose and bounds what they do to latencies and pree
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
-
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
