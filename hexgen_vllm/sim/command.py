@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from hexgen_vllm.sim.results import Row, row, simulate
 from hexgen_vllm.sim.scenario import Run, Scenario
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.sim.table import describe, render
+from hexgen_vllm.sim.timeline import Timeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="play the runs of this bench live result again on the scenario's fleet",
     )
     add("--json", type=Path, metavar="OUT", help="write results here")
-    add("--plot", type=Path, metavar="OUT.png", help="draw attainment here")
+    add("--plot", type=Path, metavar="OUT.png", help="draw attainment here, one image per load")
+    add("--timeline", type=Path, metavar="OUT.json", help="write the one run as a Chrome trace")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -48,36 +51,62 @@ def main(args: argparse.Namespace) -> int:
     if args.against:
         return _against(args)
     scenario = _changed(load(args.scenario), args)
-    for path in (args.json, args.plot):
+    for path in (args.json, args.plot, args.timeline):
         files.check_writable(path)
     if args.plot:
         require_matplotlib()
-    rows = play(scenario, _progress_line)
+    rows = play(scenario, _progress_line, args.timeline)
     print(render(rows))
     if args.json:
         files.write(args.json, rows)
     if args.plot:
-        draw_attainment(rows, args.plot)
+        _draw(rows, args.plot)
     return 0
 
 
-def play(scenario: Scenario, progress: Callable[[Run, int, int], None] | None = None) -> list[Row]:
-    """Play all runs of a scenario.
+def play(
+    scenario: Scenario,
+    progress: Callable[[Run, int, int], None] | None = None,
+    trace: Path | None = None,
+) -> list[Row]:
+    """Play all runs of a scenario and print its limits.
 
     Args:
         scenario: what to play.
         progress: called with the run, the number of the run and their count, before each.
+        trace: where a timeline goes; there must be only one run.
+
+    Raises:
+        ConfigError: there are several runs for one timeline.
     """
     bounds = scenario.limits()
     base_s = scenario.base_s(bounds)
-    print(describe(bounds, scenario.deadline.scale * base_s, base_s), end="\n\n")
     runs = scenario.runs(bounds.rate_per_s)
+    if trace is not None and len(runs) > 1:
+        raise ConfigError(
+            f"--timeline shows one run, not {len(runs)}; choose one --policy, --load and --seed."
+        )
+    print(describe(bounds, scenario.deadline.scale * base_s, base_s), end="\n\n")
     rows = []
     for index, run in enumerate(runs):
+        timeline = None if trace is None else Timeline()
         if progress is not None:
             progress(run, index, len(runs))
-        rows.append(row(scenario, run, bounds, simulate(scenario, run, bounds)))
+        simulation = simulate(scenario, run, bounds, observer=timeline)
+        rows.append(row(scenario, run, bounds, simulation))
+        if trace is not None and timeline is not None:
+            shown = timeline.trace(simulation.workflows, simulation.calls)
+            trace.write_text(json.dumps(shown) + "\n", encoding="utf-8")
     return rows
+
+
+def _draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw attainment, one image for each load."""
+    loads = sorted({row["load"] for row in rows})
+    for load_ in loads:
+        shown = [row for row in rows if row["load"] == load_]
+        name = path if len(loads) == 1 else path.with_stem(f"{path.stem}-{load_:.2f}")
+        draw_attainment(shown, name)
 
 
 def _against(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
 from hexgen_vllm.metrics.summary import percentile, stage_figures, summarise
+from hexgen_vllm.sim.engine import StepObserver
 from hexgen_vllm.sim.limits import Limits
 from hexgen_vllm.sim.scenario import Run, Scenario
 from hexgen_vllm.sim.simulator import Simulation
@@ -23,7 +24,8 @@ def simulate(
     run: Run,
     bounds: Limits,
     specs: Sequence[WorkflowSpec] | None = None,
-    **observers: Any,
+    *,
+    observer: StepObserver | None = None,
 ) -> Simulation:
     """Play one run to its end and return it.
 
@@ -32,7 +34,7 @@ def simulate(
         run: which one.
         bounds: of the scenario; give the base SLO.
         specs: its workflows if they are known already.
-        observers: ``observer`` and ``progress`` of the simulation.
+        observer: sees every engine step.
     """
     deadline_s = scenario.deadline.of(scenario.base_s(bounds))
     simulation = Simulation(
@@ -40,9 +42,9 @@ def simulate(
         run.policy,
         deadline_s,
         scenario.simulation,
-        observer=observers.get("observer"),
+        observer=observer,
     )
-    simulation.run(scenario.specs(run) if specs is None else specs, observers.get("progress"))
+    simulation.run(scenario.specs(run) if specs is None else specs)
     return simulation
 
 

@@ -1,0 +1,132 @@
+"""``hexgen-vllm bench sim``: how fast the simulator is, and how much memory a long run takes.
+
+Three figures, each on the reference fleet of four engines with text-to-SQL workflows:
+
+- ``calls_per_s_per_core``: simulated calls per second of processor time, policy ``slack`` at 80 %
+  of the fleet's capacity, the best of some repeats.
+- ``alpha_grid_s``: wall time of the paper's tuning, 11 values of alpha by 3 seeds by 300
+  workflows, on two processes.
+- ``peak_rss_mib``: most memory of a process that plays 20,000 workflows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+from hexgen_vllm.bench import results
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.metrics.summary import percentile
+from hexgen_vllm.sim.arrivals import poisson
+from hexgen_vllm.sim.fleet import fleet
+from hexgen_vllm.sim.limits import limits
+from hexgen_vllm.sim.policies import Policy, named
+from hexgen_vllm.sim.simulator import SimOptions, Simulation
+from hexgen_vllm.sim.text2sql import text2sql
+from hexgen_vllm.sim.workload import WorkflowSpec, generator, timed
+
+_FLEET: Final = fleet("reference-4")
+_LOAD: Final = 0.8
+_DEADLINE_S: Final = 120.0
+_ALPHAS: Final = tuple(round(0.1 * i, 1) for i in range(11))
+_SEEDS: Final = (1, 2, 3)
+_GRID_WORKFLOWS: Final = 300
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``hexgen-vllm bench sim``."""
+    add = parser.add_argument
+    add("--speed-workflows", type=int, default=500, metavar="N", help="of a run for speed")
+    add("--repeats", type=int, default=3, metavar="N", help="runs for speed; the best counts")
+    add("--memory-workflows", type=int, default=20_000, metavar="N", help="of the run for memory")
+    add("--jobs", type=int, default=2, metavar="N", help="processes of the alpha grid")
+    add("--json", type=Path, metavar="OUT", help="write the figures here")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure and print.
+
+    Raises:
+        ConfigError: a number is below 1.
+    """
+    for name in ("speed_workflows", "repeats", "memory_workflows", "jobs"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
+    results.check_writable(args.json)
+    figures: dict[str, Any] = {}
+    figures["calls_per_s_per_core"] = round(
+        max(calls_per_s(args.speed_workflows) for _ in range(args.repeats))
+    )
+    print(f"simulated calls per second and core: {figures['calls_per_s_per_core']:,}")
+    figures["alpha_grid_s"] = round(alpha_grid_s(args.jobs), 1)
+    print(
+        f"alpha grid, {len(_ALPHAS)} x {len(_SEEDS)} runs of {_GRID_WORKFLOWS} workflows on "
+        f"{args.jobs} processes: {figures['alpha_grid_s']} s"
+    )
+    figures["peak_rss_mib"] = round(peak_rss_mib(args.memory_workflows))
+    print(f"peak memory of {args.memory_workflows:,} workflows: {figures['peak_rss_mib']:,} MiB")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def calls_per_s(workflows: int) -> float:
+    """Return simulated calls per second of processor time."""
+    specs = _specs(workflows, _SEEDS[0])
+    simulation = _simulation(named("slack"))
+    started = time.process_time()
+    simulation.run(specs)
+    seconds = time.process_time() - started
+    return sum(1 for spec in specs for _ in spec.calls()) / seconds
+
+
+def alpha_grid_s(jobs: int) -> float:
+    """Return the wall time of the paper's grid search."""
+    started = time.perf_counter()
+    with ProcessPoolExecutor(jobs) as pool:
+        tasks = [(alpha, seed) for seed in _SEEDS for alpha in _ALPHAS]
+        list(pool.map(_grid_point, tasks))
+    return time.perf_counter() - started
+
+
+def peak_rss_mib(workflows: int) -> float:
+    """Return the peak memory of a fresh process that plays ``workflows`` workflows."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_play_and_weigh, workflows).result()
+
+
+def _grid_point(task: tuple[float, int]) -> float:
+    alpha, seed = task
+    simulation = _simulation(named("hexgen", DispatchOptions(alpha=alpha)))
+    simulation.run(_specs(_GRID_WORKFLOWS, seed))
+    return percentile([r.latency_s for r in simulation.workflows if r.latency_s is not None], 0.95)
+
+
+def _play_and_weigh(workflows: int) -> float:
+    calls_per_s(workflows)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _simulation(policy: Policy) -> Simulation:
+    return Simulation(_FLEET, policy, lambda spec: _DEADLINE_S, SimOptions(record_calls=False))
+
+
+@lru_cache(maxsize=len(_SEEDS))
+def _specs(workflows: int, seed: int) -> tuple[WorkflowSpec, ...]:
+    """Return workflows that arrive at 80 % of the capacity."""
+    drawn = text2sql(workflows, seed=seed)
+    return timed(drawn, poisson(workflows, _LOAD * _capacity(), generator(seed, "arrivals")))
+
+
+@lru_cache(maxsize=1)
+def _capacity() -> float:
+    return limits(_FLEET, text2sql(_GRID_WORKFLOWS, seed=0)).rate_per_s
