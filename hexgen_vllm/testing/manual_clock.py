@@ -27,3 +27,13 @@ class ManualClock:
             raise ValueError(f"a clock does not go back, not even by {-seconds} s")
         self._now_s += seconds
         return self._now_s
+
+    def reach(self, moment_s: float) -> None:
+        """Move the clock forward to exactly ``moment_s``.
+
+        Raises:
+            ValueError: the moment has passed.
+        """
+        if moment_s < self._now_s:
+            raise ValueError(f"a clock does not go back from {self._now_s} to {moment_s} s")
+        self._now_s = moment_s
