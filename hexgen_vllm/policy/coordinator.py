@@ -14,6 +14,7 @@ is bound to an engine, the better both are known. Baseline policies bind at once
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -63,6 +64,7 @@ class Coordinator:
         self._dispatch = POLICIES[options.policy](options)
         self._holds = options.policy == "slack" and options.hold_depth >= 0
         self._open: dict[str, OpenCall] = {}
+        self.open_calls: Mapping[str, OpenCall] = self._open  # for reading
         self._estimates = Estimates(options, self.workflows.shapes, self.engines)
         self._held = HeldCalls(options.background_share, _fair_shares(options))
         self._protection = Protection(options, self._estimates, self._held, self._open)
