@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -63,6 +64,7 @@ class WorkflowRun:
     in_flight: int = 0
     background: bool = False
     begun: bool = False  # one of its calls was placed
+    failed: bool = False  # the call that ended last was not answered
     calls: dict[str, SeenCall] = field(default_factory=dict)
     stage_counts: dict[str, int] = field(default_factory=dict)
 
@@ -223,6 +225,7 @@ class Workflows:
         self.shapes = shapes
         self._idle_s, self._max_open = idle_s, max_open
         self._open: OrderedDict[str, WorkflowRun] = OrderedDict()
+        self.on_end: Callable[[WorkflowRun], None] | None = None  # told of every ending
 
     def __len__(self) -> int:
         return len(self._open)
@@ -255,7 +258,7 @@ class Workflows:
         if run is None:
             return
         run.in_flight -= 1
-        run.last_seen_s = now
+        run.last_seen_s, run.failed = now, not result.ok
         if result.ok and result.output_tokens is not None:
             self.shapes.learn_output(run.workflow_type, call.stage, result.output_tokens)
             seen = run.calls.get(call.call_id)
@@ -273,6 +276,8 @@ class Workflows:
         run = self._open.pop(workflow_id, None)
         if run is not None:
             self.shapes.learn(run)
+            if self.on_end is not None:
+                self.on_end(run)
         return run
 
     def expire(self, now: float) -> list[WorkflowRun]:

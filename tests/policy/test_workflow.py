@@ -147,3 +147,17 @@ def test_window_quantiles_match_a_sorted_list() -> None:
         above = sorted(v for v in kept if v > floor)
         want = above[min(int(q * len(above)), len(above) - 1)] if above else None
         assert window.above(floor, q) == want
+
+
+def test_every_ending_is_told() -> None:
+    """With whether the last call was answered, and when it ended."""
+    workflows = Workflows(Shapes(), idle_s=10.0)
+    told: list[tuple[str, bool, float]] = []
+    workflows.on_end = lambda run: told.append((run.workflow_id, run.failed, run.last_seen_s))
+    for name, final, ok in (("a", True, True), ("b", True, False), ("c", False, True)):
+        call = Call(name, name, arrived_s=0.0, prompt_tokens=1, final=final)
+        workflows.arrived(call, 0.0)
+        workflows.ended(call, CallResult(ok=ok, output_tokens=1 if ok else None), 2.0)
+    assert told == [("a", False, 2.0), ("b", True, 2.0)]
+    workflows.expire(13.0)
+    assert told[2:] == [("c", False, 2.0)]
