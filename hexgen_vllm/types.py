@@ -32,6 +32,7 @@ class Call:
         stages_left: hint of the client: stages that follow this one.
         final: the client says that nothing follows this call.
         priority: importance, higher is sooner; 0 is normal.
+        streamed: its first token will be seen; otherwise only its end is.
         prefix: chain hashes of the prompt's leading chunks, for prefix affinity.
         prefix_chunk_tokens: tokens that one entry of ``prefix`` stands for.
     """
@@ -50,6 +51,7 @@ class Call:
     stages_left: int | None = None
     final: bool = False
     priority: int = 0
+    streamed: bool = True
     prefix: tuple[int, ...] = ()
     prefix_chunk_tokens: int = 0
 
@@ -66,6 +68,7 @@ class EngineState(enum.Enum):
     """Whether an engine gets new calls."""
 
     READY = "ready"
+    TRIAL = "trial"  # failed lately: gets one call at a time
     DRAINING = "draining"  # finishes what it has, gets nothing new
     DOWN = "down"
 
@@ -237,6 +240,7 @@ class InFlight:
     first_token_s: float | None = None
     output_tokens: int = 0
     batch: int = 1  # calls on the engine when it was placed, itself included
+    starts_s: float | None = None  # when its first token is predicted, if it will not be seen
 
     @property
     def started(self) -> bool:

@@ -4,7 +4,9 @@
     workflow     what comes after a call: remaining critical path, with the retry posterior
     cost_model   step cost of an engine, fitted online
     slack        latest start, slack, and the paper's stage budgets
+    prefixes     what an engine's prefix cache probably holds
     load         what an engine is doing and what one more call would mean
+    engines      the engines there are, and which of them a call may go to
     dispatch     which engine
     urgency      order of waiting calls
     preemption   which running call gives way

@@ -22,6 +22,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy import overload
 from hexgen_vllm.policy.demand import Estimates
 from hexgen_vllm.policy.dispatch import POLICIES, Choice
+from hexgen_vllm.policy.engines import Engines
 from hexgen_vllm.policy.held import HeldCalls
 from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.policy.overload import FairShares
@@ -57,8 +58,8 @@ class Coordinator:
 
     def __init__(self, options: DispatchOptions, shapes: Shapes | None = None) -> None:
         self.options = options
-        self.engines: dict[str, EngineLoad] = {}
-        self._by_name: list[EngineLoad] = []
+        self._engines = Engines()
+        self.engines = self._engines.loads
         self.workflows = Workflows(shapes or Shapes())
         self.log: deque[tuple[float, Decision]] = deque(maxlen=_LOG)
         self._dispatch = POLICIES[options.policy](options)
@@ -71,27 +72,21 @@ class Coordinator:
 
     # Engines
 
-    def engine_joined(self, spec: EngineSpec, now: float) -> list[Decision]:
+    def engine_joined(
+        self, spec: EngineSpec, now: float, state: EngineState = EngineState.READY
+    ) -> list[Decision]:
         """Add an engine, or note that one restarted."""
-        known = self.engines.get(spec.engine_id)
-        if known is None:
-            self.engines[spec.engine_id] = EngineLoad(spec)
-            self._by_name = [self.engines[name] for name in sorted(self.engines)]
-        else:
-            known.restarted(spec)
+        self._engines.joined(spec, state)
         return self._release(now)
 
-    def engine_left(self, engine_id: str) -> None:
+    def engine_left(self, engine_id: str, now: float) -> list[Decision]:
         """Forget an engine; its driver ends or bounces the calls it had."""
-        self.engines.pop(engine_id, None)
-        self._by_name = [self.engines[name] for name in sorted(self.engines)]
+        self._engines.left(engine_id)
+        return self._release(now)
 
     def engine_changed(self, engine_id: str, state: EngineState, now: float) -> list[Decision]:
-        """Note that an engine became ready, draining or down."""
-        engine = self.engines[engine_id]
-        if state is EngineState.READY and engine.state is EngineState.DOWN:
-            engine.prefixes.clear()
-        engine.state = state
+        """Note that an engine became ready, draining, down, or is on trial."""
+        self._engines.changed(engine_id, state)
         return self._release(now)
 
     def engine_reported(self, engine_id: str, report: EngineReport) -> None:
@@ -112,7 +107,7 @@ class Coordinator:
         entry = self._opened(call, now)
         if self._protection.turns_away(entry):
             return [self._refused(entry, overload.unattainable(call.call_id), now)]
-        if not self._holds or not self._candidates(entry):
+        if not self._holds or not self._engines.reaches(call, entry.refused_by):
             return [self._settled(entry, now)]
         self._protection.hold(entry, now)
         return [*self._release(now), *self._bounded(now)]
@@ -168,6 +163,7 @@ class Coordinator:
     def tick(self, now: float) -> list[Decision]:
         """Do what time alone causes; call about once a second."""
         self.workflows.expire(now)
+        self._engines.presume(now)
         decisions = self._release(now)
         waited_s = self.options.held_timeout_s
         for call_id in self._protection.expired(now):
@@ -188,8 +184,7 @@ class Coordinator:
     # Placement
 
     def _candidates(self, entry: OpenCall) -> list[EngineLoad]:
-        call, refused = entry.demand.call, entry.refused_by
-        return [e for e in self._by_name if e.serves(call) and e.engine_id not in refused]
+        return self._engines.candidates(entry.demand.call, entry.refused_by)
 
     def _opened(self, call: Call, now: float) -> OpenCall:
         """Take a call into its workflow."""
@@ -220,7 +215,8 @@ class Coordinator:
             entry = self._open[call_id]
             candidates = self._candidates(entry)
             if not candidates:
-                decisions.append(self._refused(entry, overload.no_endpoints(call_id), now))
+                if not self._engines.reaches(entry.demand.call, entry.refused_by):
+                    decisions.append(self._refused(entry, overload.no_endpoints(call_id), now))
                 continue
             choice = self._dispatch.choose(entry.demand, candidates, claims, now)
             if not choice.engine.room(self.options.hold_depth):
@@ -248,11 +244,7 @@ class Coordinator:
         return self._placed(entry, self._dispatch.choose(entry.demand, candidates, {}, now), now)
 
     def _any_room(self) -> bool:
-        depth = self.options.hold_depth
-        for engine in self._by_name:
-            if engine.state is not EngineState.READY or engine.room(depth):
-                return True
-        return False
+        return self._engines.any_room(self.options.hold_depth)
 
     def _placed(self, entry: OpenCall, choice: Choice, now: float) -> Placement:
         demand, engine, forecast = entry.demand, choice.engine, choice.forecast
@@ -272,6 +264,8 @@ class Coordinator:
         )
         entry.run.begun = True
         flight = InFlight(demand.call, placement, now, batch=len(engine.in_flight) + 1)
+        if not demand.call.streamed:
+            flight.starts_s = now + choice.first_token_in_s(demand)
         engine.placed(flight)
         entry.engine = engine
         self.log.append((now, placement))

@@ -35,6 +35,12 @@ class Choice(NamedTuple):
     reason: str
     forecast: Forecast | None = None
 
+    def first_token_in_s(self, demand: Demand) -> float:
+        """Return the predicted seconds until the first token of ``demand``."""
+        cost = self.engine.cost() or UNMEASURED
+        forecast = self.forecast or self.engine.forecast(demand, cost)
+        return forecast.wait_s + forecast.prefill_s
+
 
 class Dispatch(Protocol):
     """A placement policy. It may keep counters; it never reads a clock."""

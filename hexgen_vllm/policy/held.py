@@ -1,7 +1,7 @@
 """Calls that wait for room on an engine, in the order in which they get it.
 
     1. one placement in ``1 / background_share``: the call demoted longest
-    2. calls by due time; tenants that are ahead of their share behind the others
+    2. calls by priority, then by due time; tenants ahead of their share behind the others
     3. demoted calls, least remaining work first
 
 Starvation: a demoted call with k older ones before it is offered a place after at most
@@ -27,6 +27,7 @@ _FULL_TURN: Final = 1.0 - 1e-9  # ten shares of 0.1 are one turn, whatever float
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Entry:
+    rank: int  # minus its priority; 0 of a demoted call
     key: float  # due time, or seconds of work of a demoted call
     sequence: int
     call_id: str
@@ -73,6 +74,7 @@ class HeldCalls:
         tenant: str = "",
         prompt_tokens: int = 0,
         output_tokens: int = 0,
+        priority: int = 0,
         background: bool = False,
     ) -> None:
         """Hold a call.
@@ -83,11 +85,13 @@ class HeldCalls:
             now: the present moment.
             tenant: who pays.
             prompt_tokens, output_tokens: its size.
+            priority: higher is sooner; it outranks due time, as in stock vLLM's queue.
             background: it is demoted.
         """
         self._sequence += 1
         tokens = prompt_tokens + output_tokens
-        entry = _Entry(key, self._sequence, call_id, tenant, tokens, output_tokens, now)
+        rank = 0 if background else -priority
+        entry = _Entry(rank, key, self._sequence, call_id, tenant, tokens, output_tokens, now)
         self._entries[call_id] = entry
         self.tokens += tokens
         self._queue(entry, background)
@@ -99,7 +103,7 @@ class HeldCalls:
             return
         self._unqueue(entry)
         moved = _Entry(
-            work_s, entry.sequence, call_id, entry.tenant, entry.tokens,
+            0, work_s, entry.sequence, call_id, entry.tenant, entry.tokens,
             entry.output_tokens, entry.since_s,
         )  # fmt: skip
         self._entries[call_id] = moved
@@ -130,7 +134,7 @@ class HeldCalls:
         return [oldest, *islice((name for name in ids if name != oldest), limit - 1)]
 
     def last_first(self) -> Iterator[str]:
-        """Yield calls in the order in which they are given up: demoted ones, then the last due."""
+        """Yield calls in the order in which they are given up: the demoted, then the last."""
         yield from (entry.call_id for entry in reversed(self._background))
         entries = [e for queue in self._tenants.values() for e in queue]
         yield from (entry.call_id for entry in sorted(entries, reverse=True))

@@ -7,11 +7,12 @@ ahead of it, then decodes in a batch whose steps prefill chunks of other calls l
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Final, NamedTuple
 
 from hexgen_vllm.policy.cost_model import CostFit
+from hexgen_vllm.policy.prefixes import PrefixIndex
 from hexgen_vllm.types import (
     Call,
     CallResult,
@@ -48,44 +49,6 @@ class Forecast(NamedTuple):
     def finish_in_s(self) -> float:
         """Seconds from now to the last token."""
         return self.wait_s + self.prefill_s + self.decode_s
-
-
-class PrefixIndex:
-    """Which prompt chunks an engine's prefix cache probably holds (least recently used go first).
-
-    Args:
-        capacity_tokens: size of the KV cache; ``None`` assumes 200,000 tokens.
-    """
-
-    def __init__(self, capacity_tokens: int | None) -> None:
-        self._capacity = capacity_tokens or 200_000
-        self._tokens: OrderedDict[int, int] = OrderedDict()
-        self._held = 0
-
-    def match(self, call: Call) -> int:
-        """Return how many leading prompt tokens of ``call`` are probably cached."""
-        n = 0
-        for key in call.prefix:
-            if key not in self._tokens:
-                break
-            n += call.prefix_chunk_tokens
-        return min(n, max(call.prompt_tokens - 1, 0))
-
-    def add(self, call: Call) -> None:
-        """Note that the engine now computes the prompt of ``call``."""
-        # Leading chunks are touched last: vLLM evicts the tail of a prefix first.
-        for key in reversed(call.prefix):
-            if key not in self._tokens:
-                self._tokens[key] = call.prefix_chunk_tokens
-                self._held += call.prefix_chunk_tokens
-            self._tokens.move_to_end(key)
-        while self._held > self._capacity and self._tokens:
-            self._held -= self._tokens.popitem(last=False)[1]
-
-    def clear(self) -> None:
-        """Forget everything (the engine restarted)."""
-        self._tokens.clear()
-        self._held = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +98,35 @@ class EngineLoad:
         self._queued_prefill = 0
         self._context = 0
         self._waiting: dict[str, InFlight] = {}  # no first token yet
+        self._unseen: list[tuple[float, str]] = []  # heap of predicted starts nobody will see
         self._left: dict[str, int] = {}  # output tokens to come, by call
         self._left_sum = 0
 
     def serves(self, call: Call) -> bool:
         """Whether the engine takes new calls for the call's model."""
+        return self.open and self.knows(call)
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes a new call; on trial, one at a time."""
+        return self.state is EngineState.READY or (
+            self.state is EngineState.TRIAL and not self.in_flight
+        )
+
+    def knows(self, call: Call) -> bool:
+        """Whether it has the call's model."""
         models = self.spec.models
-        return self.state is EngineState.READY and (not models or call.model in models)
+        return not models or call.model in models
 
     def cost(self) -> StepCost | None:
         """Return the measured step cost: telemetry first, own traffic second, else unknown."""
         return self.report.cost or self.traffic_fit.cost()
 
-    def restarted(self, spec: EngineSpec) -> None:
+    def restarted(self, spec: EngineSpec, state: EngineState) -> None:
         """Forget what a restart makes untrue; calls in flight stay until their driver ends them."""
         self.spec = spec
         self.slots = spec.max_num_seqs or _DEFAULT_SLOTS
-        self.state = EngineState.READY
+        self.state = state
         self.report = EngineReport()
         self.prefixes = PrefixIndex(spec.kv_tokens)
         self.traffic_fit = CostFit(min_steps=12)
@@ -164,13 +139,24 @@ class EngineLoad:
         self._waiting[entry.call.call_id] = entry
         self._left[entry.call.call_id] = left = entry.output_left()
         self._left_sum += left
+        if entry.starts_s is not None:
+            heappush(self._unseen, (entry.starts_s, entry.call.call_id))
         self.prefixes.add(entry.call)
 
     def started(self, entry: InFlight) -> None:
         """Account for the first token of a call: its prefill is done."""
-        self._queued_prefill -= entry.placement.uncached_tokens
-        self._waiting.pop(entry.call.call_id, None)
+        self._prefilled(entry.call.call_id)
         self.progressed(entry)
+
+    def presume(self, now: float) -> None:
+        """Take calls for started whose first token is due by ``now`` and will not be seen."""
+        while self._unseen and self._unseen[0][0] <= now:
+            self._prefilled(heappop(self._unseen)[1])
+
+    def _prefilled(self, call_id: str) -> None:
+        entry = self._waiting.pop(call_id, None)
+        if entry is not None:
+            self._queued_prefill -= entry.placement.uncached_tokens
 
     def progressed(self, entry: InFlight) -> None:
         """Account for what a call has written, or is expected to write, since it was told last."""
@@ -183,10 +169,8 @@ class EngineLoad:
         entry = self.in_flight.pop(call_id, None)
         if entry is not None:
             self._context -= entry.call.prompt_tokens
-            self._waiting.pop(call_id, None)
+            self._prefilled(call_id)
             self._left_sum -= self._left.pop(call_id)
-            if not entry.started:
-                self._queued_prefill -= entry.placement.uncached_tokens
         return entry
 
     def learn(self, entry: InFlight, result: CallResult, now: float) -> None:
@@ -220,6 +204,8 @@ class EngineLoad:
 
     def room(self, depth: int) -> bool:
         """Return whether fewer than ``depth`` calls are here beyond the sequence slots."""
+        if self.state is EngineState.TRIAL:
+            return not self.in_flight
         return len(self.in_flight) < self.slots + depth
 
     def token_s(self, cost: StepCost) -> float:

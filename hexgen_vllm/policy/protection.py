@@ -103,6 +103,7 @@ class Protection:
             tenant=demand.call.tenant,
             prompt_tokens=demand.call.prompt_tokens,
             output_tokens=demand.output_tokens,
+            priority=demand.call.priority,
             background=background,
         )
 

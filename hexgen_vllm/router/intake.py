@@ -151,6 +151,7 @@ class Intake:
             stages_left=0 if in_session and said.stages_left is None else said.stages_left,
             final=bool(said.workflow_final or foreign.final) or not (in_workflow or in_session),
             priority=foreign.priority,
+            streamed=body.get("stream") is True,
             prefix=chain(prompt, model),
             prefix_chunk_tokens=self._ratios.chunk_tokens(model, prompt),
         )

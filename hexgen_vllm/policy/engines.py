@@ -1,0 +1,71 @@
+"""The engines that calls can be placed on, in order of their names."""
+
+from __future__ import annotations
+
+from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.types import Call, EngineSpec, EngineState
+
+
+class Engines:
+    """Engines that have joined and not left.
+
+    Attributes:
+        loads: by name.
+    """
+
+    def __init__(self) -> None:
+        self.loads: dict[str, EngineLoad] = {}
+        self._by_name: list[EngineLoad] = []
+
+    def joined(self, spec: EngineSpec, state: EngineState) -> None:
+        """Add an engine, or note that one restarted."""
+        known = self.loads.get(spec.engine_id)
+        if known is not None:
+            known.restarted(spec, state)
+            return
+        self.loads[spec.engine_id] = engine = EngineLoad(spec)
+        engine.state = state
+        self._sort()
+
+    def left(self, engine_id: str) -> None:
+        """Forget an engine; calls on it keep their own accounting until they end."""
+        self.loads.pop(engine_id, None)
+        self._sort()
+
+    def changed(self, engine_id: str, state: EngineState) -> None:
+        """Note an engine's new state; one that was down has probably lost its prefix cache."""
+        engine = self.loads[engine_id]
+        if engine.state is EngineState.DOWN and state is not EngineState.DOWN:
+            engine.prefixes.clear()
+        engine.state = state
+
+    def candidates(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
+        """Return the engines that may get ``call`` now, sorted by name."""
+        return [e for e in self._by_name if e.serves(call) and e.engine_id not in refused_by]
+
+    def reaches(self, call: Call, refused_by: frozenset[str]) -> bool:
+        """Return whether some engine takes ``call`` now, or once the call it is tried with ends."""
+        return any(
+            e.state in (EngineState.READY, EngineState.TRIAL)
+            and e.knows(call)
+            and e.engine_id not in refused_by
+            for e in self._by_name
+        )
+
+    def any_room(self, depth: int) -> bool:
+        """Return whether it is worth looking at held calls.
+
+        An engine that takes no calls counts: those that only it could serve must hear of it.
+        """
+        for engine in self._by_name:
+            if engine.room(depth) or engine.state not in (EngineState.READY, EngineState.TRIAL):
+                return True
+        return not self._by_name
+
+    def presume(self, now: float) -> None:
+        """Take calls for started whose first token is due and will not be seen."""
+        for engine in self._by_name:
+            engine.presume(now)
+
+    def _sort(self) -> None:
+        self._by_name = [self.loads[name] for name in sorted(self.loads)]

@@ -1,0 +1,45 @@
+"""What an engine's prefix cache probably holds, by the prompts that were sent there."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from hexgen_vllm.types import Call
+
+
+class PrefixIndex:
+    """Which prompt chunks an engine's prefix cache probably holds (least recently used go first).
+
+    Args:
+        capacity_tokens: size of the KV cache; ``None`` assumes 200,000 tokens.
+    """
+
+    def __init__(self, capacity_tokens: int | None) -> None:
+        self._capacity = capacity_tokens or 200_000
+        self._tokens: OrderedDict[int, int] = OrderedDict()
+        self._held = 0
+
+    def match(self, call: Call) -> int:
+        """Return how many leading prompt tokens of ``call`` are probably cached."""
+        n = 0
+        for key in call.prefix:
+            if key not in self._tokens:
+                break
+            n += call.prefix_chunk_tokens
+        return min(n, max(call.prompt_tokens - 1, 0))
+
+    def add(self, call: Call) -> None:
+        """Note that the engine now computes the prompt of ``call``."""
+        # Leading chunks are touched last: vLLM evicts the tail of a prefix first.
+        for key in reversed(call.prefix):
+            if key not in self._tokens:
+                self._tokens[key] = call.prefix_chunk_tokens
+                self._held += call.prefix_chunk_tokens
+            self._tokens.move_to_end(key)
+        while self._held > self._capacity and self._tokens:
+            self._held -= self._tokens.popitem(last=False)[1]
+
+    def clear(self) -> None:
+        """Forget everything (the engine restarted)."""
+        self._tokens.clear()
+        self._held = 0
