@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from hexgen_vllm.config import EngineOptions, from_mapping
-from hexgen_vllm.engine import compat
+from hexgen_vllm.engine import compat, stats_api
 from hexgen_vllm.engine.batch_order import arrange
 from hexgen_vllm.engine.compat import AsyncScheduler, Request, RequestStatus
 from hexgen_vllm.engine.displacement import Displacer
@@ -68,6 +68,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         compat.check_seams()
         super().__init__(*args, **kwargs)
         compat.check_instance(self)
+        stats_api.offer_utility()  # here too: vLLM's plugins may be switched off
         self.waiting = UrgencyQueue()
         setattr(self, compat.SECOND_QUEUE, UrgencyQueue())
         self.hexgen_options = options_of(self.vllm_config)

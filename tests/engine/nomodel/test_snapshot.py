@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from vllm.v1.engine.core import EngineCore
 
 from hexgen_vllm.engine.exposition import exposition
 from hexgen_vllm.types import StepCost
@@ -60,3 +62,12 @@ def test_exposition_leaves_out_what_is_not_known(build: Build) -> None:
     text = exposition(build().scheduler.hexgen_stats())
     assert "step_cost" not in text
     assert "hexgen_vllm_waiting 0" in text.splitlines()
+
+
+def test_the_engine_core_answers_without_the_plugin(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``--scheduler-cls`` alone, where ``$VLLM_PLUGINS`` leaves plugins out."""
+    monkeypatch.delattr(EngineCore, "hexgen_stats", raising=False)
+    core = SimpleNamespace(scheduler=build().scheduler)
+    assert EngineCore.hexgen_stats(core)["order"] == "slack"  # type: ignore[attr-defined]
