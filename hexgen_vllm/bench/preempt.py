@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--urgent",
         type=float,
-        default=1.5,
+        default=4.0,
         help="deadline of every third workflow in multiples of a lone one; others have 10 x that",
     )
     parser.add_argument("--repeats", type=int, default=3, help="resumes timed per context")
