@@ -31,7 +31,7 @@ _LAST_WORDS_S: Final = 1.0  # for telling clients that their calls were cut off
 _OPEN: Final = frozenset(
     (
         "/health", "/readiness", "/health/readiness", "/liveness", "/health/liveness", "/ping",
-        "/version", "/metrics",
+        "/version", "/metrics", "/ui",
     )
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.router.fleet import Fleet
 from hexgen_vllm.router.ledger import Ledger
+from hexgen_vllm.router.outcomes import Outcomes
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.tune.online import OnlineTuner
 from hexgen_vllm.types import EngineState
@@ -37,6 +38,8 @@ class Metrics:
     def __init__(
         self, ledger: Ledger, service: Service, fleet: Fleet, tuner: OnlineTuner | None = None
     ) -> None:
+        self.outcomes = Outcomes()
+        service.coordinator.workflows.on_end = self.outcomes.add
         self._registry = CollectorRegistry()
         self._registry.register(_State(ledger, service, fleet))
         if tuner is not None:

@@ -19,7 +19,9 @@ from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.intake import decoded
 from hexgen_vllm.router.metrics import CONTENT_TYPE
-from hexgen_vllm.types import Decision, EngineState, Placement
+from hexgen_vllm.router.overview import decision
+from hexgen_vllm.router.ui_page import DATA_PATH, PATH, UiPage
+from hexgen_vllm.types import EngineState
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _DECISIONS_SHOWN: Final = 50
@@ -32,6 +34,7 @@ class Pages:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._ui = UiPage(context)
 
     def routes(self) -> dict[tuple[str, str], Handler]:
         """Return every handler."""
@@ -47,6 +50,8 @@ class Pages:
             "/metrics": self.metrics,
             "/scheduling/diagnostics": self.diagnostics,
             "/tuning": self.tuning,
+            PATH: self._ui.page,
+            DATA_PATH: self._ui.data,
         }
         post: dict[str, Handler] = dict.fromkeys(_PASSED_ON, self.pass_on)
         post["/finish_session"] = self.finish_session
@@ -109,7 +114,7 @@ class Pages:
                 "open_workflows": len(coordinator.workflows),
                 "engines": [self._rates(e) for e in self._context.fleet.engines.values()],
                 "stages": coordinator.workflows.shapes.known_stages(),
-                "decisions": [_decision(at, one, now) for at, one in reversed(recent)],
+                "decisions": [decision(at, one, now) for at, one in reversed(recent)],
             }
         )
 
@@ -185,24 +190,3 @@ class Pages:
 def _json(content: Any) -> web.Response:
     body = json.dumps(content).encode()
     return web.Response(body=body, content_type="application/json")
-
-
-def _decision(at_s: float, decision: Decision, now: float) -> dict[str, Any]:
-    shown: dict[str, Any] = {
-        "age_s": round(now - at_s, 3),
-        "call": decision.call_id,
-        "reason": decision.reason,
-    }
-    if isinstance(decision, Placement):
-        late_s = None if decision.finish_s is None else decision.finish_s - decision.due_s
-        shown |= {
-            "engine": decision.engine_id,
-            "score": decision.score,
-            "due_in_s": decision.due_s - at_s,
-            "finish_in_s": None if decision.finish_s is None else decision.finish_s - at_s,
-            "late_s": late_s,
-            "tail_s": decision.tail_s,
-            "expected_output_tokens": decision.expected_output_tokens,
-            "uncached_tokens": decision.uncached_tokens,
-        }
-    return shown

@@ -1,0 +1,226 @@
+"use strict";
+const POLL_MS = 2000, FIRST_POLL_MS = 800, PATIENCE_MS = 6000, KEY = "hexgen-vllm-key";
+const $ = (id) => document.getElementById(id);
+let last = null, heardAt = 0, timer = 0;
+
+// Words and numbers. Whatever came from a client is only ever set as text.
+const known = (x) => x !== null && x !== undefined;
+const count = (x) => known(x) ? Math.round(x).toLocaleString("en") : "–";
+const short = (x) => !known(x) ? "–" : x >= 1e6 ? (x / 1e6).toFixed(1) + " M" : x >= 1e4 ? Math.round(x / 1e3) + " k" : count(x);
+const percent = (x, digits = 0) => known(x) ? (100 * x).toFixed(digits) + " %" : "–";
+function seconds(x) {
+  if (!known(x)) return "–";
+  const sign = x < 0 ? "−" : "", s = Math.abs(x);
+  if (s < 9.95) return sign + s.toFixed(1) + " s";
+  if (s < 119.5) return sign + Math.round(s) + " s";
+  if (s < 7170) return sign + Math.round(s / 60) + " min";
+  return sign + (s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " d");
+}
+const slackClass = (s) => !known(s) ? "" : s < 0 ? "bad" : s < 1 ? "warn" : "";
+
+function text(node, value) {
+  if (node.textContent !== value) node.textContent = value;
+}
+function make(parent, tag, className = "") {
+  const node = parent.appendChild(document.createElement(tag));
+  node.className = className;
+  return node;
+}
+function fit(parent, n, tag) {
+  while (parent.children.length > n) parent.lastChild.remove();
+  while (parent.children.length < n) make(parent, tag);
+}
+function figure(id, main, more = "", className = "") {
+  const node = $(id);
+  node.className = className;
+  if (!node.firstElementChild) { node.textContent = ""; make(node, "span"); make(node, "small"); }
+  text(node.firstElementChild, main);
+  text(node.lastElementChild, more);
+}
+
+// A cell is a text, or {text, c: class, share: of a meter, dot: class of a state, title}.
+function cell(td, given) {
+  const it = typeof given === "object" ? given : { text: given };
+  const want = (it.c || "") + ("share" in it ? " meter" : "");
+  if (td.className !== want) td.className = want;
+  if (it.title) td.title = it.title;
+  if ("share" in it) {
+    const bar = td.querySelector("u") || make(make(td, "div"), "u");
+    bar.parentNode.hidden = !known(it.share);
+    bar.style.width = 100 * Math.min(it.share || 0, 1) + "%";
+  } else if (it.dot) {
+    if (!td.firstElementChild) { make(td, "i"); make(td, "span"); }
+    td.classList.add(it.dot);
+    text(td.lastElementChild, it.text);
+  } else {
+    text(td, it.text);
+  }
+}
+function table(id, rows, emptyId) {
+  const body = $(id);
+  fit(body, rows.length, "tr");
+  rows.forEach((cells, i) => {
+    fit(body.children[i], cells.length, "td");
+    cells.forEach((one, j) => cell(body.children[i].children[j], one));
+  });
+  body.parentNode.hidden = rows.length === 0;
+  $(emptyId).hidden = rows.length > 0;
+}
+const num = (t, c = "") => ({ text: t, c: "n " + c });
+const mono = (t) => ({ text: t, c: "id", title: t });
+
+function bars(id, columns) {
+  const box = $(id), most = Math.max(1, ...columns.map((c) => c.parts.reduce((a, p) => a + p.n, 0)));
+  fit(box, columns.length, "div");
+  columns.forEach((column, i) => {
+    const node = box.children[i], total = column.parts.reduce((a, p) => a + p.n, 0);
+    node.title = column.title;
+    if (!node.firstElementChild) { make(node, "b"); column.parts.forEach(() => make(node, "u")); }
+    text(node.firstElementChild, column.label && total ? String(total) : "");
+    column.parts.forEach((part, j) => {
+      const bar = node.children[j + 1];
+      bar.className = part.c;
+      bar.style.height = part.n ? Math.max(1, 76 * part.n / most) + "px" : "0";
+    });
+  });
+}
+
+function showFigures(d, before) {
+  const ended = { "on-time": 0, late: 0, failed: 0 };
+  for (const p of d.ended.periods) for (const k in ended) ended[k] += p[k];
+  const all = ended["on-time"] + ended.late + ended.failed, share = all ? ended["on-time"] / all : null;
+  figure("on-time", percent(share, 1), "", !all ? "" : share < .9 ? "bad" : share < .99 ? "warn" : "");
+  const w = d.workflows, c = d.calls;
+  figure("at-risk", count(w.at_risk), [w.late ? count(w.late) + " late" : "", w.demoted ? count(w.demoted) + " demoted" : ""]
+    .filter(Boolean).join(", "), w.late ? "bad" : w.at_risk ? "warn" : "");
+  figure("open-workflows", count(w.open));
+  figure("open-calls", count(c.open));
+  figure("queue", count(c.held), c.held ? short(c.held_tokens) + " tokens, " + seconds(c.oldest_held_s) : "");
+  const failed = Object.values(c.failed).reduce((a, n) => a + n, 0);
+  const dt = before ? d.up_s - before.up_s : 0;
+  figure("rate", dt > 0 ? ((c.answered - before.calls.answered) / dt).toFixed(1) + "/s" : "–", count(c.answered));
+  figure("failures", count(failed), c.retries ? count(c.retries) + " retried" : "");
+  $("failures").title = Object.entries(c.failed).map(([why, n]) => why + ": " + n).join("\n");
+  for (const k in ended) text($("ended-" + k), count(ended[k]));
+}
+
+function showHistory(d) {
+  const n = d.ended.periods.length;
+  bars("history", d.ended.periods.map((p, i) => ({
+    title: `${seconds((n - 1 - i) * d.ended.period_s)} ago: ${p["on-time"]} on time, ${p.late} late, ${p.failed} failed`,
+    parts: [{ n: p.failed, c: "failed" }, { n: p.late, c: "late" }, { n: p["on-time"], c: "on" }],
+  })));
+}
+
+function showSlack(d) {
+  const bounds = d.slack.bounds_s, minus = (x) => String(x).replace("-", "−");
+  const names = d.slack.calls.map((_, i) => i === 0 ? "< " + minus(bounds[0])
+    : i === bounds.length ? "> " + minus(bounds[i - 1]) : "≤ " + minus(bounds[i]));
+  bars("slack", d.slack.calls.map((n, i) => ({
+    title: `${n} calls, slack ${names[i]} s`, label: true,
+    parts: [{ n, c: i < bounds.length && bounds[i] <= 0 ? "late" : i < bounds.length && bounds[i] <= 1 ? "tight" : "on" }],
+  })));
+  fit($("slack-axis"), names.length, "span");
+  names.forEach((name, i) => text($("slack-axis").children[i], name));
+  const late = d.slack.calls.reduce((a, n, i) => a + (i < bounds.length && bounds[i] <= 0 ? n : 0), 0);
+  const all = d.slack.calls.reduce((a, n) => a + n, 0);
+  text($("slack-note"), all ? `${count(all)} open calls, ${count(late)} of workflows that are likely to be late` : "No call is open.");
+}
+
+function engineRow(e) {
+  const busy = e.slots ? e.calls / e.slots : null;
+  const dot = { ready: "good", down: "bad" }[e.state] || "warn";
+  return [
+    mono(e.name), { text: e.state, dot }, e.kind || "–", e.models.join(", ") || "–",
+    num(count(e.calls) + (e.slots ? " / " + count(e.slots) : "")), { share: busy, c: busy > 1 ? "warn" : "" },
+    num(count(e.waiting)), num(percent(e.kv_usage)), { share: e.kv_usage, c: e.kv_usage > .95 ? "bad" : e.kv_usage > .85 ? "warn" : "" },
+    num(short(e.tokens)), num(known(e.step_s) ? (1000 * e.step_s).toFixed(1) : "–"),
+    num(short(e.prefill_tokens_per_s)), num(percent(e.fit_error)), num(count(e.preemptions)),
+  ];
+}
+function riskRow(w) {
+  return [mono(w.id), w.type, w.stage, w.engine || (w.demoted ? "queue, demoted" : "queue"), num(seconds(w.slack_s), slackClass(w.slack_s)),
+    num(seconds(w.deadline_in_s), slackClass(w.deadline_in_s))];
+}
+function typeRow(t) {
+  const all = t["on-time"] + t.late + t.failed, share = t["on-time"] / all;
+  const c = share < .9 ? "bad" : share < .99 ? "warn" : "";
+  return [t.type, num(count(all)), num(count(t["on-time"])), num(count(t.late)), num(count(t.failed)), num(percent(share), c), { share, c }];
+}
+function decisionRow(d) {
+  const slack = known(d.late_s) ? -d.late_s : null;
+  return [num(seconds(d.age_s)), mono(d.call), d.engine || { text: "refused", c: "bad" }, d.reason,
+    num(d.demoted ? "demoted" : seconds(slack), d.demoted ? "soft" : slackClass(slack)), num(seconds(d.finish_in_s)), num(seconds(d.tail_s)),
+    num(count(d.uncached_tokens)), num(count(d.expected_output_tokens))];
+}
+
+function show(d) {
+  const before = last && last.up_s < d.up_s ? last : null;
+  text($("about"), `policy ${d.policy}, version ${d.version}, up ${seconds(d.up_s)}`);
+  showFigures(d, before);
+  showHistory(d);
+  showSlack(d);
+  table("engines", d.engines.map(engineRow), "no-engines");
+  table("risks", d.workflows.shown.map(riskRow), "no-risks");
+  table("types", d.ended.types.map(typeRow), "no-types");
+  table("decisions", d.decisions.map(decisionRow), "no-decisions");
+  const hidden = d.workflows.at_risk - d.workflows.shown.length;
+  text($("risks-note"), hidden > 0 ? `and ${count(hidden)} more` : "");
+  const up = d.engines.filter((e) => e.state === "ready").length;
+  status(d.state === "ready" && up === d.engines.length ? "good" : d.state === "ready" ? "warn" : "bad",
+    `${d.state}, ${up} of ${d.engines.length} engines`);
+  if (!last || last.up_s !== d.up_s) last = d;
+  $("content").hidden = false;
+}
+
+function status(className, words) {
+  $("status").className = className;
+  text($("status-text"), words);
+}
+function askForKey(refused) {
+  $("content").hidden = true;
+  $("key-form").hidden = false;
+  $("key-note").className = refused ? "bad" : "";
+  if (refused) text($("key-note"), "The router does not take this key.");
+  status("warn", "a key is needed");
+  $("key").focus();
+}
+function failed(words) {
+  document.body.classList.add("stale");
+  status("bad", words + (heardAt ? `, last heard ${seconds((Date.now() - heardAt) / 1000)} ago` : ""));
+}
+
+async function poll() {
+  clearTimeout(timer);
+  const first = !heardAt, key = sessionStorage.getItem(KEY);
+  try {
+    const answer = await fetch("ui/data", {
+      headers: key ? { Authorization: "Bearer " + key } : {}, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS),
+    });
+    if (answer.status === 401 || answer.status === 403) {
+      sessionStorage.removeItem(KEY);
+      return askForKey(Boolean(key));
+    }
+    if (!answer.ok) throw new Error("status " + answer.status);
+    show(await answer.json());
+    heardAt = Date.now();
+    document.body.classList.remove("stale");
+  } catch (error) {
+    failed(error instanceof SyntaxError || /^status/.test(error.message) ? "the router answers wrongly" : "no answer from the router");
+  }
+  if (!document.hidden) timer = setTimeout(poll, first ? FIRST_POLL_MS : POLL_MS);
+}
+
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const key = $("key").value.trim();
+  if (!key) return;
+  sessionStorage.setItem(KEY, key);
+  $("key").value = "";
+  $("key-form").hidden = true;
+  poll();
+});
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && $("key-form").hidden) poll();
+});
+poll();
