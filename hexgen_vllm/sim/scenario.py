@@ -99,16 +99,11 @@ class ArrivalOptions:
         for rate in (*self.loads, *self.rates):
             if not (math.isfinite(rate) and rate > 0):
                 raise ConfigError(f"loads and rates must be more than 0, not {rate:g}.")
+        recorded(self.times_s, speed=self.speed)
 
     def times(self, count: int, rate: float, seed: int) -> tuple[float, ...]:
-        """Return ``count`` arrivals.
-
-        Raises:
-            ConfigError: fewer are recorded, or they do not ascend.
-        """
+        """Return ``count`` arrivals; as many must be recorded if any are."""
         if self.times_s:
-            if len(self.times_s) < count:
-                raise ConfigError(f"times_s has {len(self.times_s)} arrivals of {count}.")
             return recorded(self.times_s[:count], speed=self.speed)
         rng = generator(seed, "arrivals")
         if self.burstiness == 1.0:
@@ -173,6 +168,12 @@ class Scenario:
     policies: tuple[Policy, ...] = field(default_factory=lambda: (named("slack"),))
     seeds: tuple[int, ...] = (0,)
     simulation: SimOptions = field(default_factory=SimOptions)
+
+    def __post_init__(self) -> None:
+        arrivals, wanted = len(self.arrivals.times_s), self.workload.warmup
+        wanted += self.workload.workflows
+        if 0 < arrivals < wanted:
+            raise ConfigError(f"times_s has {arrivals} arrivals, the workload {wanted} workflows.")
 
     def limits(self, specs: tuple[WorkflowSpec, ...] | None = None) -> Limits:
         """Return the bounds of fleet and workload, by the first seed unless ``specs`` are given."""

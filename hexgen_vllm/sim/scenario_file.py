@@ -72,7 +72,7 @@ def load(path: Path) -> Scenario:
         values["policies"] = _policies(source)
     if "seeds" in top:
         values["seeds"] = _seeds(source)
-    scenario = Scenario(**values)
+    scenario = _checked(source, ("arrivals",), "times_s", lambda: Scenario(**values))
     trace = scenario.workload.trace
     if trace is not None:
         found = str(path.parent / trace)
