@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from vllm import SamplingParams
@@ -63,7 +64,8 @@ class RealEngine:
             extra_args=to_xargs(meta) if meta is not None else None,
         )
         request = {"type": "token", "prompt_token_ids": prompt}
-        self.engine.add_request(name, request, sampling)
+        # From the future, so of age 0: real delays must not leak into the clock of the test.
+        self.engine.add_request(name, request, sampling, arrival_time=time.time() + 3600.0)
 
     def abort(self, name: str) -> None:
         """Abort a call as a client that goes away does."""
