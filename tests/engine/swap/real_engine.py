@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ class Engine:
 
     def add(self, call: Call) -> None:
         prompt: Any = {"type": "token", "prompt_token_ids": call.prompt}
-        self.llm.add_request(call.name, prompt, call.params())
+        # From the future, so of age 0: real delays must not leak into the clock of the test.
+        self.llm.add_request(call.name, prompt, call.params(), arrival_time=time.time() + 3600.0)
 
     def step(self) -> None:
         self.clock.now += 0.02
