@@ -8,9 +8,10 @@ Every field carries its help text and bounds in its metadata. Command lines, JSO
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -77,6 +78,8 @@ def _plain_type(hint: Any) -> Any:
 
 def _converted(name: str, value: Any, hint: Any) -> Any:
     wanted = _plain_type(hint)
+    if get_origin(wanted) is Mapping and isinstance(value, list | tuple):
+        return _named_numbers(name, value)
     if value is None or wanted is Any or get_origin(wanted) is not None:
         return tuple(value) if get_origin(wanted) is tuple and value is not None else value
     if wanted is bool and not isinstance(value, bool):
@@ -90,6 +93,19 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if wanted is str and not isinstance(value, str):
         raise ConfigError(f"{name} must be text, not {value!r}.")
     return value
+
+
+def _named_numbers(name: str, words: Sequence[object]) -> dict[str, Any]:
+    """Return what words such as ``a=2`` or ``{"a": 2}`` say together."""
+    found: dict[str, Any] = {}
+    for word in map(str, words):
+        key, _, number = word.partition("=")
+        try:
+            more = json.loads(word) if word.startswith("{") else {key: float(number)}
+        except ValueError:
+            raise ConfigError(f"{name} must be like NAME=NUMBER, not {word!r}.") from None
+        found |= more
+    return found
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "option") -> T:
@@ -121,6 +137,8 @@ def add_arguments(parser: Any, cls: type[Any], *, prefix: str = "") -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif get_origin(wanted) is tuple:
             parser.add_argument(flag, nargs="+", **common)
+        elif get_origin(wanted) is Mapping:
+            parser.add_argument(flag, nargs="+", metavar="NAME=NUMBER", **common)
         elif f.metadata["choices"]:
             parser.add_argument(flag, choices=f.metadata["choices"], **common)
         elif wanted in (int, float, str):
@@ -258,5 +276,5 @@ class DispatchOptions:
     def __post_init__(self) -> None:
         check(self)
         for tenant, weight in self.tenant_weights.items():
-            if not (math.isfinite(weight) and weight > 0):
-                raise ConfigError(f"tenant_weights of {tenant} must be more than 0.")
+            if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
+                raise ConfigError(f"tenant_weights of {tenant} must be a number above 0.")

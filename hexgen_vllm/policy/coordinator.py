@@ -107,7 +107,7 @@ class Coordinator:
         entry = self._opened(call, now)
         if self._protection.turns_away(entry):
             return [self._refused(entry, overload.unattainable(call.call_id), now)]
-        if not self._holds or not self._engines.reaches(call, entry.refused_by):
+        if not self._holds or not self._reachable(entry):
             return [self._settled(entry, now)]
         self._protection.hold(entry, now)
         return [*self._release(now), *self._bounded(now)]
@@ -186,6 +186,9 @@ class Coordinator:
     def _candidates(self, entry: OpenCall) -> list[EngineLoad]:
         return self._engines.candidates(entry.demand.call, entry.refused_by)
 
+    def _reachable(self, entry: OpenCall) -> list[EngineLoad]:
+        return self._engines.reachable(entry.demand.call, entry.refused_by)
+
     def _opened(self, call: Call, now: float) -> OpenCall:
         """Take a call into its workflow."""
         run, seen = self.workflows.arrived(call, now)
@@ -215,7 +218,7 @@ class Coordinator:
             entry = self._open[call_id]
             candidates = self._candidates(entry)
             if not candidates:
-                if not self._engines.reaches(entry.demand.call, entry.refused_by):
+                if not self._reachable(entry):
                     decisions.append(self._refused(entry, overload.no_endpoints(call_id), now))
                 continue
             choice = self._dispatch.choose(entry.demand, candidates, claims, now)
@@ -238,7 +241,7 @@ class Coordinator:
 
     def _settled(self, entry: OpenCall, now: float) -> Decision:
         """Place a call at once, or refuse it when nobody can take it."""
-        candidates = self._candidates(entry)
+        candidates = self._candidates(entry) or self._reachable(entry)
         if not candidates:
             return self._refused(entry, overload.no_endpoints(entry.demand.call.call_id), now)
         return self._placed(entry, self._dispatch.choose(entry.demand, candidates, {}, now), now)

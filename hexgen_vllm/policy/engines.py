@@ -43,14 +43,15 @@ class Engines:
         """Return the engines that may get ``call`` now, sorted by name."""
         return [e for e in self._by_name if e.serves(call) and e.engine_id not in refused_by]
 
-    def reaches(self, call: Call, refused_by: frozenset[str]) -> bool:
-        """Return whether some engine takes ``call`` now, or once the call it is tried with ends."""
-        return any(
-            e.state in (EngineState.READY, EngineState.TRIAL)
+    def reachable(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
+        """Return the engines that get ``call`` now, or once the call they are tried with ends."""
+        return [
+            e
+            for e in self._by_name
+            if e.state in (EngineState.READY, EngineState.TRIAL)
             and e.knows(call)
             and e.engine_id not in refused_by
-            for e in self._by_name
-        )
+        ]
 
     def any_room(self, depth: int) -> bool:
         """Return whether it is worth looking at held calls.

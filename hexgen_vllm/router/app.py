@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
+from functools import partial
 from typing import Any, Final
 
 from aiohttp import web
@@ -12,28 +12,22 @@ from aiohttp import web
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import BadRequest, HexgenError
-from hexgen_vllm.router import answers
+from hexgen_vllm.router import answers, tls
+from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.context import Context, new_context, shutting_down
+from hexgen_vllm.router.cors import Cors
 from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
+from hexgen_vllm.router.keys import Keys
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.pages import Handler, Pages
-from hexgen_vllm.router.probe import Probe
 from hexgen_vllm.router.relay import Relay
 from hexgen_vllm.router.upstream import new_session
-from hexgen_vllm.router.watcher import Watcher
 
 _LOG = logging.getLogger(__name__)
 _TICK_S: Final = 0.5
 _BACKLOG: Final = 2048  # a full one makes kernels reset connections
 _CLOSE_S: Final = 0.5  # 0 would mean for ever
 _LAST_WORDS_S: Final = 1.0  # for telling clients that their calls were cut off
-# Open without a key: load balancers and scrapers have none.
-_OPEN: Final = frozenset(
-    (
-        "/health", "/readiness", "/health/readiness", "/liveness", "/health/liveness", "/ping",
-        "/version", "/metrics", "/ui",
-    )
-)  # fmt: skip
 
 
 class Router:
@@ -50,17 +44,19 @@ class Router:
     ) -> None:
         self._options, self._dispatch = options, dispatch
         self._clock = clock or SystemClock()
-        self._watchers: dict[str, Watcher] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.ServerRunner | None = None
         self._routes: dict[tuple[str, str], Handler] = {}
-        self._keys = tuple(f"Bearer {key}".encode() for key in options.api_key)
+        self._admin_routes: dict[tuple[str, str], Handler] = {}
+        self._keys, self._cors = Keys(options), Cors(options)
+        self._tls = tls.for_clients(options)
         self.port = options.port
 
     @property
     def url(self) -> str:
         """Where it listens, without a slash at the end."""
-        return f"http://{self._options.host}:{self.port}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://{self._options.host}:{self.port}"
 
     async def start(self) -> None:
         """Listen, and begin to look for the engines.
@@ -69,28 +65,28 @@ class Router:
             OSError: the address cannot be had.
         """
         session = new_session(self._options)
-        self.context = context = new_context(
-            self._options, self._dispatch, self._clock, session, self._suspect
-        )
+        self.context = context = new_context(self._options, self._dispatch, self._clock, session)
         self._routes = self._all_routes(context)
+        self._admin = Admin(context)
+        self._admin_routes = self._admin.routes()
         server = _Server(
             self._handle, request_factory=self._request, handler_cancellation=True, access_log=None
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, self._options.host, self.port, backlog=_BACKLOG).start()
+            await web.TCPSite(
+                self._runner,
+                self._options.host,
+                self.port,
+                backlog=_BACKLOG,
+                ssl_context=self._tls,
+            ).start()
         except OSError:
             await session.close()
             raise
         self.port = self._runner.addresses[0][1]
-        probe = Probe(session, self._options)
-        for engine in context.fleet.engines.values():
-            watcher = Watcher(
-                engine, context.fleet, context.service, probe, self._options, self._clock
-            )
-            self._watchers[engine.name] = watcher
-            self._tasks.append(asyncio.create_task(watcher.run()))
+        context.watchers.start()
         self._tasks.append(asyncio.create_task(self._beat()))
         if context.tuning is not None:
             self._tasks.append(asyncio.create_task(context.tuning.run()))
@@ -122,13 +118,16 @@ class Router:
     async def stop(self) -> None:
         """Close everything at once."""
         # More than once: a cancellation that meets a timeout in a library can get lost.
-        while pending := [task for task in self._tasks if not task.done()]:
+        while pending := [task for task in self._all_tasks() if not task.done()]:
             for task in pending:
                 task.cancel()
             await asyncio.wait(pending, timeout=_CLOSE_S)
         if self._runner is not None:
             await self._runner.cleanup()
         await self.context.session.close()
+
+    def _all_tasks(self) -> list[asyncio.Task[None]]:
+        return [*self._tasks, *self.context.watchers.tasks()]
 
     async def __aenter__(self) -> Router:
         """Start."""
@@ -141,17 +140,12 @@ class Router:
 
     async def _beat(self) -> None:
         """Do twice a second what time alone causes."""
-        context = self.context
         while True:
             await asyncio.sleep(_TICK_S)
             try:
-                context.service.tick()
-                context.guard.tick(self._clock.now())
+                self.context.tick()
             except Exception:  # whatever it was, time must go on
                 _LOG.exception("tick failed")
-
-    def _suspect(self, engine: str) -> None:
-        self._watchers[engine].suspect()
 
     def _all_routes(self, context: Context) -> dict[tuple[str, str], Handler]:
         relay = Relay(context)
@@ -167,15 +161,19 @@ class Router:
     ) -> web.BaseRequest:
         loop = asyncio.get_running_loop()
         most = self._options.max_payload_size
-        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=most)
+        made = web.BaseRequest if not self._cors.enabled else partial(_CorsRequest, self._cors)
+        return made(message, payload, protocol, writer, task, loop, client_max_size=most)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer any request; errors become OpenAI error objects."""
-        handler = self._routes.get((request.method, request.path))
+        handler, admin = self._routes.get((request.method, request.path)), False
         if handler is None:
-            return self._no_route(request)
-        if self._keys and request.path not in _OPEN and not self._has_key(request):
-            return answers.error_response("A valid API key is needed.", 401, code="invalid_api_key")
+            handler, admin = self._admin_route(request), True
+        if handler is None:
+            return self._cors.preflight(request) or self._no_route(request)
+        refusal = self._keys.refusal(request, admin=admin)
+        if refusal is not None:
+            return refusal
         try:
             return await handler(request)
         except HexgenError as error:
@@ -186,17 +184,28 @@ class Router:
             _LOG.exception("request failed path=%s", request.path)
             return answers.from_error(HexgenError(), None)
 
+    def _admin_route(self, request: web.BaseRequest) -> Handler | None:
+        method, path = request.method, request.path
+        return self._admin_routes.get((method, path)) or self._admin.one(method, path)
+
     def _no_route(self, request: web.BaseRequest) -> web.Response:
-        allowed = sorted(method for method, path in self._routes if path == request.path)
+        known = (*self._routes, *self._admin_routes)
+        allowed = sorted(method for method, path in known if path == request.path)
         if allowed:
             headers = {"Allow": ", ".join(allowed)}
             return answers.error_response("Method not allowed.", 405, headers=headers)
         return answers.from_error(BadRequest("There is no such endpoint.", status=404), None)
 
-    def _has_key(self, request: web.BaseRequest) -> bool:
-        shown = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        # Every key is compared: the time must not tell which one came close.
-        return sum(hmac.compare_digest(shown, key) for key in self._keys) > 0
+
+class _CorsRequest(web.BaseRequest):
+    """A request whose answer says which pages may read it."""
+
+    def __init__(self, cors: Cors, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cors = cors
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        self._cors.mark(self, response)
 
 
 class _Server(web.Server):

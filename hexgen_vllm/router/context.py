@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
@@ -19,11 +18,14 @@ from hexgen_vllm.router.intake import Intake
 from hexgen_vllm.router.ledger import Ledger
 from hexgen_vllm.router.metrics import Metrics
 from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.probe import Probe
 from hexgen_vllm.router.prompt import TokenRatios
 from hexgen_vllm.router.recorder import Recorder
 from hexgen_vllm.router.retry import RetryPolicy
 from hexgen_vllm.router.service import Service
+from hexgen_vllm.router.stalls import Stalls
 from hexgen_vllm.router.tuning import Tuning
+from hexgen_vllm.router.watchers import Watchers
 from hexgen_vllm.tune.recent import Ring
 
 
@@ -38,13 +40,14 @@ class Context:
         ledger: book of calls.
         service: drives the coordinator.
         guard: ends tries that hang.
+        stalls: notices engines that do nothing.
         fleet: the engines.
+        watchers: keep the fleet's picture true.
         ratios: prompt length estimates.
         intake: reads requests.
         retries: bounds retries.
         metrics: histograms and exposition.
         session: connections to engines.
-        suspect: asks for a health check of an engine now.
         tuning: tunes placement on recent traffic; ``None`` when it is off.
         draining: whether new calls are refused because the router is shutting down.
     """
@@ -55,13 +58,14 @@ class Context:
     ledger: Ledger
     service: Service
     guard: Guard
+    stalls: Stalls
     fleet: Fleet
+    watchers: Watchers
     ratios: TokenRatios
     intake: Intake
     retries: RetryPolicy
     metrics: Metrics
     session: aiohttp.ClientSession
-    suspect: Callable[[str], None]
     tuning: Tuning | None = None
     draining: bool = False
 
@@ -69,6 +73,19 @@ class Context:
     def ready(self) -> bool:
         """Whether a call that comes now would be served."""
         return not self.draining and bool(self.fleet.ready())
+
+    def suspect(self, engine: str) -> None:
+        """Have an engine's health checked now."""
+        self.watchers.suspect(engine)
+
+    def tick(self) -> None:
+        """Do what time alone causes; call it about twice a second."""
+        now = self.clock.now()
+        self.service.tick()
+        self.guard.tick(now)
+        self.stalls.tick(now)
+        self.fleet.tick(now)
+        self.watchers.sweep()
 
     def check_open(self) -> None:
         """Return if new calls are taken.
@@ -129,7 +146,6 @@ def new_context(
     dispatch: DispatchOptions,
     clock: Clock,
     session: aiohttp.ClientSession,
-    suspect: Callable[[str], None],
 ) -> Context:
     """Make the parts of a router; nothing runs yet."""
     ledger, ratios = Ledger(), TokenRatios()
@@ -140,7 +156,7 @@ def new_context(
     if recorder is not None:
         tuning = Tuning(options, service.coordinator, clock, ring, service.retune)
     guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
-    fleet = Fleet(options.workers(), service, guard)
+    fleet = Fleet(options, service, guard)
     return Context(
         options=options,
         clock=clock,
@@ -148,12 +164,13 @@ def new_context(
         ledger=ledger,
         service=service,
         guard=guard,
+        stalls=Stalls(options, fleet, guard, service.coordinator),
         fleet=fleet,
+        watchers=Watchers(fleet, service, Probe(session, options), options, clock),
         ratios=ratios,
         intake=Intake(ratios, dispatch.default_deadline_s, options.request_id_headers),
         retries=RetryPolicy(options, random.Random()),
         metrics=Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner),
         session=session,
-        suspect=suspect,
         tuning=tuning,
     )

@@ -1,19 +1,29 @@
-"""The engines a router knows: where they are, what they serve, whether they get calls."""
+"""The engines a router knows: where they are, what they serve, whether they get calls.
+
+An engine gets calls when its health checks pass, nobody drains it, and its circuit breaker is
+closed; while the breaker is on trial it gets one at a time. An engine that was down comes back on
+trial.
+"""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from yarl import URL
 
-from hexgen_vllm.router.attempt import Guard
-from hexgen_vllm.router.options import Worker
+from hexgen_vllm.router import ledger
+from hexgen_vllm.router.attempt import LOST, TIMEOUT, Guard, failed
+from hexgen_vllm.router.breaker import Breaker, Phase
+from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.router.probe import Found
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.types import EngineKind, EngineSpec, EngineState
 
+_SUCCESSES: Final = frozenset((ledger.ANSWERED, ledger.BAD_REQUEST))
+_FAILURES: Final = frozenset((LOST, TIMEOUT, "engine-error"))
+_TAKES_CALLS: Final = (EngineState.READY, EngineState.TRIAL)
 _LOG = logging.getLogger(__name__)
 
 
@@ -23,15 +33,27 @@ class Engine:
 
     Attributes:
         worker: its name and URL.
+        breaker: counts how its calls ended.
         spec: what it is, ``None`` until it was up once.
         cards: its entries of ``/v1/models``.
-        state: whether it gets calls.
+        up: whether its health checks pass.
+        draining: whether an operator takes it out of service.
+        leaving: whether it is to be forgotten when its calls have ended.
+        steps: steps it has run, ``None`` where it does not say.
+        state: what follows from all that.
+        why: why it gets no calls, ``""`` while it does.
     """
 
     worker: Worker
+    breaker: Breaker
     spec: EngineSpec | None = None
     cards: tuple[dict[str, Any], ...] = ()
+    up: bool = False
+    draining: bool = False
+    leaving: bool = False
+    steps: int | None = None
     state: EngineState = EngineState.DOWN
+    why: str = "not up yet"
     _addresses: dict[str, URL] = field(default_factory=dict)
 
     @property
@@ -53,23 +75,59 @@ class Engine:
                 self._addresses[path] = known
         return known
 
+    def standing(self) -> EngineState:
+        """Return the state that follows from the other attributes."""
+        if not self.up or self.breaker.phase is Phase.OPEN:
+            return EngineState.DOWN
+        if self.draining:
+            return EngineState.DRAINING
+        return EngineState.TRIAL if self.breaker.phase is Phase.TRIAL else EngineState.READY
+
 
 class Fleet:
     """All engines, by name.
 
     Args:
-        workers: names and URLs.
+        options: of the router; names the engines it starts with.
         service: is told of every change.
         guard: ends tries on engines that are lost.
     """
 
-    def __init__(self, workers: tuple[Worker, ...], service: Service, guard: Guard) -> None:
-        self.engines = {worker.name: Engine(worker) for worker in workers}
-        self._service, self._guard = service, guard
+    def __init__(self, options: RouterOptions, service: Service, guard: Guard) -> None:
+        self.engines: dict[str, Engine] = {}
+        self._options, self._service, self._guard = options, service, guard
+        for worker in options.workers():
+            self.add(worker)
+
+    # What there is
+
+    def add(self, worker: Worker) -> Engine:
+        """Add an engine that nobody knows anything about yet."""
+        engine = self.engines[worker.name] = Engine(worker, Breaker(self._options))
+        return engine
+
+    def remove(self, name: str) -> None:
+        """Forget an engine; calls on it that have seen no answer go elsewhere."""
+        engine = self.engines.pop(name)
+        if engine.spec is not None:
+            self._service.engine_left(name)
+        self._guard.engine_lost(name)
+        _LOG.info("engine removed engine=%s", name)
+
+    def engine(self, name: str) -> Engine:
+        """Return an engine that a call was placed on.
+
+        Raises:
+            EngineFailed: it has left since.
+        """
+        engine = self.engines.get(name)
+        if engine is None:
+            raise failed(LOST, retryable=True)
+        return engine
 
     def ready(self) -> list[Engine]:
         """Return the engines that get calls, sorted by name."""
-        found = [e for e in self.engines.values() if e.state is EngineState.READY]
+        found = [e for e in self.engines.values() if e.state in _TAKES_CALLS]
         return sorted(found, key=lambda engine: engine.name)
 
     def cards(self) -> list[dict[str, Any]]:
@@ -90,33 +148,94 @@ class Fleet:
         cards = self.cards()
         return str(cards[0]["id"]) if len(cards) == 1 else None
 
+    # What health checks find
+
     def joined(self, name: str, found: Found) -> None:
         """Take in an engine that is up, for the first time or again."""
         engine = self.engines[name]
         first, changed = engine.spec is None, engine.spec != found.spec
-        engine.spec, engine.cards, engine.state = found.spec, found.cards, EngineState.READY
+        if not first and not self._options.disable_circuit_breaker:
+            engine.breaker.half_open()
+        engine.spec, engine.cards, engine.up = found.spec, found.cards, True
         if changed:
-            self._service.engine_joined(found.spec)
+            engine.state, engine.why = engine.standing(), ""
+            self._service.engine_joined(found.spec, engine.state)
         else:
-            self._service.engine_changed(name, EngineState.READY)
+            self._settle(engine)
         _LOG.info("engine %s engine=%s %s", "joined" if first else "back", name, _about(found))
 
     def restarted(self, name: str) -> None:
         """Note that an engine started anew behind our back."""
-        spec = self.engines[name].spec
-        if spec is not None:
+        engine = self.engines[name]
+        if engine.spec is not None:
             _LOG.warning("engine restarted engine=%s", name)
-            self._service.engine_joined(spec)
+            self._service.engine_joined(engine.spec, engine.state)
 
     def lost(self, name: str, why: str) -> None:
         """Give an engine no more calls; those that have seen no answer go elsewhere."""
-        engine = self.engines[name]
-        if engine.state is EngineState.DOWN:
+        engine = self.engines.get(name)
+        if engine is None or not engine.up:
             return
-        engine.state = EngineState.DOWN
-        _LOG.warning("engine down engine=%s reason=%r", name, why)
-        self._service.engine_changed(name, EngineState.DOWN)
+        engine.up = False
+        self._settle(engine, why)
         self._guard.engine_lost(name)
+
+    # What calls find
+
+    def tried(self, engine: Engine, outcome: str) -> None:
+        """Note how a call on an engine ended, in words of the ledger; others do not count."""
+        if outcome in _SUCCESSES:
+            engine.breaker.succeeded()
+            self._settle(engine)
+        elif outcome in _FAILURES:
+            now = self._service.clock.now()
+            if engine.breaker.failed(now) and self._others(engine):
+                engine.breaker.open(now)
+                self._settle(engine, "too many of its calls failed")
+
+    def stalled(self, engine: Engine, why: str) -> None:
+        """Give an engine no more calls; those without an answer go elsewhere if they can."""
+        engine.breaker.open(self._service.clock.now())
+        self._settle(engine, why)
+        if self._others(engine):
+            self._guard.engine_lost(engine.name)
+
+    def revived(self, engine: Engine) -> None:
+        """Note a sign of life of an engine that was stalled."""
+        if engine.breaker.phase is Phase.OPEN:
+            engine.breaker.half_open()
+            self._settle(engine)
+
+    def tick(self, now: float) -> None:
+        """Do what time alone causes; call it about once a second or more often."""
+        for engine in self.engines.values():
+            engine.breaker.tick(now)
+            self._settle(engine)
+
+    # What operators want
+
+    def drain(self, name: str, draining: bool = True) -> None:
+        """Give an engine no new calls, or, with ``draining`` false, calls again."""
+        engine = self.engines[name]
+        engine.draining = draining
+        engine.leaving = engine.leaving and draining
+        self._settle(engine, "drained by an operator")
+
+    def _others(self, engine: Engine) -> bool:
+        """Whether calls would find another engine: the last one is not taken out for errors."""
+        return any(e is not engine and e.state in _TAKES_CALLS for e in self.engines.values())
+
+    def _settle(self, engine: Engine, why: str = "") -> None:
+        """Act upon the present standing of an engine; ``why`` it gets no calls."""
+        state = engine.standing()
+        if state is engine.state:
+            return
+        engine.state = state
+        engine.why = why if state not in _TAKES_CALLS else ""
+        level = logging.WARNING if state is EngineState.DOWN else logging.INFO
+        _LOG.log(level, "engine %s engine=%s reason=%r", state.value, engine.name, engine.why)
+        if engine.spec is not None:
+            self._service.engine_changed(engine.name, state)
 
 
 def _about(found: Found) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hexgen_vllm import config
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.router.access_options import KEY_VARIABLES
+from hexgen_vllm.router.config_file import read_options
 from hexgen_vllm.router.options import RouterOptions
 
 _LOG = logging.getLogger(__name__)
@@ -21,6 +25,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the router's options to ``parser``."""
     router = parser.add_argument_group("router")
+    router.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
     config.add_arguments(router, RouterOptions)
     config.add_arguments(parser.add_argument_group("placement"), DispatchOptions)
 
@@ -33,10 +38,12 @@ def main(args: argparse.Namespace) -> int:
     """
     import uvloop
 
-    options = config.from_mapping(RouterOptions, config.given(args, RouterOptions))
-    dispatch = config.from_mapping(DispatchOptions, config.given(args, DispatchOptions))
-    if not options.worker_urls:
-        raise ConfigError("worker_urls must name at least one engine (--worker-urls URL ...).")
+    options, dispatch = options_from(args, os.environ)
+    if not (options.worker_urls or options.admin_api_key or options.allow_unauthenticated_admin):
+        raise ConfigError(
+            "worker_urls must name at least one engine (--worker-urls URL ...), or admin_api_key "
+            "must let engines be registered."
+        )
     logging.basicConfig(
         level=options.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
@@ -47,6 +54,27 @@ def main(args: argparse.Namespace) -> int:
     finally:
         loop.close()
     return 0
+
+
+def options_from(
+    args: argparse.Namespace, environment: Mapping[str, str]
+) -> tuple[RouterOptions, DispatchOptions]:
+    """Return the options that command line, environment and file give, first one first.
+
+    Raises:
+        ConfigError: one of them is wrong.
+    """
+    router, dispatch = ({}, {}) if args.config is None else read_options(args.config)
+    for name, variable in KEY_VARIABLES.items():
+        key = environment.get(variable)
+        if key:
+            router[name] = key if name == "engine_api_key" else (key,)
+    router |= config.given(args, RouterOptions)
+    dispatch |= config.given(args, DispatchOptions)
+    return (
+        config.from_mapping(RouterOptions, router),
+        config.from_mapping(DispatchOptions, dispatch),
+    )
 
 
 async def _serve(options: RouterOptions, dispatch: DispatchOptions) -> None:

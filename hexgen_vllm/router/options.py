@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from hexgen_vllm.config import DispatchOptions, check, option
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.tune.online import OnlineOptions
+from hexgen_vllm.router.breaker import HealthOptions
 
 _WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
 
@@ -22,7 +22,7 @@ class Worker(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RouterOptions(OnlineOptions):
+class RouterOptions(HealthOptions):
     """Options of the router and of its tuning; those of placement are ``DispatchOptions``."""
 
     worker_urls: tuple[str, ...] = option(
@@ -81,8 +81,6 @@ class RouterOptions(OnlineOptions):
         least=0.0,
     )
     max_payload_size: int = option(2**29, "largest request body, bytes", least=1)
-    api_key: tuple[str, ...] = option((), "keys of which clients must present one")
-    engine_api_key: str | None = option(None, "key presented to engines instead of the client's")
     request_id_headers: tuple[str, ...] = option(
         ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"),
         "headers that may bring a request id, first one first",
@@ -96,6 +94,7 @@ class RouterOptions(OnlineOptions):
 
     def __post_init__(self) -> None:
         check(self)
+        self.check_access()
         self.workers()
 
     def workers(self) -> tuple[Worker, ...]:
@@ -104,7 +103,7 @@ class RouterOptions(OnlineOptions):
         Raises:
             ConfigError: a URL is not one, or two engines are the same.
         """
-        found = tuple(_worker(i, text) for i, text in enumerate(self.worker_urls))
+        found = tuple(parse_worker(t, f"engine-{i}") for i, t in enumerate(self.worker_urls))
         for field, values in (("names", [w.name for w in found]), ("URLs", [w.url for w in found])):
             for value in values:
                 if values.count(value) > 1:
@@ -120,7 +119,12 @@ class RouterOptions(OnlineOptions):
         )
 
 
-def _worker(index: int, text: str) -> Worker:
+def parse_worker(text: str, default_name: str) -> Worker:
+    """Return the engine that ``text`` names.
+
+    Raises:
+        ConfigError: it has no usable URL.
+    """
     match = _WORKER.fullmatch(text)
     wrong = ConfigError(
         f"worker_urls must be like http://host:8000 or name=http://host:8000, not {text!r}."
@@ -131,8 +135,9 @@ def _worker(index: int, text: str) -> Worker:
     try:
         parts = urlsplit(url)
         usable = bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment)
+        usable = usable and text.isprintable() and " " not in url
     except ValueError:
         raise wrong from None
     if not usable:
         raise wrong
-    return Worker(match["name"] or f"engine-{index}", url)
+    return Worker(match["name"] or default_name, url)

@@ -21,7 +21,7 @@ from hexgen_vllm.router.intake import decoded
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.overview import decision
 from hexgen_vllm.router.ui_page import DATA_PATH, PATH, UiPage
-from hexgen_vllm.types import EngineState
+from hexgen_vllm.router.workers import worker_view
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _DECISIONS_SHOWN: Final = 50
@@ -85,22 +85,9 @@ class Pages:
 
     async def workers(self, request: web.BaseRequest) -> web.StreamResponse:
         """List the engines by name."""
-        engines = [self._worker(engine) for engine in self._context.fleet.engines.values()]
+        context = self._context
+        engines = [worker_view(context, engine) for engine in context.fleet.engines.values()]
         return _json({"workers": engines, "total": len(engines)})
-
-    def _worker(self, engine: Engine) -> dict[str, Any]:
-        load = self._context.service.coordinator.engines.get(engine.name)
-        spec = engine.spec
-        return {
-            "name": engine.name,
-            "state": engine.state.value,
-            "is_healthy": engine.state is not EngineState.DOWN,
-            "kind": None if spec is None else spec.kind.value,
-            "models": sorted(spec.models) if spec is not None else [],
-            "max_num_seqs": None if spec is None else spec.max_num_seqs,
-            "kv_tokens": None if spec is None else spec.kv_tokens,
-            "load": 0 if load is None else len(load.in_flight),
-        }
 
     async def diagnostics(self, request: web.BaseRequest) -> web.StreamResponse:
         """Show what decisions stand on: rates, loads, learned stages, and the last decisions."""
@@ -119,7 +106,7 @@ class Pages:
         )
 
     def _rates(self, engine: Engine) -> dict[str, Any]:
-        shown = self._worker(engine)
+        shown = worker_view(self._context, engine)
         load = self._context.service.coordinator.engines.get(engine.name)
         if load is not None:
             cost = load.cost()

@@ -15,6 +15,7 @@ from hexgen_vllm.router.reports import Telemetry
 from hexgen_vllm.types import EngineKind, EngineSpec
 
 STATS_PATH: Final = "/hexgen/stats"
+MAX_ANSWER_BYTES: Final = 16 * 2**20
 _STOCK: Final = {"fcfs": EngineKind.FCFS, "priority": EngineKind.PRIORITY}
 
 
@@ -116,13 +117,25 @@ class Probe:
     async def _get(self, worker: Worker, path: str) -> tuple[int, bytes]:
         try:
             async with self._session.get(
-                worker.url + path, headers=self._headers, timeout=self._timeout
+                worker.url + path,
+                headers=self._headers,
+                timeout=self._timeout,
+                allow_redirects=False,  # it could lead anywhere
             ) as answer:
-                return answer.status, await answer.read()
+                return answer.status, await _limited(answer)
         except aiohttp.ClientConnectorError:
             raise Unreachable("nobody listens there", refused=True) from None
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise Unreachable(f"it does not answer ({type(error).__name__})") from None
+
+
+async def _limited(answer: aiohttp.ClientResponse) -> bytes:
+    """Return the body of an answer, or what of it fits."""
+    pieces, size = [], 0
+    while size < MAX_ANSWER_BYTES and (piece := await answer.content.readany()):
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)
 
 
 def _text(body: bytes) -> str:

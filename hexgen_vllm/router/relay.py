@@ -123,12 +123,17 @@ class Relay:
             EngineFailed: the engine failed, and the client has seen nothing.
         """
         context = self._context
-        engine = context.fleet.engines[placement.engine_id]
+        engine = context.fleet.engine(placement.engine_id)
         attempt = Attempt(context.guard, job.request, engine.name)
         try:
             with attempt:
                 answer = attempt.answer = await self._send(job, accepted, placement, engine)
-            return await self._relay(job, attempt, answer)
+            response = await self._relay(job, attempt, answer)
+            context.fleet.tried(engine, job.outcome)
+            return response
+        except EngineFailed as failure:
+            context.fleet.tried(engine, failure.reason)
+            raise
         finally:
             if attempt.answer is not None:
                 attempt.answer.close()  # nothing to close when it was read to its end

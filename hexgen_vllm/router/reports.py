@@ -15,6 +15,7 @@ _RUNNING: Final = ("vllm:num_requests_running",)
 _WAITING: Final = ("vllm:num_requests_waiting",)
 _KV_USAGE: Final = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 _PREEMPTIONS: Final = ("vllm:num_preemptions_total", "vllm:num_preemptions")
+_STEPS: Final = ("vllm:iteration_tokens_total_count",)
 _CACHE_INFO: Final = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.M)
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 _SAMPLE: Final = re.compile(r"^(vllm:\w+)(?:\{[^}]*\})? ([-+.\w]+)", re.M)
@@ -73,7 +74,8 @@ def from_metrics(text: str) -> Telemetry:
         kv_usage=_share(usage),
         preemptions=_count(_first(sums, _PREEMPTIONS)),
     )
-    return Telemetry(report, kv_tokens=_kv_tokens(text))
+    steps = _count(_first(sums, _STEPS))
+    return Telemetry(report, kv_tokens=_kv_tokens(text), steps=steps)
 
 
 def scheduling(server_info: object) -> tuple[str | None, int | None]:

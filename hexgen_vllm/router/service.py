@@ -104,12 +104,16 @@ class Service:
         options = replace(self.coordinator.options, **values)  # type: ignore[arg-type]
         self._carry_out(self.coordinator.retune(options, self.clock.now()))
 
-    def engine_joined(self, spec: EngineSpec) -> None:
-        """Note an engine that is ready."""
-        self._carry_out(self.coordinator.engine_joined(spec, self.clock.now()))
+    def engine_joined(self, spec: EngineSpec, state: EngineState = EngineState.READY) -> None:
+        """Note an engine that is up, or up again after a restart."""
+        self._carry_out(self.coordinator.engine_joined(spec, self.clock.now(), state))
+
+    def engine_left(self, engine_id: str) -> None:
+        """Note that an engine is no more."""
+        self._carry_out(self.coordinator.engine_left(engine_id, self.clock.now()))
 
     def engine_changed(self, engine_id: str, state: EngineState) -> None:
-        """Note that an engine, joined before, became ready, draining or down."""
+        """Note that an engine, joined before, changed its state."""
         now = self.clock.now()
         self._carry_out(self.coordinator.engine_changed(engine_id, state, now))
 

@@ -9,6 +9,7 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
+from hexgen_vllm.router import tls
 from hexgen_vllm.router.options import RouterOptions
 
 # uvicorn closes idle connections after 5 s; one that it is about to close must not be used.
@@ -20,7 +21,9 @@ _READ_BYTES: Final = 2**18
 def new_session(options: RouterOptions) -> aiohttp.ClientSession:
     """Return the one client session: no limit, no cookies, nothing decoded or added."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+        connector=aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=_KEEPALIVE_S, ssl=tls.for_engines(options)
+        ),
         # The guard watches for silence; a timer per event would cost more than the event.
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=options.connect_timeout_secs),
         auto_decompress=False,

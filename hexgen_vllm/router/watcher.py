@@ -17,7 +17,7 @@ from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.probe import Probe, Unreachable
 from hexgen_vllm.router.reports import Telemetry
 from hexgen_vllm.router.service import Service
-from hexgen_vllm.types import EngineKind, EngineReport, EngineState
+from hexgen_vllm.types import EngineKind, EngineReport
 
 _LOG = logging.getLogger(__name__)
 _DOWN_INTERVAL_S = 1.0
@@ -43,7 +43,6 @@ class Watcher:
         self._passed = self._failed = 0
         self._check_at_s = self._read_at_s = 0.0
         self._heard_s = clock.now()
-        self._steps = 0
 
     def suspect(self) -> None:
         """Check the engine now: a call failed there."""
@@ -85,7 +84,7 @@ class Watcher:
         return max(min(self._check_at_s, self._read_at_s) - self._clock.now(), 0.0)
 
     def _down(self) -> bool:
-        return self._engine.state is EngineState.DOWN
+        return not self._engine.up
 
     def _read_interval_s(self) -> float:
         interval_s = self._options.stats_interval_secs
@@ -108,7 +107,7 @@ class Watcher:
         self._passed = self._failed = 0
         self._check_at_s = self._clock.now() + self._options.health_check_interval_secs
         self._read_at_s = 0.0
-        self._steps = 0
+        self._engine.steps = None
         self._fleet.joined(self._engine.name, found)
 
     async def _check(self) -> None:
@@ -135,8 +134,7 @@ class Watcher:
             self._service.engine_reported(self._engine.name, EngineReport())
 
     def _take(self, reading: Telemetry) -> None:
-        if reading.steps is not None:
-            if reading.steps < self._steps:
-                self._fleet.restarted(self._engine.name)
-            self._steps = reading.steps
+        before, self._engine.steps = self._engine.steps, reading.steps
+        if before is not None and reading.steps is not None and reading.steps < before:
+            self._fleet.restarted(self._engine.name)
         self._service.engine_reported(self._engine.name, reading.report)

@@ -1,0 +1,120 @@
+"""A circuit breaker: an engine that keeps failing gets no calls for a while, then one at a time.
+
+    closed ──failures in a row, or a share of recent calls──► open
+    open   ──after a while, or a sign of life──► trial
+    trial  ──successes──► closed        ──a failure──► open
+
+It knows no clock: times are passed in.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from hexgen_vllm.config import option
+from hexgen_vllm.router.access_options import AccessOptions
+
+
+@dataclass(frozen=True)
+class HealthOptions(AccessOptions):
+    """When an engine is taken out and brought back."""
+
+    cb_failure_threshold: int = option(5, "failed calls in a row that take an engine out", least=1)
+    cb_success_threshold: int = option(
+        2, "calls that must succeed, one at a time, to bring it back", least=1
+    )
+    cb_timeout_duration_secs: float = option(
+        10.0, "time until an engine that was taken out is tried, seconds", least=1e-3
+    )
+    cb_window_duration_secs: float = option(
+        60.0, "time over which the share of failed calls counts, seconds", least=1e-3
+    )
+    cb_error_ratio: float = option(
+        0.5, "share of failed calls that takes an engine out, 1 for never", least=0.0, most=1.0
+    )
+    cb_least_calls: int = option(20, "calls in the window before the share counts", least=1)
+    disable_circuit_breaker: bool = option(False, "take no engine out for calls that fail")
+    engine_stall_secs: float = option(
+        10.0,
+        "silence of an engine at work that makes it stalled, seconds, beside what its steps and "
+        "prefills take; 0 never",
+        least=0.0,
+    )
+    engine_stall_steps: float = option(
+        50.0, "predicted steps of an engine at work that are added to that", least=0.0
+    )
+    lost_stream_timeout_secs: float = option(
+        30.0, "longest silence within an answer of an engine that is down, seconds", least=1e-3
+    )
+
+
+class Phase(enum.Enum):
+    """Whether calls may pass."""
+
+    CLOSED = "closed"  # they may
+    OPEN = "open"
+    TRIAL = "trial"  # one at a time
+
+
+class Breaker:
+    """Counts how the calls of one engine ended.
+
+    Attributes:
+        phase: whether calls may pass.
+    """
+
+    def __init__(self, options: HealthOptions) -> None:
+        self._options = options
+        self.phase = Phase.CLOSED
+        self._in_a_row = self._passed = 0
+        self._good, self._bad = [0, 0], [0, 0]  # in this half of the window and the one before
+        self._half_until_s = 0.0
+        self._open_until_s = 0.0
+
+    def succeeded(self) -> None:
+        """Note a call that the engine answered."""
+        self._in_a_row = 0
+        self._good[0] += 1
+        if self.phase is Phase.TRIAL:
+            self._passed += 1
+            if self._passed >= self._options.cb_success_threshold:
+                self.close()
+
+    def failed(self, now: float) -> bool:
+        """Note a call that the engine failed; return whether that is one too many."""
+        self._in_a_row += 1
+        self._bad[0] += 1
+        if self._options.disable_circuit_breaker:
+            return False
+        return self.phase is Phase.TRIAL or self._too_many()
+
+    def open(self, now: float) -> None:
+        """Let no calls pass for a while."""
+        self.phase = Phase.OPEN
+        self._open_until_s = now + self._options.cb_timeout_duration_secs
+
+    def half_open(self) -> None:
+        """Let calls pass one at a time."""
+        self.phase, self._passed = Phase.TRIAL, 0
+
+    def close(self) -> None:
+        """Let calls pass, and forget what was."""
+        self.phase, self._in_a_row = Phase.CLOSED, 0
+        self._good, self._bad = [0, 0], [0, 0]
+
+    def tick(self, now: float) -> None:
+        """Do what time alone causes."""
+        if now >= self._half_until_s:
+            self._half_until_s = now + self._options.cb_window_duration_secs / 2
+            self._good, self._bad = [0, self._good[0]], [0, self._bad[0]]
+        if self.phase is Phase.OPEN and now >= self._open_until_s:
+            self.half_open()
+
+    def _too_many(self) -> bool:
+        options, bad = self._options, sum(self._bad)
+        calls = bad + sum(self._good)
+        if self._in_a_row >= options.cb_failure_threshold:
+            return True
+        enough = options.cb_error_ratio < 1.0 and calls >= options.cb_least_calls
+        return enough and bad >= options.cb_error_ratio * calls
