@@ -125,6 +125,7 @@ class Router:
         if self._runner is not None:
             await self._runner.cleanup()
         await self.context.session.close()
+        await asyncio.to_thread(self.context.tracing.close)
 
     def _all_tasks(self) -> list[asyncio.Task[None]]:
         return [*self._tasks, *self.context.watchers.tasks()]

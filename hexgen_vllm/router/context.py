@@ -24,6 +24,7 @@ from hexgen_vllm.router.recorder import Recorder
 from hexgen_vllm.router.retry import RetryPolicy
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.stalls import Stalls
+from hexgen_vllm.router.tracing import Tracing, open_tracing
 from hexgen_vllm.router.tuning import Tuning
 from hexgen_vllm.router.watchers import Watchers
 from hexgen_vllm.tune.recent import Ring
@@ -47,6 +48,7 @@ class Context:
         intake: reads requests.
         retries: bounds retries.
         metrics: histograms and exposition.
+        tracing: begins traces of calls.
         session: connections to engines.
         tuning: tunes placement on recent traffic; ``None`` when it is off.
         draining: whether new calls are refused because the router is shutting down.
@@ -65,6 +67,7 @@ class Context:
     intake: Intake
     retries: RetryPolicy
     metrics: Metrics
+    tracing: Tracing
     session: aiohttp.ClientSession
     tuning: Tuning | None = None
     draining: bool = False
@@ -171,6 +174,7 @@ def new_context(
         intake=Intake(ratios, dispatch.default_deadline_s, options.request_id_headers),
         retries=RetryPolicy(options, random.Random()),
         metrics=Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner),
+        tracing=open_tracing(options.otlp_traces_endpoint, dispatch.policy),
         session=session,
         tuning=tuning,
     )

@@ -10,6 +10,7 @@ from aiohttp import web
 from hexgen_vllm.router import ledger
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.intake import Accepted
+from hexgen_vllm.router.tracing import NO_TRACE, CallTrace
 from hexgen_vllm.router.watch import Usage
 from hexgen_vllm.types import CallResult, Placement
 
@@ -26,6 +27,8 @@ class Job:
         request_id: the client's or a new one, ``None`` until it was read.
         accepted: the parsed call, ``None`` until it was read.
         began_s: time of receipt.
+        trace: of the call.
+        first_token_s: when a stream's first token came.
         tries: times it was sent.
         placement: the last decision about it.
         outcome: for the ledger.
@@ -35,12 +38,19 @@ class Job:
     request: web.BaseRequest
     endpoint: Endpoint
     began_s: float
+    trace: CallTrace = NO_TRACE
+    first_token_s: float | None = None
     request_id: str | None = None
     accepted: Accepted | None = None
     tries: int = 0
     placement: Placement | None = None
     outcome: str = ledger.INTERNAL
     result: CallResult = _ABORTED
+
+    def first_token(self, now: float) -> None:
+        """Note the first token of a stream."""
+        self.first_token_s = now
+        self.trace.first_token()
 
     def ended(self, outcome: str, usage: Usage | None = None) -> None:
         """Note how it ended; with ``usage`` it was answered."""

@@ -16,6 +16,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router.access_options import KEY_VARIABLES
 from hexgen_vllm.router.config_file import read_options
+from hexgen_vllm.router import logs
 from hexgen_vllm.router.options import RouterOptions
 
 _LOG = logging.getLogger(__name__)
@@ -44,10 +45,7 @@ def main(args: argparse.Namespace) -> int:
             "worker_urls must name at least one engine (--worker-urls URL ...), or admin_api_key "
             "must let engines be registered."
         )
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    logs.set_up(options.log_level, options.log_format)
     loop = uvloop.new_event_loop()
     try:
         loop.run_until_complete(_serve(options, dispatch))

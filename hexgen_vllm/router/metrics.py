@@ -1,8 +1,9 @@
-"""The router's metrics in Prometheus form, ``hexgen_router_*``.
+"""The router's metrics in Prometheus form, ``hexgen_router_*``; docs/metrics.md lists them.
 
 Counters are read from the :class:`~hexgen_vllm.router.ledger.Ledger` and the coordinator when they
 are asked for, so that a call pays for a few integer additions. Labels are bounded: endpoints,
-engines and reason words, never workflows or requests.
+engines and reason words, and of the names that clients choose (workflow types, tenants, models)
+the first ones; never workflows or requests.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from hexgen_vllm import __version__
 from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.router.families import PREFIX, counter, gauge
 from hexgen_vllm.router.fleet import Fleet
+from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.ledger import Ledger
 from hexgen_vllm.router.outcomes import Outcomes
+from hexgen_vllm.router.pressure import Pressure
 from hexgen_vllm.router.service import Service
+from hexgen_vllm.router.usage import Usages
 from hexgen_vllm.tune.online import OnlineTuner
 from hexgen_vllm.types import EngineState
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-_PREFIX: Final = "hexgen_router_"
 _SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 
 
@@ -31,36 +36,58 @@ class Metrics:
     """Histograms, and everything else at the time of asking.
 
     Attributes:
+        outcomes: what became of workflows.
+        usage: tokens and calls by model and tenant.
         call_s: time from receipt to the end of calls that were answered, by endpoint.
+        first_token_s: time from receipt to the first token of streams, by endpoint.
         held_s: time from receipt to the first placement.
     """
 
     def __init__(
         self, ledger: Ledger, service: Service, fleet: Fleet, tuner: OnlineTuner | None = None
     ) -> None:
-        self.outcomes = Outcomes()
+        self.outcomes, self.usage = Outcomes(), Usages()
         service.coordinator.workflows.on_end = self.outcomes.add
         self._registry = CollectorRegistry()
-        self._registry.register(_State(ledger, service, fleet))
+        for collector in (_State(ledger, service, fleet), self.usage, Pressure(service)):
+            self._registry.register(collector)
+        self._registry.register(_Workflows(self.outcomes, service))
         if tuner is not None:
             self._registry.register(_Tuning(tuner))
-        self.call_s = Histogram(
-            f"{_PREFIX}call_seconds",
-            "Time from receipt to the end of answered calls",
+        self.call_s = self._histogram(
+            "call_seconds", "Time from receipt to the end of answered calls", ("endpoint",)
+        )
+        self.first_token_s = self._histogram(
+            "time_to_first_token_seconds",
+            "Time from receipt to the first token of streams",
             ("endpoint",),
-            registry=self._registry,
-            buckets=_SECONDS,
         )
-        self.held_s = Histogram(
-            f"{_PREFIX}held_seconds",
-            "Time from receipt of a call to its first placement",
-            registry=self._registry,
-            buckets=(0.001, 0.01, *_SECONDS),
+        self.held_s = self._histogram(
+            "held_seconds", "Time from receipt of a call to its first placement", ()
         )
+
+    def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
+        buckets = (0.001, 0.01, *_SECONDS)
+        return Histogram(PREFIX + name, text, labels, registry=self._registry, buckets=buckets)
+
+    def ended(self, job: Job, now: float) -> None:
+        """Count a call that ended, however it did."""
+        if job.accepted is None:
+            return
+        self.usage.add(job.accepted.call, job.result)
+        if job.result.ok:
+            self.call_s.labels(job.endpoint.name).observe(now - job.began_s)
+        if job.first_token_s is not None:
+            waited_s = job.first_token_s - job.began_s
+            self.first_token_s.labels(job.endpoint.name).observe(waited_s)
 
     def exposition(self) -> bytes:
         """Return all metrics as text."""
         return generate_latest(self._registry)
+
+    def families(self) -> Iterable[Metric]:
+        """Return all metrics as objects."""
+        return self._registry.collect()
 
 
 class _State(Collector):
@@ -76,22 +103,23 @@ class _State(Collector):
 
     def _calls(self) -> Iterator[Metric]:
         book, coordinator = self._ledger, self._service.coordinator
-        yield _counter("calls_received", "Calls that came in", ("endpoint",),
+        yield counter("calls_received", "Calls that came in", ("endpoint",),
                        (((name,), n) for name, n in book.arrived.items()))  # fmt: skip
-        yield _counter("calls", "Calls that ended", ("endpoint", "outcome"), book.ended.items())
-        yield _counter("retries", "Calls sent again", ("reason",),
+        yield counter("calls", "Calls that ended", ("endpoint", "outcome"), book.ended.items())
+        yield counter("retries", "Calls sent again", ("reason",),
                        (((name,), n) for name, n in book.retries.items()))  # fmt: skip
-        yield _counter("placements", "Calls placed", ("engine", "reason"), book.placements.items())
-        yield _counter("overdue_calls", "Calls answered after they were due", (),
+        yield counter("placements", "Calls placed", ("engine", "reason"), book.placements.items())
+        yield counter("overdue_calls", "Calls answered after they were due", (),
                        (((), book.overdue),))  # fmt: skip
-        yield _gauge("open_calls", "Calls that have not ended", (), (((), book.open),))
-        yield _gauge("held_calls", "Calls waiting in the router", (), (((), coordinator.held),))
-        yield _gauge("open_workflows", "Workflows that have begun and not ended", (),
-                     (((), len(coordinator.workflows)),))  # fmt: skip
+        yield gauge("open_calls", "Calls that have not ended", (), (((), book.open),))
+        yield gauge("held_calls", "Calls waiting in the router", (), (((), coordinator.held),))
+        about = (__version__, coordinator.options.policy)
+        yield gauge("info", "Always 1; version and policy in force", ("version", "policy"),
+                    ((about, 1),))  # fmt: skip
 
     def _engines(self) -> Iterator[Metric]:
         engines = self._fleet.engines.values()
-        yield _gauge("engine_up", "Whether an engine gets calls", ("engine", "kind"),
+        yield gauge("engine_up", "Whether an engine gets calls", ("engine", "kind"),
                      (((e.name, e.kind.value), e.state is EngineState.READY)
                       for e in engines))  # fmt: skip
         loads = self._service.coordinator.engines.values()
@@ -103,10 +131,34 @@ class _State(Collector):
              [(e, _fit_error(e)) for e in loads]),
             ("engine_step_seconds", "Fitted time of a decode step of one sequence",
              [(e, _step_s(e)) for e in loads]),
+            ("engine_running", "Sequences in the batch, as the engine says",
+             [(e, e.report.running) for e in loads]),
+            ("engine_waiting", "Calls queued in the engine, as it says",
+             [(e, e.report.waiting) for e in loads]),
+            ("engine_kv_usage_ratio", "Share of KV blocks in use, as the engine says, 0 to 1",
+             [(e, e.report.kv_usage) for e in loads]),
         )  # fmt: skip
         for name, doc, values in gauges:
             known = (((e.engine_id,), v) for e, v in values if v is not None)
-            yield _gauge(name, doc, ("engine",), known)
+            yield gauge(name, doc, ("engine",), known)
+        yield counter("engine_preemptions", "Preemptions since the engine started, as it says",
+                      ("engine",), (((e.engine_id,), e.report.preemptions) for e in loads
+                                    if e.report.preemptions is not None))  # fmt: skip
+
+
+class _Workflows(Collector):
+    """Reads what became of workflows."""
+
+    def __init__(self, outcomes: Outcomes, service: Service) -> None:
+        self._outcomes, self._service = outcomes, service
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counts of open and ended workflows."""
+        open_now = len(self._service.coordinator.workflows)
+        yield gauge("open_workflows", "Workflows that have begun and not ended", (),
+                    (((), open_now),))  # fmt: skip
+        yield counter("workflows", "Workflows that ended, by type and outcome",
+                      ("type", "outcome"), self._outcomes.ended.items())  # fmt: skip
 
 
 class _Tuning(Collector):
@@ -118,12 +170,12 @@ class _Tuning(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every metric of tuning."""
         tuner = self._tuner
-        yield _counter("tune_events", "What tuning did", ("what",),
+        yield counter("tune_events", "What tuning did", ("what",),
                        (((what,), n) for what, n in tuner.counts.items()))  # fmt: skip
-        yield _gauge("tune_knob", "Values in force of tuned options", ("option",),
+        yield gauge("tune_knob", "Values in force of tuned options", ("option",),
                      (((name,), value) for name, value in tuner.values.items()))  # fmt: skip
         error = tuner.simulator_error
-        yield _gauge("tune_simulator_error", "Relative error of the simulated live loss", (),
+        yield gauge("tune_simulator_error", "Relative error of the simulated live loss", (),
                      () if error is None else (((), error),))  # fmt: skip
 
 
@@ -135,20 +187,3 @@ def _fit_error(engine: EngineLoad) -> float | None:
 def _step_s(engine: EngineLoad) -> float | None:
     cost = engine.cost()
     return None if cost is None else cost.step_s(1)
-
-
-_Values = Iterable[tuple[tuple[str, ...], float]]
-
-
-def _counter(name: str, doc: str, labels: tuple[str, ...], values: _Values) -> Metric:
-    family = CounterMetricFamily(_PREFIX + name, doc, labels=labels)
-    for label, value in values:
-        family.add_metric(label, value)
-    return family
-
-
-def _gauge(name: str, doc: str, labels: tuple[str, ...], values: _Values) -> Metric:
-    family = GaugeMetricFamily(_PREFIX + name, doc, labels=labels)
-    for label, value in values:
-        family.add_metric(label, float(value))
-    return family

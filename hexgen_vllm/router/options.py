@@ -91,6 +91,12 @@ class RouterOptions(HealthOptions):
     log_level: str = option(
         "info", "least severe messages to log", choices=("debug", "info", "warning", "error")
     )
+    log_format: str = option(
+        "text", "log lines for people or as JSON objects", choices=("text", "json")
+    )
+    otlp_traces_endpoint: str | None = option(
+        None, "where OpenTelemetry spans of calls are sent; nowhere by default"
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -75,6 +75,7 @@ class StreamPass:
         if accepted is None:
             return
         if first:
+            self._job.first_token(self._service.clock.now())
             self._service.started(accepted.call.call_id)
         else:
             self._service.progressed(accepted.call.call_id, self._watch.tokens())

@@ -17,7 +17,7 @@ import aiohttp
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
-from hexgen_vllm.router import answers, ledger, outbound, upstream
+from hexgen_vllm.router import answers, ledger, logs, outbound, upstream
 from hexgen_vllm.router.answers import EngineFailed
 from hexgen_vllm.router.attempt import Attempt, ClientGone
 from hexgen_vllm.router.context import Context, read_body
@@ -41,7 +41,8 @@ class Relay:
     async def answer(self, request: web.BaseRequest, endpoint: Endpoint) -> web.StreamResponse:
         """Answer a request; every error becomes an OpenAI error object."""
         context = self._context
-        job = Job(request, endpoint, context.clock.now())
+        trace = context.tracing.begin(endpoint.path, request.headers)
+        job = Job(request, endpoint, context.clock.now(), trace)
         context.ledger.arrived[endpoint.name] += 1
         try:
             return await self._serve(job)
@@ -60,7 +61,7 @@ class Relay:
             job.ended(ledger.CLIENT_GONE)
             raise
         except Exception:
-            _LOG.exception("call failed endpoint=%s", endpoint.name)
+            _LOG.exception("call failed endpoint=%s request_id=%s", endpoint.name, job.request_id)
             return answers.from_error(HexgenError(), job.request_id)
         finally:
             self._close(job)
@@ -71,8 +72,10 @@ class Relay:
             self._learn(job)
             context.service.finished(job.accepted.call.call_id, job.result)
         context.ledger.ended[job.endpoint.name, job.outcome] += 1
+        context.metrics.ended(job, now)
+        logs.call_ended(job, now)
+        job.trace.ended(job.outcome, job.result)
         if job.result.ok and job.placement is not None:
-            context.metrics.call_s.labels(job.endpoint.name).observe(now - job.began_s)
             context.ledger.overdue += now > job.placement.due_s
 
     async def _serve(self, job: Job) -> web.StreamResponse:
@@ -83,14 +86,17 @@ class Relay:
         call = accepted.call
         context.check_model(call.model)
         context.retries.call_arrived()
+        job.trace.accepted(job.request_id, call)
         placement = await context.service.place(call)
         context.metrics.held_s.observe(context.clock.now() - job.began_s)
         while True:
             job.placement = placement
+            job.trace.placed(placement, context.clock.now())
             job.tries += 1
             try:
                 return await self._try(job, accepted, placement)
             except EngineFailed as failure:
+                job.trace.try_failed(failure.reason)
                 placement = await self._elsewhere(job, call.call_id, failure)
 
     async def _read(self, job: Job) -> Accepted:
@@ -151,6 +157,7 @@ class Relay:
             request_id=job.request_id or "",
             engine_api_key=context.options.engine_api_key,
         )
+        job.trace.sending(engine.name, headers)
         url = engine.address(job.request.path_qs)
         try:
             return await upstream.send(context.session, "POST", url, headers, accepted.body)

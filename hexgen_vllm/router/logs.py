@@ -1,0 +1,76 @@
+"""Log lines: one per event, as text for people or as JSON for machines.
+
+Messages are written as ``event key=%s key=%d``. As JSON the keys become fields with the values'
+own types, so that nobody has to parse them. No line carries prompt or answer text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import Any, Final
+
+from hexgen_vllm.router.job import Job
+
+FORMATS: Final = ("text", "json")
+_TEXT: Final = "%(asctime)s %(levelname)s %(name)s %(message)s"
+_FIELD: Final = re.compile(r"\s*\b(\w+)=(%(?:\.\d+)?[a-z])")
+_LOG: Final = logging.getLogger("hexgen_vllm.router.call")
+
+
+def set_up(level: str, form: str) -> None:
+    """Log messages of ``level`` and worse to standard error in the format ``form``."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(_TEXT))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as one line of JSON: time (Unix, seconds), level, logger, event, fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line: dict[str, Any] = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        line |= _fields(record)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """Return event and fields; the whole message is the event where it has another form."""
+    template, args = str(record.msg), record.args
+    keys = [match[1] for match in _FIELD.finditer(template)]
+    event = _FIELD.sub("", template)
+    if not isinstance(args, tuple) or len(args) != len(keys) or "%" in event:
+        return {"event": record.getMessage()}
+    return {"event": event.strip(), **dict(zip(keys, args, strict=True))}
+
+
+def call_ended(job: Job, now: float) -> None:
+    """Log the end of a call: at level info when an engine or the router failed, else at debug."""
+    failed = job.outcome.startswith(("engine-", "internal-"))
+    level = logging.INFO if failed else logging.DEBUG
+    if not _LOG.isEnabledFor(level):
+        return
+    call = None if job.accepted is None else job.accepted.call
+    _LOG.log(
+        level,
+        "call ended outcome=%s endpoint=%s engine=%s tries=%d took_s=%.3f workflow=%s stage=%s "
+        "prompt_tokens=%s output_tokens=%s request_id=%s",
+        job.outcome,
+        job.endpoint.name,
+        "" if job.placement is None else job.placement.engine_id,
+        job.tries,
+        now - job.began_s,
+        "" if call is None else call.workflow_id.replace(" ", "-"),
+        "" if call is None else call.stage,
+        job.result.prompt_tokens,
+        job.result.output_tokens,
+        job.request_id,
+    )

@@ -1,0 +1,67 @@
+"""Traces of calls: what a relay says while it works, and the tracing that does nothing.
+
+With ``--otlp-traces-endpoint`` the spans of :mod:`hexgen_vllm.router.otel` take their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Final
+
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.types import Call, CallResult, Placement
+
+
+class CallTrace:
+    """The trace of one call; this one is not kept."""
+
+    __slots__ = ()
+
+    def accepted(self, request_id: str, call: Call) -> None:
+        """Note that the call was read and now waits to be placed."""
+
+    def placed(self, placement: Placement, now: float) -> None:
+        """Note a decision."""
+
+    def sending(self, engine: str, headers: MutableMapping[str, str]) -> None:
+        """Note that the call goes to ``engine``; ``headers`` take the trace along."""
+
+    def first_token(self) -> None:
+        """Note the first token of a stream."""
+
+    def try_failed(self, reason: str) -> None:
+        """Note that the engine failed before the client saw anything."""
+
+    def ended(self, outcome: str, result: CallResult) -> None:
+        """Note the end of the call, however it ended."""
+
+
+NO_TRACE: Final = CallTrace()
+
+
+class Tracing:
+    """Begins traces; this one keeps none."""
+
+    def begin(self, path: str, headers: Mapping[str, str]) -> CallTrace:
+        """Return the trace of a call that came in at ``path``."""
+        return NO_TRACE
+
+    def close(self) -> None:
+        """Send what was not sent yet; may take seconds."""
+
+
+def open_tracing(endpoint: str | None, policy: str) -> Tracing:
+    """Return what traces calls: nothing without an ``endpoint``.
+
+    Raises:
+        ConfigError: the packages that sending needs are missing, or the endpoint is wrong.
+    """
+    if endpoint is None:
+        return Tracing()
+    try:
+        from hexgen_vllm.router import otel
+    except ImportError:
+        raise ConfigError(
+            "otlp_traces_endpoint needs OpenTelemetry (pip install 'hexgen-vllm[otel]')."
+        ) from None
+    return otel.OtelTracing(otel.exporter(endpoint), policy)

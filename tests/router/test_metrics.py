@@ -1,0 +1,135 @@
+"""The router's metrics: what Prometheus' own parser reads, bounded labels, and what they count."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from hexgen_vllm.router.labels import OTHER
+from hexgen_vllm.router.usage import MAX_TENANTS, Usages
+from hexgen_vllm.testing.fake_server import FakeSettings, Fault
+from hexgen_vllm.testing.stand import Stand, open_stand
+from hexgen_vllm.types import Call, CallResult
+
+# Labels whose values clients or operators make up; all of them are capped or counted by hand.
+LABELS = {
+    "endpoint", "outcome", "reason", "engine", "kind", "le", "type", "tenant", "model",
+    "outlook", "version", "policy",
+}  # fmt: skip
+
+
+async def read(stand: Stand) -> dict[str, Metric]:
+    async with stand.get("/metrics") as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        return {f.name: f for f in text_string_to_metric_families(await answer.text())}
+
+
+def values(family: Metric, *labels: str) -> dict[tuple[str, ...], float]:
+    return {tuple(s.labels[name] for name in labels): s.value for s in family.samples}
+
+
+@asynccontextmanager
+async def used() -> AsyncIterator[Stand]:
+    """A router after one JSON call, one stream, one late workflow and one failure."""
+    async with open_stand(FakeSettings(), FakeSettings()) as stand:
+        ours = {"x-hexgen-workflow-type": "sql", "x-hexgen-tenant": "blue"}
+        late = {**ours, "x-hexgen-workflow-id": "w", "x-hexgen-workflow-deadline-ms": "0.001",
+                "x-hexgen-workflow-final": "1"}  # fmt: skip
+        for headers, stream in ((ours, False), (ours, True), (late, False)):
+            async with stand.post(headers=headers, stream=stream) as answer:
+                assert answer.status == 200
+                await answer.read()
+        for engine in stand.engines:
+            engine.fault = Fault("status", status=422)
+        async with stand.post() as answer:
+            assert answer.status == 422
+        yield stand
+
+
+async def test_everything_has_a_name_a_type_and_a_help_text() -> None:
+    async with used() as stand:
+        families = await read(stand)
+    assert len(families) > 25
+    for name, family in families.items():
+        assert name.startswith("hexgen_router_")
+        assert family.documentation
+        assert family.type in ("counter", "gauge", "histogram")
+        labels = {label for sample in family.samples for label in sample.labels}
+        assert labels <= LABELS, name
+
+
+async def test_calls_tokens_and_workflows_are_counted() -> None:
+    async with used() as stand:
+        found = await read(stand)
+    assert values(found["hexgen_router_calls"], "endpoint", "outcome") == {
+        ("chat", "answered"): 3, ("chat", "bad-request"): 1,
+    }  # fmt: skip
+    assert values(found["hexgen_router_tenant_calls"], "tenant", "outcome") == {
+        ("blue", "answered"): 3, ("default", "failed"): 1,
+    }  # fmt: skip
+    tokens = values(found["hexgen_router_model_tokens"], "model", "kind")
+    assert tokens["tiny", "output"] == 24
+    assert tokens["tiny", "prompt"] > 0
+    assert values(found["hexgen_router_workflows"], "type", "outcome") == {
+        ("sql", "on-time"): 2, ("sql", "late"): 1, ("default", "failed"): 1,
+    }  # fmt: skip
+    assert found["hexgen_router_open_calls"].samples[0].value == 0
+    first = {s.name.rpartition("_")[2]: s.value
+             for s in found["hexgen_router_time_to_first_token_seconds"].samples}  # fmt: skip
+    assert first["count"] == 1, "only streams have a first token that can be seen"
+    assert found["hexgen_router_call_seconds"].samples[-2].value == 3
+    (info,) = found["hexgen_router_info"].samples
+    assert info.labels["policy"] == "slack"
+
+
+async def test_what_is_open_is_measured_at_the_time_of_asking() -> None:
+    async with open_stand(FakeSettings(slots=1)) as stand:
+        stand.engines[0].fault = Fault("hang", 1)
+        headers = {"x-hexgen-workflow-id": "w", "x-hexgen-workflow-deadline-ms": "1"}
+        async with stand.post(headers=headers, stream=True) as answer:
+            await answer.content.readany()
+            found = await read(stand)
+    slack = values(found["hexgen_router_slack_calls"], "le")
+    assert slack["+Inf",] == slack["0",] == 1
+    assert slack["-60",] == 0
+    assert values(found["hexgen_router_workflows_at_risk"], "outlook") == {
+        ("late",): 1, ("tight",): 0,
+    }  # fmt: skip
+    assert values(found["hexgen_router_engine_kv_usage_ratio"], "engine") == {("engine-0",): 0.25}
+    assert found["hexgen_router_held_tokens"].samples[0].value == 0
+
+
+def calls(n: int) -> Iterator[Call]:
+    for i in range(n):
+        yield Call(f"c{i}", f"w{i}", 0.0, 1, tenant=f"t{i}", model=f"m{i}")
+
+
+def test_clients_cannot_make_more_series_than_there_may_be() -> None:
+    usage = Usages()
+    for call in calls(3 * MAX_TENANTS):
+        usage.add(call, CallResult(ok=True, prompt_tokens=1, output_tokens=2))
+    for family in usage.collect():
+        by_name = {s.labels.get("tenant", s.labels.get("model")) for s in family.samples}
+        assert len(by_name) == MAX_TENANTS + 1
+        assert OTHER in by_name
+        assert sum(s.value for s in family.samples) in (3 * MAX_TENANTS, 9 * MAX_TENANTS)
+
+
+def test_what_was_not_answered_has_no_tokens() -> None:
+    usage = Usages()
+    usage.add(next(calls(1)), CallResult(ok=False, prompt_tokens=5, reason="abort"))
+    counted = [s.value for family in usage.collect() for s in family.samples]
+    assert counted == [1]
+
+
+@pytest.mark.parametrize("type_", ["a" * 64, "x:y/z.0-_"])
+async def test_names_from_clients_survive_the_text_format(type_: str) -> None:
+    async with open_stand() as stand:
+        async with stand.post(headers={"x-hexgen-workflow-type": type_}) as answer:
+            await answer.read()
+        found = await read(stand)
+    assert values(found["hexgen_router_workflows"], "type") == {(type_,): 1}
