@@ -14,9 +14,9 @@ from pathlib import Path
 from hexgen_vllm import config
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.router import logs
 from hexgen_vllm.router.access_options import KEY_VARIABLES
 from hexgen_vllm.router.config_file import read_options
-from hexgen_vllm.router import logs
 from hexgen_vllm.router.options import RouterOptions
 
 _LOG = logging.getLogger(__name__)
