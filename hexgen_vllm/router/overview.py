@@ -17,6 +17,7 @@ SHOWN_WORKFLOWS: Final = 20
 SHOWN_DECISIONS: Final = 30
 SHOWN_TYPES: Final = 10
 FRESH_S: Final = 0.5
+_NO_TIME_S: Final = 1e-6  # a fit that says less per prompt token knows nothing of prefill
 
 
 class Overview:
@@ -108,7 +109,7 @@ class Overview:
             "preemptions": report.preemptions,
             "fit_error": finite(error),
             "step_s": None if cost is None else finite(load.token_s(cost)),
-            "prefill_tokens_per_s": None if cost is None or not cost.p1 else finite(1 / cost.p1),
+            "prefill_tokens_per_s": None if cost is None or cost.p1 < _NO_TIME_S else 1 / cost.p1,
         }
 
 

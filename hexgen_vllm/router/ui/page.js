@@ -124,7 +124,7 @@ function showSlack(d) {
   names.forEach((name, i) => text($("slack-axis").children[i], name));
   const late = d.slack.calls.reduce((a, n, i) => a + (i < bounds.length && bounds[i] <= 0 ? n : 0), 0);
   const all = d.slack.calls.reduce((a, n) => a + n, 0);
-  text($("slack-note"), all ? `${count(all)} open calls, ${count(late)} of workflows that are likely to be late` : "No call is open.");
+  text($("slack-note"), all ? `${count(all)} open, ${count(late)} in workflows likely to end late` : "No call is open.");
 }
 
 function engineRow(e) {
@@ -139,8 +139,8 @@ function engineRow(e) {
   ];
 }
 function riskRow(w) {
-  return [mono(w.id), w.type, w.stage, w.engine || (w.demoted ? "queue, demoted" : "queue"), num(seconds(w.slack_s), slackClass(w.slack_s)),
-    num(seconds(w.deadline_in_s), slackClass(w.deadline_in_s))];
+  return [mono(w.id), num(seconds(w.slack_s), slackClass(w.slack_s)), num(seconds(w.deadline_in_s), slackClass(w.deadline_in_s)),
+    w.type, w.stage, w.engine || (w.demoted ? "queue, demoted" : "queue")];
 }
 function typeRow(t) {
   const all = t["on-time"] + t.late + t.failed, share = t["on-time"] / all;
