@@ -1,0 +1,227 @@
+"""Engines that are at work and silent get no calls, and what waits there goes elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from hexgen_vllm.testing import ManualClock
+from hexgen_vllm.testing.fake_server import FakeSettings, Fault
+from hexgen_vllm.testing.stand import Stand, open_stand
+from hexgen_vllm.types import EngineState
+
+# 10 ms a step; 1000 prompt tokens a second
+COST = {"c0": 0.01, "c1": 0.0, "c2": 0.0, "p0": 0.0, "p1": 0.001, "p2": 0.0}
+LIMITS: dict[str, Any] = {
+    "engine_stall_secs": 10.0, "engine_stall_steps": 100.0, "lost_stream_timeout_secs": 20.0,
+}  # fmt: skip
+
+
+def engines(n: int) -> tuple[FakeSettings, ...]:
+    return tuple(FakeSettings(stats={"cost": COST, "max_num_seqs": 8}) for _ in range(n))
+
+
+async def stream(stand: Stand) -> Any:
+    """Return an answer that has begun."""
+    answer = await stand.post(stream=True, max_tokens=50).__aenter__()
+    await answer.content.readuntil(b"\n\n")
+    return answer
+
+
+def number(answer: Any) -> int:
+    return int(answer.headers["x-hexgen-engine"].removeprefix("engine-"))
+
+
+def pass_s(stand: Stand, clock: ManualClock, seconds: float) -> None:
+    clock.advance(seconds)
+    stand.context.tick()
+
+
+async def known(stand: Stand) -> None:
+    """Wait until the router knows the engines' step costs."""
+    loads = stand.context.service.coordinator.engines
+    await stand.until(lambda: all(load.report.cost is not None for load in loads.values()))
+
+
+async def test_a_stream_that_stops_takes_its_engine_out() -> None:
+    """10 s and 100 steps of 10 ms are 11 s."""
+    clock = ManualClock()
+    async with open_stand(*engines(2), clock=clock, **LIMITS) as stand:
+        await known(stand)
+        for engine in stand.engines:
+            engine.faults.append(Fault("hang", 2))
+        held = await stream(stand)
+        stuck = number(held)
+        for engine in stand.engines:
+            engine.faults.clear()
+        for seconds, state in ((0.0, EngineState.READY), (10.9, EngineState.READY),
+                               (0.3, EngineState.DOWN)):  # fmt: skip
+            pass_s(stand, clock, seconds)
+            assert stand.state(stuck) is state
+        for _ in range(3):
+            async with stand.post() as answer:
+                assert number(answer) != stuck
+        # The answer it owes is given up later, with an error event.
+        pass_s(stand, clock, 21.0)
+        last = (await held.content.read()).split(b"\n\n")[-2]
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine-timeout"
+        stand.assert_settled()
+
+
+async def stuck_stand(stand: Stand) -> tuple[Any, int]:
+    """Stop one engine in the middle of an answer; return the answer and the engine's number."""
+    await known(stand)
+    for engine in stand.engines:
+        engine.faults.append(Fault("hang", 2))
+    held = await stream(stand)
+    for engine in stand.engines:
+        engine.faults.clear()
+    stand.engines[number(held)].fault = Fault("hang")
+    return held, number(held)
+
+
+async def waiting_on(stand: Stand, i: int) -> asyncio.Task[Any]:
+    """Return a call that engine ``i`` got and does not answer."""
+    fleet, got = stand.context.fleet, len(stand.engines[i].received)
+    others = [name for name in fleet.engines if name != f"engine-{i}"]
+    for name in others:
+        fleet.drain(name)
+    task = asyncio.ensure_future(stand.post(max_tokens=3).__aenter__())
+    await stand.until(lambda: len(stand.engines[i].received) > got)
+    for name in others:
+        fleet.drain(name, False)
+    return task
+
+
+async def test_what_has_no_answer_yet_goes_elsewhere() -> None:
+    clock = ManualClock()
+    async with open_stand(*engines(2), clock=clock, **LIMITS) as stand:
+        held, stuck = await stuck_stand(stand)
+        waiting = await waiting_on(stand, stuck)
+        pass_s(stand, clock, 0.0)
+        pass_s(stand, clock, 30.0)
+        answer = await waiting
+        assert (answer.status, number(answer)) == (200, 1 - stuck)
+        assert stand.context.ledger.retries == {"engine-lost": 1}
+        held.close()
+        await stand.until(lambda: stand.context.ledger.open == 0)
+        stand.assert_settled()
+
+
+async def test_with_nowhere_to_go_calls_stay_where_they_are() -> None:
+    """The engine may go on; a call that was ended here would be answered nowhere."""
+    clock = ManualClock()
+    async with open_stand(*engines(1), clock=clock, **LIMITS) as stand:
+        held, stuck = await stuck_stand(stand)
+        waiting = await waiting_on(stand, stuck)
+        pass_s(stand, clock, 0.0)
+        pass_s(stand, clock, 12.0)
+        assert stand.state(0) is EngineState.DOWN
+        assert not waiting.done()
+        async with stand.post() as refused:
+            assert refused.status == 503
+            assert refused.headers["Retry-After"]
+        waiting.cancel()
+        held.close()
+        await stand.until(lambda: stand.context.ledger.open == 0)
+        stand.assert_settled()
+
+
+async def test_a_sign_of_life_brings_an_engine_back_on_trial() -> None:
+    """As after SIGCONT: steps are counted again long before the breaker's time is over."""
+    clock = ManualClock()
+    stats: dict[str, Any] = {"cost": COST, "max_num_seqs": 8, "steps": 100}
+    settings = (FakeSettings(stats=stats), *engines(1))
+    async with open_stand(*settings, clock=clock, **LIMITS) as stand:
+        engine = stand.context.fleet.engines["engine-0"]
+        await stand.until(lambda: engine.steps == 100)
+        waiting = await waiting_on_hang(stand)
+        pass_s(stand, clock, 0.0)
+        pass_s(stand, clock, 12.0)
+        assert stand.state(0) is EngineState.DOWN
+        assert (await waiting).status == 200, "moved"
+        stats["steps"] = 101
+        await stand.until(lambda: engine.steps == 101)
+        pass_s(stand, clock, 0.5)
+        assert stand.state(0) is EngineState.TRIAL
+
+
+async def waiting_on_hang(stand: Stand) -> asyncio.Task[Any]:
+    stand.engines[0].faults.append(Fault("hang"))
+    return await waiting_on(stand, 0)
+
+
+async def test_an_engine_that_counts_steps_may_be_silent_for_long() -> None:
+    """A long answer that is no stream: nothing is heard of it but that the engine works."""
+    clock = ManualClock()
+    stats: dict[str, Any] = {"cost": COST, "max_num_seqs": 8, "steps": 0}
+    async with open_stand(FakeSettings(stats=stats), *engines(1), clock=clock, **LIMITS) as stand:
+        engine = stand.context.fleet.engines["engine-0"]
+        await stand.until(lambda: engine.steps == 0)
+        waiting = await waiting_on_hang(stand)
+        for steps in range(1, 20):
+            stats["steps"] = steps
+            clock.advance(10.0)
+            await stand.until(lambda n=steps: engine.steps == n)
+            stand.context.tick()
+            assert stand.state(0) is EngineState.READY
+        waiting.cancel()
+
+
+async def test_of_what_nothing_is_known_nothing_is_concluded() -> None:
+    """No step count, no answer that has begun: only the limit of a call itself counts."""
+    clock = ManualClock()
+    async with open_stand(*engines(2), clock=clock, request_timeout_secs=9e9, **LIMITS) as stand:
+        await known(stand)
+        waiting = await waiting_on_hang(stand)
+        for _ in range(20):
+            pass_s(stand, clock, 60.0)
+        assert stand.state(0) is EngineState.READY
+        assert not waiting.done()
+        waiting.cancel()
+
+
+async def test_a_long_prompt_is_given_the_time_that_it_needs() -> None:
+    """30,000 tokens take 30 s; others on the engine wait for them, and that is no stall."""
+    clock = ManualClock()
+    async with open_stand(*engines(2), clock=clock, **LIMITS) as stand:
+        held, stuck = await stuck_stand(stand)
+        fleet = stand.context.fleet
+        fleet.drain(f"engine-{1 - stuck}")
+        body = {"prompt": [1] * 30_000, "stream": True}
+        long = asyncio.ensure_future(stand.post("/v1/completions", **body).__aenter__())
+        await stand.until(lambda: len(stand.engines[stuck].received) == 2)
+        fleet.drain(f"engine-{1 - stuck}", False)
+        pass_s(stand, clock, 0.0)
+        pass_s(stand, clock, 60.0)
+        assert stand.state(stuck) is EngineState.READY
+        pass_s(stand, clock, 15.0)
+        assert stand.state(stuck) is EngineState.DOWN
+        long.cancel()
+        held.close()
+        await stand.until(lambda: stand.context.ledger.open == 0)
+
+
+async def test_idle_engines_do_not_stall() -> None:
+    clock = ManualClock()
+    async with open_stand(*engines(2), clock=clock, **LIMITS) as stand:
+        for _ in range(5):
+            pass_s(stand, clock, 1000.0)
+        answer = await stream(stand)
+        pass_s(stand, clock, 1.0)
+        assert [stand.state(i) for i in range(2)] == [EngineState.READY] * 2
+        await answer.read()
+
+
+@pytest.mark.parametrize("limit", [{"engine_stall_secs": 0.0}])
+async def test_it_can_be_switched_off(limit: dict[str, Any]) -> None:
+    clock = ManualClock()
+    async with open_stand(*engines(2), clock=clock, **{**LIMITS, **limit}) as stand:
+        held, stuck = await stuck_stand(stand)
+        for _ in range(5):
+            pass_s(stand, clock, 50.0)
+        assert stand.state(stuck) is EngineState.READY
+        held.close()
