@@ -13,7 +13,9 @@ from typing import Final, NamedTuple
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.sim.decodes import DecodeClock
+from hexgen_vllm.sim.demoted import Demoted
 from hexgen_vllm.sim.displacing import Displacer
+from hexgen_vllm.sim.keeping import keeper_of
 from hexgen_vllm.sim.model import EngineModel
 from hexgen_vllm.sim.prefix_cache import BlockPool
 from hexgen_vllm.sim.pricing import Pricing
@@ -49,9 +51,10 @@ class Batch:
         chunks: calls that compute prompt tokens in the present step.
         missed: decoding calls that get no token in it.
         evicted: calls preempted for it.
-        restored: tokens whose KV comes back from the host in it.
+        copied: tokens whose KV goes to the host or comes back in it.
         preemptions: preemptions so far.
         displacer: makes room for urgent calls; ``None`` in a stock engine.
+        keeper: copies KV of preempted calls to the host; ``None`` where it is computed again.
 
     Args:
         model: what the engine is.
@@ -72,24 +75,31 @@ class Batch:
         self.chunks: list[Sequence] = []
         self.missed: list[Sequence] = []
         self.evicted: list[Sequence] = []
-        self.restored = 0
+        self.copied = 0
         self.preemptions = 0
         self.watermark_blocks = int(model.watermark * model.blocks)
         self.displacer = None if stock else Displacer(self)
+        self.keeper = keeper_of(model, options)
+        self._demoted = Demoted(options.background_max_wait_s)
         self._admitted = 0
         self._tight = False  # the present step was scheduled call by call
 
     def add(self, sequence: Sequence, now: float) -> None:
         """Queue a call."""
         sequence.arrived_s = now
+        if not self.stock:
+            self._demoted.add(sequence, now)
         self.pricing.price(sequence, sequence.tokens, 0)
         self.waiting.push(sequence)
         self.queued += 1
 
     def schedule(self, now: float) -> Plan:
         """Decide what the next step computes."""
-        self.chunks, self.missed, self.restored = [], [], 0
+        self.chunks, self.missed, self.copied = [], [], 0
         held: list[Sequence] = []
+        for sequence in self._demoted.aged(now):
+            if sequence not in self.running:
+                self._rekey(sequence)
         if self.queued and self.displacer is not None:
             held = self.displacer.displace(now)
         budget, preempted = self._schedule_running()
@@ -206,7 +216,7 @@ class Batch:
             self.pricing.admitted(sequence.prompt_tokens, cached)
         sequence.computed = max(cached, min(sequence.saved_tokens, sequence.tokens - 1))
         sequence.saved_tokens = 0
-        self.restored += sequence.computed - cached
+        self.copied += sequence.computed - cached
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running call out and queue it again."""
@@ -235,13 +245,13 @@ class Batch:
             holding.blocks = max(holding.blocks, -(-sequence.computed // size))
         else:
             self.prefilling.remove(sequence)
-        if self.model.kv_copy_tokens_per_s is not None:
-            sequence.saved_tokens = sequence.computed
+        if self.keeper is not None:
+            self.copied += self.keeper.keep(sequence, self.pool, self.pricing.rates)
         self.pool.drop_keeping(holding, (sequence.computed + started) // size)
         sequence.computed = 0
         sequence.preemptions += 1
         self.preemptions += 1
-        self.pricing.price(sequence, sequence.tokens, 0)
+        self.pricing.price(sequence, sequence.tokens, sequence.saved_tokens)
 
     def _end_prefill(self, sequence: Sequence, now: float, started: list[Sequence]) -> None:
         self.prefilling.remove(sequence)
@@ -263,5 +273,8 @@ class Batch:
         if self.by_arrival:
             return
         for sequence in self.waiting.unordered():
-            self.pricing.price(sequence, sequence.tokens, 0)
-            self.waiting.rekey(sequence)
+            self._rekey(sequence)
+
+    def _rekey(self, sequence: Sequence) -> None:
+        self.pricing.price(sequence, sequence.tokens, sequence.saved_tokens)
+        self.waiting.rekey(sequence)

@@ -136,10 +136,14 @@ class Displacer:
         blocks = max(-(-computed // size), 1)
         own = batch.pool.exclusive(sequence.holding, blocks, taken)
         lost = computed * own.held // blocks
+        rates, keeper = batch.pricing.rates, batch.keeper
+        redo_s = rates.prefill_s(lost)
+        if keeper is not None:
+            redo_s = keeper.weigh(computed, computed - lost, rates).redo_s
         return RunningView(
             key_s=sequence.key_s,
             latest_start_s=_uncredited_start_s(sequence),
-            redo_s=batch.pricing.rates.prefill_s(lost),
+            redo_s=redo_s,
             lost_tokens=lost,
             blocks_released=own.released,
             output_left=output_left(

@@ -3,6 +3,10 @@
 Steps in which nothing changes but the length of every call are not simulated one by one: such a
 stretch lasts until the first call ends, blocks run short, a waiting call may turn urgent, or a
 new call comes. Cutting a stretch short changes nothing, so it is cut freely.
+
+With asynchronous scheduling a step is scheduled while the one before it is computed. What that
+saves in time is in the step cost already; what it costs is that a call joins one step later. That
+a call which stops by itself leaves its row one step later, too, is left out.
 """
 
 from __future__ import annotations
@@ -61,6 +65,8 @@ class Engine:
         self.start_s = 0.0
         self._first_s = self._slope_s = 0.0  # a step without prefill, and its growth each step
         self._prefill_s = 0.0
+        # Calls that came after the next step had been scheduled, and when.
+        self._late: list[tuple[Sequence, float]] = []
 
     def fits(self, sequence: Sequence) -> bool:
         """Return whether the KV cache can hold the whole call; vLLM refuses others."""
@@ -68,15 +74,19 @@ class Engine:
 
     def submit(self, sequence: Sequence, now: float) -> None:
         """Take in a call that reaches the engine now; it must fit."""
+        ahead = int(self.model.async_scheduling)
+        if ahead and self.steps and self._steps_by(now) == self.steps:
+            self._late.append((sequence, now))
+            return
         self.batch.add(sequence, now)
         if not self.steps:
             self._begin(now)
         elif self.steps > 1 and self._may_matter(sequence):
-            self.cut(now)
+            self.cut(now, ahead)
 
-    def cut(self, now: float) -> None:
-        """End the present stretch with the step that is being computed."""
-        self.steps = self._steps_by(now)
+    def cut(self, now: float, ahead: int = 0) -> None:
+        """End the present stretch ``ahead`` steps after the one that is being computed."""
+        self.steps = self._steps_by(now) + ahead
         self.end_s = self.start_s + self._took_s(self.steps)
 
     def step_ended(self, now: float) -> tuple[list[Sequence], list[Sequence]]:
@@ -120,6 +130,8 @@ class Engine:
         batch = self.batch
         self.steps, self.end_s = 0, _NEVER
         if not (batch.running or batch.queued):
+            self._let_in()
+        if not (batch.running or batch.queued):
             return
         plan = batch.schedule(now)
         while not plan.runs:
@@ -129,10 +141,17 @@ class Engine:
                 raise HexgenError(f"engine {self.model.engine_id} cannot go on")
             plan = batch.schedule(now)
         self._launch(now)
-        self.steps = 1 if plan.single else self._stretch(now)
+        self.steps = 1 if plan.single or self._late else self._stretch(now)
+        self._let_in()
         self.end_s = now + self._took_s(self.steps)
         if not self.end_s > now:
             raise HexgenError(f"a step of engine {self.model.engine_id} takes no time")
+
+    def _let_in(self) -> None:
+        """Queue calls that could not be in the step that was just scheduled."""
+        for sequence, arrived_s in self._late:
+            self.batch.add(sequence, arrived_s)
+        self._late.clear()
 
     def _launch(self, now: float) -> None:
         """Set what the next step takes."""
@@ -154,8 +173,8 @@ class Engine:
         self._first_s = cost.step_s(size, context)
         self._slope_s = cost.c2 * size
         self._prefill_s = cost.p0 + cost.p1 * tokens + cost.p2 * area if tokens else 0.0
-        if batch.restored and self.model.kv_copy_tokens_per_s is not None:
-            self._prefill_s += batch.restored / self.model.kv_copy_tokens_per_s
+        if batch.copied and batch.keeper is not None:
+            self._prefill_s += batch.keeper.seconds(batch.copied)
 
     def _stretch(self, now: float) -> int:
         """Return how many steps will be as this one."""

@@ -24,7 +24,10 @@ class EngineModel:
     )
     prefix_caching: bool = option(True, "whether prefixes are cached")
     kv_copy_tokens_per_s: float | None = option(
-        None, "rate at which preempted KV comes back from the host; none is recompute", least=1.0
+        None, "rate of copying preempted KV to the host and back; none is recompute", least=1.0
+    )
+    async_scheduling: bool = option(
+        False, "whether a step is scheduled while the one before it is computed"
     )
 
     def __post_init__(self) -> None:

@@ -36,9 +36,18 @@ class ArrivalQueue:
 
     def __init__(self) -> None:
         self._queue: deque[Sequence] = deque()
-        self.push = self._queue.append
-        self.push_back = self._queue.appendleft
-        self.pop = self._queue.popleft
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a call at the end."""
+        self._queue.append(sequence)
+
+    def push_back(self, sequence: Sequence) -> None:
+        """Add a call in front."""
+        self._queue.appendleft(sequence)
+
+    def pop(self) -> Sequence:
+        """Take out the next call."""
+        return self._queue.popleft()
 
     def peek(self) -> Sequence:
         """Return the next call."""
@@ -57,15 +66,27 @@ class KeyQueue:
 
     def __init__(self) -> None:
         self._heap: UrgencyHeap[Sequence] = UrgencyHeap()
-        self.peek, self.pop = self._heap.peek, self._heap.pop
-        self.unordered = self._heap.unordered
+
+    def peek(self) -> Sequence:
+        """Return the next call."""
+        return self._heap.peek()
+
+    def pop(self) -> Sequence:
+        """Take out the next call."""
+        return self._heap.pop()
+
+    def unordered(self) -> list[Sequence]:
+        """Return what is queued."""
+        return self._heap.unordered()
 
     def push(self, sequence: Sequence) -> None:
         """Add a call."""
         sequence.queued_start_s = sequence.latest_start_s
         self._heap.push(sequence, sequence.key_s, sequence.arrived_s)
 
-    push_back = push
+    def push_back(self, sequence: Sequence) -> None:
+        """Add a call that lost its place."""
+        self.push(sequence)
 
     def rekey(self, sequence: Sequence) -> None:
         """Move a queued call to its present key."""
