@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     router = parser.add_argument_group("router")
     router.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
     config.add_arguments(router, RouterOptions)
+    router.add_argument(
+        "--cors-allowed-origins", dest="allowed_origins", nargs="+", help=argparse.SUPPRESS
+    )
     config.add_arguments(parser.add_argument_group("placement"), DispatchOptions)
 
 

@@ -102,6 +102,7 @@ class Watcher:
             found = await self._probe.find(self._engine.worker)
         except Unreachable as why:
             self._passed = 0
+            self._engine.why = str(why)
             _LOG.debug("engine not up engine=%s reason=%r", self._engine.name, str(why))
             return
         self._passed = self._failed = 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import ssl
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class FakeServer:
         running: requests being answered.
         waiting: requests waiting for a slot.
         port: its port, once started.
+        tls: what it serves HTTPS with.
     """
 
     settings: FakeSettings = field(default_factory=FakeSettings)
@@ -56,13 +58,14 @@ class FakeServer:
     running: int = 0
     waiting: int = 0
     port: int = 0
+    tls: ssl.SSLContext | None = None
     _runner: web.ServerRunner | None = None
     _slots: asyncio.Semaphore | None = None
 
     @property
     def url(self) -> str:
         """Base URL, without a slash at the end."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     @property
     def down(self) -> bool:
@@ -77,7 +80,14 @@ class FakeServer:
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=2048)
+        site = web.TCPSite(
+            self._runner,
+            "127.0.0.1",
+            self.port,
+            reuse_address=True,
+            backlog=2048,
+            ssl_context=self.tls,
+        )
         await site.start()
         self.port = self._runner.addresses[0][1]
 

@@ -49,6 +49,8 @@ def test_flags_of_the_ecosystem_are_understood() -> None:
         --retry-max-retries 7 --retry-initial-backoff-ms 8 --retry-max-backoff-ms 90
         --retry-backoff-multiplier 2 --retry-jitter-factor 0.1 --disable-retries
         --max-concurrent-requests 11 --queue-size 12 --queue-timeout-secs 13
+        --cb-failure-threshold 2 --cb-success-threshold 4 --cb-timeout-duration-secs 30
+        --cb-window-duration-secs 90 --disable-circuit-breaker --cors-allowed-origins https://a
         --api-key k1 k2 --request-id-headers x-a x-b"""
     args = parser.parse_args(line.split())
     options = config.from_mapping(RouterOptions, config.given(args, RouterOptions))
@@ -57,6 +59,9 @@ def test_flags_of_the_ecosystem_are_understood() -> None:
     assert options.disable_retries
     assert (options.retry_max_retries, options.retry_jitter_factor) == (7, 0.1)
     assert (options.max_concurrent_requests, options.queue_timeout_secs) == (11, 13.0)
+    assert (options.cb_failure_threshold, options.cb_success_threshold) == (2, 4)
+    assert (options.cb_timeout_duration_secs, options.cb_window_duration_secs) == (30.0, 90.0)
+    assert (options.disable_circuit_breaker, options.allowed_origins) == (True, ("https://a",))
 
 
 def test_the_queue_has_bounds_under_either_name() -> None:
@@ -77,6 +82,12 @@ def test_the_queue_has_bounds_under_either_name() -> None:
         (f"--worker-urls {A} --policy nonsense", "policy"),
         (f"--worker-urls {A} --alpha 2", "alpha"),
         (f"--worker-urls {A} --nonsense", "nonsense"),
+        (f"--worker-urls {A} --ssl-certfile /nowhere", "ssl_certfile"),
+        (f"--worker-urls {A} --ssl-certfile {__file__}", "ssl_certfile"),
+        (f"--worker-urls {A} --engine-ssl-ca-certs {__file__}", "engine_ssl_ca_certs"),
+        (f"--worker-urls {A} --worker-allowed-hosts a:80", "worker_allowed_hosts"),
+        (f"--worker-urls {A} --tenant-weights a", "tenant_weights"),
+        ("--config /nowhere", "/nowhere cannot be read"),
         (f"--worker-urls {A} --host 203.0.113.9 --port 0", "cannot listen"),
     ],
 )

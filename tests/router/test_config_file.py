@@ -1,0 +1,99 @@
+"""Options from a file, from the environment and from the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.router.main import add_arguments, options_from
+from hexgen_vllm.router.options import RouterOptions
+
+URL = "http://10.0.0.1:8000"
+
+
+def read(
+    line: str, environment: dict[str, str] | None = None
+) -> tuple[RouterOptions, DispatchOptions]:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return options_from(parser.parse_args(line.split()), environment or {})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "router.yaml"
+    path.write_text(f"""
+worker-urls: [fast={URL}, http://10.0.0.2:8000]
+policy: hexgen
+alpha: 0.5
+api_key: from-file
+queue-size: 7
+tenant-weights: {{batch: 0.5}}
+disable-retries: true
+""")
+    return path
+
+
+def test_a_file_gives_options_of_both_kinds(file: Path) -> None:
+    options, dispatch = read(f"--config {file}")
+    assert [worker.name for worker in options.workers()] == ["fast", "engine-1"]
+    assert (options.api_key, options.queue_size, options.disable_retries) == (
+        ("from-file",), 7, True,
+    )  # fmt: skip
+    assert (dispatch.policy, dispatch.alpha) == ("hexgen", 0.5)
+    assert dispatch.tenant_weights == {"batch": 0.5}
+
+
+def test_the_command_line_goes_first_and_the_environment_second(file: Path) -> None:
+    keys = {"HEXGEN_ROUTER_API_KEY": "from-env", "HEXGEN_ROUTER_ADMIN_API_KEY": "admin",
+            "HEXGEN_ROUTER_ENGINE_API_KEY": "inner"}  # fmt: skip
+    options, dispatch = read(f"--config {file} --alpha 0.9 --queue-size 8", keys)
+    assert (options.api_key, options.admin_api_key, options.engine_api_key) == (
+        ("from-env",), ("admin",), "inner",
+    )  # fmt: skip
+    assert (dispatch.alpha, options.queue_size) == (0.9, 8)
+    options, _ = read(f"--config {file} --api-key a b", keys)
+    assert options.api_key == ("a", "b")
+    options, _ = read(f"--worker-urls {URL}", {"HEXGEN_ROUTER_API_KEY": ""})
+    assert options.api_key == ()
+
+
+@pytest.mark.parametrize("words", ["a=2 b=0.5", '{"a":2,"b":0.5}'])
+def test_weights_of_tenants_have_a_flag(words: str) -> None:
+    _, dispatch = read(f"--worker-urls {URL} --fair-window-tokens 1000 --tenant-weights {words}")
+    assert dispatch.tenant_weights == {"a": 2.0, "b": 0.5}
+    assert dispatch.fair_window_tokens == 1000
+
+
+@pytest.mark.parametrize("words", ["a", "a=x", "a=-1", "a=nan", '{"a":"x"}', '{"a":'])
+def test_wrong_weights_are_named(words: str) -> None:
+    with pytest.raises(ConfigError, match="tenant_weights"):
+        read(f"--worker-urls {URL} --tenant-weights {words}")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("policy: slack\nnonsense: 1", "line 2: unknown option 'nonsense'"),
+        ("\nalpha: 2", "line 2: alpha must be at most 1"),
+        ("worker-urls: [7]", "line 1: worker_urls must be text or a list of texts"),
+        ("worker-urls: nowhere", "line 1: worker_urls must be like"),
+        ("- a", "must be a mapping"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        read(f"--config {path}")
+
+
+def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    assert read(f"--config {path} --worker-urls {URL}")[0].worker_urls == (URL,)
