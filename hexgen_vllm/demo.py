@@ -11,6 +11,8 @@ scheduler and model runner, ``hexgen_vllm.serve``, the router, HTTP and streamin
 | ``least_outstanding+fcfs`` | fewest calls in flight | stock vLLM |
 | ``hexgen`` | the paper's score | the paper's urgency |
 | ``slack`` | earliest predicted finish | latest start, displacement |
+| ``vllm_router`` | vllm-router, where it is installed | stock vLLM |
+| ``vllm_router_program`` | the same with its program scheduling | stock vLLM |
 
 Writes ``results.json`` (one object per run) and ``attainment.png`` into the output folder.
 """
@@ -22,13 +24,14 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import aiohttp
 
-from hexgen_vllm.bench import results
+from hexgen_vllm.bench import peer, results
 from hexgen_vllm.bench.live import run
 from hexgen_vllm.bench.plot import draw_attainment
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult
@@ -39,18 +42,26 @@ from hexgen_vllm.errors import ConfigError, HexgenError
 
 
 class Fleet(NamedTuple):
-    """Engines that differ only in what orders their calls."""
+    """Engines that differ only in what orders their calls.
+
+    Attributes:
+        scheduler: kind of the engine in the cluster.
+        scheduler_cls: scheduler class.
+        order: of ours, ``None`` for stock vLLM.
+        args: more arguments of the engines.
+    """
 
     scheduler: str
     scheduler_cls: str
     order: str | None
+    args: tuple[str, ...] = ()
 
 
 class Contender(NamedTuple):
     """A policy: its fleet and the router's placement."""
 
     fleet: str
-    placement: str
+    placement: str = ""  # nothing of ours: vllm-router places
 
 
 _PACE: Final = "hexgen_vllm.engine.pace"
@@ -58,12 +69,20 @@ FLEETS: Final = {
     "stock": Fleet("fcfs", f"{_PACE}.PacedScheduler", None),
     "hexgen": Fleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "hexgen"),
     "slack": Fleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "slack"),
+    # Without the middleware vLLM refuses what vllm-router's clients have to send.
+    "behind vllm-router": Fleet(
+        "fcfs",
+        f"{_PACE}.PacedScheduler",
+        None,
+        ("--middleware=hexgen_vllm.engine.middleware.HexgenMiddleware",),
+    ),
 }
 CONTENDERS: Final = {
     "round_robin+fcfs": Contender("stock", "round_robin"),
     "least_outstanding+fcfs": Contender("stock", "least_outstanding"),
     "hexgen": Contender("hexgen", "hexgen"),
     "slack": Contender("slack", "slack"),
+    **{mode: Contender("behind vllm-router") for mode in peer.MODES},
 }
 DEVICES: Final[dict[str, dict[str, float]]] = {
     "fast": {"prefill_tokens_per_s": 6000, "step_ms": 12, "per_sequence_ms": 0.3},
@@ -93,7 +112,10 @@ class DemoOptions:
         most=1.0,
     )
     seeds: tuple[str, ...] = option(("0",), "one run of every policy for each seed")
-    policies: tuple[str, ...] = option(tuple(CONTENDERS), "what to compare")
+    policies: tuple[str, ...] = option(
+        tuple(name for name in CONTENDERS if name not in peer.MODES), "what to compare"
+    )
+    vllm_router: str = option("vllm-router", "the program behind policies vllm_router*")
 
     def __post_init__(self) -> None:
         check(self)
@@ -103,6 +125,8 @@ class DemoOptions:
                 raise ConfigError(f"policies must be of {known}, not {policy!r}.")
         if not all(seed.isdecimal() for seed in self.seeds):
             raise ConfigError("seeds must be whole numbers.")
+        if not peer.MODES.keys().isdisjoint(self.policies):
+            peer.find(self.vllm_router)
 
 
 def engine_entry(options: DemoOptions, fleet: Fleet, device: str) -> EngineEntry:
@@ -134,6 +158,7 @@ def engine_entry(options: DemoOptions, fleet: Fleet, device: str) -> EngineEntry
             "--distributed-executor-backend=uni",
             f"--scheduler-cls={fleet.scheduler_cls}",
             f"--additional-config={json.dumps(additional)}",
+            *fleet.args,
         ),
     )
 
@@ -156,6 +181,7 @@ def live_config(options: DemoOptions, policy: str, seed: int, url: str) -> LiveC
         deadline_s=options.deadline_s,
         length_scale=options.length_scale,
         model="tiny",
+        agentic_context=policy in peer.MODES,
     )
 
 
@@ -185,8 +211,20 @@ async def _fleet_runs(
             for policy in policies:
                 _say(f"{policy}: seed {seed}, {options.workflows} workflows")
                 await _empty_caches(cluster.engine_urls)
-                await cluster.replace_router(router_entry(options, CONTENDERS[policy].placement))
-                yield await run(live_config(options, policy, int(seed), cluster.router_url))
+                async with _router(options, policy, cluster) as url:
+                    yield await run(live_config(options, policy, int(seed), url))
+
+
+@asynccontextmanager
+async def _router(options: DemoOptions, policy: str, cluster: Cluster) -> AsyncIterator[str]:
+    """Run the router of ``policy`` before the engines of ``cluster``; gives its URL."""
+    if policy not in peer.MODES:
+        await cluster.replace_router(router_entry(options, CONTENDERS[policy].placement))
+        yield cluster.router_url
+        return
+    log = cluster.log_dir / f"{policy}.log"
+    async with peer.vllm_router(options.vllm_router, policy, cluster.engine_urls, log) as url:
+        yield url
 
 
 async def _empty_caches(urls: Sequence[str]) -> None:

@@ -122,6 +122,12 @@ _READERS: Final[dict[str, Callable[[object], Any]]] = {
 }
 FIELDS: Final = tuple(f.name for f in fields(CallMeta))
 _HEADERS: Final = {HEADER_PREFIX + f.replace("_", "-"): f for f in FIELDS}
+_AGENTIC: Final = {
+    "program_id": "workflow_id",
+    "agent_role": "stage",
+    "deadline_seconds": "workflow_deadline_ms",
+    "expected_output_length": "expected_output_tokens",
+}
 _XARGS: Final = {XARGS_PREFIX + f: f for f in FIELDS}
 
 
@@ -183,6 +189,18 @@ def read_leniently(xargs: Mapping[str, object]) -> tuple[CallMeta, tuple[str, ..
         except ValueError:
             bad.append(key)
     return CallMeta(**found), tuple(bad)
+
+
+def from_agentic_context(context: Mapping[str, object]) -> CallMeta:
+    """Read the ``agentic_context`` that agents send for vllm-router.
+
+    It is not ours, so what cannot be read counts as not said. Its deadline is that of one call.
+    """
+    seconds = context.get("deadline_seconds")
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool):
+        context = {**context, "deadline_seconds": seconds * 1000.0}
+    known = {XARGS_PREFIX + f: context[name] for name, f in _AGENTIC.items() if name in context}
+    return read_leniently(known)[0]
 
 
 def merged(first: CallMeta, second: CallMeta) -> CallMeta:

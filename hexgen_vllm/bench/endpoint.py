@@ -77,6 +77,7 @@ class Endpoint:
         clock: what latencies are measured with.
         stream: ask for a stream, which is what gives a time to first token.
         chat: send text to ``/v1/chat/completions`` instead of token ids to ``/v1/completions``.
+        agentic_context: tell of workflows in the body, too, as vllm-router reads it.
     """
 
     session: aiohttp.ClientSession
@@ -86,12 +87,16 @@ class Endpoint:
     clock: Clock
     stream: bool = True
     chat: bool = False
+    agentic_context: bool = False
 
     async def send(
         self, workflow_id: str, index: int, call: CallSpec, meta: wire.CallMeta
     ) -> Answer:
         """Send one call and wait for its end; failures come back as ``error``."""
-        body = json.dumps(self._body(workflow_id, index, call), separators=(",", ":"))
+        content = self._body(workflow_id, index, call)
+        if self.agentic_context:
+            content["vllm_xargs"] = {"agentic_context": _agentic_context(meta)}
+        body = json.dumps(content, separators=(",", ":"))
         headers = {"Content-Type": "application/json", **wire.to_headers(meta)}
         path = "/v1/chat/completions" if self.chat else "/v1/completions"
         sent_s = self.clock.now()
@@ -130,6 +135,19 @@ class Endpoint:
         if self.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body
+
+
+def _agentic_context(meta: wire.CallMeta) -> dict[str, object]:
+    said = {
+        "program_id": meta.workflow_id,
+        "task_id": meta.workflow_id,
+        "agent_role": meta.stage,
+        "deadline_seconds": None
+        if meta.workflow_deadline_ms is None
+        else meta.workflow_deadline_ms / 1000.0,
+        "expected_output_length": meta.expected_output_tokens,
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 class _Reading:

@@ -53,8 +53,9 @@ async def run(config: LiveConfig, report: Report | None = None) -> LiveResult:
         _check_lengths(config, specs, model)
         prompts = PromptSource(config.vocab_size, salt=config.run_id)
         endpoint = Endpoint(
-            session, config.url, model.name, prompts, clock, config.stream, config.chat
-        )
+            session, config.url, model.name, prompts, clock,
+            config.stream, config.chat, config.agentic_context,
+        )  # fmt: skip
         load = Load(endpoint, clock, config.deadline_s, config.hints, config.drain_s)
         async with _reporting(config, load, report):
             workflows = await load.play(specs)

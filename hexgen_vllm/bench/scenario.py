@@ -62,6 +62,9 @@ class LiveConfig:
     model: str | None = option(None, "served model name; none is the first one")
     stream: bool = option(True, "stream answers, which gives time to first token")
     chat: bool = option(False, "send text to chat completions instead of token ids to completions")
+    agentic_context: bool = option(
+        False, "tell of workflows in the body, too, as vllm-router reads it"
+    )
     vocab_size: int = option(DEFAULT_VOCAB_SIZE, "token ids are below this", least=32, most=10**7)
     api_key: str | None = option(None, "bearer token for the endpoint")
     timeout_s: float = option(600.0, "longest time for one call, seconds", least=1e-3)

@@ -3,6 +3,9 @@
 Prompts are long and bodies are mostly prompt, so that a body is parsed only when it brings
 ``vllm_xargs`` of its own. Otherwise the member is spliced in behind the opening brace: this
 neither mends a malformed body nor breaks a well-formed one.
+
+vllm-router passes ``vllm_xargs.agentic_context`` on as a nested object, which vLLM refuses; it is
+read and taken out, so that our scheduler works behind that router.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, Final
 from hexgen_vllm import wire
 
 MEMBER: Final = "vllm_xargs"
+AGENTIC: Final = "agentic_context"
 _BLANKS: Final = b" \t\r\n"
 
 
@@ -23,14 +27,15 @@ def with_fields(body: bytes, said: wire.CallMeta) -> bytes:
 
     Args:
         body: the whole body, JSON in any encoding JSON allows.
-        said: what the headers said; a field of it wins over the body's.
+        said: what the headers said; a field of it wins over the body's, and a ``hexgen_*`` key
+            over the body's agentic context.
 
     Raises:
         BadRequest: a ``hexgen_*`` key of the body is unknown or has a bad value.
     """
-    ours = wire.to_xargs(said)
     if MEMBER.encode() in body or json.detect_encoding(body) != "utf-8":
-        return _parsed(body, ours)
+        return _parsed(body, said)
+    ours = wire.to_xargs(said)
     return _spliced(body, ours) if ours else body
 
 
@@ -43,7 +48,7 @@ def _spliced(body: bytes, ours: dict[str, Any]) -> bytes:
     return b'{"%s":%s' % (MEMBER.encode(), json.dumps(ours).encode()) + comma + rest
 
 
-def _parsed(body: bytes, ours: dict[str, Any]) -> bytes:
+def _parsed(body: bytes, said: wire.CallMeta) -> bytes:
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
@@ -55,7 +60,11 @@ def _parsed(body: bytes, ours: dict[str, Any]) -> bytes:
         theirs = {}
     if not isinstance(theirs, dict):
         return body
-    wire.from_xargs(theirs)
-    if not ours:
+    written = wire.from_xargs(theirs)
+    context = theirs.get(AGENTIC)
+    if isinstance(context, dict):
+        theirs = {name: value for name, value in theirs.items() if name != AGENTIC}
+        said = wire.merged(said, wire.merged(written, wire.from_agentic_context(context)))
+    elif said == wire.CallMeta():
         return body
-    return json.dumps({**document, MEMBER: {**theirs, **ours}}).encode()
+    return json.dumps({**document, MEMBER: {**theirs, **wire.to_xargs(said)}}).encode()

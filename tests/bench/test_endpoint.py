@@ -182,3 +182,16 @@ async def test_endpoints_that_cannot_be_used_are_named(session: aiohttp.ClientSe
             await find_model(session, url, None)
         with pytest.raises(ConfigError, match="404"):
             await find_model(session, f"{url}/deeper", None)
+
+
+async def test_an_agentic_context_tells_the_workflow_in_the_body(
+    server: FakeServer, session: aiohttp.ClientSession
+) -> None:
+    await endpoint(session, server.url, agentic_context=True).send("w", 0, CALL, META)
+    (request,) = server.received
+    assert json.loads(request.body)["vllm_xargs"]["agentic_context"] == {
+        "program_id": "w",
+        "task_id": "w",
+        "agent_role": "revise",
+        "deadline_seconds": 1.5,
+    }

@@ -101,3 +101,24 @@ def test_a_bad_key_of_the_body_is_the_clients_error(
     with pytest.raises(BadRequest) as caught:
         with_fields(json.dumps({"vllm_xargs": xargs}).encode(), said)
     assert caught.value.param == param
+
+
+def test_an_agentic_context_is_read_and_taken_out() -> None:
+    context = {"program_id": "p", "deadline_seconds": 2, "agent_role": "revise", "spawn_reason": 1}
+    xargs = {"agentic_context": context, "hexgen_stage": "link", "theirs": 1}
+    body = json.dumps({"prompt": "x", "vllm_xargs": xargs}).encode()
+    assert json.loads(with_fields(body, CallMeta(workflow_id="w"))) == {
+        "prompt": "x",
+        "vllm_xargs": {
+            "hexgen_workflow_id": "w",
+            "hexgen_workflow_deadline_ms": 2000.0,
+            "hexgen_stage": "link",
+            "theirs": 1,
+        },
+    }
+
+
+def test_what_cannot_be_read_of_an_agentic_context_counts_as_not_said() -> None:
+    context = {"program_id": "with blanks", "deadline_seconds": -1, "expected_output_length": [5]}
+    body = json.dumps({"vllm_xargs": {"agentic_context": context}}).encode()
+    assert json.loads(with_fields(body, NOTHING)) == {"vllm_xargs": {}}
