@@ -1,8 +1,13 @@
-"""Builds the optional native libraries of ``csrc/``; all metadata is in ``pyproject.toml``.
+"""Builds the optional native libraries of ``csrc/`` and takes ``patches/`` along.
+
+All metadata is in ``pyproject.toml``.
 
 The libraries are an extra: with a compiler they are built and shipped, without one the package
 installs all the same and uses its Python and Triton code. ``HEXGEN_BUILD_NATIVE=0`` leaves them
 out, ``HEXGEN_BUILD_NATIVE=1`` makes it an error when none can be built.
+
+``HEXGEN_COMPILE=1`` compiles what decides and what simulates with mypyc: the same code, two to
+three times as fast.
 """
 
 from __future__ import annotations
@@ -15,14 +20,29 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
+PATCHES = ROOT / "patches"
 KERNELS = Path("hexgen_vllm", "kernels")
 BUILDERS = ("build_cpu", "build_cuda")
+COMPILE = os.environ.get("HEXGEN_COMPILE", "0") == "1"
+COMPILED = [
+    "hexgen_vllm/types.py",
+    *(
+        f"hexgen_vllm/policy/{name}.py"
+        for name in "coordinator cost_model demand dispatch engines estimate held load overload"
+        " preemption prefixes protection retention service slack urgency workflow".split()
+    ),
+    *(
+        f"hexgen_vllm/sim/{name}.py"
+        for name in "batch decodes demoted displacing engine keeping loop model prefix_cache"
+        " pricing prompts queues records sequence simulator tight truth workload".split()
+    ),
+]
 
 
 def native_mode() -> str:
@@ -60,6 +80,15 @@ def build_native(out_dir: Path) -> list[Path]:
     return built
 
 
+def compiled() -> list[Extension]:
+    """Return the modules to compile; none where pip has yet to find out that it needs mypy."""
+    if not COMPILE or importlib.util.find_spec("mypyc") is None:
+        return []
+    from mypyc.build import mypycify
+
+    return list(mypycify(["--config-file=", *COMPILED], opt_level="3"))
+
+
 class BuildPy(build_py):
     """Copies the Python files, then puts the libraries and their sources beside them.
 
@@ -69,6 +98,10 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         super().run()
+        if COMPILE and self.editable_mode:
+            raise SystemExit("HEXGEN_COMPILE=1 does not go with an editable install.")
+        if COMPILE and not self.distribution.ext_modules:
+            raise SystemExit("HEXGEN_COMPILE=1, but mypy is not installed.")
         if self.editable_mode:
             build_native(ROOT / KERNELS / "_lib")
             return
@@ -76,6 +109,9 @@ class BuildPy(build_py):
         build_native(kernels / "_lib")
         shutil.rmtree(kernels / "csrc", ignore_errors=True)
         shutil.copytree(SOURCES, kernels / "csrc")
+        bundled = Path(self.build_lib, "hexgen_vllm", "patch", "files")
+        shutil.rmtree(bundled, ignore_errors=True)
+        shutil.copytree(PATCHES, bundled)
 
 
 class BdistWheel(bdist_wheel):
@@ -89,4 +125,8 @@ class BdistWheel(bdist_wheel):
         return python, abi, platform
 
 
-setup(cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel})
+setup(
+    cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
+    ext_modules=compiled(),
+    setup_requires=["mypy"] if COMPILE else [],
+)

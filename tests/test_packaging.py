@@ -16,7 +16,7 @@ import hexgen_vllm
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")
-FOLDERS = ("csrc", "hexgen_vllm")
+FOLDERS = ("csrc", "hexgen_vllm", "patches")
 LIBS = "hexgen_vllm/kernels/_lib/"
 
 # Writes what -o names. Real compilers are tested with the kernels.
@@ -139,7 +139,10 @@ def test_a_library_that_is_demanded_but_cannot_be_had_is_an_error(
 def test_the_wheel_has_the_package_its_sources_and_nothing_else(tree: Tree) -> None:
     names = contents(tree.wheel())
     native = {f"hexgen_vllm/kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
-    assert {"hexgen_vllm/py.typed", "hexgen_vllm/__init__.py"} | native <= names
+    diffs = (path.relative_to(ROOT / "patches") for path in ROOT.glob("patches/*/*.patch"))
+    patches = {f"hexgen_vllm/patch/files/{path}" for path in diffs}
+    assert patches
+    assert {"hexgen_vllm/py.typed", "hexgen_vllm/__init__.py"} | native | patches <= names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"hexgen_vllm", f"hexgen_vllm-{hexgen_vllm.__version__}.dist-info"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
@@ -168,3 +171,33 @@ def test_the_vllm_command_finds_its_version() -> None:
     import vllm
 
     assert importlib.metadata.version("vllm").split("+")[0] == vllm.__version__.split("+")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # a minute of compiling on an idle core
+def test_compiled_modules_decide_as_the_others(tree: Tree, tmp_path: Path) -> None:
+    path = os.environ["PATH"]
+    wheel = tree.wheel(HEXGEN_COMPILE="1", HEXGEN_BUILD_NATIVE="0", PATH=path)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    scenario = ROOT / "examples/scenarios/reference.yaml"
+    argv = ["sim", str(scenario), "--workflows=20", "--seed=1", "--load=0.9"]
+    results = []
+    for site in (tmp_path / "site", ROOT):
+        out = tmp_path / f"{len(results)}.json"
+        code = (
+            "import sys, hexgen_vllm.cli, hexgen_vllm.sim.engine as engine\n"
+            f"assert hexgen_vllm.cli.main({[*argv, f'--json={out}']}) == 0\n"
+            "print(engine.__file__)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        results.append((Path(done.stdout.split()[-1]).suffix, out.read_bytes()))
+    (compiled, first), (plain, second) = results
+    assert (compiled, plain) == (".so", ".py")
+    assert first == second

@@ -17,7 +17,7 @@ import multiprocessing
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +38,7 @@ _LOAD: Final = 0.8
 _DEADLINE_S: Final = 120.0
 _ALPHAS: Final = tuple(round(0.1 * i, 1) for i in range(11))
 _SEEDS: Final = (1, 2, 3)
-_GRID_WORKFLOWS: Final = 300
+_LIMITS_WORKFLOWS: Final = 300
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--speed-workflows", type=int, default=500, metavar="N", help="of a run for speed")
     add("--repeats", type=int, default=3, metavar="N", help="runs for speed; the best counts")
     add("--memory-workflows", type=int, default=20_000, metavar="N", help="of the run for memory")
+    add("--grid-workflows", type=int, default=300, metavar="N", help="of a run of the grid")
     add("--jobs", type=int, default=2, metavar="N", help="processes of the alpha grid")
     add("--json", type=Path, metavar="OUT", help="write the figures here")
 
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: a number is below 1.
     """
-    for name in ("speed_workflows", "repeats", "memory_workflows", "jobs"):
+    for name in ("speed_workflows", "repeats", "memory_workflows", "grid_workflows", "jobs"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
     results.check_writable(args.json)
@@ -66,9 +67,9 @@ def main(args: argparse.Namespace) -> int:
         max(calls_per_s(args.speed_workflows) for _ in range(args.repeats))
     )
     print(f"simulated calls per second and core: {figures['calls_per_s_per_core']:,}")
-    figures["alpha_grid_s"] = round(alpha_grid_s(args.jobs), 1)
+    figures["alpha_grid_s"] = round(alpha_grid_s(args.jobs, args.grid_workflows), 1)
     print(
-        f"alpha grid, {len(_ALPHAS)} x {len(_SEEDS)} runs of {_GRID_WORKFLOWS} workflows on "
+        f"alpha grid, {len(_ALPHAS)} x {len(_SEEDS)} runs of {args.grid_workflows} workflows on "
         f"{args.jobs} processes: {figures['alpha_grid_s']} s"
     )
     figures["peak_rss_mib"] = round(peak_rss_mib(args.memory_workflows))
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 
 def calls_per_s(workflows: int) -> float:
     """Return simulated calls per second of processor time."""
-    specs = _specs(workflows, _SEEDS[0])
+    specs = workload(workflows, _SEEDS[0])
     simulation = _simulation(named("slack"))
     started = time.process_time()
     simulation.run(specs)
@@ -88,12 +89,12 @@ def calls_per_s(workflows: int) -> float:
     return sum(1 for spec in specs for _ in spec.calls()) / seconds
 
 
-def alpha_grid_s(jobs: int) -> float:
+def alpha_grid_s(jobs: int, workflows: int) -> float:
     """Return the wall time of the paper's grid search."""
     started = time.perf_counter()
     with ProcessPoolExecutor(jobs) as pool:
         tasks = [(alpha, seed) for seed in _SEEDS for alpha in _ALPHAS]
-        list(pool.map(_grid_point, tasks))
+        list(pool.map(partial(_grid_point, workflows), tasks))
     return time.perf_counter() - started
 
 
@@ -104,10 +105,10 @@ def peak_rss_mib(workflows: int) -> float:
         return pool.submit(_play_and_weigh, workflows).result()
 
 
-def _grid_point(task: tuple[float, int]) -> float:
+def _grid_point(workflows: int, task: tuple[float, int]) -> float:
     alpha, seed = task
     simulation = _simulation(named("hexgen", DispatchOptions(alpha=alpha)))
-    simulation.run(_specs(_GRID_WORKFLOWS, seed))
+    simulation.run(workload(workflows, seed))
     return percentile([r.latency_s for r in simulation.workflows if r.latency_s is not None], 0.95)
 
 
@@ -121,12 +122,13 @@ def _simulation(policy: Policy) -> Simulation:
 
 
 @lru_cache(maxsize=len(_SEEDS))
-def _specs(workflows: int, seed: int) -> tuple[WorkflowSpec, ...]:
-    """Return workflows that arrive at 80 % of the capacity."""
+def workload(workflows: int, seed: int) -> tuple[WorkflowSpec, ...]:
+    """Return text-to-SQL workflows that arrive at 80 % of the capacity."""
     drawn = text2sql(workflows, seed=seed)
-    return timed(drawn, poisson(workflows, _LOAD * _capacity(), generator(seed, "arrivals")))
+    return timed(drawn, poisson(workflows, _LOAD * capacity_per_s(), generator(seed, "arrivals")))
 
 
 @lru_cache(maxsize=1)
-def _capacity() -> float:
-    return limits(_FLEET, text2sql(_GRID_WORKFLOWS, seed=0)).rate_per_s
+def capacity_per_s() -> float:
+    """Return λ* of the fleet, workflows per second."""
+    return limits(_FLEET, text2sql(_LIMITS_WORKFLOWS, seed=0)).rate_per_s

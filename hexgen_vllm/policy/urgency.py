@@ -130,7 +130,7 @@ class UrgencyHeap(Generic[T]):
 
     def _first(self) -> tuple[float, float, int, T]:
         heap, entries = self._heap, self._entries
-        while heap and entries.get(heap[0][3]) is not heap[0]:
+        while heap and entries.get(heap[0][3]) != heap[0]:
             heapq.heappop(heap)
         return heap[0]
 
