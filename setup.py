@@ -30,18 +30,20 @@ PATCHES = ROOT / "patches"
 KERNELS = Path("hexgen_vllm", "kernels")
 BUILDERS = ("build_cpu", "build_cuda")
 COMPILE = os.environ.get("HEXGEN_COMPILE", "0") == "1"
+DECIDES = (
+    "coordinator", "cost_model", "demand", "dispatch", "engines", "estimate", "held", "load",
+    "overload", "preemption", "prefixes", "protection", "retention", "service", "slack", "urgency",
+    "workflow",
+)  # fmt: skip
+SIMULATES = (
+    "batch", "decodes", "demoted", "displacing", "engine", "keeping", "loop", "model",
+    "prefix_cache", "pricing", "prompts", "queues", "records", "sequence", "simulator", "tight",
+    "truth", "workload",
+)  # fmt: skip
 COMPILED = [
     "hexgen_vllm/types.py",
-    *(
-        f"hexgen_vllm/policy/{name}.py"
-        for name in "coordinator cost_model demand dispatch engines estimate held load overload"
-        " preemption prefixes protection retention service slack urgency workflow".split()
-    ),
-    *(
-        f"hexgen_vllm/sim/{name}.py"
-        for name in "batch decodes demoted displacing engine keeping loop model prefix_cache"
-        " pricing prompts queues records sequence simulator tight truth workload".split()
-    ),
+    *(f"hexgen_vllm/policy/{name}.py" for name in DECIDES),
+    *(f"hexgen_vllm/sim/{name}.py" for name in SIMULATES),
 ]
 
 

@@ -122,6 +122,7 @@ def vllm_config(folder: Path, setup: Setup) -> VllmConfig:
 def build_scheduler(scheduler_class: type, folder: Path, setup: Setup) -> Any:
     """Return a scheduler of ``scheduler_class`` for ``setup``."""
     config = vllm_config(folder, setup)
+    config.scheduler_config.scheduler_cls = scheduler_class
     spec = FullAttentionSpec(
         block_size=setup.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
     )

@@ -10,9 +10,8 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from hexgen_vllm.engine.requests import CallState
 from hexgen_vllm.policy.retention import StoredCopy, choose_evictions
 
 
@@ -78,13 +77,25 @@ class RecordSpace:
         self._gaps = merged
 
 
+class Owner(Protocol):
+    """Whose copy it is.
+
+    Attributes:
+        latest_start_s: how urgent the call is, absolute seconds; may change at any moment.
+        kept_tokens: its KV that waits in host memory.
+    """
+
+    latest_start_s: float
+    kept_tokens: int
+
+
 @dataclass(slots=True)
 class HostCopy:
     """The KV of one preempted call.
 
     Attributes:
         request_id: the call's request.
-        call: its state; tells how urgent it is at any moment.
+        owner: the call's state.
         tokens: the copy ends with the KV of token ``tokens - 1``.
         first_block: the block that the copy starts with; the ones before it stay on the device.
         shared_blocks: how many blocks from the start other running calls held, too.
@@ -94,7 +105,7 @@ class HostCopy:
     """
 
     request_id: str
-    call: CallState
+    owner: Owner
     tokens: int
     first_block: int
     shared_blocks: int
@@ -109,7 +120,7 @@ class HostCopy:
 
     def stored(self) -> StoredCopy:
         """Return the copy as the eviction policy sees it."""
-        return StoredCopy(self.saves_s, self.blocks, self.call.latest_start_s)
+        return StoredCopy(self.saves_s, self.blocks, self.owner.latest_start_s)
 
     def records(self, first_block: int, last_block: int) -> list[Extent]:
         """Return the records of blocks ``first_block .. last_block - 1`` of the call."""
@@ -149,7 +160,7 @@ class HostPool:
             The copies that were evicted, ``None`` when there is no room; then nothing changed.
         """
         others = list(self.copies.values())
-        newcomer = StoredCopy(copy.saves_s, blocks, copy.call.latest_start_s)
+        newcomer = StoredCopy(copy.saves_s, blocks, copy.owner.latest_start_s)
         short = blocks - self.space.free
         chosen = choose_evictions([c.stored() for c in others], newcomer, short, now)
         if chosen is None:

@@ -2,7 +2,8 @@
 
 vLLM makes one in the scheduler and one in each worker. The scheduler tells it of a preemption
 itself (:meth:`hexgen_vllm.engine.swap_planner.SwapPlanner.preempting`), because vLLM's interface
-has no call for that; the rest goes through the interface.
+has no call for that; the rest goes through the interface. Other schedulers need a patched vLLM
+(:mod:`hexgen_vllm.engine.other_scheduler`).
 
 Order in a step. The scheduler preempts, which frees blocks, and may give them away at once. The
 worker saves in ``handle_preemptions``, before anything of the step writes KV and, on the same
@@ -26,6 +27,7 @@ from hexgen_vllm.engine.compat import Seam
 from hexgen_vllm.engine.host_pool import HostPool, RecordSpace
 from hexgen_vllm.engine.kv_copier import Copier, make_copier
 from hexgen_vllm.engine.kv_swap_worker import SwapWorker
+from hexgen_vllm.engine.other_scheduler import OtherScheduler, require_teller
 from hexgen_vllm.engine.scheduler import options_of
 from hexgen_vllm.engine.swap_messages import SwapMeta, SwapReport
 from hexgen_vllm.engine.swap_planner import SwapPlanner
@@ -64,7 +66,7 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
         worker: a worker's half, once its KV cache is registered; ``None`` in the scheduler.
 
     Raises:
-        ConfigError: the model's KV cannot be kept.
+        ConfigError: the model's KV cannot be kept, or nobody would tell of preemptions.
         UnsupportedVLLM: this vLLM's connector interface has changed.
     """
 
@@ -80,6 +82,7 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker: SwapWorker | None = None
         self.planner: SwapPlanner | None = None
         if role == KVConnectorRole.SCHEDULER:
+            require_teller(vllm_config)
             self.planner = SwapPlanner(
                 HostPool(RecordSpace(size.records)),
                 block_size=size.block_size,
@@ -87,6 +90,7 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
                 keep=options.keep_kv,
                 beside=vllm_config.device_config.device_type != "cpu",
             )
+            self._other_scheduler = OtherScheduler(self.planner, options)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -105,6 +109,13 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Plan the load of a call that was admitted."""
         if request.request_id in self._planner().pool.copies:
             self._planner().allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def update_state_before_preempt(
+        self, request: Any, blocks: Any, drop_stale_output: bool
+    ) -> None:
+        """Plan the copy of a call that another scheduler preempts; a patched vLLM calls this."""
+        # vLLM drops stale output in a reset, and for connectors that require delivery: not ours.
+        self._other_scheduler.preempting(request, blocks.blocks[0], reset=drop_stale_output)
 
     def build_connector_meta(self, scheduler_output: Any) -> SwapMeta:
         """Return what the workers copy in this step."""

@@ -133,7 +133,8 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
             return 0
         blocks = self.kv_cache_manager.get_blocks(request.request_id).blocks[0]
         rates = self.hexgen_book.rates
-        return self.hexgen_keeper.preempting(request, blocks, rates, self.hexgen_clock())
+        now = self.hexgen_clock()
+        return self.hexgen_keeper.preempting(request, request.hexgen, blocks, rates, now)
 
     def _forget_kv(self, request: Request) -> None:
         if self.hexgen_keeper is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from hexgen_vllm.engine.host_pool import HostCopy, HostPool
+from hexgen_vllm.engine.host_pool import HostCopy, HostPool, Owner
 from hexgen_vllm.engine.swap_ledger import SwapLedger
 from hexgen_vllm.engine.swap_messages import Load, Save, SwapMeta
 from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, leaves_head, weigh
@@ -66,12 +66,13 @@ class SwapPlanner:
         return decision.redo_s if fits else decision.recompute_s
 
     def preempting(
-        self, request: Any, blocks: Sequence[Any], rates: ServiceRates, now: float
+        self, request: Any, owner: Owner, blocks: Sequence[Any], rates: ServiceRates, now: float
     ) -> int:
         """Plan the copy of a call whose blocks are about to be freed, if that pays.
 
         Args:
             request: the call.
+            owner: its state, or what stands for it.
             blocks: its KV blocks.
             rates: how fast the engine computes.
             now: the scheduler's clock, seconds.
@@ -94,7 +95,7 @@ class SwapPlanner:
             self.ledger.refused(own, decision.reason)
             return 0
         saves_s = decision.recompute_s
-        copy = HostCopy(request.request_id, request.hexgen, tokens, first, shared, saves_s)
+        copy = HostCopy(request.request_id, owner, tokens, first, shared, saves_s)
         return int(tokens) if self._store(copy, held_blocks[first:], now) else 0
 
     def _store(self, copy: HostCopy, blocks: Sequence[Any], now: float) -> bool:
@@ -140,7 +141,7 @@ class SwapPlanner:
         last = self._blocks(copy.local + tokens) if tokens > 0 else first
         wanted = min(copy.tokens, request.num_tokens - 1)
         self.ledger.resumed(copy, wanted, max(tokens, 0), last - first)
-        copy.call.kept_tokens = 0
+        copy.owner.kept_tokens = 0
         if last > first:
             ids, extents = tuple(block_ids[first:last]), tuple(copy.records(first, last))
             beside = self._runs_beside(tokens)
@@ -198,7 +199,7 @@ class SwapPlanner:
     def _end(self, copy: HostCopy) -> None:
         self.pool.drop(copy.request_id)
         self._saves.pop(copy.request_id, None)  # planned in this very step: never start it
-        copy.call.kept_tokens = 0
+        copy.owner.kept_tokens = 0
 
 
 def _leading_shared(blocks: Sequence[Any]) -> int:

@@ -96,14 +96,20 @@ class SwapEngine(FakeEngine):
     worker: SwapWorkerDouble
 
     def __init__(
-        self, folder: Path, *, host_blocks: int = 400, beside: bool = False, **options: Any
+        self,
+        folder: Path,
+        scheduler_class: type = UrgencyScheduler,
+        *,
+        host_blocks: int = 400,
+        beside: bool = False,
+        **options: Any,
     ) -> None:
         hexgen = {"host_kv_gib": gib(host_blocks), "keep_kv": "always"}
         hexgen |= options.pop("hexgen", {})
         options.setdefault("blocks", 24)
         setup = Setup(additional={"hexgen": hexgen}, **options)
-        super().__init__(UrgencyScheduler, folder, setup)
-        self.keeper = self.scheduler.hexgen_keeper
+        super().__init__(scheduler_class, folder, setup)
+        self.keeper = self.scheduler.connector.planner
         self.worker = SwapWorkerDouble(setup.blocks, setup.block_size)
         self.worker.attach(self._worker_connector(beside))
 
@@ -118,7 +124,7 @@ class SwapEngine(FakeEngine):
         return connector
 
     def host_kv(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.scheduler.hexgen_stats()["host_kv"]
+        found: dict[str, Any] = self.keeper.stats()
         return found
 
     def recomputed(self) -> int:

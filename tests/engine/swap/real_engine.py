@@ -104,6 +104,7 @@ class Engine:
             **changes,
         }
         self.llm = LLMEngine.from_engine_args(EngineArgs(**args))
+        self.vllm_config = self.llm.vllm_config
         self.core = self.llm.engine_core.engine_core  # type: ignore[attr-defined]
         self.scheduler = self.core.scheduler
         self.clock = Clock()

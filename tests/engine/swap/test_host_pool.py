@@ -89,7 +89,7 @@ def test_urgency_is_that_of_the_moment() -> None:
     stored = copy("stored")
     pool.put(stored, 5, NOW)
     assert pool.put(copy("new"), 5, NOW) is None
-    stored.call.latest_start_s = NOW + 60
+    stored.owner.latest_start_s = NOW + 60
     assert pool.put(copy("new"), 5, NOW) == [stored]
 
 

@@ -6,14 +6,17 @@ only, because vLLM refuses it with the other.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from hexgen_vllm.engine.swap_setup import pool_size, transfer_config
 from hexgen_vllm.engine.tiny_model import TinySpec, build
+from tests.engine.patched import copy_sources, put_in_place
 from tests.engine.swap import async_on_cpu
 from tests.engine.swap.real_engine import (
     CALLS,
@@ -48,13 +51,25 @@ def in_process() -> Iterator[None]:
         yield
 
 
+class Reference(NamedTuple):
+    """What stock vLLM writes with room for everything, and the bytes of a KV block."""
+
+    written: Written
+    block_bytes: int
+
+
 @pytest.fixture(scope="module")
-def undisturbed(model: Path) -> Written:
-    """What stock vLLM writes with room for everything."""
+def reference(model: Path) -> Reference:
     with running(model, 1000) as engine:
         engine.play(LOAD)
         assert len(engine.written) == CALLS
-        return engine.written
+        config = engine.scheduler.kv_cache_config
+        return Reference(engine.written, pool_size(engine.vllm_config, config, 1.0).block_bytes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(reference: Reference) -> Written:
+    return reference.written
 
 
 def arguments(combination: Combination) -> dict[str, Any]:
@@ -141,6 +156,90 @@ def test_aborts_and_resets_leave_nothing_behind(
     assert dropped.keys() >= {"finished", "reset"}
     rest = [n for n in undisturbed if n not in aborted]
     assert [n for n in rest if engine.written[n] != undisturbed[n]] == []
+
+
+PHASES = {(True, 1): "saved", (True, 3): "waiting", (False, 1): "loaded", (False, 3): "resumed"}
+"""Of a preempted call: by whether its copy is there, and for how many steps that has been so."""
+
+
+class Aborter:
+    """Aborts the first call that it sees in each phase."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.aborted: dict[str, str] = {}
+        self._steps: Counter[tuple[str, bool]] = Counter()
+
+    def look(self) -> None:
+        scheduler = self.engine.scheduler
+        copies = scheduler.hexgen_keeper.pool.copies
+        victims = {name for name, _ in self._steps} | copies.keys()
+        for name in sorted(victims & scheduler.requests.keys()):
+            state = (name, name in copies)
+            self._steps[state] += 1
+            phase = PHASES.get((state[1], self._steps[state]))
+            if phase is not None and phase not in self.aborted:
+                self.engine.llm.abort_request([name], internal=True)
+                self.aborted[phase] = name.rsplit("-", 1)[0]
+
+
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+def test_aborts_in_every_phase_leave_nothing_behind(
+    model: Path, undisturbed: Written, scheduling: str
+) -> None:
+    with running(model, BLOCKS, **arguments((False, scheduling, True))) as engine:
+        aborter = Aborter(engine)
+        for call in LOAD:
+            engine.add(call)
+        while engine.llm.has_unfinished_requests():
+            engine.step()
+            aborter.look()
+        engine.assert_clean()
+    assert aborter.aborted.keys() == set(PHASES.values())
+    rest = [n for n in undisturbed if n not in aborter.aborted.values()]
+    assert [n for n in rest if engine.written[n] != undisturbed[n]] == []
+
+
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+def test_a_full_host_pool_costs_time_only(
+    model: Path, reference: Reference, scheduling: str
+) -> None:
+    few = arguments((True, scheduling, True)) | swapping(
+        host_kv_gib=8.5 * reference.block_bytes / (1 << 30)
+    )
+    with running(model, BLOCKS, **few) as engine:
+        engine.play(LOAD)
+        engine.assert_clean()
+        stats = engine.scheduler.hexgen_stats()
+    kept = stats["host_kv"]
+    assert kept["capacity_bytes"] == 8 * reference.block_bytes
+    assert kept["dropped_tokens"].get("evicted", 0) + kept["refused_tokens"].get("full", 0) > 0
+    assert stats["recomputed_tokens"] > 0
+    assert engine.written == reference.written
+
+
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+def test_a_patched_vllm_keeps_kv_under_its_own_scheduler(
+    model: Path,
+    undisturbed: Written,
+    scheduling: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put_in_place(copy_sources(tmp_path), monkeypatch)
+    stock = arguments((False, scheduling, True)) | {
+        "scheduler_cls": None,
+        "kv_transfer_config": transfer_config(),
+    }
+    with running(model, BLOCKS, **stock) as engine:
+        engine.play(LOAD)
+        engine.step_out()
+        kept = engine.scheduler.connector.planner.stats()
+        assert engine.leaked_blocks() == 0
+    assert engine.written == undisturbed
+    assert kept["used_bytes"] == 0
+    assert kept["restored_tokens"] > 1000
+    assert kept["refused_tokens"] == {}
 
 
 @pytest.mark.parametrize("scheduling", ["sync", "async"])
