@@ -75,7 +75,7 @@ def measure(device: str, models: Sequence[Model] = MODELS) -> list[Line]:
     probe = probes.prefill(device)
     flops = probe.flops / kv_beside.median_s(probe.step, 5)
     print(f"copying against computing at {flops / 1e12:.2f} TFLOP/s, ms copy/compute")
-    print(f"  {'model':<15}" + "".join(f"{c:>18,}" for c in CONTEXTS) + "   keeps from")
+    print(f"  {'model':<15}" + "".join(f"{c:>20,}" for c in CONTEXTS) + "   keeps from tokens")
     lines = []
     for model in models:
         speeds = _speeds(model, device, probe.item_bytes)
@@ -135,6 +135,10 @@ def engines_way(bed: CopyBed) -> Way:
 
 def _text(row: Line) -> str:
     pairs = zip(row.copy_ms, row.recompute_ms, strict=True)
-    cells = "".join(f"{f'{copy:.1f}/{again:.1f}':>18}" for copy, again in pairs)
-    starts = "never" if row.from_tokens is None else f"{row.from_tokens} tokens"
+    cells = "".join(f"{f'{_ms(copy)}/{_ms(again)}':>20}" for copy, again in pairs)
+    starts = "never" if row.from_tokens is None else f"{row.from_tokens:,}"
     return f"  {row.model:<15}{cells}   {starts}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
