@@ -83,6 +83,7 @@ class EngineSpec:
         kind: what it can order by.
         max_num_seqs: sequences it runs at once, ``None`` when unknown.
         kv_tokens: tokens its KV cache holds, ``None`` when unknown.
+        max_num_batched_tokens: tokens of a step, ``None`` when unknown.
     """
 
     engine_id: str
@@ -90,6 +91,7 @@ class EngineSpec:
     kind: EngineKind = EngineKind.FCFS
     max_num_seqs: int | None = None
     kv_tokens: int | None = None
+    max_num_batched_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

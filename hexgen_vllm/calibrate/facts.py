@@ -47,7 +47,7 @@ async def ask(session: aiohttp.ClientSession, url: str) -> Facts:
     return Facts(
         ours="cost" in stats,
         max_num_seqs=told.max_num_seqs or reports.scheduling(info)[1],
-        max_num_batched_tokens=_whole(stats.get("max_num_batched_tokens")) or _budget(info),
+        max_num_batched_tokens=told.max_num_batched_tokens or reports.token_budget(info),
         kv_tokens=told.kv_tokens or reports.from_metrics(metrics).kv_tokens,
         block_size=_whole(labels.get("block_size")),
         prefix_caching={"True": True, "False": False}.get(labels.get("enable_prefix_caching", "")),
@@ -77,12 +77,6 @@ def _object(text: str) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _budget(info: Mapping[str, Any]) -> int | None:
-    config = info.get("vllm_config")
-    scheduler = config.get("scheduler_config") if isinstance(config, dict) else None
-    return _whole(scheduler.get("max_num_batched_tokens")) if isinstance(scheduler, dict) else None
 
 
 def _whole(value: object) -> int | None:

@@ -73,7 +73,12 @@ class Probe:
         if status in (200, 503):  # 503: it is ours, and too busy to say more
             said = reports.from_stats(_object(body))
             spec = EngineSpec(
-                worker.name, models, EngineKind.HEXGEN, said.max_num_seqs, said.kv_tokens
+                worker.name,
+                models,
+                EngineKind.HEXGEN,
+                said.max_num_seqs,
+                said.kv_tokens,
+                said.max_num_batched_tokens,
             )
             return Found(spec, cards, True)
         return await self._stock(worker, models, cards)
@@ -82,12 +87,13 @@ class Probe:
         self, worker: Worker, models: frozenset[str], cards: tuple[dict[str, Any], ...]
     ) -> Found:
         status, body = await self._get(worker, "/server_info?config_format=json")
-        policy, slots = reports.scheduling(_object(body)) if status == 200 else (None, None)
+        info = _object(body) if status == 200 else {}
+        policy, slots = reports.scheduling(info)
         assumed = self._options.stock_scheduling
         kind = _STOCK.get(policy or assumed, EngineKind.FCFS)
         status, body = await self._get(worker, "/metrics")
         kv_tokens = reports.from_metrics(_text(body)).kv_tokens if status == 200 else None
-        spec = EngineSpec(worker.name, models, kind, slots, kv_tokens)
+        spec = EngineSpec(worker.name, models, kind, slots, kv_tokens, reports.token_budget(info))
         return Found(spec, cards, policy is not None or assumed != "auto")
 
     async def models(self, worker: Worker) -> tuple[dict[str, Any], ...]:

@@ -30,12 +30,14 @@ class Telemetry:
         report: what the coordinator takes in.
         max_num_seqs: sequences the engine runs at once.
         kv_tokens: tokens its KV cache holds.
+        max_num_batched_tokens: tokens of a step.
         steps: steps since it started; a smaller number than before means that it restarted.
     """
 
     report: EngineReport
     max_num_seqs: int | None = None
     kv_tokens: int | None = None
+    max_num_batched_tokens: int | None = None
     steps: int | None = None
 
 
@@ -54,6 +56,7 @@ def from_stats(stats: Mapping[str, Any]) -> Telemetry:
         report,
         max_num_seqs=_count(stats.get("max_num_seqs")) or None,
         kv_tokens=_count(stats.get("kv_tokens")) or None,
+        max_num_batched_tokens=_count(stats.get("max_num_batched_tokens")) or None,
         steps=_count(stats.get("steps")),
     )
 
@@ -80,12 +83,20 @@ def from_metrics(text: str) -> Telemetry:
 
 def scheduling(server_info: object) -> tuple[str | None, int | None]:
     """Read scheduling policy and sequence slots from vLLM's ``/server_info``."""
-    config = server_info.get("vllm_config") if isinstance(server_info, dict) else None
-    found = config.get("scheduler_config") if isinstance(config, dict) else None
-    if not isinstance(found, dict):
-        return None, None
+    found = _scheduler_config(server_info)
     policy = found.get("policy")
     return policy if isinstance(policy, str) else None, _count(found.get("max_num_seqs")) or None
+
+
+def token_budget(server_info: object) -> int | None:
+    """Read the tokens of a step from vLLM's ``/server_info``."""
+    return _count(_scheduler_config(server_info).get("max_num_batched_tokens")) or None
+
+
+def _scheduler_config(server_info: object) -> Mapping[str, Any]:
+    config = server_info.get("vllm_config") if isinstance(server_info, dict) else None
+    found = config.get("scheduler_config") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _kv_tokens(text: str) -> int | None:

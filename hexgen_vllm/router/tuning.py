@@ -145,7 +145,11 @@ def fleet_text(engines: Sequence[EngineLoad]) -> str:
         cost, spec = engine.cost(), engine.spec
         if cost is None:
             raise SearchFailed(f"engine {engine.engine_id} has not been measured yet")
-        limits = {"max_num_seqs": spec.max_num_seqs, "kv_tokens": spec.kv_tokens}
+        limits = {
+            "max_num_seqs": spec.max_num_seqs,
+            "max_num_batched_tokens": spec.max_num_batched_tokens,
+            "kv_tokens": spec.kv_tokens,
+        }
         known = {name: value for name, value in limits.items() if value is not None}
         entries.append({"name": engine.engine_id, "cost": asdict(cost), **known})
     if not entries:

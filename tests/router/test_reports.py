@@ -20,6 +20,7 @@ SNAPSHOT: dict[str, Any] = {
     "kv_usage": 0.5,
     "kv_tokens": 4096,
     "max_num_seqs": 8,
+    "max_num_batched_tokens": 512,
     "preemptions": {"displaced": 1, "kv": 2, "reset": 0},
     "prefill_share": 0.25,
     "something_new": [1, 2],
@@ -46,6 +47,7 @@ def test_our_snapshot() -> None:
         EngineReport(StepCost(0.01, 0.002, 0.0, 0.0, 0.001, 0.0), 0.07, 3, 2, 0.5, 3, 0.25),
         max_num_seqs=8,
         kv_tokens=4096,
+        max_num_batched_tokens=512,
         steps=1234,
     )
 

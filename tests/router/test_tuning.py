@@ -103,7 +103,8 @@ class Stand:
         self._losses = losses
         self.ring = Ring()
         self.serve(12.0)
-        self.coordinator.engine_joined(EngineSpec("fast", max_num_seqs=8), 0.0)
+        spec = EngineSpec("fast", max_num_seqs=8, max_num_batched_tokens=512)
+        self.coordinator.engine_joined(spec, 0.0)
         self.coordinator.engine_reported("fast", EngineReport(cost=COST, fit_error=0.01))
         options = OnlineOptions(tune=mode, tune_workflows=40, tune_least_s=10.0)
         self.tuning = Tuning(
@@ -180,7 +181,8 @@ def test_the_simulator_reads_the_fleet_of_the_router(tmp_path: Path) -> None:
     path = tmp_path / "fleet.yaml"
     path.write_text(fleet_text(list(stand.coordinator.engines.values())))
     (model,) = load_fleet(path)
-    assert (model.engine_id, model.cost, model.max_num_seqs) == ("fast", COST, 8)
+    assert (model.engine_id, model.cost) == ("fast", COST)
+    assert (model.max_num_seqs, model.max_num_batched_tokens) == (8, 512)
 
 
 def test_the_search_knows_the_values_in_force() -> None:
