@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
@@ -17,6 +16,7 @@ from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.context import Context, new_context, shutting_down
 from hexgen_vllm.router.cors import Cors
 from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
+from hexgen_vllm.router.http_server import Server
 from hexgen_vllm.router.keys import Keys
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.pages import Handler, Pages
@@ -69,8 +69,10 @@ class Router:
         self._routes = self._all_routes(context)
         self._admin = Admin(context)
         self._admin_routes = self._admin.routes()
-        server = _Server(
-            self._handle, request_factory=self._request, handler_cancellation=True, access_log=None
+        server = Server(
+            self._handle,
+            max_body_bytes=self._options.max_payload_size,
+            mark=self._cors.mark if self._cors.enabled else None,
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
         await self._runner.setup()
@@ -124,6 +126,7 @@ class Router:
             await asyncio.wait(pending, timeout=_CLOSE_S)
         if self._runner is not None:
             await self._runner.cleanup()
+        self._relay.close()
         await self.context.session.close()
         await asyncio.to_thread(self.context.tracing.close)
 
@@ -149,21 +152,13 @@ class Router:
                 _LOG.exception("tick failed")
 
     def _all_routes(self, context: Context) -> dict[tuple[str, str], Handler]:
-        relay = Relay(context)
+        relay = self._relay = Relay(context)
 
         def generation(endpoint: Endpoint) -> Handler:
             return lambda request: relay.answer(request, endpoint)
 
         calls = {("POST", endpoint.path): generation(endpoint) for endpoint in ENDPOINTS}
         return calls | Pages(context).routes()
-
-    def _request(
-        self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any
-    ) -> web.BaseRequest:
-        loop = asyncio.get_running_loop()
-        most = self._options.max_payload_size
-        made = web.BaseRequest if not self._cors.enabled else partial(_CorsRequest, self._cors)
-        return made(message, payload, protocol, writer, task, loop, client_max_size=most)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer any request; errors become OpenAI error objects."""
@@ -196,40 +191,3 @@ class Router:
             headers = {"Allow": ", ".join(allowed)}
             return answers.error_response("Method not allowed.", 405, headers=headers)
         return answers.from_error(BadRequest("There is no such endpoint.", status=404), None)
-
-
-class _CorsRequest(web.BaseRequest):
-    """A request whose answer says which pages may read it."""
-
-    def __init__(self, cors: Cors, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._cors = cors
-
-    async def _prepare_hook(self, response: web.StreamResponse) -> None:
-        self._cors.mark(self, response)
-
-
-class _Server(web.Server):
-    """A server whose connections answer what is not HTTP with an OpenAI error object."""
-
-    def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
-
-
-class _Connection(web.RequestHandler):
-    __slots__ = ()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Return the answer to a request that could not be read."""
-        if status >= 500:
-            _LOG.error("request failed", exc_info=exc)
-        text = "The request is not valid HTTP." if status < 500 else "The router failed."
-        response = answers.error_response(text, status)
-        response.force_close()
-        return response

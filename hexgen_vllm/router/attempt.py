@@ -1,7 +1,7 @@
 """One try of a call on one engine, and the guard that ends tries which hang.
 
-The guard looks at all tries about once a second. A try that makes progress costs one counter; no
-timer is set or moved for an event that passes.
+The guard looks at all tries about once a second. No timer is set or moved for an event that
+passes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import asyncio
 from types import TracebackType
 from typing import Final
 
-import aiohttp
 from aiohttp import web
 
 from hexgen_vllm.router.answers import EngineFailed
+from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.ledger import CLIENT_GONE
-from hexgen_vllm.router.upstream import is_broken
 
 LOST: Final = "engine-lost"
 TIMEOUT: Final = "engine-timeout"
@@ -34,14 +33,13 @@ class Attempt:
 
     Attributes:
         engine: name of the engine.
-        progress: raised by its owner whenever bytes came.
         answering: whether the client has been sent something.
         answer: the engine's answer, once it has begun.
     """
 
     __slots__ = (
         "_guard", "_reason", "_request", "_seen", "_since_s", "_task", "answer", "answering",
-        "engine", "progress",
+        "engine",
     )  # fmt: skip
 
     def __init__(self, guard: Guard, request: web.BaseRequest, engine: str) -> None:
@@ -49,9 +47,13 @@ class Attempt:
         self._task: asyncio.Task[object] | None = None
         self._reason: str | None = None
         self._seen, self._since_s = -1, 0.0
-        self.progress = 0
         self.answering = False
-        self.answer: aiohttp.ClientResponse | None = None
+        self.answer: Answer | None = None
+
+    @property
+    def progress(self) -> int:
+        """Times that part of the answer's body came."""
+        return 0 if self.answer is None else self.answer.fed
 
     def __enter__(self) -> Attempt:
         self._task = asyncio.current_task()
@@ -69,7 +71,7 @@ class Attempt:
             if self._reason is not None and not self._client_gone():
                 _forget_cancel(self._task)
                 raise self._failure(self._reason) from None
-        elif isinstance(error, aiohttp.ClientError | OSError | asyncio.TimeoutError):
+        elif isinstance(error, OSError | asyncio.TimeoutError):
             raise self._failure(CLIENT_GONE if self._client_gone() else LOST) from error
 
     def _failure(self, reason: str) -> Exception:
@@ -92,10 +94,6 @@ class Attempt:
         if self.progress != self._seen:
             self._seen, self._since_s = self.progress, now
         return now - self._since_s
-
-    def is_broken(self) -> bool:
-        """Whether its connection is gone although nobody was told."""
-        return self.answer is not None and is_broken(self.answer)
 
     def client_is_slow(self) -> bool:
         """Whether what was sent to the client still waits to be read."""
@@ -134,8 +132,6 @@ class Guard:
     def tick(self, now: float) -> None:
         """End the tries that have been silent for too long."""
         for attempt in self.attempts:
-            if attempt.is_broken():
-                attempt.abort(LOST)
             limit_s = self._stall_s if attempt.progress else self._first_byte_s
             if attempt.silent_s(now) > limit_s:
                 attempt.abort(CLIENT_GONE if attempt.client_is_slow() else TIMEOUT)

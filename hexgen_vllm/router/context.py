@@ -134,8 +134,6 @@ async def read_body(request: web.BaseRequest) -> bytes:
     Raises:
         BadRequest: it is too long, or broken.
     """
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.can_read_body:
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from aiohttp import web
-
 from hexgen_vllm.router import ledger
 from hexgen_vllm.router.endpoints import Endpoint
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import Accepted
 from hexgen_vllm.router.tracing import NO_TRACE, CallTrace
 from hexgen_vllm.router.watch import Usage
@@ -35,7 +34,7 @@ class Job:
         result: for the coordinator.
     """
 
-    request: web.BaseRequest
+    request: Request
     endpoint: Endpoint
     began_s: float
     trace: CallTrace = NO_TRACE

@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from multidict import CIMultiDict
+from yarl import URL
 
 from hexgen_vllm import wire
+from hexgen_vllm.router.http_request import Pairs
 from hexgen_vllm.router.intake import Accepted
 from hexgen_vllm.types import EngineKind, Placement
 
@@ -56,6 +58,11 @@ _NOT_TO_ENGINE: Final = frozenset(
 )
 _NOT_TO_CLIENT: Final = frozenset(
     (*_HOP_BY_HOP, "content-length", "date", "server", REQUEST_ID_HEADER)
+)
+
+
+_NOT_IN_HEAD: Final = frozenset(
+    name.encode() for name in (*_HOP_BY_HOP, "content-length", "server", REQUEST_ID_HEADER)
 )
 
 
@@ -154,3 +161,29 @@ def to_client(headers: Mapping[str, str], engine: str, request_id: str) -> CIMul
     out[ENGINE_HEADER] = engine
     out[REQUEST_ID_HEADER] = request_id
     return out
+
+
+def request_head(url: URL, headers: Mapping[str, str], length: int) -> bytes:
+    """Return the head of a POST request with a body of ``length`` bytes."""
+    host = url.raw_host or ""
+    where = f"[{host}]" if ":" in host else host
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    return (
+        f"POST {url.raw_path_qs} HTTP/1.1\r\nHost: {where}:{url.port}\r\n{lines}"
+        f"Content-Length: {length}\r\n\r\n"
+    ).encode("utf-8", "surrogateescape")
+
+
+def answer_head(pairs: Pairs, engine: str, request_id: str) -> list[bytes]:
+    """Return the header lines of an engine's answer for the client, without a length."""
+    dropped = _NOT_IN_HEAD
+    lines = []
+    for name, value in pairs:
+        key = name.lower()
+        if key == b"connection" and value.lower() not in (b"keep-alive", b"close"):
+            dropped = dropped | {one.strip().lower() for one in value.split(b",")}
+        if key not in dropped:
+            lines.append(b"%b: %b\r\n" % (name, value))
+    said = f"Server: {SERVER}\r\n{ENGINE_HEADER}: {engine}\r\n{REQUEST_ID_HEADER}: {request_id}\r\n"
+    lines.append(said.encode())
+    return lines

@@ -1,12 +1,14 @@
-"""Passes an engine's answer on to the client, byte for byte."""
+"""Passes an engine's answer on to the client, byte for byte.
+
+Nothing waits between an engine and a client: a piece of an answer goes out in the turn of the
+event loop in which it came in. When the client does not read, the engine is not read either.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
-import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict
 
 from hexgen_vllm.router import ledger
 from hexgen_vllm.router.answers import (
@@ -16,6 +18,8 @@ from hexgen_vllm.router.answers import (
     refused_by_engine,
 )
 from hexgen_vllm.router.attempt import LOST, Attempt, failed
+from hexgen_vllm.router.engine_answer import Answer
+from hexgen_vllm.router.http_request import SENT
 from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.watch import TAIL_BYTES, StreamWatch, find_usage
@@ -30,45 +34,45 @@ _REPORT_EVERY: Final = 64  # events between two reports of progress
 class StreamPass:
     """Passes on server-sent events; the coordinator hears of their progress."""
 
-    def __init__(self, job: Job, attempt: Attempt, service: Service) -> None:
-        self._job, self._attempt, self._service = job, attempt, service
+    def __init__(self, job: Job, attempt: Attempt, service: Service, head: list[bytes]) -> None:
+        self._job, self._attempt, self._service, self._head = job, attempt, service, head
         self._watch = StreamWatch(job.endpoint)
+        self._report_at = 1
 
-    async def run(
-        self, answer: aiohttp.ClientResponse, head: CIMultiDict[str]
-    ) -> web.StreamResponse:
+    async def run(self, answer: Answer) -> web.StreamResponse:
         """Relay ``answer``; one that breaks off ends with an error event.
 
         Raises:
             EngineFailed: it broke off before the client was sent anything.
         """
-        response = web.StreamResponse(status=200, headers=head)
+        job = self._job
         try:
             with self._attempt:
-                await self._pump(answer.content, response)
-                await self._finish(response)
+                job.request.draw_from(answer)
+                await answer.pour(self._feed)
+                self._finish()
         except EngineFailed as failure:
             if not self._attempt.answering:
                 raise
-            self._job.ended(failure.reason)
-            await response.write(error_event(failure, self._job.endpoint.path))
-            await response.write_eof()
-        return response
+            job.ended(failure.reason)
+            job.request.end(error_event(failure, job.endpoint.path))
+        return SENT
 
-    async def _pump(self, content: aiohttp.StreamReader, response: web.StreamResponse) -> None:
-        job, attempt, watch = self._job, self._attempt, self._watch
-        report_at = 1
-        while chunk := await content.readany():
-            attempt.progress += 1
-            ready = watch.feed(chunk)
-            if ready:
-                if not attempt.answering:
-                    await response.prepare(job.request)
-                    attempt.answering = True
-                await response.write(ready)
-            if watch.events >= report_at:
-                self._report(report_at == 1)
-                report_at = watch.events + _REPORT_EVERY
+    def _feed(self, data: bytes) -> None:
+        watch = self._watch
+        ready = watch.feed(data)
+        if ready:
+            self._send(ready)
+        if watch.events >= self._report_at:
+            self._report(self._report_at == 1)
+            self._report_at = watch.events + _REPORT_EVERY
+
+    def _send(self, data: bytes) -> None:
+        if self._attempt.answering:
+            self._job.request.send(data)
+        else:
+            self._attempt.answering = True
+            self._job.request.begin(200, self._head, None, data)
 
     def _report(self, first: bool) -> None:
         accepted = self._job.accepted
@@ -80,7 +84,7 @@ class StreamPass:
         else:
             self._service.progressed(accepted.call.call_id, self._watch.tokens())
 
-    async def _finish(self, response: web.StreamResponse) -> None:
+    def _finish(self) -> None:
         """End a stream that the engine ended.
 
         Raises:
@@ -91,9 +95,8 @@ class StreamPass:
         if not (engine_failed or watch.complete()):
             raise failed(LOST, retryable=attempt.progress == 0)
         if not attempt.answering:
-            await response.prepare(self._job.request)
-            attempt.answering = True
-        await response.write_eof(watch.rest)
+            self._send(b"")
+        self._job.request.end(watch.rest)
         if engine_failed:
             self._job.ended("engine-error")
         else:
@@ -101,28 +104,24 @@ class StreamPass:
 
 
 async def whole_pass(
-    job: Job, attempt: Attempt, answer: aiohttp.ClientResponse, head: CIMultiDict[str]
+    job: Job, attempt: Attempt, answer: Answer, head: list[bytes]
 ) -> web.StreamResponse:
     """Pass on an answer that is no stream, in one piece when it is not too long.
 
     Raises:
         EngineFailed: it broke off before the client was sent anything.
     """
-    pieces: list[bytes] = []
-    size = 0
     with attempt:
-        while size <= MAX_WHOLE_BYTES and (piece := await answer.content.readany()):
-            attempt.progress += 1
-            pieces.append(piece)
-            size += len(piece)
-    body = b"".join(pieces)
-    if size > MAX_WHOLE_BYTES:
-        return await _large_pass(job, attempt, answer, head, body)
+        body = await answer.body(MAX_WHOLE_BYTES)
+    if body is None:
+        return await _large_pass(job, attempt, answer, head)
     _note_end(job, answer.status, body[-TAIL_BYTES:])
     if answer.status >= 400 and b'"error"' not in body:
         body = refused_by_engine(answer.status)
-        head["Content-Type"] = "application/json"
-    return web.Response(status=answer.status, body=body, headers=head)
+        head = [line for line in head if not line.lower().startswith(b"content-type:")]
+        head.append(b"Content-Type: application/json\r\n")
+    job.request.reply(answer.status, head, body)
+    return SENT
 
 
 def _note_end(job: Job, status: int, tail: bytes) -> None:
@@ -133,28 +132,27 @@ def _note_end(job: Job, status: int, tail: bytes) -> None:
 
 
 async def _large_pass(
-    job: Job,
-    attempt: Attempt,
-    answer: aiohttp.ClientResponse,
-    head: CIMultiDict[str],
-    first: bytes,
+    job: Job, attempt: Attempt, answer: Answer, head: list[bytes]
 ) -> web.StreamResponse:
     """Pass on a long answer as it comes; if it breaks off, so does the client's connection."""
-    response = web.StreamResponse(status=answer.status, headers=head)
-    response.content_length = answer.content_length
-    tail = first[-TAIL_BYTES:]
+    request, tail = job.request, b""
+
+    def feed(data: bytes) -> None:
+        nonlocal tail
+        tail = (tail + data)[-TAIL_BYTES:]
+        request.send(data)
+
+    length = answer.header(b"content-length")
+    attempt.answering = True
+    request.begin(answer.status, head, int(length) if length.isdecimal() else None, b"")
     try:
         with attempt:
-            await response.prepare(job.request)
-            attempt.answering = True
-            await response.write(first)
-            while piece := await answer.content.readany():
-                attempt.progress += 1
-                tail = (tail + piece)[-TAIL_BYTES:]
-                await response.write(piece)
-            await response.write_eof()
+            answer.resume()
+            request.draw_from(answer)
+            await answer.pour(feed)
     except EngineFailed as failure:
         job.ended(failure.reason)
-        return hung_up(job.request)
+        return hung_up(request)
+    request.end()
     _note_end(job, answer.status, tail)
-    return response
+    return SENT

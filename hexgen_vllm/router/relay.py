@@ -13,16 +13,18 @@ import asyncio
 import logging
 from typing import Final
 
-import aiohttp
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
-from hexgen_vllm.router import answers, ledger, logs, outbound, upstream
+from hexgen_vllm.router import answers, ledger, logs, outbound, tls
 from hexgen_vllm.router.answers import EngineFailed
 from hexgen_vllm.router.attempt import Attempt, ClientGone
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.endpoints import Endpoint
+from hexgen_vllm.router.engine_answer import Answer
+from hexgen_vllm.router.engine_pool import CannotConnect, Pool
 from hexgen_vllm.router.fleet import Engine
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import Accepted
 from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.passing import StreamPass, whole_pass
@@ -36,12 +38,19 @@ class Relay:
     """Answers the requests of the generation endpoints."""
 
     def __init__(self, context: Context) -> None:
-        self._context = context
+        self._context, options = context, context.options
+        self._pool = Pool(options.connect_timeout_secs, tls.for_engines(options))
+
+    def close(self) -> None:
+        """Close the connections to engines."""
+        self._pool.close()
 
     async def answer(self, request: web.BaseRequest, endpoint: Endpoint) -> web.StreamResponse:
         """Answer a request; every error becomes an OpenAI error object."""
         context = self._context
-        trace = context.tracing.begin(endpoint.path, request.headers)
+        if not isinstance(request, Request):
+            raise TypeError("calls need the router's own server")
+        trace = context.tracing.begin(endpoint.path, request.names)
         job = Job(request, endpoint, context.clock.now(), trace)
         context.ledger.arrived[endpoint.name] += 1
         try:
@@ -80,7 +89,7 @@ class Relay:
 
     async def _serve(self, job: Job) -> web.StreamResponse:
         context = self._context
-        job.request_id = context.intake.request_id(job.request.headers)
+        job.request_id = context.intake.request_id(job.request.names)
         context.check_open()
         accepted = job.accepted = await self._read(job)
         call = accepted.call
@@ -146,7 +155,7 @@ class Relay:
 
     async def _send(
         self, job: Job, accepted: Accepted, placement: Placement, engine: Engine
-    ) -> aiohttp.ClientResponse:
+    ) -> Answer:
         context = self._context
         headers = outbound.to_engine(
             accepted,
@@ -160,23 +169,22 @@ class Relay:
         job.trace.sending(engine.name, headers)
         url = engine.address(job.request.path_qs)
         try:
-            return await upstream.send(context.session, "POST", url, headers, accepted.body)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            head = outbound.request_head(url, headers, len(accepted.body))
+            return await self._pool.send(url, head, accepted.body)
+        except CannotConnect:
             context.fleet.lost(engine.name, "a connection failed")
             raise
-        except (aiohttp.ClientError, OSError):
+        except OSError:
             context.suspect(engine.name)
             raise
 
-    async def _relay(
-        self, job: Job, attempt: Attempt, answer: aiohttp.ClientResponse
-    ) -> web.StreamResponse:
+    async def _relay(self, job: Job, attempt: Attempt, answer: Answer) -> web.StreamResponse:
         # A redirect would show the client where the engine is.
         if answer.status in _ELSEWHERE or 300 <= answer.status < 400:
             raise _refused_by_engine(answer)
-        head = outbound.to_client(answer.headers, attempt.engine, job.request_id or "")
-        if answer.status == 200 and answer.content_type == "text/event-stream":
-            return await StreamPass(job, attempt, self._context.service).run(answer, head)
+        head = outbound.answer_head(answer.pairs, attempt.engine, job.request_id or "")
+        if answer.status == 200 and _is_stream(answer):
+            return await StreamPass(job, attempt, self._context.service, head).run(answer)
         return await whole_pass(job, attempt, answer, head)
 
     def _log_failure(self, job: Job) -> None:
@@ -193,10 +201,15 @@ class Relay:
             self._context.ratios.learn(model, chars, result.prompt_tokens)
 
 
-def _refused_by_engine(answer: aiohttp.ClientResponse) -> EngineFailed:
+def _is_stream(answer: Answer) -> bool:
+    kind = answer.header(b"content-type").partition(";")[0]
+    return kind.strip().lower() == "text/event-stream"
+
+
+def _refused_by_engine(answer: Answer) -> EngineFailed:
     """Return the error for an answer that another engine may better; its body is not shown."""
     if answer.status in (429, 503):
-        wait = answer.headers.get("Retry-After", "")
+        wait = answer.header(b"retry-after")
         return EngineFailed(
             "The engine is too busy.",
             reason="engine-busy",

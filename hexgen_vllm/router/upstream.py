@@ -1,4 +1,4 @@
-"""The router's side of its connections to engines."""
+"""Requests to engines that are not calls: health checks, telemetry, token counts."""
 
 from __future__ import annotations
 
@@ -65,13 +65,3 @@ async def send(
         raise
     except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
         return await once()
-
-
-def is_broken(answer: aiohttp.ClientResponse) -> bool:
-    """Whether the connection of ``answer`` has closed before its end.
-
-    aiohttp closes the connection when what arrives is not HTTP, but leaves the reader waiting.
-    """
-    connection = answer.connection
-    protocol = None if connection is None else connection.protocol
-    return protocol is not None and not protocol.is_connected() and not answer.content.is_eof()

@@ -1,0 +1,267 @@
+"""The router's own HTTP/1.1 client: kept-alive connections to engines, one call on each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from ssl import SSLContext
+from typing import Final, cast
+
+import httptools
+from yarl import URL
+
+from hexgen_vllm.router.engine_answer import Answer, EngineBroke
+from hexgen_vllm.router.http_request import Pairs
+
+# uvicorn closes idle connections after 5 s; one that it is about to close must not be used.
+_KEEPALIVE_S: Final = 4.0
+_LARGE_BODY_BYTES: Final = 64 * 1024
+_LENGTHS: Final = frozenset((b"content-length", b"transfer-encoding"))
+_Address = tuple[str, str, int]
+
+
+class CannotConnect(OSError):  # noqa: N818 - named after what happened
+    """Nobody answers at an engine's address."""
+
+
+class EngineConnection(asyncio.Protocol):
+    """One connection to an engine.
+
+    Attributes:
+        idle_since_s: when its last call ended, in the event loop's time.
+    """
+
+    def __init__(self, pool: Pool, address: _Address) -> None:
+        self._pool, self._address = pool, address
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._answer: Answer | None = None
+        self._pairs: Pairs = []
+        self._pieces: list[bytes] = []
+        self._ended = self._keep = self._paused = False
+        self.idle_since_s = 0.0
+
+    def send(self, head: bytes, body: bytes) -> Answer:
+        """Send a request and return what its answer will be."""
+        answer = self._answer = Answer(self)
+        if self._transport is None:
+            self._break()
+        elif len(body) < _LARGE_BODY_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
+            self._transport.write(body)
+        return answer
+
+    def usable(self) -> bool:
+        """Whether it is open."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close it."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # For asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what an engine sends; what comes together is handed on together."""
+        answer, sound = self._answer, True
+        if answer is None:  # nobody asked
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            sound = False
+        pieces = self._pieces
+        if pieces:
+            self._pieces = []
+            answer.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if self._ended:
+            self._finish(answer, sound and self._keep)
+        elif not sound:
+            self._break()
+
+    def _finish(self, answer: Answer, keep: bool) -> None:
+        self._answer, self._ended = None, False
+        answer.ended()
+        if keep and self.usable():
+            self.pause(False)
+            self._pool.give_back(self, self._address)
+        else:
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the answer under way; without a length the end of the connection is its end."""
+        self._transport = None
+        self._pool.forget(self, self._address)
+        answer = self._answer
+        if answer is None:
+            return
+        if exc is None and answer.status and _LENGTHS.isdisjoint(n.lower() for n, _ in self._pairs):
+            self._answer = None
+            answer.ended()
+        else:
+            self._break()
+
+    def _break(self) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.broke(EngineBroke())
+        self.close()
+
+    # For the answer
+
+    def abandon(self) -> None:
+        """Close it: nobody wants the rest of the answer."""
+        self._answer = None
+        self.close()
+
+    def pause(self, paused: bool) -> None:
+        """Read no more for now, or read on."""
+        if self._transport is not None and paused is not self._paused:
+            self._paused = paused
+            if paused:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    # What the parser finds
+
+    def on_message_begin(self) -> None:
+        """Begin an answer; a second one to the same request is nothing that was asked for."""
+        self._keep = not self._ended
+        self._pairs = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take in a header."""
+        self._pairs.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """Hand the head on; those of 1xx only announce another one."""
+        status = self._parser.get_status_code()
+        if status >= 200 and self._answer is not None and not self._ended:
+            self._answer.began(status, self._pairs)
+
+    def on_body(self, piece: bytes) -> None:
+        """Keep a piece of the body until all that came with it is read."""
+        if not self._ended:
+            self._pieces.append(piece)
+
+    def on_message_complete(self) -> None:
+        """Note the end of an answer."""
+        self._ended = self._answer is not None and self._answer.status > 0
+        self._keep = self._keep and self._parser.should_keep_alive()
+
+
+class Pool:
+    """Connections to engines.
+
+    Args:
+        connect_s: longest wait for a connection, seconds.
+        ssl: what https engines are checked with; true for the system's authorities.
+    """
+
+    def __init__(self, connect_s: float, ssl: SSLContext | bool = True) -> None:
+        self._connect_s, self._ssl = connect_s, ssl
+        self._idle: dict[_Address, deque[EngineConnection]] = {}
+        self._open: set[EngineConnection] = set()
+        self._reaper: asyncio.TimerHandle | None = None
+
+    @property
+    def open(self) -> int:
+        """Connections there are."""
+        return len(self._open)
+
+    async def send(self, url: URL, head: bytes, body: bytes) -> Answer:
+        """Send a request and return the answer once its head is here.
+
+        A connection that was idle may have been closed at the other end just then: the request
+        goes out once more on another one.
+
+        Args:
+            url: of the engine.
+            head: request line and headers, up to the empty line.
+            body: of the request.
+
+        Raises:
+            CannotConnect: nobody listens there.
+            EngineBroke: the connection broke.
+        """
+        try:
+            return await self._once(url, head, body)
+        except EngineBroke:
+            return await self._once(url, head, body)
+
+    async def _once(self, url: URL, head: bytes, body: bytes) -> Answer:
+        answer = (await self._connection(url)).send(head, body)
+        try:
+            await answer.head()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    async def _connection(self, url: URL) -> EngineConnection:
+        address = (url.scheme, url.raw_host or "", url.port or 80)
+        idle = self._idle.get(address)
+        if idle:
+            loop = asyncio.get_running_loop()
+            connection = idle.pop()
+            if connection.usable() and loop.time() - connection.idle_since_s < _KEEPALIVE_S:
+                return connection
+            connection.close()
+        return await self._connect(address)
+
+    async def _connect(self, address: _Address) -> EngineConnection:
+        scheme, host, port = address
+        loop = asyncio.get_running_loop()
+        making = loop.create_connection(
+            lambda: EngineConnection(self, address),
+            host,
+            port,
+            ssl=self._ssl if scheme == "https" else None,
+        )
+        try:
+            _, connection = await asyncio.wait_for(making, self._connect_s)
+        except (OSError, asyncio.TimeoutError) as error:
+            raise CannotConnect(str(error)) from None
+        self._open.add(connection)
+        return connection
+
+    def give_back(self, connection: EngineConnection, address: _Address) -> None:
+        """Keep a connection for the next call."""
+        loop = asyncio.get_running_loop()
+        connection.idle_since_s = loop.time()
+        self._idle.setdefault(address, deque()).append(connection)
+        if self._reaper is None:
+            self._reaper = loop.call_later(_KEEPALIVE_S, self._reap)
+
+    def forget(self, connection: EngineConnection, address: _Address) -> None:
+        """Note that a connection is gone."""
+        self._open.discard(connection)
+        idle = self._idle.get(address)
+        if idle and connection in idle:
+            idle.remove(connection)
+
+    def _reap(self) -> None:
+        """Close connections that were idle for long."""
+        loop = asyncio.get_running_loop()
+        oldest_s = loop.time() - _KEEPALIVE_S
+        for idle in self._idle.values():
+            while idle and idle[0].idle_since_s <= oldest_s:
+                idle.popleft().close()
+        busy = any(self._idle.values())
+        self._reaper = loop.call_later(_KEEPALIVE_S / 4, self._reap) if busy else None
+
+    def close(self) -> None:
+        """Close all connections."""
+        if self._reaper is not None:
+            self._reaper.cancel()
+        for connection in list(self._open):
+            connection.close()

@@ -1,0 +1,243 @@
+"""A request as the router's own server reads it, and the way back to its client.
+
+It is an :class:`aiohttp.web.BaseRequest` for everybody who wants one. Calls use only what is cheap:
+names and values as they came, the body, and the methods that write the answer straight to the
+connection. The rest of the base class is set up when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from aiohttp import streams, web
+from aiohttp.http import HttpVersion, RawRequestMessage
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+if TYPE_CHECKING:
+    from hexgen_vllm.router.http_server import Connection, Source
+
+SENT: Final = web.Response()
+"""What a handler returns that has written the answer itself."""
+
+Pairs = list[tuple[bytes, bytes]]
+_REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
+_INFLATE: Final = {"gzip": 31, "x-gzip": 31, "deflate": 47}
+
+
+class Names(dict[str, str]):
+    """Header values by lower-case name, the first one of each."""
+
+
+class Request(web.BaseRequest):
+    """One request.
+
+    Attributes:
+        pairs: header names and values as they came.
+        names: the same by lower-case name.
+        persists: whether another request may follow on its connection.
+        answering: whether the head of the answer has been written.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        method: str,
+        target: str,
+        pairs: Pairs,
+        *,
+        persists: bool,
+        can_chunk: bool,
+    ) -> None:
+        self._connection, self._line = connection, (method, target)
+        self.pairs = pairs
+        self.persists, self._can_chunk = persists, can_chunk
+        self.names = Names()
+        for name, value in pairs:
+            key = name.decode("latin-1").lower()
+            if key not in self.names:
+                self.names[key] = value.decode("utf-8", "surrogateescape")
+        self.answering = False
+        self._chunked = False
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._whole: bytes | None = None
+        self._complete = False
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Set up the base class when the first of its attributes is asked for."""
+        if "_message" in self.__dict__:
+            raise AttributeError(name)
+        method, target = self._line
+        headers = CIMultiDictProxy(CIMultiDict(
+            (n.decode("latin-1"), v.decode("utf-8", "surrogateescape")) for n, v in self.pairs
+        ))  # fmt: skip
+        message = RawRequestMessage(
+            method, target, HttpVersion(1, 1), headers, tuple(self.pairs), False, None, False,
+            False, URL(target, encoded=True),
+        )  # fmt: skip
+        connection = cast(Any, self._connection)
+        super().__init__(
+            message, streams.EMPTY_PAYLOAD, connection, cast(Any, None), cast(Any, None),
+            connection.loop, client_max_size=connection.max_body_bytes,
+        )  # fmt: skip
+        return getattr(self, name)
+
+    # What came in
+
+    @property
+    def method(self) -> str:
+        """The method."""
+        return self._line[0]
+
+    @property
+    def path_qs(self) -> str:
+        """Path and query as they came."""
+        return self._line[1]
+
+    @property
+    def path(self) -> str:
+        """The path as it came, without a query."""
+        return self._line[1].partition("?")[0]
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        """The client's connection, ``None`` when it is gone."""
+        return self._connection.transport
+
+    @property
+    def can_read_body(self) -> bool:
+        """Whether part of the body has not arrived yet."""
+        return not self._complete
+
+    @property
+    def body_complete(self) -> bool:
+        """Whether all of the body is here."""
+        return self._complete
+
+    async def read(self) -> bytes:
+        """Return the body in the clear.
+
+        Raises:
+            HTTPRequestEntityTooLarge: it is too long.
+            RequestPayloadError: it broke off, or is not compressed as it says.
+        """
+        if not self._complete and self._failure is None:
+            self._waiter = self._connection.loop.create_future()
+            await self._waiter
+        if self._failure is not None:
+            raise self._failure
+        if self._whole is None:
+            raw = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._whole = self._in_the_clear(raw)
+            self._pieces.clear()
+        return self._whole
+
+    def _in_the_clear(self, raw: bytes) -> bytes:
+        encoding = self.names.get("content-encoding", "identity").lower()
+        if encoding == "identity" or not raw:
+            return raw
+        window, most = _INFLATE.get(encoding), self._connection.max_body_bytes
+        if window is None:
+            raise web.RequestPayloadError(f"no such encoding: {encoding}")
+        for bits in (window, -15) if encoding == "deflate" else (window,):
+            tool = zlib.decompressobj(bits)
+            try:
+                found = tool.decompress(raw, most + 1)
+            except zlib.error:
+                continue
+            if len(found) > most:
+                raise web.HTTPRequestEntityTooLarge(most, len(found))
+            if tool.eof:
+                return found
+        raise web.RequestPayloadError("the body is not compressed as it says")
+
+    # For the connection
+
+    def feed(self, piece: bytes) -> None:
+        """Take in a piece of the body."""
+        self._size += len(piece)
+        most = self._connection.max_body_bytes
+        if self._size > most:
+            self.fail(web.HTTPRequestEntityTooLarge(most, self._size))
+        elif self._failure is None:
+            self._pieces.append(piece)
+
+    def feed_end(self) -> None:
+        """Note the end of the body."""
+        self._complete = True
+        self._wake()
+
+    def fail(self, failure: Exception) -> None:
+        """Let :meth:`read` raise ``failure``."""
+        if not self._complete and self._failure is None:
+            self._failure = failure
+            self._pieces.clear()
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # The answer
+
+    def reply(self, status: int, head: Iterable[bytes], body: bytes) -> None:
+        """Answer with ``body``; ``head`` holds the header lines without a length."""
+        self.answering = True
+        pieces = self._head(status, head)
+        if status == 204 or status < 200:
+            pieces.append(b"\r\n")
+        else:
+            pieces.append(b"content-length: %d\r\n\r\n" % len(body))
+            if self.method != "HEAD":
+                pieces.append(body)
+        self._connection.write(b"".join(pieces))
+
+    def draw_from(self, source: Source) -> None:
+        """Have ``source`` wait whenever the client does not read fast enough."""
+        self._connection.draw_from(source)
+
+    def begin(self, status: int, head: Iterable[bytes], length: int | None, data: bytes) -> None:
+        """Begin an answer of ``length`` bytes, or of unknown length, with ``data``."""
+        self.answering = True
+        pieces = self._head(status, head)
+        if length is not None:
+            pieces.append(b"content-length: %d\r\n\r\n" % length)
+        elif self._can_chunk:
+            self._chunked = True
+            pieces.append(b"transfer-encoding: chunked\r\n\r\n")
+        else:
+            self.persists = False
+            pieces = [*self._head(status, head), b"\r\n"]
+        pieces.append(self._framed(data))
+        self._connection.write(b"".join(pieces))
+
+    def send(self, data: bytes) -> None:
+        """Send more of an answer that has begun."""
+        self._connection.write(self._framed(data))
+
+    def end(self, data: bytes = b"") -> None:
+        """Send the last of an answer that has begun."""
+        last = self._framed(data) + (b"0\r\n\r\n" if self._chunked else b"")
+        if last:
+            self._connection.write(last)
+
+    def _framed(self, data: bytes) -> bytes:
+        if self._chunked and data:
+            return b"%x\r\n%b\r\n" % (len(data), data)
+        return data
+
+    def _head(self, status: int, head: Iterable[bytes]) -> list[bytes]:
+        reason = _REASONS.get(status, "").encode()
+        pieces = [b"HTTP/1.1 %d %b\r\n" % (status, reason), *head, *self._connection.marks(self)]
+        if not self.persists:
+            pieces.append(b"connection: close\r\n")
+        elif not self._can_chunk:
+            pieces.append(b"connection: keep-alive\r\n")
+        return pieces
