@@ -32,6 +32,24 @@ def test_cuda_library_builds_and_loads(tmp_path: Path) -> None:
         assert getattr(library, name)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(build.find_nvcc() is None, reason="nvcc is not installed")
+def test_cuda_source_compiles_for_every_gpu_without_a_warning(tmp_path: Path) -> None:
+    nvcc, sources = build.find_nvcc(), build.source_dir()
+    assert nvcc is not None
+    assert sources is not None
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = {"80", "86", "89", "90", "100", "120"} & set(
+        listed.stdout.replace("compute_", "").split()
+    )
+    assert known >= {"80", "90"}
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in sorted(known)]
+    flags = ["-O3", "-std=c++17", "-Werror", "all-warnings", "--threads", "2", *targets]
+    command = [nvcc, *flags, "-fatbin", "-o", str(tmp_path / "kv"), str(sources / "kv_copy.cu")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_no_compiler_is_a_reason_not_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
