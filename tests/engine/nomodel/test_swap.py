@@ -33,7 +33,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("seed", "name"), enumerate(SETUPS))
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(SETUPS)))
 def test_tokens_are_exact_and_hardly_any_is_computed_again(
     folder: Path, name: str, seed: int
 ) -> None:
