@@ -20,6 +20,7 @@ from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.intake import decoded
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.overview import decision
+from hexgen_vllm.router.tuning import SearchFailed, fleet_text
 from hexgen_vllm.router.ui_page import DATA_PATH, PATH, UiPage
 from hexgen_vllm.router.workers import worker_view
 
@@ -50,6 +51,8 @@ class Pages:
             "/metrics": self.metrics,
             "/scheduling/diagnostics": self.diagnostics,
             "/tuning": self.tuning,
+            "/tuning/recent": self.recent,
+            "/tuning/fleet": self.engines_measured,
             PATH: self._ui.page,
             DATA_PATH: self._ui.data,
         }
@@ -127,6 +130,30 @@ class Pages:
         if tuning is None:
             return _json({"mode": "off"})
         return _json(tuning.tuner.state(self._context.clock.now()))
+
+    async def recent(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Return recent workflows, lengths and timings only, for ``hexgen-vllm tune --trace``.
+
+        Raises:
+            BadRequest: nothing is recorded.
+        """
+        tuning = self._context.tuning
+        if tuning is None:
+            raise BadRequest("Workflows are recorded with --tune suggest or auto.", status=404)
+        text = await asyncio.to_thread(tuning.recent.text)
+        return web.Response(text=text, content_type="application/x-ndjson")
+
+    async def engines_measured(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Return the engines as a fleet file, for ``hexgen-vllm tune --fleet`` and ``sim``.
+
+        Raises:
+            BadRequest: one has not been measured yet.
+        """
+        try:
+            text = fleet_text(list(self._context.service.coordinator.engines.values()))
+        except SearchFailed as error:
+            raise BadRequest(f"{str(error).capitalize()}.", status=404) from None
+        return web.Response(text=text, content_type="application/yaml")
 
     async def finish_session(self, request: web.BaseRequest) -> web.StreamResponse:
         """End the workflow that the query names, by vllm-router's convention."""

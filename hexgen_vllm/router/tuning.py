@@ -97,7 +97,8 @@ class Tuning:
             return
         self.tuner.search_started(seen, why, now)
         try:
-            files = (ring.text(), fleet_text(list(self._coordinator.engines.values())))
+            recent = await asyncio.to_thread(ring.text)
+            files = (recent, fleet_text(list(self._coordinator.engines.values())))
             found = await self._search(files, self._coordinator.options, self._options)
         except SearchFailed as error:
             self.tuner.search_failed(str(error), self._clock.now())

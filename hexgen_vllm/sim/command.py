@@ -7,7 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 from hexgen_vllm.bench import results as files
 from hexgen_vllm.bench.plot import draw_attainment, require_matplotlib
@@ -19,6 +21,11 @@ from hexgen_vllm.sim.scenario import Run, Scenario
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.sim.table import describe, render
 from hexgen_vllm.sim.timeline import Timeline
+
+Progress = Callable[[Run, int, int, int], None]
+"""Takes a run, its number, their count, and the workflows of it that have ended."""
+
+_TOLD_WORKFLOWS: Final = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +63,8 @@ def main(args: argparse.Namespace) -> int:
     if args.plot:
         require_matplotlib()
     rows = play(scenario, _progress_line, args.timeline)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     print(render(rows))
     if args.json:
         files.write(args.json, rows)
@@ -66,14 +75,14 @@ def main(args: argparse.Namespace) -> int:
 
 def play(
     scenario: Scenario,
-    progress: Callable[[Run, int, int], None] | None = None,
+    progress: Progress | None = None,
     trace: Path | None = None,
 ) -> list[Row]:
     """Play all runs of a scenario and print its limits.
 
     Args:
         scenario: what to play.
-        progress: called with the run, the number of the run and their count, before each.
+        progress: called before each run, and each time a workflow of it has ended.
         trace: where a timeline goes; there must be only one run.
 
     Raises:
@@ -90,9 +99,11 @@ def play(
     rows = []
     for index, run in enumerate(runs):
         timeline = None if trace is None else Timeline()
+        told = None
         if progress is not None:
-            progress(run, index, len(runs))
-        simulation = simulate(scenario, run, bounds, observer=timeline)
+            told = partial(progress, run, index, len(runs))
+            told(0)
+        simulation = simulate(scenario, run, bounds, observer=timeline, progress=told)
         rows.append(row(scenario, run, bounds, simulation))
         if trace is not None and timeline is not None:
             shown = timeline.trace(simulation.workflows, simulation.calls)
@@ -149,12 +160,13 @@ def _changed(scenario: Scenario, args: argparse.Namespace) -> Scenario:
     return scenario
 
 
-def _progress_line(run: Run, index: int, count: int) -> None:
+def _progress_line(run: Run, index: int, count: int, ended: int) -> None:
+    """Say which run it is; on a terminal also how far it is, in a line that is overwritten."""
     text = f"{index + 1}/{count}: {run.policy.name} at load {run.load:.2f}, seed {run.seed}"
     if sys.stderr.isatty():
-        end = "\n" if index + 1 == count else ""
-        print(f"\r\x1b[K{text}", end=end, file=sys.stderr, flush=True)
-    elif index * 10 // count > (index - 1) * 10 // count:
+        if ended % _TOLD_WORKFLOWS == 0:
+            print(f"\r\x1b[K{text}, {ended} workflows", end="", file=sys.stderr, flush=True)
+    elif ended == 0 and index * 10 // count > (index - 1) * 10 // count:
         print(text, file=sys.stderr, flush=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +26,7 @@ def simulate(
     specs: Sequence[WorkflowSpec] | None = None,
     *,
     observer: StepObserver | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Simulation:
     """Play one run to its end and return it.
 
@@ -35,6 +36,7 @@ def simulate(
         bounds: of the scenario; give the base SLO.
         specs: its workflows if they are known already.
         observer: sees every engine step.
+        progress: called with the number of workflows that have ended, each time one does.
     """
     deadline_s = scenario.deadline.of(scenario.base_s(bounds))
     simulation = Simulation(
@@ -44,7 +46,7 @@ def simulate(
         scenario.simulation,
         observer=observer,
     )
-    simulation.run(scenario.specs(run) if specs is None else specs)
+    simulation.run(scenario.specs(run) if specs is None else specs, progress)
     return simulation
 
 

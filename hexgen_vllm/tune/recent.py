@@ -78,8 +78,8 @@ class Ring:
             self._kept.append(workflow)
 
     def text(self) -> str:
-        """Return all of them as JSON lines."""
-        return "".join(f"{workflow.line()}\n" for workflow in self._kept)
+        """Return all of them as JSON lines; another thread may add some meanwhile."""
+        return "".join(f"{workflow.line()}\n" for workflow in list(self._kept))
 
 
 def parse(lines: Iterable[str], name: str) -> list[RecentWorkflow]:

@@ -215,12 +215,30 @@ async def test_the_router_records_and_shows_its_tuning() -> None:
         assert (shown["mode"], shown["phase"], shown["history"]) == ("suggest", "watching", [])
         (recorded,) = stand.context.tuning.recent
         assert [c.stage for c in recorded.calls] == ["default"]
+        async with stand.client.get(f"{stand.router.url}/tuning/recent") as page:
+            assert parse((await page.text()).splitlines(), "page") == [recorded]
+
+
+async def test_the_fleet_can_be_read_as_the_tuner_needs_it(tmp_path: Path) -> None:
+    async with open_stand(FakeSettings()) as stand:
+        page_url = f"{stand.router.url}/tuning/fleet"
+        async with stand.client.get(page_url) as page:
+            assert page.status == 404
+            assert "has not been measured yet" in await page.text()
+        (name,) = stand.context.service.coordinator.engines
+        stand.context.service.engine_reported(name, EngineReport(cost=COST, fit_error=0.01))
+        async with stand.client.get(page_url) as page:
+            (tmp_path / "fleet.yaml").write_text(await page.text())
+        assert [m.cost for m in load_fleet(tmp_path / "fleet.yaml")] == [COST]
 
 
 async def test_tuning_is_off_by_default() -> None:
     async with open_stand(FakeSettings()) as stand:
         async with stand.client.get(f"{stand.router.url}/tuning") as page:
             assert await page.json() == {"mode": "off"}
+        async with stand.client.get(f"{stand.router.url}/tuning/recent") as page:
+            assert page.status == 404
+            assert "--tune" in await page.text()
         async with stand.client.get(f"{stand.router.url}/metrics") as page:
             assert "hexgen_router_tune" not in await page.text()
 
