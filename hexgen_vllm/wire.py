@@ -217,8 +217,8 @@ def _spelled(value: object) -> str:
 
 def to_headers(meta: CallMeta) -> dict[str, str]:
     """Return the headers that say what ``meta`` says."""
-    values = ((f, getattr(meta, f)) for f in FIELDS)
-    return {header_name(f): _spelled(v) for f, v in values if v is not None}
+    values = ((name, getattr(meta, f)) for name, f in _HEADERS.items())
+    return {name: _spelled(v) for name, v in values if v is not None}
 
 
 def to_xargs(meta: CallMeta) -> dict[str, str | int | float]:

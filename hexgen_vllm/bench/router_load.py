@@ -92,7 +92,7 @@ class Call:
             if found == expected and self.status == 200:
                 return 0
             pairs = zip_longest(found.split(b"\n\n"), expected.split(b"\n\n"))
-            return max(sum(a != b for a, b in pairs), 1)
+            return max(sum(1 for a, b in pairs if a != b), 1)
         return 0 if self.status == 200 and found == router_engine.body(self.tokens) else 1
 
 

@@ -44,6 +44,21 @@ _PLAIN_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
 
 
+_PRIORITY_HEADERS: Final = (
+    "x-dynamo-request-priority",
+    "x-vllm-priority",
+    "x-request-priority",
+    "x-smg-priority",
+)
+# A request without any of these says nothing in other projects' words.
+_HEADERS: Final = frozenset(
+    (*SESSION_HEADERS, FINAL_HEADER, *TENANT_HEADERS, *TIMEOUT_HEADERS, *_PRIORITY_HEADERS)
+)
+_BODY_FIELDS: Final = frozenset(
+    ("vllm_xargs", "nvext", "agent_hint", "session_id", "priority", "service_tier")
+)
+
+
 class Foreign(NamedTuple):
     """What a request says in other projects' words; ``None`` means not said.
 
@@ -66,6 +81,9 @@ class Foreign(NamedTuple):
     final: bool = False
 
 
+_NOTHING: Final = Foreign()
+
+
 def agentic_context(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return ``vllm_xargs.agentic_context`` of a body, empty when it has none."""
     return _dict(_dict(body.get("vllm_xargs")).get("agentic_context"))
@@ -73,6 +91,10 @@ def agentic_context(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def read(headers: Mapping[str, str], body: Mapping[str, Any]) -> Foreign:
     """Read every convention from ``headers`` (by lower-case name) and a decoded ``body``."""
+    if _BODY_FIELDS.isdisjoint(body) and _HEADERS.isdisjoint(headers) and not any(
+        name.endswith("-session-id") for name in headers
+    ):  # fmt: skip
+        return _NOTHING
     agent, hints = agentic_context(body), _dict(_dict(body.get("nvext")).get("agent_hints"))
     deadline_s = _positive(agent.get("deadline_seconds"))
     osl = _positive(agent.get("expected_output_length")) or _positive(hints.get("osl"))

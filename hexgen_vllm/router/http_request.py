@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -31,6 +31,11 @@ _INFLATE: Final = {"gzip": 31, "x-gzip": 31, "deflate": 47}
 
 class Names(dict[str, str]):
     """Header values by lower-case name, the first one of each."""
+
+    @classmethod
+    def of(cls, headers: Mapping[str, str]) -> Names:
+        """Return the names of ``headers``."""
+        return cls((name.lower(), headers[name]) for name in headers)
 
 
 class Request(web.BaseRequest):
@@ -60,7 +65,8 @@ class Request(web.BaseRequest):
         for name, value in pairs:
             key = name.decode("latin-1").lower()
             if key not in self.names:
-                self.names[key] = value.decode("utf-8", "surrogateescape")
+                self.names[key] = _text(value)
+        self._all: CIMultiDictProxy[str] | None = None
         self.answering = False
         self._chunked = False
         self._pieces: list[bytes] = []
@@ -75,12 +81,9 @@ class Request(web.BaseRequest):
         if "_message" in self.__dict__:
             raise AttributeError(name)
         method, target = self._line
-        headers = CIMultiDictProxy(CIMultiDict(
-            (n.decode("latin-1"), v.decode("utf-8", "surrogateescape")) for n, v in self.pairs
-        ))  # fmt: skip
         message = RawRequestMessage(
-            method, target, HttpVersion(1, 1), headers, tuple(self.pairs), False, None, False,
-            False, URL(target, encoded=True),
+            method, target, HttpVersion(1, 1), self.headers, tuple(self.pairs), False, None,
+            False, False, URL(target, encoded=True),
         )  # fmt: skip
         connection = cast(Any, self._connection)
         super().__init__(
@@ -90,6 +93,14 @@ class Request(web.BaseRequest):
         return getattr(self, name)
 
     # What came in
+
+    @property
+    def headers(self) -> CIMultiDictProxy[str]:
+        """All headers."""
+        if self._all is None:
+            pairs = ((n.decode("latin-1"), _text(v)) for n, v in self.pairs)
+            self._all = CIMultiDictProxy(CIMultiDict(pairs))
+        return self._all
 
     @property
     def method(self) -> str:
@@ -120,6 +131,13 @@ class Request(web.BaseRequest):
     def body_complete(self) -> bool:
         """Whether all of the body is here."""
         return self._complete
+
+    @property
+    def whole(self) -> bytes | None:
+        """The body if all of it is here and it came in the clear."""
+        if self._complete and len(self._pieces) == 1 and "content-encoding" not in self.names:
+            return self._pieces[0]
+        return None
 
     async def read(self) -> bytes:
         """Return the body in the clear.
@@ -241,3 +259,7 @@ class Request(web.BaseRequest):
         elif not self._can_chunk:
             pieces.append(b"connection: keep-alive\r\n")
         return pieces
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "surrogateescape")

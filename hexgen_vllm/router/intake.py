@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import uuid
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,6 +15,7 @@ from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router import conventions
 from hexgen_vllm.router.conventions import Foreign
 from hexgen_vllm.router.endpoints import Endpoint
+from hexgen_vllm.router.http_request import Names, Pairs
 from hexgen_vllm.router.prompt import Prompt, TokenRatios, chain, read_prompt
 from hexgen_vllm.types import NO_DEADLINE, Call
 
@@ -30,7 +31,7 @@ class Accepted:
     Attributes:
         call: what policies see.
         endpoint: where it came in.
-        headers: the client's headers.
+        pairs: the client's headers, names and values as they came.
         body: bytes for the engine; the client's own unless something had to be taken out.
         prompt: what the length estimate stands on.
         session_id: workflow or session the client named, ``None`` when it named none.
@@ -39,7 +40,7 @@ class Accepted:
 
     call: Call
     endpoint: Endpoint
-    headers: Mapping[str, str]
+    pairs: Pairs
     body: bytes
     prompt: Prompt
     session_id: str | None
@@ -62,6 +63,7 @@ class Intake:
         self._default_deadline_s = default_deadline_s
         self._request_id_headers = request_id_headers
         self._numbers = itertools.count()
+        self._made_up = f"hexgen-{secrets.token_hex(12)}"
 
     def request_id(self, headers: Mapping[str, str]) -> str:
         """Return the client's request id, or a new one.
@@ -79,7 +81,7 @@ class Intake:
                     f"{name} must be 1 to {most} printable ASCII characters.", param=name
                 )
             return value
-        return f"hexgen-{uuid.uuid4().hex}"
+        return f"{self._made_up}{next(self._numbers):08x}"
 
     def read(
         self,
@@ -88,6 +90,7 @@ class Intake:
         raw: bytes,
         now: float,
         only_model: str | None,
+        pairs: Pairs | None = None,
     ) -> Accepted:
         """Read a request.
 
@@ -97,13 +100,14 @@ class Intake:
             raw: its body.
             now: time of receipt.
             only_model: model meant by a body that names none; ``None`` when there are several.
+            pairs: the headers as they came, for the engine.
 
         Raises:
             BadRequest: the body is no JSON object, or one of our fields has a bad value.
         """
         body = decoded(raw)
         model = _model(body, only_model)
-        names = {name.lower(): value for name, value in headers.items()}
+        names = headers if isinstance(headers, Names) else Names.of(headers)
         said = wire.from_headers(names)
         if "vllm_xargs" in body:
             said = wire.merged(said, _said_in_body(body))
@@ -113,7 +117,7 @@ class Intake:
         return Accepted(
             call=call,
             endpoint=endpoint,
-            headers=headers,
+            pairs=pairs or [],
             body=_without_agentic_context(body, raw),
             prompt=prompt,
             session_id=said.workflow_id or foreign.session_id,

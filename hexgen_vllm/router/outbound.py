@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 from multidict import CIMultiDict
@@ -27,8 +28,8 @@ from hexgen_vllm.types import EngineKind, Placement
 ENGINE_HEADER: Final = "x-hexgen-engine"
 REQUEST_ID_HEADER: Final = "x-request-id"
 SERVER: Final = "hexgen-vllm"
-SESSION_HEADER: Final = "X-Session-ID"
-PRIORITY_HEADER: Final = "X-Vllm-Priority"
+SESSION_HEADER: Final = "x-session-id"
+PRIORITY_HEADER: Final = "x-vllm-priority"
 # A step of client priority outranks every difference in due time: 1e12 ms are 31 years.
 PRIORITY_STEP: Final = 10**12
 
@@ -57,13 +58,30 @@ _NOT_TO_ENGINE: Final = frozenset(
     )
 )
 _NOT_TO_CLIENT: Final = frozenset(
-    (*_HOP_BY_HOP, "content-length", "date", "server", REQUEST_ID_HEADER)
+    (
+        *_HOP_BY_HOP,
+        "content-length",
+        "date",
+        "server",
+        REQUEST_ID_HEADER,
+        # These may say where the engine is.
+        "alt-svc",
+        "content-location",
+        "link",
+        "location",
+        "refresh",
+        "via",
+    )
 )
 
 
 _NOT_IN_HEAD: Final = frozenset(
     name.encode() for name in (*_HOP_BY_HOP, "content-length", "server", REQUEST_ID_HEADER)
 )
+_NOT_IN_REQUEST: Final = frozenset(name.encode() for name in _NOT_TO_ENGINE)
+_PLAIN_CONNECTION: Final = (b"", b"keep-alive", b"close")
+_OURS: Final = wire.HEADER_PREFIX.encode()
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 def _kept(headers: Mapping[str, str], dropped: frozenset[str]) -> CIMultiDict[str]:
@@ -87,35 +105,64 @@ def plain_to_engine(
     return out
 
 
-def to_engine(
+def call_head(
     accepted: Accepted,
     placement: Placement,
     kind: EngineKind,
     *,
+    url: URL,
     now: float,
     epoch: float,
     request_id: str,
-    engine_api_key: str | None = None,
-) -> CIMultiDict[str]:
-    """Return the headers of a call for its engine.
+    extra: Mapping[str, str] = _NOTHING,
+) -> bytes:
+    """Return request line and headers of a call for its engine.
 
     Args:
         accepted: the call and the client's headers.
         placement: what was decided.
         kind: what the engine understands.
+        url: of the engine.
         now: time of sending.
         epoch: time that stock priorities count from.
         request_id: sent as ``x-request-id``.
-        engine_api_key: replaces the client's key.
+        extra: headers that replace the client's, by lower-case name.
     """
-    out = plain_to_engine(accepted.headers, request_id, engine_api_key)
-    if accepted.session_id is not None and SESSION_HEADER not in out:
-        out[SESSION_HEADER] = accepted.session_id
+    said = {**extra, REQUEST_ID_HEADER: request_id}
     if kind is EngineKind.HEXGEN:
-        out.update(wire.to_headers(_meta(accepted, placement, now)))
+        said |= wire.to_headers(_meta(accepted, placement, now))
     elif kind is EngineKind.PRIORITY:
-        out[PRIORITY_HEADER] = str(stock_priority(placement.due_s - epoch, accepted.priority))
-    return out
+        due_s = placement.due_s - epoch
+        said[PRIORITY_HEADER] = str(stock_priority(due_s, accepted.priority))
+    kept, names = _kept_lines(accepted.pairs, said)
+    if accepted.session_id is not None and SESSION_HEADER.encode() not in names:
+        said[SESSION_HEADER] = accepted.session_id
+    lines = "".join([f"{name}: {value}\r\n" for name, value in said.items()])
+    head = (
+        f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {url.host_port_subcomponent}\r\n{lines}"
+        f"accept-encoding: identity\r\ncontent-length: {len(accepted.body)}\r\n\r\n"
+    )
+    first, _, rest = head.encode("utf-8", "surrogateescape").partition(b"\r\n")
+    return b"".join((first, b"\r\n", *kept, rest))
+
+
+def _kept_lines(pairs: Pairs, said: Mapping[str, str]) -> tuple[list[bytes], set[bytes]]:
+    """Return the header lines that pass through, and their lower-case names."""
+    dropped = _NOT_IN_REQUEST | {name.encode() for name in said}
+    lines, names = [], set()
+    for name, value in pairs:
+        key = name.lower()
+        if key == b"connection" and value.lower() not in _PLAIN_CONNECTION:
+            return _kept_lines([p for p in pairs if p[0] != name], {**said, **_named(value)})
+        if key not in dropped and not key.startswith(_OURS):
+            names.add(key)
+            lines.append(b"%b: %b\r\n" % (name, value))
+    return lines, names
+
+
+def _named(value: bytes) -> dict[str, str]:
+    """Return the names in a ``Connection`` header."""
+    return dict.fromkeys((one.strip().lower() for one in value.decode("latin-1").split(",")), "")
 
 
 def stock_priority(due_in_s: float, priority: int) -> int:
@@ -163,25 +210,14 @@ def to_client(headers: Mapping[str, str], engine: str, request_id: str) -> CIMul
     return out
 
 
-def request_head(url: URL, headers: Mapping[str, str], length: int) -> bytes:
-    """Return the head of a POST request with a body of ``length`` bytes."""
-    host = url.raw_host or ""
-    where = f"[{host}]" if ":" in host else host
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    return (
-        f"POST {url.raw_path_qs} HTTP/1.1\r\nHost: {where}:{url.port}\r\n{lines}"
-        f"Content-Length: {length}\r\n\r\n"
-    ).encode("utf-8", "surrogateescape")
-
-
 def answer_head(pairs: Pairs, engine: str, request_id: str) -> list[bytes]:
     """Return the header lines of an engine's answer for the client, without a length."""
     dropped = _NOT_IN_HEAD
     lines = []
     for name, value in pairs:
         key = name.lower()
-        if key == b"connection" and value.lower() not in (b"keep-alive", b"close"):
-            dropped = dropped | {one.strip().lower() for one in value.split(b",")}
+        if key == b"connection" and value.lower() not in _PLAIN_CONNECTION:
+            dropped = dropped | {one.encode() for one in _named(value)}
         if key not in dropped:
             lines.append(b"%b: %b\r\n" % (name, value))
     said = f"Server: {SERVER}\r\n{ENGINE_HEADER}: {engine}\r\n{REQUEST_ID_HEADER}: {request_id}\r\n"

@@ -39,6 +39,8 @@ class Relay:
 
     def __init__(self, context: Context) -> None:
         self._context, options = context, context.options
+        key = options.engine_api_key
+        self._key = {} if key is None else {"authorization": f"Bearer {key}"}
         self._pool = Pool(options.connect_timeout_secs, tls.for_engines(options))
 
     def close(self) -> None:
@@ -109,10 +111,14 @@ class Relay:
                 placement = await self._elsewhere(job, call.call_id, failure)
 
     async def _read(self, job: Job) -> Accepted:
-        context, headers = self._context, job.request.headers
-        raw = await read_body(job.request)
+        context, request = self._context, job.request
+        raw = request.whole
+        if raw is None:
+            raw = await read_body(request)
         only = context.fleet.only_model()
-        return context.intake.read(job.endpoint, headers, raw, job.began_s, only)
+        return context.intake.read(
+            job.endpoint, request.names, raw, job.began_s, only, request.pairs
+        )
 
     async def _elsewhere(self, job: Job, call_id: str, failure: EngineFailed) -> Placement:
         """Return where to send a call again.
@@ -157,19 +163,20 @@ class Relay:
         self, job: Job, accepted: Accepted, placement: Placement, engine: Engine
     ) -> Answer:
         context = self._context
-        headers = outbound.to_engine(
+        extra = dict(self._key)
+        job.trace.sending(engine.name, extra)
+        url = engine.address(job.request.path_qs)
+        head = outbound.call_head(
             accepted,
             placement,
             engine.kind,
+            url=url,
             now=context.clock.now(),
             epoch=context.epoch_s,
             request_id=job.request_id or "",
-            engine_api_key=context.options.engine_api_key,
+            extra=extra,
         )
-        job.trace.sending(engine.name, headers)
-        url = engine.address(job.request.path_qs)
         try:
-            head = outbound.request_head(url, headers, len(accepted.body))
             return await self._pool.send(url, head, accepted.body)
         except CannotConnect:
             context.fleet.lost(engine.name, "a connection failed")

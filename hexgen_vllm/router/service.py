@@ -134,37 +134,50 @@ class Service:
             _refuse(future, error)
 
     async def _decided(self, call_id: str, decisions: Iterable[Decision]) -> Placement:
+        at_once = self._carry_out(decisions, call_id)
+        if isinstance(at_once, Placement):
+            return at_once
+        if at_once is not None:
+            raise _refusal(at_once)
         future: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self._waiting[call_id] = future
         try:
-            self._carry_out(decisions)
             return await future
         finally:
             del self._waiting[call_id]
             future.cancel()  # an error that comes too late is nobody's
 
-    def _carry_out(self, decisions: Iterable[Decision]) -> None:
+    def _carry_out(self, decisions: Iterable[Decision], asks: str | None = None) -> Decision | None:
+        """Carry out ``decisions``; return the one about the call that ``asks``, if there is one."""
+        own = None
         for decision in decisions:
             if isinstance(decision, Placement):
                 self._ledger.placements[decision.engine_id, decision.reason] += 1
                 if self._recorder is not None:
                     self._recorder.placed(decision)
+            if decision.call_id == asks:
+                own = decision
+                continue
             future = self._waiting.get(decision.call_id)
             if future is not None and not future.done():
                 _settle(future, decision)
+        return own
 
 
 def _settle(future: asyncio.Future[Placement], decision: Decision) -> None:
     if isinstance(decision, Rejection):
-        error = Refused(
-            decision.message,
-            reason=decision.reason,
-            status=decision.status,
-            retry_after_s=decision.retry_after_s,
-        )
-        _refuse(future, error)
+        _refuse(future, _refusal(decision))
     else:
         future.set_result(decision)
+
+
+def _refusal(decision: Rejection) -> Refused:
+    return Refused(
+        decision.message,
+        reason=decision.reason,
+        status=decision.status,
+        retry_after_s=decision.retry_after_s,
+    )
 
 
 def _refuse(future: asyncio.Future[Placement], error: Refused) -> None:

@@ -8,10 +8,12 @@ from itertools import pairwise
 
 import pytest
 from multidict import CIMultiDict
+from yarl import URL
 
 from hexgen_vllm import wire
 from hexgen_vllm.router import outbound
 from hexgen_vllm.router.endpoints import ENDPOINTS
+from hexgen_vllm.router.http_request import Pairs
 from hexgen_vllm.router.intake import Accepted
 from hexgen_vllm.router.prompt import Prompt
 from hexgen_vllm.types import Call, EngineKind, Placement
@@ -44,27 +46,40 @@ PLACED = Placement(
     expected_output_tokens=64,
 )  # fmt: skip
 ALL = {
-    "Authorization": "Bearer client-key",
-    "Content-Type": "application/json",
-    "Accept": "text/event-stream",
+    "authorization": "Bearer client-key",
+    "content-type": "application/json",
+    "accept": "text/event-stream",
     "traceparent": "00-a-b-01",
-    "X-Custom": "kept",
-    "X-Vllm-Priority": "-9",
-    "Accept-Encoding": "identity",
-    "X-Session-ID": "w1",
+    "x-custom": "kept",
+    "x-vllm-priority": "-9",
+    "host": "engine:8000",
+    "accept-encoding": "identity",
+    "content-length": "2",
+    "x-session-id": "w1",
     "x-request-id": "r1",
 }
+ENGINE = URL("http://engine:8000/v1/chat/completions?a=b%2Fc", encoded=True)
+
+
+def pairs(headers: dict[str, str]) -> Pairs:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 def accepted(headers: dict[str, str] = CLIENT, session: str | None = "w1") -> Accepted:
-    return Accepted(CALL, ENDPOINTS[0], CIMultiDict(headers), b"{}", Prompt("", 0, 0), session, 0)
+    return Accepted(CALL, ENDPOINTS[0], pairs(headers), b"{}", Prompt("", 0, 0), session, 0)
 
 
-def sent(kind: EngineKind, one: Accepted | None = None, key: str | None = None) -> dict[str, str]:
-    found = outbound.to_engine(
-        one or accepted(), PLACED, kind, now=NOW, epoch=EPOCH, request_id="r1", engine_api_key=key
-    )
-    assert len(found) == len(set(found)), "no header twice"
+def sent(
+    kind: EngineKind, one: Accepted | None = None, placed: Placement = PLACED, **extra: str
+) -> dict[str, str]:
+    head = outbound.call_head(
+        one or accepted(), placed, kind, url=ENGINE, now=NOW, epoch=EPOCH, request_id="r1",
+        extra=extra,
+    )  # fmt: skip
+    line, *lines = head.decode().removesuffix("\r\n\r\n").split("\r\n")
+    assert line == "POST /v1/chat/completions?a=b%2Fc HTTP/1.1"
+    found = [(name.lower(), value) for name, value in (one.split(": ", 1) for one in lines)]
+    assert len(found) == len(dict(found)), "no header twice"
     return dict(found)
 
 
@@ -73,7 +88,7 @@ def test_a_stock_engine_is_told_nothing_of_ours() -> None:
 
 
 def test_a_priority_engine_gets_the_due_time() -> None:
-    assert sent(EngineKind.PRIORITY) == {**ALL, "X-Vllm-Priority": "120000"}
+    assert sent(EngineKind.PRIORITY) == {**ALL, "x-vllm-priority": "120000"}
 
 
 def test_our_engine_gets_every_field() -> None:
@@ -93,18 +108,12 @@ def test_our_engine_gets_every_field() -> None:
 
 def test_what_is_sent_can_be_read() -> None:
     late = Placement("c1", "e1", "r", due_s=-5.0, deadline_s=-5.0, tail_s=1e12, background=True)
-    found = outbound.to_engine(
-        accepted(), late, EngineKind.HEXGEN, now=NOW, epoch=EPOCH, request_id="r"
-    )
-    meta = wire.from_headers(found)
+    meta = wire.from_headers(sent(EngineKind.HEXGEN, placed=late))
     assert meta.workflow_deadline_ms == 1.0, "overdue is still a number above 0"
     assert meta.tail_ms == wire.MAX_TIME_MS
     assert meta.background
     never = Placement("c1", "e1", "r")
-    found = outbound.to_engine(
-        accepted(), never, EngineKind.HEXGEN, now=NOW, epoch=EPOCH, request_id="r"
-    )
-    assert wire.from_headers(found).workflow_deadline_ms is None
+    assert wire.from_headers(sent(EngineKind.HEXGEN, placed=never)).workflow_deadline_ms is None
 
 
 def test_an_overdue_call_keeps_its_due_time() -> None:
@@ -113,10 +122,7 @@ def test_an_overdue_call_keeps_its_due_time() -> None:
     late = replace(early, due_s=NOW - 3.0, deadline_s=NOW - 2.0, tail_s=1.0)
     due = []
     for placement in (early, late):
-        found = outbound.to_engine(
-            accepted(), placement, EngineKind.HEXGEN, now=NOW, epoch=EPOCH, request_id="r"
-        )
-        meta = wire.from_headers(found)
+        meta = wire.from_headers(sent(EngineKind.HEXGEN, placed=placement))
         assert meta.workflow_deadline_ms is not None
         assert meta.tail_ms is not None
         due.append(round((meta.workflow_deadline_ms - meta.tail_ms) / 1000.0, 2))
@@ -126,11 +132,13 @@ def test_an_overdue_call_keeps_its_due_time() -> None:
 def test_the_clients_own_session_header_stays() -> None:
     one = accepted({**CLIENT, "x-session-id": "theirs"})
     assert sent(EngineKind.FCFS, one)["x-session-id"] == "theirs"
-    assert "X-Session-ID" not in sent(EngineKind.FCFS, accepted(session=None))
+    assert "x-session-id" not in sent(EngineKind.FCFS, accepted(session=None))
 
 
 def test_an_engine_key_replaces_the_clients() -> None:
-    assert sent(EngineKind.FCFS, key="engine-key")["Authorization"] == "Bearer engine-key"
+    found = sent(EngineKind.FCFS, authorization="Bearer engine-key", traceparent="00-c-d-01")
+    assert found["authorization"] == "Bearer engine-key"
+    assert found["traceparent"] == "00-c-d-01", "the router's own span is the parent"
 
 
 def test_stock_priorities_are_in_order() -> None:
@@ -142,22 +150,43 @@ def test_stock_priorities_are_in_order() -> None:
     assert max(map(abs, numbers)) < 2**63
 
 
+GIVEN = {
+    "Content-Type": "application/json", "Content-Length": "5", "Server": "uvicorn",
+    "Transfer-Encoding": "chunked", "Connection": "close, X-Own", "X-Own": "1",
+    "X-Request-Id": "theirs", "openai-processing-ms": "12",
+}  # fmt: skip
+KEPT = {
+    "Content-Type": "application/json",
+    "openai-processing-ms": "12",
+    "Server": "hexgen-vllm",
+    "x-hexgen-engine": "fast",
+    "x-request-id": "r1",
+}
+
+
 def test_answers_keep_their_headers() -> None:
-    given = {
-        "Content-Type": "application/json", "Content-Length": "5", "Server": "uvicorn",
-        "Date": "now", "Transfer-Encoding": "chunked", "Connection": "close",
-        "X-Request-Id": "theirs", "openai-processing-ms": "12",
-    }  # fmt: skip
-    assert dict(outbound.to_client(CIMultiDict(given), "fast", "r1")) == {
-        "Content-Type": "application/json",
-        "openai-processing-ms": "12",
-        "Server": "hexgen-vllm",
-        "x-hexgen-engine": "fast",
-        "x-request-id": "r1",
-    }
+    assert dict(outbound.to_client(CIMultiDict(GIVEN), "fast", "r1")) == KEPT
+    lines = outbound.answer_head(pairs(GIVEN), "fast", "r1")
+    text = b"".join(lines).decode()
+    assert dict(line.split(": ", 1) for line in text.split("\r\n")[:-1]) == KEPT
+
+
+def test_an_answer_keeps_the_time_of_its_engine() -> None:
+    assert b"Date: now\r\n" in outbound.answer_head([(b"Date", b"now")], "fast", "r1")
 
 
 @pytest.mark.parametrize("named", ["X-Custom", "x-custom , close"])
 def test_headers_named_by_connection_stay_here(named: str) -> None:
     found = outbound.plain_to_engine(CIMultiDict({**CLIENT, "Connection": named}), "r", None)
     assert "X-Custom" not in found
+    assert "x-custom" not in sent(EngineKind.FCFS, accepted({**CLIENT, "Connection": named}))
+
+
+def test_headers_that_come_twice_go_on_twice() -> None:
+    one = Accepted(
+        CALL, ENDPOINTS[0], [(b"X-A", b"1"), (b"x-a", b"2")], b"", Prompt("", 0, 0), None, 0
+    )
+    head = outbound.call_head(
+        one, PLACED, EngineKind.FCFS, url=ENGINE, now=NOW, epoch=EPOCH, request_id="r"
+    )
+    assert b"\r\nX-A: 1\r\nx-a: 2\r\n" in head
