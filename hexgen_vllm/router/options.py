@@ -68,6 +68,9 @@ class RouterOptions(HealthOptions):
         0.2, "share by which a wait varies at random", least=0.0, most=1.0
     )
     retry_budget_ratio: float = option(0.2, "retries allowed per call, on average", least=0.0)
+    retry_budget_burst: float = option(
+        100.0, "retries allowed at once after quiet times, and the most saved up", least=0.0
+    )
     disable_retries: bool = option(False, "never send a call twice")
     max_concurrent_requests: int = option(
         0, "calls in the router at once, more are refused; 0 for no limit", least=0

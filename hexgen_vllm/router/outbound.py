@@ -57,26 +57,14 @@ _NOT_TO_ENGINE: Final = frozenset(
         "host",
     )
 )
+# These may say where the engine is.
+_TELLING: Final = ("alt-svc", "content-location", "link", "location", "refresh", "via")
 _NOT_TO_CLIENT: Final = frozenset(
-    (
-        *_HOP_BY_HOP,
-        "content-length",
-        "date",
-        "server",
-        REQUEST_ID_HEADER,
-        # These may say where the engine is.
-        "alt-svc",
-        "content-location",
-        "link",
-        "location",
-        "refresh",
-        "via",
-    )
+    (*_HOP_BY_HOP, *_TELLING, "content-length", "date", "server", REQUEST_ID_HEADER)
 )
-
-
 _NOT_IN_HEAD: Final = frozenset(
-    name.encode() for name in (*_HOP_BY_HOP, "content-length", "server", REQUEST_ID_HEADER)
+    name.encode()
+    for name in (*_HOP_BY_HOP, *_TELLING, "content-length", "server", REQUEST_ID_HEADER)
 )
 _NOT_IN_REQUEST: Final = frozenset(name.encode() for name in _NOT_TO_ENGINE)
 _PLAIN_CONNECTION: Final = (b"", b"keep-alive", b"close")

@@ -14,7 +14,7 @@ from aiohttp import web
 from hexgen_vllm import __version__
 from hexgen_vllm.errors import BadRequest, Refused
 from hexgen_vllm.router import outbound, upstream
-from hexgen_vllm.router.answers import EngineFailed
+from hexgen_vllm.router.answers import EngineFailed, refused_by_engine
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.intake import decoded
@@ -187,11 +187,17 @@ class Pages:
                 context.session, "POST", url, headers, raw, timeout=_TIMEOUT
             )
             async with answer:
+                status, body = answer.status, await answer.read()
                 head = outbound.to_client(answer.headers, engine.name, request_id)
-                return web.Response(status=answer.status, body=await answer.read(), headers=head)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             context.suspect(engine.name)
             raise EngineFailed("The engine failed.", reason="engine-lost") from error
+        if status >= 500 or 300 <= status < 400:
+            raise EngineFailed("The engine failed.", reason="engine-error")
+        if status >= 400 and b'"error"' not in body:
+            body = refused_by_engine(status)
+            head["Content-Type"] = "application/json"
+        return web.Response(status=status, body=body, headers=head)
 
     def _any_engine(self, model: object) -> Engine:
         for engine in self._context.fleet.ready():

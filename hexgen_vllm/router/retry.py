@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import Final
 
 from hexgen_vllm.router.options import RouterOptions
-
-_BURST: Final = 10.0
 
 
 class RetryPolicy:
     """Bounds retries per call and, by a budget, per traffic.
 
-    Each call earns ``retry_budget_ratio`` of a retry, up to a stock of ten calls' worth or more;
-    when everything fails, load does not multiply.
+    There is a stock of ``retry_budget_burst`` retries, enough for what waits on an engine that
+    dies, and each call earns ``retry_budget_ratio`` of one; when everything fails, load does not
+    multiply.
 
     Args:
         options: limits.
@@ -23,11 +21,12 @@ class RetryPolicy:
 
     def __init__(self, options: RouterOptions, rng: random.Random) -> None:
         self._options, self._rng = options, rng
-        self._budget = _BURST
+        self._budget = options.retry_budget_burst
 
     def call_arrived(self) -> None:
         """Earn a share of a retry."""
-        self._budget = min(self._budget + self._options.retry_budget_ratio, 10 * _BURST)
+        options = self._options
+        self._budget = min(self._budget + options.retry_budget_ratio, options.retry_budget_burst)
 
     def allows(self, attempts: int) -> bool:
         """Take one retry from the budget for a call sent ``attempts`` times; false if it may not.

@@ -29,7 +29,7 @@ __all__ = ["FakeServer", "FakeSettings", "Fault", "Received"]
 
 _MAX_BODY_BYTES = 2**29
 _COUNTING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
-_ENDING = ("reset", "close", "garbage")  # faults that end the connection from this side
+_ENDING = ("reset", "close", "half", "garbage")  # faults that end the connection from this side
 
 
 @dataclass(slots=True)
@@ -45,6 +45,7 @@ class FakeServer:
         aborted: requests whose client went away before the end.
         running: requests being answered.
         waiting: requests waiting for a slot.
+        steps: pieces of answers sent, which count as engine steps.
         port: its port, once started.
         tls: what it serves HTTPS with.
     """
@@ -57,6 +58,7 @@ class FakeServer:
     aborted: int = 0
     running: int = 0
     waiting: int = 0
+    steps: int = 0
     port: int = 0
     tls: ssl.SSLContext | None = None
     _runner: web.ServerRunner | None = None
@@ -141,6 +143,7 @@ class FakeServer:
             f"vllm:num_requests_waiting{label} {self.waiting:.1f}\n"
             f"vllm:kv_cache_usage_perc{label} 0.25\n"
             f"vllm:num_preemptions_total{label} 3.0\n"
+            f"vllm:iteration_tokens_total_count{label} {self.steps:.1f}\n"
             'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0\n'
         )
 
@@ -148,6 +151,8 @@ class FakeServer:
         if request.path not in _COUNTING:
             return web.json_response({"detail": "Not Found"}, status=404)
         await self._note(request)
+        if self.fault is not None and self.fault.kind == "status":
+            return _status(self.fault)
         return web.json_response({"count": 3, "tokens": [1, 2, 3], "prompt": "abc"})
 
     async def _note(self, request: web.BaseRequest) -> bytes:
@@ -227,6 +232,7 @@ class FakeServer:
                 await _drip(response, piece)
             else:
                 await response.write(piece)
+            self.steps += 1
             await asyncio.sleep(self.settings.step_s)
         await response.write_eof()
         return response
@@ -261,6 +267,8 @@ async def _break(request: web.BaseRequest, kind: FaultKind) -> None:
             transport.write(b"\x00\xffno chunk, no header\r\n\r\n")
         if kind == "reset":
             transport.abort()
+        elif kind == "half":
+            transport.write_eof()
         else:
             transport.close()
     await asyncio.Event().wait()

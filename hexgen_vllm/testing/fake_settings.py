@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from multidict import CIMultiDictProxy
 
-FaultKind = Literal["reset", "hang", "close", "cut", "garbage", "drip", "status"]
+FaultKind = Literal["reset", "hang", "close", "half", "cut", "garbage", "drip", "status"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +15,10 @@ class Fault:
     """One way to misbehave.
 
     Attributes:
-        kind: ``reset`` aborts the connection, ``close`` ends it in order but early, ``cut`` ends
-            the answer as if it were complete, ``hang`` stops sending, ``garbage`` sends what is
-            not HTTP, ``drip`` sends byte by byte, ``status`` answers with ``status``.
+        kind: ``reset`` aborts the connection, ``close`` ends it in order but early, ``half`` ends
+            this direction of it only, ``cut`` ends the answer as if it were complete, ``hang``
+            stops sending, ``garbage`` sends what is not HTTP, ``drip`` sends byte by byte,
+            ``status`` answers with ``status``.
         after: pieces (events, or halves of a JSON body) sent before; ``None`` is before the
             response starts.
         status: status of a ``status`` fault.

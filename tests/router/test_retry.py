@@ -25,7 +25,7 @@ def test_retries_can_be_switched_off(options: dict[str, object]) -> None:
 
 
 def test_the_budget_limits_retries_to_a_share_of_calls() -> None:
-    retries = policy(retry_budget_ratio=0.2)
+    retries = policy(retry_budget_ratio=0.2, retry_budget_burst=10.0)
     granted = 0
     for _ in range(1000):  # every call fails
         retries.call_arrived()
@@ -38,6 +38,12 @@ def test_good_times_save_up_for_bad_ones_but_not_without_end() -> None:
     for _ in range(100_000):
         retries.call_arrived()
     assert sum(retries.allows(1) for _ in range(10_000)) == 100
+
+
+def test_an_engine_that_dies_may_have_had_many_calls() -> None:
+    """All of them come at once, and before any other call has earned anything."""
+    retries = policy()
+    assert sum(retries.allows(1) for _ in range(200)) == 100
 
 
 def test_waits_grow_up_to_a_limit_and_vary() -> None:
