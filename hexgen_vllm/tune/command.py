@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="OUT", help="write all candidates here")
     add("--plot", type=Path, metavar="OUT.png", help="draw loss against knobs here")
     add("--out", type=Path, metavar="CONFIG.yaml", help="write the proposed configuration here")
+    add("--router-out", type=Path, metavar="ROUTER.yaml", help="and here for router --config")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
         ConfigError: an option or a file cannot be used.
     """
     options = from_mapping(TuneOptions, given(args, TuneOptions))
-    for path in (args.json, args.plot, args.out):
+    for path in (args.json, args.plot, args.out, args.router_out):
         results.check_writable(path)
     if args.plot:
         require_matplotlib()
@@ -100,9 +101,11 @@ def main(args: argparse.Namespace) -> int:
         report.draw(search, knobs, heading, args.plot)
     if args.json:
         results.write(args.json, [found])
+    best = report.config(options.policy, policy.engine.order, search.best().values)
     if args.out:
-        best = search.best().values
-        report.write_config(args.out, report.config(options.policy, policy.engine.order, best))
+        report.write_config(args.out, best)
+    if args.router_out:
+        report.write_config(args.router_out, report.router_config(best))
     return 0
 
 

@@ -102,6 +102,12 @@ def config(policy: str, order: str, values: Values) -> dict[str, Any]:
     return found
 
 
+def router_config(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration that ``hexgen-vllm router --config`` reads."""
+    (policy,) = found["policies"]
+    return {"policy": policy["policy"], **policy.get("dispatch", {})}
+
+
 def write_config(path: Path, found: Mapping[str, Any]) -> None:
     """Write a configuration as YAML."""
     text = yaml.safe_dump(dict(found), sort_keys=False)

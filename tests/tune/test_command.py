@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from hexgen_vllm.cli import main
+from hexgen_vllm.router.config_file import read_options
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring
 
@@ -39,12 +40,14 @@ def recent(tmp_path: Path) -> Path:
     return path
 
 
-def test_it_proposes_a_configuration_that_the_simulator_takes(
+def test_it_proposes_a_configuration_that_simulator_and_router_take(
     fleet: Path, recent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, data = tmp_path / "proposed.yaml", tmp_path / "tuning.json"
+    router = tmp_path / "router.yaml"
     argv = ["tune", f"--fleet={fleet}", f"--trace={recent}", "--policy=hexgen", "--grid=3", *FAST]
-    assert main([*argv, f"--out={out}", f"--json={data}", "--baseline=round_robin+fcfs"]) == 0
+    argv += [f"--out={out}", f"--router-out={router}", f"--json={data}"]
+    assert main([*argv, "--baseline=round_robin+fcfs"]) == 0
     text = capsys.readouterr().out
     assert "at 1.429/s" in text  # the recorded rate
     assert "deadline 8.0 s" in text
@@ -57,6 +60,9 @@ def test_it_proposes_a_configuration_that_the_simulator_takes(
     rest = {"arrivals": {"rates": [1.0]}, "policies": proposed["policies"]}
     scenario.write_text(yaml.safe_dump({**yaml.safe_load(fleet.read_text()), **rest}))
     assert load(scenario).policies[0].dispatch.alpha == row["proposed"]["alpha"]
+    _, dispatch = read_options(router)
+    assert dispatch == {"policy": "hexgen", "alpha": row["proposed"]["alpha"]}
+    assert proposed["router"] == f"--policy hexgen --alpha {row['proposed']['alpha']:g}"
 
 
 def test_equal_tunings_are_equal(fleet: Path, recent: Path, tmp_path: Path) -> None:
@@ -91,6 +97,31 @@ def test_a_bad_option_is_one_sentence(
     assert main(["tune", f"--fleet={fleet}", f"--trace={recent}", *argv]) == 2
     error = capsys.readouterr().err
     assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("fleet", "fleet: [{device: abacus}]", ("fleet.yaml line 1", "fleet[0]", "A100")),
+        ("fleet", "fleet:\n- {cost: {c0: x}}", ("fleet.yaml line 2", "fleet[0].cost", "c0")),
+        ("fleet", "engines: []", ("fleet.yaml line 1", "'fleet' is missing")),
+        ("recent", "\n{}\n", ("recent.jsonl, line 2", '"type" is missing')),
+        ("recent", "", ("recent.jsonl holds no workflow",)),
+    ],
+)
+def test_a_bad_file_is_one_sentence_with_its_place(
+    fleet: Path,
+    recent: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    words: tuple[str, ...],
+) -> None:
+    {"fleet": fleet, "recent": recent}[name].write_text(text)
+    assert main(["tune", f"--fleet={fleet}", f"--trace={recent}"]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
     assert error.count("\n") == 1
 
 
