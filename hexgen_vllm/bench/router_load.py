@@ -22,7 +22,8 @@ PATH: Final = "/v1/chat/completions"
 PROGRAM: Final = "program"
 _PROMPT: Final = "Which of the customers ordered more than once in the last year? " * 10
 _LONGEST_S: Final = 60.0  # a call that takes longer is lost
-_STAGES: Final = 4  # calls of a workflow
+STAGES: Final = 4
+"""Calls of a workflow."""
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Call:
 
     def request(self, says: str) -> bytes:
         """Return the request; its place in a workflow is said the router's own way (``says``)."""
-        workflow, stage = divmod(self.seed, _STAGES)
+        workflow, stage = divmod(self.seed, STAGES)
         content: dict[str, object] = {
             "model": router_engine.MODEL,
             "messages": [{"role": "user", "content": f"{workflow}. {_PROMPT}"}],
@@ -73,7 +74,7 @@ class Call:
             said = (
                 f"x-hexgen-workflow-id: w{workflow}\r\nx-hexgen-workflow-type: bench\r\n"
                 f"x-hexgen-workflow-deadline-ms: 60000\r\nx-hexgen-stage: s{stage}\r\n"
-                f"x-hexgen-workflow-final: {int(stage == _STAGES - 1)}\r\n"
+                f"x-hexgen-workflow-final: {int(stage == STAGES - 1)}\r\n"
             )
         raw = json.dumps(content).encode()
         head = (
@@ -175,9 +176,24 @@ class Client:
     def on_events(self, call: Call, count: int) -> None:
         """Take note of ``count`` more events; for subclasses."""
 
-    async def call(self, tokens: int, *, stream: bool) -> Call:
-        """Make one call and return it when its answer is complete or has broken off."""
-        call = Call(self.calls, tokens, stream)
+    def judge(self, call: Call) -> None:
+        """Look at what came of a call; for subclasses that expect more than answers."""
+        self.lost += call.wrong()
+
+    async def call(
+        self,
+        tokens: int,
+        *,
+        stream: bool,
+        patience_s: float = _LONGEST_S,
+        seed: int | None = None,
+    ) -> Call:
+        """Make one call and return it when its answer is complete or has broken off.
+
+        After ``patience_s`` seconds the client hangs up; the call then has status 0. Without a
+        ``seed`` it is the next call of the latest workflow.
+        """
+        call = Call(self.calls if seed is None else seed, tokens, stream)
         self.calls += 1
         self.underway[call.seed] = call
         loop = asyncio.get_running_loop()
@@ -190,11 +206,11 @@ class Client:
         done: asyncio.Future[Call] = loop.create_future()
         connection.send(call, done)
         try:
-            await asyncio.wait_for(done, _LONGEST_S)
+            await asyncio.wait_for(done, patience_s)
         except asyncio.TimeoutError:
             connection.transport.abort()
         del self.underway[call.seed]
-        self.lost += call.wrong()
+        self.judge(call)
         call.body.clear()
         return call
 

@@ -95,6 +95,11 @@ class Router:
         engines = ",".join(context.fleet.engines)
         _LOG.info("listening url=%s policy=%s engines=%s", self.url, self._dispatch.policy, engines)
 
+    @property
+    def engine_connections(self) -> int:
+        """Connections that calls have to engines."""
+        return self._relay.connections
+
     async def drain(self) -> None:
         """Refuse new calls and wait until those in flight have ended; then end the rest."""
         context = self.context

@@ -43,6 +43,11 @@ class Relay:
         self._key = {} if key is None else {"authorization": f"Bearer {key}"}
         self._pool = Pool(options.connect_timeout_secs, tls.for_engines(options))
 
+    @property
+    def connections(self) -> int:
+        """Connections to engines."""
+        return self._pool.open
+
     def close(self) -> None:
         """Close the connections to engines."""
         self._pool.close()
