@@ -13,7 +13,7 @@ from aiohttp import web
 
 from hexgen_vllm import __version__
 from hexgen_vllm.errors import BadRequest, Refused
-from hexgen_vllm.router import outbound, upstream
+from hexgen_vllm.router import openapi, outbound, upstream
 from hexgen_vllm.router.answers import EngineFailed, refused_by_engine
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.fleet import Engine
@@ -53,6 +53,7 @@ class Pages:
             "/tuning": self.tuning,
             "/tuning/recent": self.recent,
             "/tuning/fleet": self.engines_measured,
+            "/openapi.json": self.openapi,
             PATH: self._ui.page,
             DATA_PATH: self._ui.data,
         }
@@ -85,6 +86,10 @@ class Pages:
         """Show the metrics."""
         body = self._context.metrics.exposition()
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+    async def openapi(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Describe the endpoints."""
+        return _json(openapi.document())
 
     async def workers(self, request: web.BaseRequest) -> web.StreamResponse:
         """List the engines by name."""

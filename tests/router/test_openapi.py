@@ -1,0 +1,66 @@
+"""The OpenAPI document names every endpoint and no other, and answers are what it says."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from hexgen_vllm import wire
+from hexgen_vllm.router import openapi
+from hexgen_vllm.testing.stand import Stand, open_stand
+
+
+def operations() -> set[tuple[str, str]]:
+    paths = openapi.document()["paths"]
+    return {(method.upper(), path) for path, of in paths.items() for method in of}
+
+
+async def test_every_endpoint_is_there(stand: Stand) -> None:
+    router = stand.router
+    served = {*router._routes, *router._admin_routes}
+    fixed = {(method, path) for method, path in operations() if "{" not in path}
+    assert fixed == {(method, path) for method, path in served if method != "HEAD"}
+    for method, path in operations() - fixed:
+        assert router._admin.one(method, path.replace("{name}", "engine-0")) is not None
+
+
+async def test_the_document_is_served(stand: Stand) -> None:
+    async with stand.get("/openapi.json") as answer:
+        assert await answer.json() == openapi.document()
+
+
+def references(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        own = {value["$ref"]} if "$ref" in value else set()
+        return own.union(*(references(v) for v in value.values()))
+    return set().union(*map(references, value)) if isinstance(value, list) else set()
+
+
+def test_references_lead_somewhere() -> None:
+    document = openapi.document()
+    for name in references(document):
+        found: Any = document
+        for part in name.removeprefix("#/").split("/"):
+            found = found[part]
+        assert found["type"] == "object"
+
+
+def test_every_header_of_ours_is_there() -> None:
+    """But for those that only the router sends."""
+    post = openapi.document()["paths"]["/v1/chat/completions"]["post"]
+    named = {parameter["name"] for parameter in post["parameters"]}
+    assert named == {wire.header_name(f) for f in wire.FIELDS} - {
+        "x-hexgen-tail-ms", "x-hexgen-background",
+    }  # fmt: skip
+    pattern = next(p["schema"]["pattern"] for p in post["parameters"] if p["name"].endswith("-id"))
+    assert re.fullmatch(pattern, "w" * 128)
+    assert not re.fullmatch(pattern, "a b")
+
+
+async def test_errors_have_the_form_that_is_written() -> None:
+    form = openapi.document()["components"]["schemas"]["Error"]["properties"]["error"]
+    async with open_stand(api_key=("k",)) as stand:
+        for path in ("/workers", "/nope", "/v1/chat/completions"):
+            async with stand.get(path) as answer:
+                error = (await answer.json())["error"]
+                assert list(error) == form["required"]
