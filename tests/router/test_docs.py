@@ -1,0 +1,74 @@
+"""What docs/router.md says is so: its flags, its endpoints, and every row of its fault table."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.router.admin import Admin
+from hexgen_vllm.router.config_file import read_options
+from hexgen_vllm.router.main import add_arguments
+from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.pages import Pages
+from hexgen_vllm.testing.stand import BODIES, open_stand
+from tests.router.fault_table import BEGIN, CASES, END, HEADINGS, Case, row
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "router.md").read_text()
+FLAG = re.compile(r"--[a-z][a-z0-9-]+")
+
+
+def documented_rows() -> dict[str, tuple[str, ...]]:
+    table = TEXT.partition(BEGIN)[2].partition(END)[0]
+    rows = [tuple(line[2:-2].split(" | ")) for line in table.splitlines() if line.startswith("| ")]
+    assert rows[0] == HEADINGS
+    return {cells[0]: cells for cells in rows[2:]}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+async def test_the_fault_table_is_what_is_seen(case: Case) -> None:
+    assert documented_rows()[case.name] == await row(case)
+
+
+def test_the_fault_table_has_no_other_rows() -> None:
+    assert list(documented_rows()) == [case.name for case in CASES]
+
+
+def test_every_flag_is_documented_and_every_documented_flag_exists() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    known = {word for action in parser._actions for word in action.option_strings}
+    documented = set(FLAG.findall(TEXT))
+    assert documented <= known
+    options = {f.name for cls in (RouterOptions, DispatchOptions) for f in fields(cls)}
+    grouped = TEXT.partition("## Options by group")[2].partition("\n## ")[0]
+    named = {flag[2:].replace("-", "_") for flag in FLAG.findall(grouped)}
+    assert options <= named
+    assert named - options <= {"config"}
+
+
+async def test_every_endpoint_is_documented() -> None:
+    async with open_stand() as stand:
+        pages, admin = Pages(stand.context).routes(), Admin(stand.context)
+        for method, path in (*pages, *admin.routes(), *(("POST", p) for p in BODIES)):
+            if method == "HEAD" or path == "/ui/data":
+                continue
+            assert path in TEXT, path
+        for path in re.findall(r"`(?:(?:GET|POST|DELETE) )?(/[a-z_0-9/{}.]+)", TEXT):
+            known = {k for _, k in (*pages, *admin.routes())} | {*BODIES, "/openapi.json"}
+            one = path.replace("{name}", "x")
+            found = path in known or any(admin.one(m, one) for m in ("POST", "DELETE"))
+            assert found, path
+
+
+def test_the_file_shown_is_one(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    path = tmp_path / "router.yaml"
+    path.write_text(shown)
+    router, dispatch = read_options(path)
+    assert {**router, **dispatch}.keys() == {k.replace("-", "_") for k in yaml.safe_load(shown)}
