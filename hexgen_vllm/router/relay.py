@@ -67,8 +67,6 @@ class Relay:
             return answers.from_error(error, job.request_id)
         except (Refused, EngineFailed) as error:
             job.ended(error.reason)
-            if isinstance(error, EngineFailed):
-                self._log_failure(job)
             return answers.from_error(error, job.request_id)
         except (ClientGone, ConnectionError):
             job.ended(ledger.CLIENT_GONE)
@@ -198,13 +196,6 @@ class Relay:
         if answer.status == 200 and _is_stream(answer):
             return await StreamPass(job, attempt, self._context.service, head).run(answer)
         return await whole_pass(job, attempt, answer, head)
-
-    def _log_failure(self, job: Job) -> None:
-        engine = "" if job.placement is None else job.placement.engine_id
-        _LOG.info(
-            "call failed reason=%s engine=%s tries=%d request_id=%s",
-            job.outcome, engine, job.tries, job.request_id,
-        )  # fmt: skip
 
     def _learn(self, job: Job) -> None:
         accepted, result = job.accepted, job.result
