@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -122,3 +123,17 @@ def test_one_byte_of_a_good_call_is_another(live: Live, at: int, byte: int, inse
     for answer in live.exchange(raw + LAST, complete=False):
         answer.assert_fit_for_clients()
     live.assert_well()
+
+
+@pytest.mark.parametrize(
+    "framing", ["twice", "negative", "huge", "plus", "text", "chunked and length", "bad chunk"]
+)
+def test_where_a_body_ends_is_never_guessed(live: Live, framing: str) -> None:
+    """What comes after it could else be read as a request by one and as a body by another."""
+    live.engine.bodies.clear()
+    headers, body = framed(framing, GOOD)
+    sent = Sent(f"POST {CHAT} HTTP/1.1", ["Host: a", *headers], body)
+    (answer,) = live.exchange(bytes(sent) + LAST, complete=False)
+    assert answer.status in (400, 413)
+    answer.assert_fit_for_clients()
+    assert live.engine.bodies == []
