@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -45,9 +46,10 @@ class Process:
 
 @asynccontextmanager
 async def started(*urls: str, **flags: object) -> AsyncIterator[Process]:
+    flags = {"port": 0, **flags}
     options = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "hexgen_vllm.router", "--port", "0", *options,
+        sys.executable, "-m", "hexgen_vllm.router", *options,
         "--worker-urls", *urls, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr is not None
@@ -134,3 +136,40 @@ async def test_nothing_of_a_call_is_logged() -> None:
         router.process.send_signal(signal.SIGTERM)
         assert await router.process.wait() == 0
         assert "secret" not in await router.log()
+
+
+async def test_a_restart_loses_nothing_that_was_not_accepted() -> None:
+    """Clients that send again what was refused are all answered, by the old router or the new."""
+    async with FakeServer(FakeSettings(step_s=0.002)) as engine:
+        async with started(engine.url) as old:
+            port, calls = int(old.url.rpartition(":")[2]), 40
+            clients = [asyncio.ensure_future(_patient(old.url, i)) for i in range(calls)]
+            while len(engine.received) < calls // 4:
+                await asyncio.sleep(0.002)
+            old.process.send_signal(signal.SIGTERM)
+            assert await old.process.wait() == 0
+        async with started(engine.url, port=port):
+            answers = await asyncio.gather(*clients)
+    assert answers == [f"answered {i}" for i in range(calls)]
+    marks = Counter(one.headers["x-mark"] for one in engine.received)
+    assert set(marks.values()) == {1}, "and none of them twice"
+    assert len(marks) == calls
+
+
+async def _patient(url: str, i: int) -> str:
+    await asyncio.sleep(i * 0.01)
+    body = {**BODY, "max_tokens": 20}
+    async with aiohttp.ClientSession() as client:
+        while True:
+            try:
+                async with client.post(url + CHAT, json=body, headers={"x-mark": str(i)}) as answer:
+                    content = await answer.json()
+                    if answer.status == 200:
+                        assert "t19" in content["choices"][0]["message"]["content"]
+                        return f"answered {i}"
+                    assert content["error"]["code"] in (
+                        "rejected-shutting-down", "rejected-no-endpoints",
+                    )  # fmt: skip
+            except aiohttp.ClientConnectorError:
+                pass
+            await asyncio.sleep(0.05)
