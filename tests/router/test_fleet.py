@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,23 @@ async def test_telemetry_arrives_and_a_smaller_step_count_is_a_restart() -> None
         stats["steps"] = 5
         await stand.until(lambda: load.prefixes.match(call) == 0)
         await stand.until(lambda: load.report.cost is not None)
+
+
+async def test_a_stock_engine_counts_steps_too() -> None:
+    async with open_stand() as stand:
+        engine = stand.context.fleet.engines["engine-0"]
+        async with stand.post(stream=True, max_tokens=20, ignore_eos=True) as answer:
+            await answer.read()
+        (fake,) = stand.engines
+        assert fake.steps > 20
+        await stand.until(lambda: engine.steps == fake.steps)
+        raw = fake.received[-1].body
+        call = stand.context.intake.read(ENDPOINTS[0], CIMultiDict(), raw, 0.0, None).call
+        load = stand.context.service.coordinator.engines["engine-0"]
+        load.prefixes.add(replace(call, prefix=(1,), prefix_chunk_tokens=1))
+        fake.steps = 0  # as after a restart
+        await stand.until(lambda: engine.steps == 0)
+        assert load.prefixes.match(replace(call, prefix=(1,), prefix_chunk_tokens=1)) == 0
 
 
 async def test_telemetry_that_stops_becomes_unknown() -> None:
