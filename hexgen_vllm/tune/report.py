@@ -47,7 +47,11 @@ def _line(trial: Trial, search: Search, knobs: Sequence[Knob], best: Trial) -> l
 
 
 def draw(search: Search, knobs: Sequence[Knob], heading: str, path: Path) -> None:
-    """Draw loss against every knob; bars span the seeds.
+    """Draw the change of the loss against every knob.
+
+    Seeds differ more than candidates do, and most candidates are played on few of them. So each
+    is compared with the values in force on its own seeds; bars are standard errors, and a hollow
+    mark has one seed only.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -66,24 +70,31 @@ def draw(search: Search, knobs: Sequence[Knob], heading: str, path: Path) -> Non
         unused.set_axis_off()
     trials = [t for t in search.trials if t.losses and math.isfinite(t.mean)]
     for axis, knob in zip(axes, knobs, strict=False):
+        axis.axhline(0.0, color=COLOURS[6], linewidth=0.8)
         for trial in trials:
-            best, present = trial is search.best(), trial is search.present
-            colour = COLOURS[1] if best else COLOURS[6] if present else COLOURS[0]
-            low, high = min(trial.losses.values()), max(trial.losses.values())
-            x = trial.values[knob.name]
-            axis.plot([x, x], [low, high], color=colour, linewidth=1.0, alpha=0.6)
-            axis.plot([x], [trial.mean], "o", color=colour, markersize=7 if best or present else 4)
+            _mark(axis, trial.values[knob.name], trial, search)
         axis.set_xlabel(knob.name)
         if knob.log:
             axis.set_xscale("log")
         axis.grid(visible=True, color="0.92", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     for first in axes[::columns]:
-        first.set_ylabel(heading)
-    axes[0].set_title("orange: proposed, black: in force", loc="left", fontsize=10)
+        first.set_ylabel(f"change of {heading}")
+    axes[0].set_title("less is better; orange: proposed, black: in force", loc="left", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _mark(axis: Any, x: float, trial: Trial, search: Search) -> None:
+    best, present = trial is search.best(), trial is search.present
+    colour = COLOURS[1] if best else COLOURS[6] if present else COLOURS[0]
+    gain, error = (0.0, 0.0) if present else trial.gain_over(search.present)
+    known = math.isfinite(error)
+    if known:
+        axis.plot([x, x], [-gain - error, -gain + error], color=colour, linewidth=1.0, alpha=0.6)
+    size, fill = 7 if best or present else 4, colour if known else "none"
+    axis.plot([x], [-gain], "o", color=colour, markerfacecolor=fill, markersize=size)
 
 
 def config(policy: str, order: str, values: Values) -> dict[str, Any]:
@@ -94,7 +105,13 @@ def config(policy: str, order: str, values: Values) -> dict[str, Any]:
             sections[knob.section][knob.name] = values[knob.name]
     router = " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in sections["dispatch"].items())
     found: dict[str, Any] = {
-        "policies": [{"policy": policy, **{k: v for k, v in sections.items() if v}}],
+        "policies": [
+            {
+                "policy": policy,
+                "name": f"{policy} tuned",
+                **{k: v for k, v in sections.items() if v},
+            }
+        ],
         "router": f"--policy {policy} {router}".strip(),
     }
     if sections["engine"]:
