@@ -16,11 +16,14 @@ from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.context import Context, new_context, shutting_down
 from hexgen_vllm.router.cors import Cors
 from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.http_server import Server
 from hexgen_vllm.router.keys import Keys
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.pages import Handler, Pages
 from hexgen_vllm.router.relay import Relay
+from hexgen_vllm.router.shard import LOAD_PATH, Shard
+from hexgen_vllm.router.spot import PROCESS_HEADER, Spot
 from hexgen_vllm.router.upstream import new_session
 
 _LOG = logging.getLogger(__name__)
@@ -37,12 +40,18 @@ class Router:
         options: of the router.
         dispatch: of placement.
         clock: for tests.
+        spot: which of several processes this is; ``None`` when it is the only one.
     """
 
     def __init__(
-        self, options: RouterOptions, dispatch: DispatchOptions, clock: Clock | None = None
+        self,
+        options: RouterOptions,
+        dispatch: DispatchOptions,
+        clock: Clock | None = None,
+        spot: Spot | None = None,
     ) -> None:
-        self._options, self._dispatch = options, dispatch
+        self._options, self._dispatch, self._spot = options, dispatch, spot
+        self._shard: Shard | None = None
         self._clock = clock or SystemClock()
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.ServerRunner | None = None
@@ -72,7 +81,7 @@ class Router:
         server = Server(
             self._handle,
             max_body_bytes=self._options.max_payload_size,
-            mark=self._cors.mark if self._cors.enabled else None,
+            mark=self._mark if self._cors.enabled or self._spot is not None else None,
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
         await self._runner.setup()
@@ -83,17 +92,28 @@ class Router:
                 self.port,
                 backlog=_BACKLOG,
                 ssl_context=self._tls,
+                reuse_port=self._spot is not None,
             ).start()
         except OSError:
             await session.close()
             raise
         self.port = self._runner.addresses[0][1]
+        if self._spot is not None:
+            await web.UnixSite(self._runner, self._spot.socket(), backlog=_BACKLOG).start()
+            self._shard = Shard(self._spot, context)
+            self._tasks.append(asyncio.create_task(self._shard.run()))
         context.watchers.start()
         self._tasks.append(asyncio.create_task(self._beat()))
         if context.tuning is not None:
             self._tasks.append(asyncio.create_task(context.tuning.run()))
         engines = ",".join(context.fleet.engines)
         _LOG.info("listening url=%s policy=%s engines=%s", self.url, self._dispatch.policy, engines)
+
+    def _mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+        if self._cors.enabled:
+            self._cors.mark(request, response)
+        if self._spot is not None:
+            response.headers[PROCESS_HEADER] = str(self._spot.index)
 
     @property
     def engine_connections(self) -> int:
@@ -119,8 +139,12 @@ class Router:
 
     async def _wait_settled(self, seconds: float) -> None:
         give_up_s = self._clock.now() + seconds
-        while self.context.ledger.open and self._clock.now() < give_up_s:
+        while self._open_calls() and self._clock.now() < give_up_s:
             await asyncio.sleep(0.02)
+
+    def _open_calls(self) -> int:
+        passing = 0 if self._shard is None else self._shard.passing
+        return self.context.ledger.open + passing
 
     async def stop(self) -> None:
         """Close everything at once."""
@@ -132,6 +156,8 @@ class Router:
         if self._runner is not None:
             await self._runner.cleanup()
         self._relay.close()
+        if self._shard is not None:
+            self._shard.close()
         await self.context.session.close()
         await asyncio.to_thread(self.context.tracing.close)
 
@@ -170,12 +196,18 @@ class Router:
         handler, admin = self._routes.get((request.method, request.path)), False
         if handler is None:
             handler, admin = self._admin_route(request), True
+        if handler is None and self._shard is not None and request.path == LOAD_PATH:
+            handler, admin = self._shard.load, False
         if handler is None:
             return self._cors.preflight(request) or self._no_route(request)
         refusal = self._keys.refusal(request, admin=admin)
         if refusal is not None:
             return refusal
         try:
+            if self._shard is not None and isinstance(request, Request):
+                taken = await self._shard.take(request, admin=admin)
+                if taken is not None:
+                    return taken
             return await handler(request)
         except HexgenError as error:
             return answers.from_error(error, None)

@@ -193,13 +193,16 @@ class Pool:
             CannotConnect: nobody listens there.
             EngineBroke: the connection broke.
         """
-        try:
-            return await self._once(url, head, body)
-        except EngineBroke:
-            return await self._once(url, head, body)
+        return await self._send((url.scheme, url.raw_host or "", url.port or 80), head, body)
 
-    async def _once(self, url: URL, head: bytes, body: bytes) -> Answer:
-        answer = (await self._connection(url)).send(head, body)
+    async def _send(self, address: _Address, head: bytes, body: bytes) -> Answer:
+        try:
+            return await self._once(address, head, body)
+        except EngineBroke:
+            return await self._once(address, head, body)
+
+    async def _once(self, address: _Address, head: bytes, body: bytes) -> Answer:
+        answer = (await self._connection(address)).send(head, body)
         try:
             await answer.head()
         except BaseException:
@@ -207,8 +210,7 @@ class Pool:
             raise
         return answer
 
-    async def _connection(self, url: URL) -> EngineConnection:
-        address = (url.scheme, url.raw_host or "", url.port or 80)
+    async def _connection(self, address: _Address) -> EngineConnection:
         idle = self._idle.get(address)
         if idle:
             loop = asyncio.get_running_loop()
@@ -219,19 +221,21 @@ class Pool:
         return await self._connect(address)
 
     async def _connect(self, address: _Address) -> EngineConnection:
+        try:
+            connection = await asyncio.wait_for(self._make(address), self._connect_s)
+        except (OSError, asyncio.TimeoutError) as error:
+            raise CannotConnect(str(error)) from None
+        self._open.add(connection)
+        return connection
+
+    async def _make(self, address: _Address) -> EngineConnection:
         scheme, host, port = address
-        loop = asyncio.get_running_loop()
-        making = loop.create_connection(
+        _, connection = await asyncio.get_running_loop().create_connection(
             lambda: EngineConnection(self, address),
             host,
             port,
             ssl=self._ssl if scheme == "https" else None,
         )
-        try:
-            _, connection = await asyncio.wait_for(making, self._connect_s)
-        except (OSError, asyncio.TimeoutError) as error:
-            raise CannotConnect(str(error)) from None
-        self._open.add(connection)
         return connection
 
     def give_back(self, connection: EngineConnection, address: _Address) -> None:
@@ -265,3 +269,17 @@ class Pool:
             self._reaper.cancel()
         for connection in list(self._open):
             connection.close()
+
+
+class UnixPool(Pool):
+    """Connections over Unix sockets."""
+
+    async def ask(self, path: str, head: bytes, body: bytes) -> Answer:
+        """Send a request to the server at ``path``, as :meth:`send` does."""
+        return await self._send(("unix", path, 0), head, body)
+
+    async def _make(self, address: _Address) -> EngineConnection:
+        _, connection = await asyncio.get_running_loop().create_unix_connection(
+            lambda: EngineConnection(self, address), address[1]
+        )
+        return connection

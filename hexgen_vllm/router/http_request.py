@@ -46,6 +46,7 @@ class Request(web.BaseRequest):
         names: the same by lower-case name.
         persists: whether another request may follow on its connection.
         answering: whether the head of the answer has been written.
+        marked: whether the answer already has the headers that every answer gets.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Request(web.BaseRequest):
             if key not in self.names:
                 self.names[key] = _text(value)
         self._all: CIMultiDictProxy[str] | None = None
-        self.answering = False
+        self.answering = self.marked = False
         self._chunked = False
         self._pieces: list[bytes] = []
         self._size = 0
@@ -121,6 +122,11 @@ class Request(web.BaseRequest):
     def transport(self) -> asyncio.Transport | None:
         """The client's connection, ``None`` when it is gone."""
         return self._connection.transport
+
+    @property
+    def came_from_here(self) -> bool:
+        """Whether it came over a Unix socket, from another process of this router."""
+        return isinstance(self._connection.sockname, str)
 
     @property
     def can_read_body(self) -> bool:
@@ -253,7 +259,9 @@ class Request(web.BaseRequest):
 
     def _head(self, status: int, head: Iterable[bytes]) -> list[bytes]:
         reason = _REASONS.get(status, "").encode()
-        pieces = [b"HTTP/1.1 %d %b\r\n" % (status, reason), *head, *self._connection.marks(self)]
+        pieces = [b"HTTP/1.1 %d %b\r\n" % (status, reason), *head]
+        if not self.marked:
+            pieces += self._connection.marks(self)
         if not self.persists:
             pieces.append(b"connection: close\r\n")
         elif not self._can_chunk:

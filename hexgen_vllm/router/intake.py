@@ -83,6 +83,15 @@ class Intake:
             return value
         return f"{self._made_up}{next(self._numbers):08x}"
 
+    def session(self, names: Names, raw: bytes) -> str | None:
+        """Return the workflow or session that a request names, as :meth:`read` does.
+
+        Raises:
+            BadRequest: as :meth:`read`.
+        """
+        body = decoded(raw)
+        return _said(names, body).workflow_id or conventions.read(names, body).session_id
+
     def read(
         self,
         endpoint: Endpoint,
@@ -108,9 +117,7 @@ class Intake:
         body = decoded(raw)
         model = _model(body, only_model)
         names = headers if isinstance(headers, Names) else Names.of(headers)
-        said = wire.from_headers(names)
-        if "vllm_xargs" in body:
-            said = wire.merged(said, _said_in_body(body))
+        said = _said(names, body)
         foreign = conventions.read(names, body)
         prompt = read_prompt(body, endpoint.prompt_fields)
         call = self._call(endpoint, model, said, foreign, prompt, body, now)
@@ -195,6 +202,11 @@ def _model(body: Mapping[str, Any], only_model: str | None) -> str:
     if model is None and only_model is not None:
         return only_model
     raise BadRequest("model must name a model.", param="model")
+
+
+def _said(names: Names, body: Mapping[str, Any]) -> wire.CallMeta:
+    said = wire.from_headers(names)
+    return wire.merged(said, _said_in_body(body)) if "vllm_xargs" in body else said
 
 
 def _said_in_body(body: Mapping[str, Any]) -> wire.CallMeta:

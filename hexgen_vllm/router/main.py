@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hexgen_vllm import config
 from hexgen_vllm.config import DispatchOptions
@@ -18,6 +20,11 @@ from hexgen_vllm.router import logs
 from hexgen_vllm.router.access_options import KEY_VARIABLES
 from hexgen_vllm.router.config_file import read_options
 from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.shard_main import CANNOT_START, Processes
+from hexgen_vllm.router.spot import Spot
+
+if TYPE_CHECKING:
+    from hexgen_vllm.router.app import Router
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -51,10 +58,28 @@ def main(args: argparse.Namespace) -> int:
     logs.set_up(options.log_level, options.log_format)
     loop = uvloop.new_event_loop()
     try:
-        loop.run_until_complete(_serve(options, dispatch))
+        if options.router_workers > 1:
+            loop.run_until_complete(Processes(options, dispatch, serve_one).run())
+        else:
+            loop.run_until_complete(_serve(options, dispatch))
     finally:
         loop.close()
     return 0
+
+
+def serve_one(options: RouterOptions, dispatch: DispatchOptions, spot: Spot) -> None:
+    """Be one of several router processes until SIGTERM, or until their parent is gone."""
+    import uvloop
+
+    logs.set_up(options.log_level, options.log_format)
+    loop = uvloop.new_event_loop()
+    try:
+        loop.run_until_complete(_serve(options, dispatch, spot))
+    except ConfigError as error:
+        print(f"hexgen-vllm router: {error}", file=sys.stderr)
+        sys.exit(CANNOT_START)
+    finally:
+        loop.close()
 
 
 def options_from(
@@ -78,8 +103,12 @@ def options_from(
     )
 
 
-async def _serve(options: RouterOptions, dispatch: DispatchOptions) -> None:
+async def _serve(
+    options: RouterOptions, dispatch: DispatchOptions, spot: Spot | None = None
+) -> None:
     """Run until a signal, drain, and stop; a second signal ends the draining."""
+    from hexgen_vllm.router.app import Router
+
     stop, now = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -88,23 +117,21 @@ async def _serve(options: RouterOptions, dispatch: DispatchOptions) -> None:
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal)
+    parent = multiprocessing.parent_process()
+    if spot is not None and parent is not None:
+        loop.add_reader(parent.sentinel, stop.set)
     try:
-        await _run_until(stop, now, options, dispatch)
+        await _run_until(stop, now, Router(options, dispatch, spot=spot))
     finally:
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
 
 
-async def _run_until(
-    stop: asyncio.Event, now: asyncio.Event, options: RouterOptions, dispatch: DispatchOptions
-) -> None:
-    from hexgen_vllm.router.app import Router
-
-    router = Router(options, dispatch)
+async def _run_until(stop: asyncio.Event, now: asyncio.Event, router: Router) -> None:
     try:
         await router.start()
     except OSError as error:
-        where = f"{options.host}:{options.port}"
+        where = router.url.partition("://")[2]
         raise ConfigError(f"cannot listen on {where}: {error.strerror or error}.") from error
     await stop.wait()
     drained, hurried = asyncio.ensure_future(router.drain()), asyncio.ensure_future(now.wait())

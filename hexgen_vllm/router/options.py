@@ -83,6 +83,9 @@ class RouterOptions(HealthOptions):
         "longest wait for an engine, seconds, 0 for no limit (also --held-timeout-s)",
         least=0.0,
     )
+    router_workers: int = option(
+        1, "processes that share the port; each workflow belongs to one of them", least=1, most=64
+    )
     max_payload_size: int = option(2**29, "largest request body, bytes", least=1)
     request_id_headers: tuple[str, ...] = option(
         ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"),

@@ -67,6 +67,9 @@ _NOT_IN_HEAD: Final = frozenset(
     for name in (*_HOP_BY_HOP, *_TELLING, "content-length", "server", REQUEST_ID_HEADER)
 )
 _NOT_IN_REQUEST: Final = frozenset(name.encode() for name in _NOT_TO_ENGINE)
+_FRAMING: Final = frozenset((b"connection", b"content-length", b"transfer-encoding"))
+# The body goes on in the clear, and all of it is here.
+_NOT_ON: Final = frozenset((b"content-encoding", b"expect", b"upgrade"))
 _PLAIN_CONNECTION: Final = (b"", b"keep-alive", b"close")
 _OURS: Final = wire.HEADER_PREFIX.encode()
 _NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
@@ -211,3 +214,16 @@ def answer_head(pairs: Pairs, engine: str, request_id: str) -> list[bytes]:
     said = f"Server: {SERVER}\r\n{ENGINE_HEADER}: {engine}\r\n{REQUEST_ID_HEADER}: {request_id}\r\n"
     lines.append(said.encode())
     return lines
+
+
+def passed_on_head(method: str, target: str, pairs: Pairs, length: int) -> bytes:
+    """Return the head of a request that another process of the router is to answer."""
+    lines = [f"{method} {target} HTTP/1.1\r\n".encode("utf-8", "surrogateescape")]
+    lines += passed_back_lines([p for p in pairs if p[0].lower() not in _NOT_ON])
+    lines.append(b"content-length: %d\r\n\r\n" % length)
+    return b"".join(lines)
+
+
+def passed_back_lines(pairs: Pairs) -> list[bytes]:
+    """Return the header lines of another process's answer, as they are but for the framing."""
+    return [b"%b: %b\r\n" % pair for pair in pairs if pair[0].lower() not in _FRAMING]

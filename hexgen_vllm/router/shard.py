@@ -1,0 +1,175 @@
+"""One of several router processes that share a port: each workflow belongs to one of them.
+
+A process that is sent a call of somebody else's workflow passes it on over a Unix socket, and the
+answer back, byte for byte. So everything that is known of a workflow is in one place. Calls
+without a workflow stay where they came in. If the owner cannot be reached, which lasts for as
+long as it takes to start a new one, the call is served where it is.
+
+All processes see the engines' own telemetry. What they have placed and the engines may not have
+reported yet, they ask each other a few times a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any, Final
+
+from aiohttp import web
+
+from hexgen_vllm.errors import BadRequest
+from hexgen_vllm.policy.elsewhere import Elsewhere
+from hexgen_vllm.router import answers, outbound
+from hexgen_vllm.router.context import Context, read_body
+from hexgen_vllm.router.endpoints import ENDPOINTS
+from hexgen_vllm.router.engine_answer import Answer
+from hexgen_vllm.router.engine_pool import UnixPool
+from hexgen_vllm.router.http_request import SENT, Request
+from hexgen_vllm.router.metrics import CONTENT_TYPE
+from hexgen_vllm.router.shard_metrics import merged
+from hexgen_vllm.router.spot import Spot
+
+LOAD_PATH: Final = "/shard/load"
+_ASK_S: Final = 0.25
+_PATIENCE_S: Final = 2.0
+_CONNECT_S: Final = 1.0
+_SMALL_BYTES: Final = 2**20
+_CALLS: Final = frozenset(endpoint.path for endpoint in ENDPOINTS)
+_LOG = logging.getLogger(__name__)
+
+
+class Shard:
+    """Passes requests on to the processes they belong to.
+
+    Args:
+        spot: which process this is.
+        context: of its router.
+
+    Attributes:
+        passing: requests of which another process has yet to finish the answer.
+    """
+
+    def __init__(self, spot: Spot, context: Context) -> None:
+        self._spot, self._context = spot, context
+        self._pool = UnixPool(_CONNECT_S)
+        self.passing = 0
+
+    async def take(self, request: Request, *, admin: bool) -> web.StreamResponse | None:
+        """Answer a request that is not only this process's; return ``None`` for all others."""
+        if request.came_from_here:
+            return None
+        if admin and request.method in ("POST", "DELETE"):
+            await self._tell_others(request)
+        elif request.path == "/metrics":
+            return await self._metrics()
+        owner = await self._owner(request)
+        if owner is None or owner == self._spot.index:
+            return None
+        return await self._pass_on(request, owner)
+
+    async def _owner(self, request: Request) -> int | None:
+        if request.path == "/finish_session":
+            session = request.query.get("session_id")
+        elif request.method == "POST" and request.path in _CALLS:
+            try:
+                body = await read_body(request)
+                session = self._context.intake.session(request.names, body)
+            except BadRequest:
+                return None  # to be answered as such
+        else:
+            return None
+        return None if not session else self._spot.owner(session)
+
+    async def _pass_on(self, request: Request, owner: int) -> web.StreamResponse | None:
+        self.passing += 1
+        answer: Answer | None = None
+        try:
+            answer = await self._ask(owner, request)
+            await _relay(answer, request)
+        except OSError:
+            if request.answering:
+                return answers.hung_up(request)
+            _LOG.warning("served elsewhere than it belongs: process %d does not answer", owner)
+            return None
+        finally:
+            self.passing -= 1
+            if answer is not None:
+                answer.close()
+        return SENT
+
+    async def _ask(self, index: int, request: Request) -> Answer:
+        body = await read_body(request)
+        head = outbound.passed_on_head(request.method, request.path_qs, request.pairs, len(body))
+        return await self._pool.ask(self._spot.socket(index), head, body)
+
+    async def _tell_others(self, request: Request) -> None:
+        """Have a change to the engines made in every process."""
+        for index in self._spot.others():
+            try:
+                answer = await asyncio.wait_for(self._ask(index, request), _PATIENCE_S)
+                await answer.body(_SMALL_BYTES)
+                answer.close()
+            except (OSError, asyncio.TimeoutError):
+                _LOG.warning("a change to the engines did not reach process %d", index)
+
+    # What all know together
+
+    async def load(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Say what calls this process has placed, to another one."""
+        if not (isinstance(request, Request) and request.came_from_here):
+            raise BadRequest("There is no such endpoint.", status=404)
+        engines = self._context.service.coordinator.engines.items()
+        return web.Response(
+            body=json.dumps({name: load.own() for name, load in engines}).encode(),
+            content_type="application/json",
+        )
+
+    async def run(self) -> None:
+        """Ask the others for their calls, again and again."""
+        while True:
+            await asyncio.sleep(_ASK_S)
+            found = await asyncio.gather(*(self._get(i, LOAD_PATH) for i in self._spot.others()))
+            loads: list[dict[str, Any]] = [json.loads(raw) for raw in found if raw]
+            for name, load in self._context.service.coordinator.engines.items():
+                parts = [Elsewhere(*one[name]) for one in loads if name in one]
+                load.elsewhere = Elsewhere.total(parts)
+            self._context.service.tick()  # there may be room now for calls that wait
+
+    async def _metrics(self) -> web.StreamResponse:
+        own = self._context.metrics.exposition()
+        texts = await asyncio.gather(*(self._get(i, "/metrics") for i in self._spot.others()))
+        body = merged([own.decode(), *(text.decode() for text in texts if text)])
+        return web.Response(body=body.encode(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _get(self, index: int, path: str) -> bytes:
+        """Return what another process says, empty if it does not."""
+        head = f"GET {path} HTTP/1.1\r\nhost: router\r\n\r\n".encode()
+        try:
+            answer = await asyncio.wait_for(
+                self._pool.ask(self._spot.socket(index), head, b""), _PATIENCE_S
+            )
+            try:
+                return await asyncio.wait_for(answer.body(2**26), _PATIENCE_S) or b""
+            finally:
+                answer.close()
+        except (OSError, asyncio.TimeoutError):
+            return b""
+
+    def close(self) -> None:
+        """Close the connections to the others."""
+        self._pool.close()
+
+
+async def _relay(answer: Answer, request: Request) -> None:
+    """Write another process's answer as it is."""
+    request.marked = True
+    head = outbound.passed_back_lines(answer.pairs)
+    length = answer.header(b"content-length")
+    if length.isdecimal() and int(length) <= _SMALL_BYTES:
+        request.reply(answer.status, head, await answer.body(_SMALL_BYTES) or b"")
+        return
+    request.begin(answer.status, head, int(length) if length.isdecimal() else None, b"")
+    request.draw_from(answer)
+    await answer.pour(request.send)
+    request.end()
