@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from hexgen_vllm.bench import report_live
 from hexgen_vllm.bench import results as files
 from hexgen_vllm.bench.evaluation import Figures, goals, summary
 from hexgen_vllm.bench.plot import draw_attainment, require_matplotlib
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="few workflows, seeds and loads: minutes, not hours")
     add("--workflows", type=int, help="workflows that count, instead of the scenarios' own")
     add("--loads", nargs="+", type=float, help="of the scenarios' loads, only these")
+    add("--live", type=Path, metavar="JSON", help="results of hexgen_vllm.demo with vllm-router")
+    add("--simulated", type=Path, metavar="JSON", help="results of hexgen-vllm sim, beside --live")
     add("--no-plots", action="store_true", help="draw nothing")
 
 
@@ -54,13 +57,22 @@ def main(args: argparse.Namespace) -> int:
     size = QUICK if args.quick else Size()
     size = Size(args.workflows or size.workflows, size.seeds, tuple(args.loads or size.loads))
     scenarios = {path: load(path) for path in paths}
+    live, simulated = (_given(path) for path in (args.live, args.simulated))
     rows, alphas = _played(scenarios, size, args)
     sections = [_section(p, rows[p], alphas.get(p, {}), args) for p in paths]
     totals = summary({s.name: s.goals for s in sections if not s.name.startswith(ABLATION)})
+    totals["summary"][report_live.KEY] = report_live.ratio(live)
     described = _described([r for found in rows.values() for r in found])
-    _write(args, described, totals, sections)
+    shown = report_live.section(live, simulated) if live else ""
+    _write(args, described, totals, sections, shown)
     print(json.dumps(totals["summary"], indent=1))
     return 0
+
+
+def _given(path: Path | None) -> list[Row]:
+    if path is not None and not path.exists():
+        raise ConfigError(f"there is no file {path}.")
+    return [] if path is None else files.read(path)
 
 
 def _paths(folder: Path, only: list[str] | None) -> list[Path]:
@@ -129,10 +141,14 @@ def _described(rows: list[Row]) -> str:
 
 
 def _write(
-    args: argparse.Namespace, size: str, totals: dict[str, Any], sections: list[Section]
+    args: argparse.Namespace,
+    size: str,
+    totals: dict[str, Any],
+    sections: list[Section],
+    live: str,
 ) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    text = page(str(args.scenarios), size, totals, sections)
+    text = page(str(args.scenarios), size, totals, sections, live)
     (args.out / "evaluation.md").write_text(text, encoding="utf-8")
     by_scenario = {s.name: dict(s.goals) for s in sections if s.goals}
     content = {**totals, "scenarios": by_scenario, "size": size}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Final
 
 from hexgen_vllm.bench.evaluation import GOALS, OURS, Figures, Goal
-from hexgen_vllm.bench.table import seconds
+from hexgen_vllm.bench.table import markdown, seconds
 
 ABLATION: Final = "ablation"
 
 _INTRO: Final = """# Evaluation
 
 Written by `hexgen-vllm bench report` from the scenario files in `{folder}`; do not edit.
-All figures are simulated. {size}
+All figures but those under Live are simulated. {size}
 
 Terms: λ* is the fluid capacity with a perfect prefix cache, load is the arrival rate over it. Min
 deadline @95 % is the shortest deadline that 95 % of workflows meet. Sustained rate is the load up
@@ -48,16 +48,13 @@ class Section:
     plots: tuple[str, ...] = ()
 
 
-def page(folder: str, size: str, totals: Mapping[str, Any], sections: Sequence[Section]) -> str:
-    """Return the whole page."""
-    parts = [_INTRO.format(folder=folder, size=size), _goals(totals), _by_scenario(sections)]
+def page(
+    folder: str, size: str, totals: Mapping[str, Any], sections: Sequence[Section], live: str = ""
+) -> str:
+    """Return the whole page; ``live`` is the part about runs on real engines."""
+    parts = [_INTRO.format(folder=folder, size=size), _goals(totals), live, _by_scenario(sections)]
     parts += [_section(section) for section in sections]
-    return "\n".join(parts).rstrip() + "\n"
-
-
-def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return "\n".join(part for part in parts if part).rstrip() + "\n"
 
 
 def _number(value: float | None) -> str:
@@ -67,7 +64,7 @@ def _number(value: float | None) -> str:
 def _goals(totals: Mapping[str, Any]) -> str:
     lines = [_goal(goal, totals) for goal in GOALS]
     heads = ("goal", "wanted", "mean over text2sql", "reached", "worst of all scenarios")
-    return "## Goals\n\n" + _table(heads, lines)
+    return "## Goals\n\n" + markdown(heads, lines)
 
 
 def _goal(goal: Goal, totals: Mapping[str, Any]) -> tuple[str, ...]:
@@ -86,7 +83,7 @@ def _by_scenario(sections: Sequence[Section]) -> str:
         for goal in GOALS
         if any(s.goals.get(goal.key) is not None for s in compared)
     ]
-    return "## Goals by scenario\n\n" + _table(("goal", *names), lines)
+    return "## Goals by scenario\n\n" + markdown(("goal", *names), lines)
 
 
 def _section(section: Section) -> str:
@@ -128,7 +125,7 @@ def _by_load(section: Section, cell: Any) -> str:
     figures = section.figures
     heads = ("policy", *(f"{load:g}" for load in figures.loads))
     lines = [(p, *(cell(figures, p, load) for load in figures.loads)) for p in figures.policies]
-    return _table(heads, lines)
+    return markdown(heads, lines)
 
 
 def _deadline(figures: Figures, policy: str, load: float) -> str:

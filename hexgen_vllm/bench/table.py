@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from hexgen_vllm.metrics.summary import spread
@@ -62,6 +62,12 @@ def aligned(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         return "  ".join([f"{cells[0]:<{widths[0]}}", *padded[1:]])
 
     return "\n".join(map(line, [heads, rule, *lines]))
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def _means(rows: Sequence[Row]) -> str:
