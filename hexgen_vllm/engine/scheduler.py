@@ -54,7 +54,9 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
     """Orders calls by how soon they must start for their workflow to be on time.
 
     Use it as ``--scheduler-cls hexgen_vllm.UrgencyScheduler`` with options in
-    ``--additional-config '{"hexgen": {…}}'`` (:class:`hexgen_vllm.config.EngineOptions`).
+    ``--additional-config '{"hexgen": {…}}'`` (:class:`hexgen_vllm.config.EngineOptions`). Where
+    ``$VLLM_PLUGINS`` leaves ours out, ``--middleware`` with
+    ``hexgen_vllm.engine.middleware.HexgenMiddleware`` adds headers, ``/hexgen/stats`` and metrics.
 
     Raises:
         UnsupportedVLLM: this vLLM cannot be driven.
