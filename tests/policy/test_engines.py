@@ -68,6 +68,23 @@ def test_an_engine_on_trial_gets_one_call_at_a_time(policy: str) -> None:
     assert list(found.values()).count("e0") >= 2
 
 
+def test_a_trial_goes_on_when_an_answer_has_begun() -> None:
+    """A long stream must not keep an engine that works at one call."""
+    c = coordinator()
+    c.engine_changed("e0", EngineState.TRIAL, 1.0)
+    c.call_arrived(call("first"), 1.0)
+    for name in ("second", "third"):
+        assert c.call_arrived(call(name), 1.0) == []
+    for before, name in (("first", "second"), ("second", "third")):
+        c.call_started(before, 2.0)
+        assert places(c.tick(2.0)) == {name: "e0"}
+    c.call_finished("first", DONE, 3.0)
+    assert c.call_arrived(call("fourth"), 3.0) == []
+    decisions = c.call_bounced("third", 3.0)
+    assert refusals(decisions) == {"third": "rejected-no-endpoints"}
+    assert places(decisions) == {"fourth": "e0"}
+
+
 def test_while_the_only_engine_is_tried_calls_wait() -> None:
     c = coordinator()
     c.engine_changed("e0", EngineState.TRIAL, 1.0)
