@@ -162,7 +162,7 @@ class Fleet:
             self._service.engine_joined(found.spec, engine.state)
         else:
             self._settle(engine)
-        _LOG.info("engine %s engine=%s %s", "joined" if first else "back", name, _about(found))
+        _log_joined(name, found, first=first)
 
     def restarted(self, name: str) -> None:
         """Note that an engine started anew behind our back."""
@@ -238,11 +238,17 @@ class Fleet:
             self._service.engine_changed(engine.name, state)
 
 
-def _about(found: Found) -> str:
+def _log_joined(name: str, found: Found, *, first: bool) -> None:
     spec = found.spec
-    models = ",".join(sorted(spec.models)) or "any"
-    text = f"kind={spec.kind.value} models={models}"
-    text += f" max_num_seqs={spec.max_num_seqs} kv_tokens={spec.kv_tokens}"
-    if not found.certain:
-        text += " note='it does not say how it orders calls; see --stock-scheduling'"
-    return text
+    note = () if found.certain else ("it does not say how it orders calls; see --stock-scheduling",)
+    _LOG.info(
+        "engine %s engine=%s kind=%s models=%s max_num_seqs=%s kv_tokens=%s"
+        + " note=%r" * len(note),
+        "joined" if first else "back",
+        name,
+        spec.kind.value,
+        ",".join(sorted(spec.models)) or "any",
+        spec.max_num_seqs,
+        spec.kv_tokens,
+        *note,
+    )

@@ -15,7 +15,7 @@ from hexgen_vllm.router.job import Job
 
 FORMATS: Final = ("text", "json")
 _TEXT: Final = "%(asctime)s %(levelname)s %(name)s %(message)s"
-_FIELD: Final = re.compile(r"\s*\b(\w+)=(%(?:\.\d+)?[a-z])")
+_PLACE: Final = re.compile(r"(?:\s*\b(?P<key>\w+)=)?(?P<form>%(?:\.\d+)?[a-z])|%%")
 _LOG: Final = logging.getLogger("hexgen_vllm.router.call")
 
 
@@ -43,13 +43,22 @@ class JsonFormatter(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """Return event and fields; the whole message is the event where it has another form."""
-    template, args = str(record.msg), record.args
-    keys = [match[1] for match in _FIELD.finditer(template)]
-    event = _FIELD.sub("", template)
-    if not isinstance(args, tuple) or len(args) != len(keys) or "%" in event:
+    """Return event and fields; a value without a key is a word of the event."""
+    if not isinstance(record.args, tuple):
         return {"event": record.getMessage()}
-    return {"event": event.strip(), **dict(zip(keys, args, strict=True))}
+    values, fields = iter(record.args), dict[str, Any]()
+
+    def filled(match: re.Match[str]) -> str:
+        if match["form"] is None:
+            return "%"
+        value = next(values, None)
+        if match["key"] is None:
+            return match["form"] % (value,)
+        fields[match["key"]] = value
+        return ""
+
+    event = _PLACE.sub(filled, str(record.msg)) if record.args else str(record.msg)
+    return {"event": event.strip(), **fields}
 
 
 def call_ended(job: Job, now: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Mapping, MutableMapping
 from typing import Final
 
@@ -27,6 +28,7 @@ from hexgen_vllm.types import Call, CallResult, Placement
 
 _PROTOCOL: Final = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
+_LAST_S: Final = 2.0
 _Value = str | int | float | bool
 
 
@@ -57,8 +59,10 @@ class OtelTracing(Tracing):
         return _OtelTrace(self._tracer, span, self._policy)
 
     def close(self) -> None:
-        """Send what was not sent yet; may take seconds."""
-        self._provider.shutdown()
+        """Send what was not sent yet; a receiver that does not answer is given up soon."""
+        last = threading.Thread(target=self._provider.shutdown, daemon=True)
+        last.start()
+        last.join(_LAST_S)
 
 
 class _OtelTrace(CallTrace):

@@ -50,13 +50,20 @@ def test_keys_become_fields_with_their_types() -> None:
     }  # fmt: skip
 
 
+def test_values_without_a_key_belong_to_the_event() -> None:
+    assert formatted("engine %s engine=%s reason=%r", "back", "e", None) == {
+        "level": "info", "logger": "n", "event": "engine back", "engine": "e", "reason": None,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("message", "args", "event"),
     [
         ("stopped", (), "stopped"),
         ("50 % of it", (), "50 % of it"),
-        ("engine %s engine=%s", ("back", "e"), "engine back engine=e"),
         ("tuning %s a=1", ("apply",), "tuning apply a=1"),
+        ("%d %% of %s", (50, "it"), "50 % of it"),
+        ("%(a)s", ({"a": 1},), "1"),
     ],
 )
 def test_other_messages_are_events_as_they_are(message: str, args: Any, event: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -19,6 +21,7 @@ from hexgen_vllm.router import otel
 from hexgen_vllm.router.tracing import NO_TRACE, Tracing, open_tracing
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
+from hexgen_vllm.types import CallResult
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 CAME = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
@@ -173,3 +176,19 @@ def test_a_wrong_protocol_and_a_missing_package_are_named(monkeypatch: pytest.Mo
     monkeypatch.delattr("hexgen_vllm.router.otel", raising=False)
     with pytest.raises(ConfigError, match=r"hexgen-vllm\[otel\]"):
         open_tracing("http://127.0.0.1:4317", "slack")
+
+
+def test_a_receiver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    class Silent(InMemorySpanExporter):
+        def export(self, spans: Any) -> SpanExportResult:
+            answered.wait()
+            return SpanExportResult.SUCCESS
+
+    monkeypatch.setattr(otel, "_LAST_S", 0.05)
+    tracing = otel.OtelTracing(Silent(), "slack")
+    tracing.begin("/", {}).ended("answered", CallResult(ok=True))
+    tracing.close()
+    assert not answered.is_set()
+    answered.set()
