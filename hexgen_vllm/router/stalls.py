@@ -8,7 +8,7 @@ step. So an engine is stalled when, for
 
 with the predicted times of its step and of its queued prompts, none of its answers grew and its
 step count stood still. Calls of which neither would be known - no answer has begun, and it counts
-no steps - tell nothing, and nothing is concluded.
+no steps - tell nothing, and nothing is concluded; nor do answers that their client does not read.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Stalls:
         """Find stalled engines, and end the answers that an engine which is down owes."""
         tries: dict[str, list[Attempt]] = {name: [] for name in self._fleet.engines}
         for attempt in self._guard.attempts:
-            tries.setdefault(attempt.engine, []).append(attempt)
+            if not attempt.client_is_slow():
+                tries.setdefault(attempt.engine, []).append(attempt)
         for name, engine in list(self._fleet.engines.items()):
             self._look(engine, tries[name], now)
         self._pulses = {n: p for n, p in self._pulses.items() if n in tries}

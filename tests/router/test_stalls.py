@@ -205,6 +205,25 @@ async def test_a_long_prompt_is_given_the_time_that_it_needs() -> None:
         await stand.until(lambda: stand.context.ledger.open == 0)
 
 
+async def test_a_client_that_does_not_read_takes_no_engine_out() -> None:
+    """All has been sent to it that it takes; the engine may have done its work long ago."""
+    clock = ManualClock()
+    async with open_stand(*engines(2), clock=clock, **LIMITS) as stand:
+        await known(stand)
+        answer = await stand.post(stream=True, max_tokens=10**6, ignore_eos=True).__aenter__()
+        (attempt,) = stand.context.guard.attempts
+        await stand.until(attempt.client_is_slow)
+        progress = -1
+        while progress != attempt.progress:  # until no buffer takes any more
+            progress = attempt.progress
+            await asyncio.sleep(0.05)
+        for _ in range(10):
+            pass_s(stand, clock, 10.0)
+        assert [stand.state(i) for i in range(2)] == [EngineState.READY] * 2
+        answer.close()
+        await stand.until(lambda: stand.context.ledger.open == 0)
+
+
 async def test_idle_engines_do_not_stall() -> None:
     clock = ManualClock()
     async with open_stand(*engines(2), clock=clock, **LIMITS) as stand:
