@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from dataclasses import replace
-from typing import Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 from hexgen_vllm import wire
 from hexgen_vllm.client import scope as scopes
@@ -16,7 +16,7 @@ from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.errors import ConfigError
 
 ClientT = TypeVar("ClientT")
-WorkflowT = TypeVar("WorkflowT", bound="Workflow[object]")
+WorkflowT = TypeVar("WorkflowT", bound="Workflow[Any]")
 
 LATE: Final = ("send", "raise")
 # One clock for the process: scopes compare deadlines, and two clocks do not compare.
