@@ -1,0 +1,103 @@
+"""The agent: a question and a database in, a query and its rows out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from openai import AsyncOpenAI, OpenAIError
+
+from examples.text2sql.calls import Caller, Sampling, Usage, together
+from examples.text2sql.candidates import Candidate, Writer
+from examples.text2sql.choosing import choose
+from examples.text2sql.linking import linked_schema
+from examples.text2sql.prompts import CANDIDATES
+from examples.text2sql.sandbox import Limits, Row, Sandbox
+from examples.text2sql.schema import read_schema
+from hexgen_vllm import Workflow
+
+WORKFLOW_TYPE = "text2sql"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the agent found.
+
+    Attributes:
+        sql: the query, empty when there is none.
+        rows: its result, ``None`` when there is none.
+        error: why there is none.
+        failed: whether that is because a call failed, and not because of the query.
+        rounds: revisions of all candidates together.
+        refused: queries that the sandbox refused.
+        usage: calls and tokens.
+    """
+
+    usage: Usage
+    sql: str = ""
+    columns: tuple[str, ...] = ()
+    rows: tuple[Row, ...] | None = None
+    error: str | None = None
+    failed: bool = False
+    rounds: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True)
+class Agent:
+    """Answers questions through one client.
+
+    Attributes:
+        client: where calls go.
+        sampling: how answers are drawn.
+        deadline_s: seconds for a whole question; none by default.
+        max_rounds: most revisions of a candidate.
+        limits: what a query may use.
+    """
+
+    client: AsyncOpenAI
+    sampling: Sampling
+    deadline_s: float | None = None
+    max_rounds: int = 4
+    limits: Limits = field(default_factory=Limits)
+
+    async def answer(self, path: Path, question: str, key: str = "") -> Answer:
+        """Answer one question about the SQLite file ``path``; what goes wrong is in the answer.
+
+        All calls are one workflow with one deadline, and its end is told to the router.
+
+        Raises:
+            sqlite3.Error: the file cannot be read.
+        """
+        async with Workflow(
+            self.client, deadline_s=self.deadline_s, type=WORKFLOW_TYPE
+        ) as workflow:
+            caller = Caller(workflow, self.sampling, key or question)
+            try:
+                return await self._solve(caller, path, question)
+            except OpenAIError as error:
+                said = " ".join(str(error).split())[:300]
+                return Answer(caller.usage, error=f"a call failed: {said}", failed=True)
+
+    async def _solve(self, caller: Caller, path: Path, question: str) -> Answer:
+        whole = await asyncio.to_thread(read_schema, path)
+        schema = await linked_schema(caller, path, whole, question)
+        sandbox = Sandbox(path, self.limits)
+        writer = Writer(caller, sandbox, schema, question, self.max_rounds)
+        candidates = await together(writer.write(style) for style in range(len(CANDIDATES)))
+        chosen = await choose(caller, schema, question, candidates)
+        return _answer(caller.usage, chosen, candidates)
+
+
+def _answer(usage: Usage, chosen: Candidate, candidates: Sequence[Candidate]) -> Answer:
+    return Answer(
+        usage=usage,
+        sql=chosen.sql,
+        columns=chosen.outcome.columns,
+        rows=chosen.outcome.rows,
+        error=chosen.outcome.error,
+        rounds=sum(candidate.rounds for candidate in candidates),
+        refused=sum(candidate.refused for candidate in candidates),
+    )

@@ -1,0 +1,75 @@
+"""Candidate queries: written, run, and revised for as long as the database objects."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from examples.text2sql import prompts, replies
+from examples.text2sql.calls import Caller
+from examples.text2sql.grammar import Grammar
+from examples.text2sql.prompts import Prompt
+from examples.text2sql.sandbox import Outcome, Sandbox
+from examples.text2sql.schema import Schema
+from examples.text2sql.sql_grammar import query_grammar
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A query and what came of it.
+
+    Attributes:
+        sql: the query, empty when the model gave none.
+        outcome: what came of its last run.
+        rounds: how often it was revised.
+        refused: how many of its versions were refused.
+    """
+
+    sql: str
+    outcome: Outcome
+    rounds: int = 0
+    refused: int = 0
+
+
+class Writer:
+    """Writes candidates for one question.
+
+    Args:
+        caller: the question's calls.
+        sandbox: where queries run.
+        schema: the linked part of the database.
+        question: the question.
+        max_rounds: most revisions of a candidate.
+    """
+
+    def __init__(
+        self, caller: Caller, sandbox: Sandbox, schema: Schema, question: str, max_rounds: int
+    ) -> None:
+        self._caller = caller
+        self._sandbox = sandbox
+        self._schema = schema
+        self._question = question
+        self._max_rounds = max_rounds
+        self._grammar: Grammar = query_grammar(schema)
+
+    async def write(self, style: int) -> Candidate:
+        """Return the candidate of one style, revised until its result may be an answer."""
+        prompt = prompts.candidate(style, self._schema, self._question)
+        best = await self._query("generate_candidate", str(style), prompt)
+        while best.rounds < self._max_rounds and not best.outcome.is_telling:
+            prompt = prompts.revise(self._schema, self._question, best.sql, best.outcome)
+            new = await self._query("revise", f"{style}/{best.rounds}", prompt)
+            repeated = new.sql == best.sql  # the model stands by it
+            best = Candidate(
+                new.sql, new.outcome, best.rounds + 1, best.refused + new.refused * (not repeated)
+            )
+            if repeated:
+                break
+        return best
+
+    async def _query(self, stage: str, place: str, prompt: Prompt) -> Candidate:
+        sql = replies.query(await self._caller.ask(stage, place, prompt, self._grammar))
+        if not sql:
+            return Candidate("", Outcome(error="the answer holds no SQL query"))
+        outcome = await asyncio.to_thread(self._sandbox.run, sql)
+        return Candidate(sql, outcome, refused=int(outcome.refused))

@@ -1,0 +1,55 @@
+"""The last two stages: statements that tell candidates apart, and the candidate that fits them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from examples.text2sql import grammar, prompts, replies
+from examples.text2sql.calls import Caller, together
+from examples.text2sql.candidates import Candidate
+from examples.text2sql.matching import same_rows
+from examples.text2sql.schema import Schema
+
+
+async def choose(
+    caller: Caller, schema: Schema, question: str, candidates: Sequence[Candidate]
+) -> Candidate:
+    """Return the best candidate: the one that passes most tests, and the first of several.
+
+    Candidates without a result are out; those that agree need no tests.
+    """
+    running = [candidate for candidate in candidates if candidate.outcome.rows is not None]
+    if len(running) < 2 or _agree(running):
+        return running[0] if running else candidates[0]
+    queries = [candidate.sql for candidate in running]
+    tests = await together(
+        _unit_test(caller, schema, question, queries, aspect)
+        for aspect in range(len(prompts.TEST_ASPECTS))
+    )
+    passed = await together(
+        _passes(caller, question, candidate, test, f"{number}/{i}")
+        for number, candidate in enumerate(running)
+        for i, test in enumerate(tests)
+    )
+    scores = [sum(passed[n * len(tests) : (n + 1) * len(tests)]) for n in range(len(running))]
+    return running[scores.index(max(scores))]
+
+
+def _agree(candidates: Sequence[Candidate]) -> bool:
+    first = candidates[0].outcome.rows or ()
+    return all(same_rows(c.outcome.rows or (), first, ordered=True) for c in candidates)
+
+
+async def _unit_test(
+    caller: Caller, schema: Schema, question: str, queries: Sequence[str], aspect: int
+) -> str:
+    prompt = prompts.unit_test(schema, question, queries, aspect)
+    said = await caller.ask("generate_unit_test", str(aspect), prompt, grammar.unit_test())
+    return " ".join(replies.lines(said, most=1))
+
+
+async def _passes(
+    caller: Caller, question: str, candidate: Candidate, test: str, place: str
+) -> bool:
+    prompt = prompts.evaluate(question, candidate.sql, candidate.outcome, test)
+    return replies.passes(await caller.ask("evaluate", place, prompt, grammar.verdict()))

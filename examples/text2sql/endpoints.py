@@ -1,0 +1,51 @@
+"""Where questions go: endpoints that run already, or engines and a router started here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from examples.text2sql.options import Options, named_url
+from hexgen_vllm.cluster import Cluster, ClusterSpec
+from hexgen_vllm.demo import DEVICES, FLEETS, DemoOptions, engine_entry, router_entry
+
+
+class Endpoint(NamedTuple):
+    """A server and what it is called in the report."""
+
+    name: str
+    url: str
+
+
+LOCAL = {"stock": "round_robin", "slack": "slack"}
+"""Fleets of ``--compare`` and the router's placement before them, ours last."""
+_WHOLE_PROMPTS = "--max-num-batched-tokens=8192"
+"""More than all prompts of a step together, so that none is split: vLLM 0.32 on a CPU cannot step
+back the random generator of a call with a seed, and ends."""
+
+
+async def endpoints(options: Options) -> AsyncGenerator[Endpoint, None]:
+    """Yield the endpoints in turn; those started here run until the next one is asked for."""
+    if not options.compare:
+        for word in options.base_url:
+            yield Endpoint(*named_url(word))
+        return
+    for fleet, placement in LOCAL.items():
+        async with Cluster(local_cluster(options, fleet, placement)) as cluster:
+            yield Endpoint(fleet, f"{cluster.router_url}/v1")
+
+
+def local_cluster(options: Options, fleet: str, placement: str) -> ClusterSpec:
+    """Return two engines that emulate devices of 3 to 1 in speed, and their router."""
+    demo = DemoOptions(model=options.model or "", deadline_s=options.deadline_s)
+    return ClusterSpec(
+        engines=tuple(
+            replace(entry, args=(*entry.args, _WHOLE_PROMPTS))
+            for entry in (engine_entry(demo, FLEETS[fleet], device) for device in DEVICES)
+        ),
+        router=router_entry(demo, placement),
+        log_dir=str(Path(options.out) / "logs" / fleet),
+        start_timeout_s=300.0,
+    )

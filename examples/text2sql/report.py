@@ -1,0 +1,114 @@
+"""What came of a run: a line for each question, a table, and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from examples.text2sql.users import Visit
+from hexgen_vllm.bench.table import aligned, seconds
+from hexgen_vllm.metrics.summary import min_deadline, percentile
+
+SHOWN_ROWS: Final = 5
+_COLUMNS: Final = (
+    "policy", "questions", "databases", "completed", "on time", "min deadline @95%", "P50",
+    "P95", "execution match", "with rows", "calls", "tokens out",
+)  # fmt: skip
+
+
+def line(visit: Visit) -> str:
+    """Return a visit in one line."""
+    answer, usage = visit.answer, visit.answer.usage
+    rows = "no rows" if answer.rows is None else f"{len(answer.rows)} rows"
+    return (
+        f"{visit.question.id:<11} {'on time' if visit.on_time else 'LATE':<7} "
+        f"{seconds(visit.latency_s):>5} s  {'match' if visit.matches else 'differs':<7} "
+        f"{rows:>9}  {usage.calls:>2} calls  {usage.prompt_tokens}+{usage.output_tokens} tokens  "
+        f"{answer.error or ' '.join(answer.sql.split())[:70]}"
+    )
+
+
+def summary(policy: str, visits: Sequence[Visit], rate: float) -> dict[str, Any]:
+    """Return the figures of a run; counts are of questions asked, times in seconds."""
+    latencies_s = [visit.latency_s if visit.completed else None for visit in visits]
+    known_s = [value for value in latencies_s if value is not None]
+    deadline_s = visits[0].deadline_s
+    return {
+        "policy": policy,
+        "questions": len(visits),
+        "distinct_questions": len({visit.question.id for visit in visits}),
+        "databases": len({visit.question.database for visit in visits}),
+        "completed": len(known_s),
+        "on_time": sum(visit.on_time for visit in visits),
+        "execution_match": sum(visit.matches for visit in visits),
+        "with_rows": sum(visit.answer.rows is not None for visit in visits),
+        "refused_queries": sum(visit.answer.refused for visit in visits),
+        "revisions": sum(visit.answer.rounds for visit in visits),
+        "calls": sum(visit.answer.usage.calls for visit in visits),
+        "prompt_tokens": sum(visit.answer.usage.prompt_tokens for visit in visits),
+        "output_tokens": sum(visit.answer.usage.output_tokens for visit in visits),
+        "rate": rate,
+        "deadline_s": deadline_s,
+        "min_deadline_95_s": _finite(min_deadline(latencies_s, 0.95, deadline_s).seconds),
+        "p50_s": _finite(percentile(known_s, 0.5)),
+        "p95_s": _finite(percentile(known_s, 0.95)),
+    }
+
+
+def table(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line for each run."""
+    return aligned(_COLUMNS, [_cells(found) for found in summaries])
+
+
+def _cells(found: Mapping[str, Any]) -> list[str]:
+    return [
+        str(found["policy"]),
+        str(found["questions"]),
+        str(found["databases"]),
+        str(found["completed"]),
+        f"{found['on_time']} ({found['on_time'] / found['questions']:.0%})",
+        *(seconds(found[name]) for name in ("min_deadline_95_s", "p50_s", "p95_s")),
+        str(found["execution_match"]),
+        str(found["with_rows"]),
+        str(found["calls"]),
+        str(found["output_tokens"]),
+    ]
+
+
+def answered(visit: Visit) -> dict[str, Any]:
+    """Return a visit as one JSON object, with the first rows only."""
+    answer, usage = visit.answer, visit.answer.usage
+    return {
+        "id": visit.question.id,
+        "question": visit.question.text,
+        "sql": answer.sql,
+        "columns": answer.columns,
+        "rows": None if answer.rows is None else answer.rows[:SHOWN_ROWS],
+        "row_count": None if answer.rows is None else len(answer.rows),
+        "error": answer.error,
+        "execution_match": visit.matches,
+        "calls": usage.calls,
+        "stages": usage.stages,
+        "revisions": answer.rounds,
+        "prompt_tokens": usage.prompt_tokens,
+        "output_tokens": usage.output_tokens,
+        "latency_s": round(visit.latency_s, 4),
+        "deadline_s": visit.deadline_s,
+        "on_time": visit.on_time,
+    }
+
+
+def write(path: Path, summaries: Sequence[Mapping[str, Any]], visits: Sequence[Visit]) -> None:
+    """Write the last run's figures and answers to ``path``, and the figures of all runs."""
+    content = {**summaries[-1], "compare": summaries, "answers": [answered(v) for v in visits]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(content, indent=1, default=repr) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None

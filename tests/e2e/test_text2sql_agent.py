@@ -1,0 +1,64 @@
+"""The text-to-SQL agent on a real engine behind the real router, held to its grammars."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.text2sql.main import main
+from tests.e2e.forkserver import ForkServer
+from tests.e2e.programs import Server, Spawned, free_port, small_engine
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(scope="module")
+def router(
+    forks: ForkServer, tiny_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Yield a router before one engine."""
+    logs, port = tmp_path_factory.mktemp("logs"), free_port()
+    argv = [word for word in small_engine(port) if not word.startswith("--max-model-len")]
+    argv = [tiny_model, *argv, "--max-model-len=2048"]
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    engine = Server(forks.start("hexgen_vllm.serve", argv, logs / "engine", alone), port)
+    engine.wait_healthy()
+    words = [f"--port={free_port()}", "--worker-urls", engine.url]
+    program = Spawned("hexgen_vllm.router", words, logs / "router")
+    yield Server(program, int(words[0].partition("=")[2])).wait_healthy()
+    program.stop()
+    engine.program.stop()
+
+
+def test_random_weights_held_to_grammars_give_sql_that_runs(router: Server, tmp_path: Path) -> None:
+    words = ["--constrain", "--temperature=1", "--users=6", "--rate=20", "--max-rounds=2"]
+    where = [f"--base-url={router.url}/v1", f"--out={tmp_path}", "--max-tokens=600"]
+    assert main([*where, *words]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["questions"], found["completed"], found["on_time"]) == (6, 6, 6)
+    assert found["calls"] >= 6 * 4
+    assert found["output_tokens"] > 6 * 100
+    for answer in found["answers"]:
+        sql, error = answer["sql"], answer["error"] or ""
+        assert sql.startswith("SELECT "), answer
+        assert answer["row_count"] is not None or error.startswith("refused: the result"), answer
+        assert answer["stages"]["generate_candidate"] == 2
+    assert router.get("/health").status == 200
+    metrics = router.get("/metrics").text
+    assert [line for line in metrics.splitlines() if "hexgen" in line and "workflow" in line]
+
+
+def test_a_grammar_that_cannot_be_read_fails_one_call_only(router: Server) -> None:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "SELECT"}],
+        "max_tokens": 8,
+        "structured_outputs": {"grammar": "root ::= nowhere"},
+    }
+    assert router.post("/v1/chat/completions", body).status == 400
+    body["structured_outputs"] = {"grammar": 'root ::= "SELECT 1"'}
+    answer = router.post("/v1/chat/completions", body)
+    assert answer.json["choices"][0]["message"]["content"] == "SELECT 1"

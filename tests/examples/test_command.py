@@ -1,0 +1,122 @@
+"""The command, its figures and its bad input, without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from examples.text2sql.agent import Answer
+from examples.text2sql.calls import Usage
+from examples.text2sql.endpoints import local_cluster
+from examples.text2sql.main import main, run
+from examples.text2sql.options import Options, named_url
+from examples.text2sql.questions import Question
+from examples.text2sql.report import line, summary
+from examples.text2sql.users import Visit
+from tests.examples.scripted import Scripted, fenced
+
+
+async def command(words: Sequence[str]) -> int:
+    """Run the command beside the server of this process."""
+    return await asyncio.to_thread(main, words)
+
+
+async def test_every_question_is_asked_and_reported(
+    scripted: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted.answers["generate_candidate"] = fenced("SELECT COUNT(*) FROM book")
+    words = ["--base-url", f"one={scripted.url}", scripted.url, f"--out={tmp_path}"]
+    assert await command([*words, "--rate=1000", "--max-rounds=0"]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["questions"], found["databases"]) == (48, 3)
+    assert (found["completed"], found["on_time"]) == (48, 48)
+    assert found["execution_match"] == 1, "one library question asks for the number of books"
+    assert [one["policy"] for one in found["compare"]] == ["one", scripted.url.split("/")[2]]
+    assert len(found["answers"]) == len({answer["id"] for answer in found["answers"]}) == 48
+    right = next(answer for answer in found["answers"] if answer["execution_match"])
+    assert (right["sql"], right["rows"]) == ("SELECT COUNT(*) FROM book", [[150]])
+    out = capsys.readouterr().out
+    assert out.count("on time") == 2 * 48 + 1
+    assert "execution match" in out
+    assert len(scripted.finished) == 2 * 48
+
+
+async def test_warm_up_is_played_and_not_counted(scripted: Scripted, tmp_path: Path) -> None:
+    options = Options(
+        base_url=(scripted.url,), out=str(tmp_path), users=3, warmup=2, rate=500.0, max_rounds=0
+    )
+    (found,) = await run(options)
+    assert (found["questions"], len(scripted.finished)) == (3, 5)
+
+
+async def test_calls_that_fail_make_the_command_fail(scripted: Scripted, tmp_path: Path) -> None:
+    scripted.broken.add("schema_linking")
+    words = [f"--base-url={scripted.url}", f"--out={tmp_path}", "--users=2"]
+    assert await command(words) == 1
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["completed"], found["on_time"], found["min_deadline_95_s"]) == (0, 0, None)
+    assert all("as asked" in answer["error"] for answer in found["answers"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--base-url=nowhere"], "base_url must be URL or NAME=URL, not 'nowhere'."),
+        (["--compare"], "compare needs model, the folder of a model to serve."),
+        (["--deadline-s=0"], "deadline_s must be at least 0.1, not 0."),
+        (["--base-url=http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1 cannot be used: Connection"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, f"--out={tmp_path}"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"text2sql: {sentence}")
+
+
+async def test_a_model_that_is_not_served_is_told(
+    scripted: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--base-url={scripted.url}", "--model=other", f"--out={tmp_path}"]
+    assert await command(words) == 2
+    assert "does not serve other, but m." in capsys.readouterr().err
+
+
+def visit(latency_s: float, *, failed: bool = False, rows: int = 6) -> Visit:
+    question = Question("q-1", "library", Path("x"), "How many?", "SELECT 6", ((6,),))
+    answer = Answer(Usage(calls=4), "SELECT 6", ("6",), ((rows,),), failed=failed)
+    return Visit(question, answer, latency_s, 10.0)
+
+
+def test_figures_count_what_failed_as_late() -> None:
+    visits = [visit(2.0), visit(10.0), visit(10.1, rows=7), visit(1.0, failed=True)]
+    found = summary("p", visits, 0.5)
+    assert (found["questions"], found["completed"], found["on_time"]) == (4, 3, 2)
+    assert (found["execution_match"], found["calls"], found["p50_s"]) == (3, 16, 10.0)
+    assert found["min_deadline_95_s"] is None, "a quarter never came"
+    assert "LATE" in line(visits[2])
+    assert "differs" in line(visits[2])
+
+
+def test_urls_may_have_names() -> None:
+    assert named_url("a=http://h:1/v1?x=y") == ("a", "http://h:1/v1?x=y")
+    assert named_url("http://h:1/v1?x=y") == ("h:1", "http://h:1/v1?x=y")
+
+
+@pytest.mark.parametrize(
+    ("fleet", "placement", "scheduler"),
+    [("stock", "round_robin", "fcfs"), ("slack", "slack", "hexgen")],
+)
+def test_the_comparison_differs_in_scheduling_only(
+    fleet: str, placement: str, scheduler: str
+) -> None:
+    spec = local_cluster(Options(compare=True, model="folder"), fleet, placement)
+    assert {engine.scheduler for engine in spec.engines} == {scheduler}
+    assert [engine.name for engine in spec.engines] == ["fast", "slow"]
+    assert spec.router is not None
+    assert spec.router.policy == placement

@@ -1,0 +1,91 @@
+"""Databases are large enough and the same everywhere; every question has an answer."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from examples.text2sql.databases import SOURCES, build
+from examples.text2sql.questions import FILE, drawn, load
+from examples.text2sql.schema import connect, read_schema
+from examples.text2sql.values import find_values
+
+QUESTIONS = yaml.safe_load(FILE.read_text())
+
+
+def dump(path: Path) -> list[str]:
+    with closing(connect(path)) as connection:
+        return list(connection.iterdump())
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_same_seed_gives_the_same_rows(
+    name: str, databases: Mapping[str, Path], tmp_path: Path
+) -> None:
+    assert dump(build(name, tmp_path / "again.sqlite")) == dump(databases[name])
+    assert dump(build(name, tmp_path / "other.sqlite", seed=1)) != dump(databases[name])
+
+
+def test_there_are_three_schemas_and_some_thousand_rows(databases: Mapping[str, Path]) -> None:
+    rows = 0
+    for path in databases.values():
+        schema = read_schema(path)
+        assert sum(bool(c.references) for table in schema.tables for c in table.columns) >= 5
+        with closing(connect(path)) as connection:
+            for table in schema.names():
+                rows += connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0]
+    assert (len(databases), rows > 5000) == (3, True)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_gold_query_returns_rows_and_matches_itself(
+    name: str, databases: Mapping[str, Path]
+) -> None:
+    found = [question for question in load(databases) if question.database == name]
+    assert len(found) == len({question.text for question in found}) >= 12
+    for question in found:
+        assert any(value is not None for row in question.rows for value in row), question.gold
+        assert question.is_matched_by(question.rows)
+        assert not question.is_matched_by((*question.rows, question.rows[0]))
+
+
+def test_a_gold_query_that_does_not_run_is_an_error(
+    databases: Mapping[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "questions.yaml"
+    file.write_text("shop: [{q: What, sql: SELECT colour FROM product}]")
+    with pytest.raises(ValueError, match="gold query 1 of shop: no such column: colour"):
+        load(databases, file)
+
+
+def test_nobody_asks_a_question_again_before_all_were_asked(
+    databases: Mapping[str, Path],
+) -> None:
+    import random
+
+    known = load(databases)
+    asked = drawn(known, len(known) + 5, random.Random(1))
+    assert len({question.id for question in asked[: len(known)]}) == len(known)
+    assert asked[:5] != known[:5]
+
+
+def test_a_schema_says_what_a_model_needs(databases: Mapping[str, Path]) -> None:
+    schema = read_schema(databases["library"]).only({"book": ["title"], "nothing": ["x"]})
+    schema = schema.with_values({("book", "title"): ["The Lost Road"]})
+    assert schema.text() == (
+        "book:\n  id INTEGER\n  title TEXT e.g. 'The Lost Road'\n  author_id INTEGER -> author.id"
+    )
+
+
+def test_values_are_found_and_words_are_never_sql(databases: Mapping[str, Path]) -> None:
+    schema = read_schema(databases["clinic"])
+    words = ["eastport", "'; DROP TABLE visit --", "%", "ab"]
+    found = find_values(databases["clinic"], schema, words)
+    assert found == {("patient", "city"): ("Eastport",)}
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        connect(databases["clinic"]).execute("DELETE FROM visit")
