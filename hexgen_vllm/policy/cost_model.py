@@ -113,7 +113,7 @@ class CostFit:
         self._observe(tuple(r * s for r, s in zip(raw, _SCALES, strict=True)), seconds / n)
 
     def _observe(self, x: tuple[float, ...], seconds: float) -> None:
-        residual = seconds - sum(t * v for t, v in zip(self._theta, x, strict=True))
+        residual = seconds - sum((t * v for t, v in zip(self._theta, x, strict=True)), 0.0)
         self.steps += 1
         self._cost = None
         if self.steps > _N:
@@ -132,11 +132,13 @@ class CostFit:
 
     def _update(self, x: tuple[float, ...], residual: float, weight: float) -> None:
         p = self._p
-        px = [sum(row[j] * x[j] for j in range(_N)) for row in p]
-        gain = 1.0 / (self._forgetting / weight + sum(a * b for a, b in zip(x, px, strict=True)))
+        px = [sum((row[j] * x[j] for j in range(_N)), 0.0) for row in p]
+        gain = 1.0 / (
+            self._forgetting / weight + sum((a * b for a, b in zip(x, px, strict=True)), 0.0)
+        )
         for i in range(_N):
             self._theta[i] += px[i] * gain * residual
-        trace = sum(p[i][i] for i in range(_N))
+        trace = sum((p[i][i] for i in range(_N)), 0.0)
         keep = 1.0 / self._forgetting if trace < _MAX_TRACE else 1.0
         for i in range(_N):
             row, scale = p[i], px[i] * gain

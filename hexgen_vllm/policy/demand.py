@@ -87,12 +87,14 @@ class Estimates:
         if not ready:
             return 0.0
         token_s = [max(e.token_s(e.cost() or UNMEASURED), _LEAST_S) for e in ready]
+        # Sums start at 0.0: compiled code takes a sum that starts at 0 for an integer.
         rate = sum(
-            min(e.slots, len(e.in_flight) + 1) / t for e, t in zip(ready, token_s, strict=True)
+            (min(e.slots, len(e.in_flight) + 1) / t for e, t in zip(ready, token_s, strict=True)),
+            0.0,
         )
         tail = self._tail(demand.call, ordinal, 0.5, demand.output_tokens)
         output = demand.output_tokens + tail.output_tokens
-        pace_s = len(ready) / sum(1.0 / t for t in token_s)
+        pace_s = len(ready) / sum((1.0 / t for t in token_s), 0.0)
         return held_output_tokens / rate + output * pace_s
 
     def work_s(self, demand: Demand) -> float:
