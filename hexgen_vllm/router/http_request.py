@@ -11,7 +11,7 @@ import asyncio
 import zlib
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from aiohttp import streams, web
 from aiohttp.http import HttpVersion, RawRequestMessage
@@ -19,7 +19,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 if TYPE_CHECKING:
-    from hexgen_vllm.router.http_server import Connection, Source
+    from hexgen_vllm.router.http_connection import Connection
 
 SENT: Final = web.Response()
 """What a handler returns that has written the answer itself."""
@@ -36,6 +36,16 @@ class Names(dict[str, str]):
     def of(cls, headers: Mapping[str, str]) -> Names:
         """Return the names of ``headers``."""
         return cls((name.lower(), headers[name]) for name in headers)
+
+
+class Source(Protocol):
+    """What an answer comes from; it can be told to wait."""
+
+    def pause(self) -> None:
+        """Read no more for now."""
+
+    def resume(self) -> None:
+        """Read on."""
 
 
 class Request(web.BaseRequest):
@@ -192,6 +202,11 @@ class Request(web.BaseRequest):
             self.fail(web.HTTPRequestEntityTooLarge(most, self._size))
         elif self._failure is None:
             self._pieces.append(piece)
+
+    def framing(self) -> bytes:
+        """Return the header line that says where the body ends, empty if there is no body."""
+        framing = (b"content-length", b"transfer-encoding")
+        return next((b"%b: %b" % pair for pair in self.pairs if pair[0].lower() in framing), b"")
 
     def feed_end(self) -> None:
         """Note the end of the body."""
