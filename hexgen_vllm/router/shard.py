@@ -27,8 +27,11 @@ from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.engine_pool import UnixPool
 from hexgen_vllm.router.http_request import SENT, Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
+from hexgen_vllm.router.overview import Overview
+from hexgen_vllm.router.overview_sum import total
 from hexgen_vllm.router.shard_metrics import merged
 from hexgen_vllm.router.spot import Spot
+from hexgen_vllm.router.ui_page import DATA_PATH, data_response
 
 LOAD_PATH: Final = "/shard/load"
 _ASK_S: Final = 0.25
@@ -53,6 +56,7 @@ class Shard:
     def __init__(self, spot: Spot, context: Context) -> None:
         self._spot, self._context = spot, context
         self._pool = UnixPool(_CONNECT_S)
+        self._overview = Overview(context)
         self.passing = 0
 
     async def take(self, request: Request, *, admin: bool) -> web.StreamResponse | None:
@@ -63,6 +67,8 @@ class Shard:
             await self._tell_others(request)
         elif request.path == "/metrics":
             return await self._metrics()
+        elif request.path == DATA_PATH:
+            return await self._overview_of_all()
         owner = await self._owner(request)
         if owner is None or owner == self._spot.index:
             return None
@@ -141,6 +147,12 @@ class Shard:
         texts = await asyncio.gather(*(self._get(i, "/metrics") for i in self._spot.others()))
         body = merged([own.decode(), *(text.decode() for text in texts if text)])
         return web.Response(body=body.encode(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _overview_of_all(self) -> web.StreamResponse:
+        bodies = await asyncio.gather(*(self._get(i, DATA_PATH) for i in self._spot.others()))
+        parts = [json.loads(body) for body in (self._overview.body(), *bodies) if body]
+        known = [part for part in parts if "calls" in part]  # else it could not answer
+        return data_response(json.dumps(total(known)).encode())
 
     async def _get(self, index: int, path: str) -> bytes:
         """Return what another process says, empty if it does not."""

@@ -11,10 +11,17 @@ _SAMPLE: Final = re.compile(r"^(?P<key>[a-zA-Z_:][\w:]*(?:\{.*\})?) (?P<value>\S
 _SUMMED: Final = (
     "open_calls",
     "held_calls",
+    "held_tokens",
+    "slack_calls",
+    "workflows_at_risk",
     "open_workflows",
     "engine_calls",
     "engine_tokens",
 )
+
+
+# Counters that every process reads from the engines.
+_SEEN_BY_ALL: Final = "_engine_preemptions_total"
 
 
 def merged(texts: Sequence[str]) -> str:
@@ -49,7 +56,7 @@ def _line(key: str, values: list[float], kinds: dict[str, str]) -> str:
         return key
     name = key.partition("{")[0]
     gauge = kinds.get(name) == "gauge"
-    summed = not gauge or name.endswith(_SUMMED)
+    summed = name.endswith(_SUMMED) if gauge else not name.endswith(_SEEN_BY_ALL)
     if name.endswith("_created"):
         return f"{key} {min(values)!r}"
     return f"{key} {sum(values) if summed else max(values)!r}"

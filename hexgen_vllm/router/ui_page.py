@@ -38,10 +38,13 @@ class UiPage:
 
     async def data(self, request: web.BaseRequest) -> web.StreamResponse:
         """Say what the page shows now."""
-        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-        return web.Response(
-            body=self._overview.body(), content_type="application/json", headers=headers
-        )
+        return data_response(self._overview.body())
+
+
+def data_response(body: bytes) -> web.Response:
+    """Return the answer that says what the page shows."""
+    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    return web.Response(body=body, content_type="application/json", headers=headers)
 
 
 def document() -> tuple[bytes, str]:

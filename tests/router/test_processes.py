@@ -90,7 +90,8 @@ async def started(*urls: str, **flags: object) -> AsyncIterator[Processes]:
         found = re.search(r"listening url=(\S+)", line)
         assert found, line
         connector = aiohttp.TCPConnector(force_close=True)
-        async with aiohttp.ClientSession(connector=connector) as client:
+        headers = {"Authorization": f"Bearer {flags.get('api_key')}"}
+        async with aiohttp.ClientSession(connector=connector, headers=headers) as client:
             one = Processes(found[1], process, client)
             await one.ready()
             yield one
