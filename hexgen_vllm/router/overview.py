@@ -91,6 +91,7 @@ class Overview:
         shown: dict[str, Any] = {
             "name": engine.name,
             "state": engine.state.value,
+            "reason": engine.why,
             "kind": None if spec is None else spec.kind.value,
             "models": [] if spec is None else sorted(spec.models),
             "slots": None if spec is None else spec.max_num_seqs,

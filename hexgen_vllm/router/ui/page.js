@@ -131,7 +131,7 @@ function engineRow(e) {
   const busy = e.slots ? e.calls / e.slots : null;
   const dot = { ready: "good", down: "bad" }[e.state] || "warn";
   return [
-    mono(e.name), { text: e.state, dot }, e.kind || "–", e.models.join(", ") || "–",
+    mono(e.name), { text: e.state, dot, title: e.reason || e.state }, e.kind || "–", e.models.join(", ") || "–",
     num(count(e.calls) + (e.slots ? " / " + count(e.slots) : "")), { share: busy, c: busy > 1 ? "warn" : "" },
     num(count(e.waiting)), num(percent(e.kv_usage)), { share: e.kv_usage, c: e.kv_usage > .95 ? "bad" : e.kv_usage > .85 ? "warn" : "" },
     num(short(e.tokens)), num(known(e.step_s) ? (1000 * e.step_s).toFixed(1) : "–"),
