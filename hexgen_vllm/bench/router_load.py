@@ -92,9 +92,13 @@ class Call:
             expected = b"".join(events[: self.sent]) + done
             if found == expected and self.status == 200:
                 return 0
-            pairs = zip_longest(found.split(b"\n\n"), expected.split(b"\n\n"))
+            pairs = zip_longest(_cut(found), _cut(expected))
             return max(sum(1 for a, b in pairs if a != b), 1)
         return 0 if self.status == 200 and found == router_engine.body(self.tokens) else 1
+
+
+def _cut(stream: bytes) -> list[bytes]:
+    return stream.removesuffix(b"\n\n").split(b"\n\n")
 
 
 class _Connection(asyncio.Protocol):

@@ -56,6 +56,7 @@ class Amounts:
             speed_s=self.speed_s * factor,
             speed_streams=max(round(self.speed_streams * factor), 10),
             open_streams=max(round(self.open_streams * factor), 10),
+            open_events=max(round(self.open_events * factor), 4),
         )
 
 
