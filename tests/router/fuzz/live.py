@@ -155,7 +155,7 @@ def parsed(data: bytes) -> list[Answer]:
         head, _, data = data.partition(b"\r\n\r\n")
         start, *lines = head.decode("latin-1").split("\r\n")
         version, status = start.split(" ")[:2]
-        assert version.startswith("HTTP/"), start
+        assert version in ("HTTP/1.1", "HTTP/1.0"), start
         headers = {name.lower(): value.strip() for name, value in (x.split(":", 1) for x in lines)}
         if status == "100":
             continue
