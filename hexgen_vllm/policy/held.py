@@ -14,10 +14,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from heapq import merge
 from itertools import chain, islice, takewhile
-from typing import Final
+from typing import Final, NamedTuple
 
 from hexgen_vllm.policy.overload import FairShares
 
@@ -25,8 +24,7 @@ _MAX_TENANTS: Final = 4096
 _FULL_TURN: Final = 1.0 - 1e-9  # ten shares of 0.1 are one turn, whatever floats say
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Entry:
+class _Entry(NamedTuple):
     rank: int  # minus its priority; 0 of a demoted call
     key: float  # due time, or seconds of work of a demoted call
     sequence: int

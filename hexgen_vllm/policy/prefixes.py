@@ -21,12 +21,16 @@ class PrefixIndex:
 
     def match(self, call: Call) -> int:
         """Return how many leading prompt tokens of ``call`` are probably cached."""
-        n = 0
-        for key in call.prefix:
-            if key not in self._tokens:
-                break
-            n += call.prefix_chunk_tokens
-        return min(n, max(call.prompt_tokens - 1, 0))
+        # A chunk is touched, so evicted, after all that follow it: what is held is a head.
+        prefix, held = call.prefix, self._tokens
+        low, high = 0, len(prefix)
+        while low < high:
+            middle = (low + high) // 2
+            if prefix[middle] in held:
+                low = middle + 1
+            else:
+                high = middle
+        return min(low * call.prefix_chunk_tokens, max(call.prompt_tokens - 1, 0))
 
     def add(self, call: Call) -> None:
         """Note that the engine now computes the prompt of ``call``."""

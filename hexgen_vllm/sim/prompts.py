@@ -53,8 +53,12 @@ def links(layers: tuple[Layer, ...], block_size: int) -> tuple[Link, ...]:
 @lru_cache(_REMEMBERED)
 def chunk_hashes(layers: tuple[Layer, ...], chunk_tokens: int) -> tuple[int, ...]:
     """Return one number per full chunk of the shared part of a prompt, as routers hash text."""
-    return tuple(
-        hash((key, index))
-        for key, start, end in spans(layers)
-        for index in range(start // chunk_tokens, end // chunk_tokens)
-    )
+    found: tuple[int, ...] = ()
+    for key, start, end in spans(layers):
+        found += _chunks(key, start // chunk_tokens, end // chunk_tokens)
+    return found
+
+
+@lru_cache(_REMEMBERED)
+def _chunks(key: int, first: int, end: int) -> tuple[int, ...]:
+    return tuple(hash((key, index)) for index in range(first, end))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from hexgen_vllm.policy.estimate import Window
 from hexgen_vllm.policy.workflow import NOTHING, SeenCall, Shapes, Workflows, tails
 from hexgen_vllm.types import Call, CallResult, Tail
@@ -133,14 +135,18 @@ def test_a_huge_workflow_teaches_a_bounded_part() -> None:
     assert len(flows) == 0
 
 
-def test_window_quantiles_match_a_sorted_list() -> None:
+@pytest.mark.parametrize("size", [5, 50])
+@pytest.mark.parametrize("unread", [1, 4, 40])
+def test_window_quantiles_match_a_sorted_list(size: int, unread: int) -> None:
     rng = random.Random(3)
-    window: Window[int] = Window(50)
+    window: Window[int] = Window(size)
     kept: list[int] = []
-    for _ in range(500):
-        value = rng.randint(0, 30)
-        window.add(value)
-        kept = [*kept, value][-50:]
+    for _ in range(300):
+        for _ in range(rng.randint(1, unread)):
+            value = rng.randint(0, 30)
+            window.add(value)
+            kept = [*kept, value][-size:]
+        assert len(window) == len(kept)
         q = rng.random()
         assert window.quantile(q) == sorted(kept)[min(int(q * len(kept)), len(kept) - 1)]
         floor = rng.randint(0, 30)
