@@ -21,6 +21,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.e2e.fault_proxy import Fault, FaultProxy
 from tests.e2e.forkserver import Forked, ForkServer
 from tests.e2e.programs import START_S, Server, Spawned, free_port, small_engine
 
@@ -163,9 +164,14 @@ def engines(
 
 
 @asynccontextmanager
-async def opened(engines: list[Engine], folder: Path, *more: str) -> AsyncIterator[Site]:
+async def opened(
+    engines: list[Engine], folder: Path, *more: str, proxy: FaultProxy | None = None
+) -> AsyncIterator[Site]:
+    """Start a router; with ``proxy`` that is where it finds the first engine."""
     port = free_port()
     urls = [f"http://127.0.0.1:{engine.port}" for engine in engines]
+    if proxy is not None:
+        urls[0] = proxy.url
     argv = [*QUICK, *more, f"--port={port}", "--worker-urls", *urls]
     router = Server(Spawned("hexgen_vllm.router", argv, folder / f"router-{port}"), port)
     try:
@@ -237,6 +243,33 @@ async def test_a_stopped_engine_is_left_out_and_comes_back(
     assert set(await site.load(4)) == {"answered"}
     await site.assert_book_balances()
     tell(capsys, f"SIGSTOP: left out after {down_s:.1f} s; {dict(outcomes)} after {took_s:.1f} s")
+
+
+async def test_every_way_to_break_a_real_answer(
+    engines: list[Engine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first byte calls go to the other engine; after it their clients are told."""
+    kinds = ("reset", "close", "half", "garbage", "hang")
+    told, found = {"engine-lost", "engine-timeout"}, []
+    async with (
+        FaultProxy(engines[0].port) as proxy,
+        opened(engines, tmp_path, proxy=proxy) as site,
+    ):
+        for kind, after, stream in (*((k, 0, True) for k in kinds), ("drip", 0, True),
+                                    *((k, 800, True) for k in kinds),
+                                    *((k, 250, False) for k in kinds)):  # fmt: skip
+            proxy.faults.append(Fault(kind, after))  # type: ignore[arg-type]
+            calls = (site.call(40, stream) for _ in range(2))  # one for each engine
+            outcomes = sorted(await asyncio.gather(*calls))
+            assert not proxy.faults
+            found.append(f"{kind} after {after} bytes {outcomes}")
+            assert outcomes[0] in ("answered", "502 engine-lost")
+            broken = {one.split()[1] for one in outcomes if one != "answered"}
+            assert len(broken) == (1 if after else 0)
+            assert broken <= told
+            await site.back(0)
+        await site.assert_book_balances()
+    tell(capsys, f"real answers broken: {'; '.join(found)}")
 
 
 async def test_flapping(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
