@@ -11,25 +11,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from hexgen_vllm import __version__
 from hexgen_vllm.policy.load import EngineLoad
-from hexgen_vllm.router.families import PREFIX, counter, gauge
+from hexgen_vllm.router.families import counter, gauge
 from hexgen_vllm.router.fleet import Fleet
 from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.ledger import Ledger
 from hexgen_vllm.router.outcomes import Outcomes
 from hexgen_vllm.router.pressure import Pressure
 from hexgen_vllm.router.service import Service
+from hexgen_vllm.router.timings import Timings
 from hexgen_vllm.router.usage import Usages
 from hexgen_vllm.tune.online import OnlineTuner
 from hexgen_vllm.types import EngineState
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 
 
 class Metrics:
@@ -54,21 +54,17 @@ class Metrics:
         self._registry.register(_Workflows(self.outcomes, service))
         if tuner is not None:
             self._registry.register(_Tuning(tuner))
-        self.call_s = self._histogram(
-            "call_seconds", "Time from receipt to the end of answered calls", ("endpoint",)
+        self.call_s = Timings(
+            "call_seconds", "Time from receipt to the end of answered calls", "endpoint"
         )
-        self.first_token_s = self._histogram(
+        self.first_token_s = Timings(
             "time_to_first_token_seconds",
             "Time from receipt to the first token of streams",
-            ("endpoint",),
+            "endpoint",
         )
-        self.held_s = self._histogram(
-            "held_seconds", "Time from receipt of a call to its first placement", ()
-        )
-
-    def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
-        buckets = (0.001, 0.01, *_SECONDS)
-        return Histogram(PREFIX + name, text, labels, registry=self._registry, buckets=buckets)
+        self.held_s = Timings("held_seconds", "Time from receipt of a call to its first placement")
+        for timings in (self.call_s, self.first_token_s, self.held_s):
+            self._registry.register(timings)
 
     def ended(self, job: Job, now: float) -> None:
         """Count a call that ended, however it did."""
@@ -76,10 +72,9 @@ class Metrics:
             return
         self.usage.add(job.accepted.call, job.result)
         if job.result.ok:
-            self.call_s.labels(job.endpoint.name).observe(now - job.began_s)
+            self.call_s.observe(now - job.began_s, job.endpoint.name)
         if job.first_token_s is not None:
-            waited_s = job.first_token_s - job.began_s
-            self.first_token_s.labels(job.endpoint.name).observe(waited_s)
+            self.first_token_s.observe(job.first_token_s - job.began_s, job.endpoint.name)
 
     def exposition(self) -> bytes:
         """Return all metrics as text."""

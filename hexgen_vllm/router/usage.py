@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from prometheus_client.core import Metric
@@ -15,6 +16,18 @@ from hexgen_vllm.types import Call, CallResult
 
 MAX_TENANTS: Final = 64
 MAX_MODELS: Final = 64
+_KINDS: Final = ("prompt", "cached", "output")
+
+
+@dataclass(slots=True)
+class _Used:
+    """What one tenant had of one model."""
+
+    answered: int = 0
+    failed: int = 0
+    prompt: int = 0
+    cached: int = 0
+    output: int = 0
 
 
 class Usages(Collector):
@@ -22,33 +35,39 @@ class Usages(Collector):
 
     def __init__(self) -> None:
         self._tenant, self._model = Names(MAX_TENANTS), Names(MAX_MODELS)
-        self._calls: Counter[tuple[str, str]] = Counter()
-        self._tenant_tokens: Counter[tuple[str, str]] = Counter()
-        self._model_tokens: Counter[tuple[str, str]] = Counter()
+        self._used: dict[tuple[str, str], _Used] = {}
 
     def add(self, call: Call, result: CallResult) -> None:
         """Count a call that ended; one that was not answered has no tokens."""
-        tenant = self._tenant(call.tenant)
-        self._calls[tenant, "answered" if result.ok else "failed"] += 1
+        used = self._used.get((call.tenant, call.model)) or self._capped(call)
         if not result.ok:
+            used.failed += 1
             return
-        model = self._model(call.model)
-        for kind, tokens in (
-            ("prompt", result.prompt_tokens),
-            ("cached", result.cached_tokens),
-            ("output", result.output_tokens),
-        ):
-            if tokens:
-                self._tenant_tokens[tenant, kind] += tokens
-                self._model_tokens[model, kind] += tokens
+        used.answered += 1
+        used.prompt += result.prompt_tokens or 0
+        used.cached += result.cached_tokens or 0
+        used.output += result.output_tokens or 0
+
+    def _capped(self, call: Call) -> _Used:
+        key = self._tenant(call.tenant), self._model(call.model)
+        return self._used.setdefault(key, _Used())
 
     def collect(self) -> Iterator[Metric]:
         """Yield the counters."""
         yield counter("tenant_calls", "Calls that ended, by tenant", ("tenant", "outcome"),
-                      self._calls.items())  # fmt: skip
+                      self._sums(0, ("answered", "failed")).items())  # fmt: skip
         yield counter("tenant_tokens", "Tokens of answered calls, by tenant; cached ones are "
                       "prompt tokens too", ("tenant", "kind"),
-                      self._tenant_tokens.items())  # fmt: skip
+                      self._sums(0, _KINDS).items())  # fmt: skip
         yield counter("model_tokens", "Tokens of answered calls, by model; cached ones are "
                       "prompt tokens too", ("model", "kind"),
-                      self._model_tokens.items())  # fmt: skip
+                      self._sums(1, _KINDS).items())  # fmt: skip
+
+    def _sums(self, by: int, fields: tuple[str, ...]) -> Counter[tuple[str, str]]:
+        """Return fields that are not zero, summed by tenant (0) or model (1)."""
+        found: Counter[tuple[str, str]] = Counter()
+        for key, used in self._used.items():
+            for name in fields:
+                if n := getattr(used, name):
+                    found[key[by], name] += n
+        return found

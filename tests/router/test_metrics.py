@@ -10,6 +10,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from hexgen_vllm.router.labels import OTHER
+from hexgen_vllm.router.timings import Timings
 from hexgen_vllm.router.usage import MAX_TENANTS, Usages
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
@@ -133,3 +134,23 @@ async def test_names_from_clients_survive_the_text_format(type_: str) -> None:
             await answer.read()
         found = await read(stand)
     assert values(found["hexgen_router_workflows"], "type") == {(type_,): 1}
+
+
+def test_times_fall_into_cumulative_buckets() -> None:
+    by_endpoint = Timings("t_seconds", "Times", "endpoint")
+    for seconds in (0.0005, 0.001, 0.3, 1000.0):
+        by_endpoint.observe(seconds, "chat")
+    (family,) = by_endpoint.collect()
+    found = {(s.name.rpartition("_")[2], s.labels.get("le")): s.value for s in family.samples}
+    assert [found["bucket", le] for le in ("0.001", "0.25", "0.5", "320.0", "+Inf")] == [
+        2,
+        2,
+        3,
+        3,
+        4,
+    ]
+    assert found["count", None] == 4
+    assert found["sum", None] == pytest.approx(1000.3015)
+    assert {s.labels["endpoint"] for s in family.samples} == {"chat"}
+    (plain,) = Timings("u_seconds", "Times").collect()
+    assert {s.value for s in plain.samples} == {0.0}, "known before the first one"
