@@ -142,7 +142,11 @@ def test_the_wheel_has_the_package_its_sources_and_nothing_else(tree: Tree) -> N
     diffs = (path.relative_to(ROOT / "patches") for path in ROOT.glob("patches/*/*.patch"))
     patches = {f"hexgen_vllm/patch/files/{path}" for path in diffs}
     assert patches
-    assert {"hexgen_vllm/py.typed", "hexgen_vllm/__init__.py"} | native | patches <= names
+    assert {
+        "hexgen_vllm/py.typed",
+        "hexgen_vllm/__init__.py",
+        "hexgen_vllm/router/ui/page.html",
+    } | native | patches <= names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"hexgen_vllm", f"hexgen_vllm-{hexgen_vllm.__version__}.dist-info"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
