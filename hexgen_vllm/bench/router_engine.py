@@ -26,7 +26,6 @@ _SSE_HEAD: Final = (
 _STATS: Final = {
     "max_num_seqs": 4096,
     "kv_tokens": 10**8,
-    "steps": 1,
     "running": 0,
     "waiting": 0,
     "kv_usage": 0.0,
@@ -90,7 +89,6 @@ def _pages() -> dict[bytes, bytes]:
     return {
         b"/v1/models": _framed(json.dumps({"object": "list", "data": [card]}).encode()),
         b"/health": _framed(b""),
-        b"/hexgen/stats": _framed(json.dumps(_STATS).encode()),
         b"/metrics": _framed(b"vllm:num_requests_running 0.0\n", kind=b"text/plain"),
     }
 
@@ -108,6 +106,7 @@ class FastEngine:
         self.port = 0
         self.step_s = step_s
         self.streams: dict[int, Stream] = {}
+        self.steps = 0  # a count that stands still would tell of an engine that does
         self.connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -143,6 +142,7 @@ class FastEngine:
             at = max(at + (self.step_s or 0.01), loop.time())
             await asyncio.sleep(at - loop.time())
             if self.step_s:
+                self.steps += 1
                 for stream in list(self.streams.values()):
                     stream.send()
 
@@ -211,11 +211,18 @@ class _Connection(asyncio.Protocol):
             self._rest = data[end:]
             self._answer(head, data[head_end:end])
 
+    def _page(self, path: bytes) -> None:
+        if path == b"/hexgen/stats":
+            stats = {**_STATS, "steps": self._engine.steps}
+            self.transport.write(_framed(json.dumps(stats).encode()))
+        else:
+            self.transport.write(_pages().get(path) or _framed(b"{}", b"404 Not Found"))
+
     def _answer(self, head: bytes, content: bytes) -> None:
         if head.startswith(b"GET "):
-            page = _pages().get(head[4 : head.index(b" ", 4)])
-            self.transport.write(page or _framed(b"{}", b"404 Not Found"))
+            self._page(head[4 : head.index(b" ", 4)])
             return
+        self._engine.steps += 1
         tokens = _TOKENS.search(content)
         count = int(tokens[1]) if tokens else 16
         if not _STREAM.search(content):

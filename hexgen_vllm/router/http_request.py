@@ -26,6 +26,8 @@ SENT: Final = web.Response()
 
 Pairs = list[tuple[bytes, bytes]]
 _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
+_KEYS: Final[dict[bytes, str]] = {}
+_MOST_KEYS: Final = 512
 _INFLATE: Final = {"gzip": 31, "x-gzip": 31, "deflate": 47}
 
 
@@ -72,11 +74,11 @@ class Request(web.BaseRequest):
         self._connection, self._line = connection, (method, target)
         self.pairs = pairs
         self.persists, self._can_chunk = persists, can_chunk
-        self.names = Names()
+        self.names = names = Names()
         for name, value in pairs:
-            key = name.decode("latin-1").lower()
-            if key not in self.names:
-                self.names[key] = _text(value)
+            key = _KEYS.get(name) or _key(name)
+            if key not in names:
+                names[key] = value.decode("utf-8", "surrogateescape")
         self._all: CIMultiDictProxy[str] | None = None
         self.answering = self.marked = False
         self._chunked = False
@@ -282,6 +284,14 @@ class Request(web.BaseRequest):
         elif not self._can_chunk:
             pieces.append(b"connection: keep-alive\r\n")
         return pieces
+
+
+def _key(name: bytes) -> str:
+    """Return a header's lower-case name; names that come often are remembered."""
+    key = name.decode("latin-1").lower()
+    if len(_KEYS) < _MOST_KEYS:
+        _KEYS[name] = key
+    return key
 
 
 def _text(value: bytes) -> str:
