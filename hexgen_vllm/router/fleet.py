@@ -37,6 +37,7 @@ class Engine:
         spec: what it is, ``None`` until it was up once.
         cards: its entries of ``/v1/models``.
         up: whether its health checks pass.
+        stalled: whether it had work and did nothing, and has not answered a call since.
         draining: whether an operator takes it out of service.
         leaving: whether it is to be forgotten when its calls have ended.
         steps: steps it has run, ``None`` where it does not say.
@@ -49,6 +50,7 @@ class Engine:
     spec: EngineSpec | None = None
     cards: tuple[dict[str, Any], ...] = ()
     up: bool = False
+    stalled: bool = False
     draining: bool = False
     leaving: bool = False
     steps: int | None = None
@@ -185,6 +187,7 @@ class Fleet:
     def tried(self, engine: Engine, outcome: str) -> None:
         """Note how a call on an engine ended, in words of the ledger; others do not count."""
         if outcome in _SUCCESSES:
+            engine.stalled = False
             engine.breaker.succeeded()
             self._settle(engine)
         elif outcome in _FAILURES:
@@ -195,6 +198,7 @@ class Fleet:
 
     def stalled(self, engine: Engine, why: str) -> None:
         """Give an engine no more calls; those without an answer go elsewhere if they can."""
+        engine.stalled = True
         engine.breaker.open(self._service.clock.now())
         self._settle(engine, why)
         if self._others(engine):
@@ -202,7 +206,7 @@ class Fleet:
 
     def revived(self, engine: Engine) -> None:
         """Note a sign of life of an engine that was stalled."""
-        if engine.breaker.phase is Phase.OPEN:
+        if engine.stalled and engine.breaker.phase is Phase.OPEN:
             engine.breaker.half_open()
             self._settle(engine)
 

@@ -94,7 +94,7 @@ class Stalls:
         limit_s = self._options.lost_stream_timeout_secs
         for name, attempts in tries.items():
             engine = self._fleet.engines.get(name)
-            if engine is None or engine.state is EngineState.DOWN:
+            if engine is None or not engine.up or engine.stalled:
                 _end_silent(attempts, limit_s, now)
 
 

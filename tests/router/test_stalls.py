@@ -224,6 +224,23 @@ async def test_a_client_that_does_not_read_takes_no_engine_out() -> None:
         await stand.until(lambda: stand.context.ledger.open == 0)
 
 
+async def test_an_engine_taken_out_for_errors_may_finish_what_it_has() -> None:
+    """A long answer that is no stream is silent until its end, and that is no sign of anything."""
+    clock = ManualClock()
+    async with open_stand(*engines(2), clock=clock, **LIMITS) as stand:
+        await known(stand)
+        waiting = await waiting_on_hang(stand)
+        fleet = stand.context.fleet
+        for _ in range(5):
+            fleet.tried(fleet.engines["engine-0"], "engine-error")
+        assert stand.state(0) is EngineState.DOWN
+        for _ in range(5):
+            pass_s(stand, clock, 30.0)
+        assert not waiting.done()
+        waiting.cancel()
+        await stand.until(lambda: stand.context.ledger.open == 0)
+
+
 async def test_idle_engines_do_not_stall() -> None:
     clock = ManualClock()
     async with open_stand(*engines(2), clock=clock, **LIMITS) as stand:
