@@ -1,0 +1,196 @@
+"""The router's own HTTP client: connections used again, answers of every framing, breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from yarl import URL
+
+from hexgen_vllm.router import engine_pool
+from hexgen_vllm.router.engine_answer import EngineBroke
+from hexgen_vllm.router.engine_pool import CannotConnect, Pool
+from hexgen_vllm.testing.stand import Stand
+
+HEAD = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+Act = Callable[[asyncio.StreamWriter, int], Awaitable[None]]
+
+
+@asynccontextmanager
+async def engine(act: Act) -> AsyncIterator[tuple[Pool, URL, list[int]]]:
+    """Run a server that answers with ``act``; it is told how many requests there were before."""
+    requests: list[int] = []  # the number of the connection of each request
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        number, connections = connections, connections + 1
+        try:
+            while await reader.readuntil(b"\r\n\r\n"):
+                requests.append(number)
+                await act(writer, len(requests) - 1)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    pool = Pool(1.0)
+    try:
+        yield pool, URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"), requests
+    finally:
+        pool.close()
+        server.close()
+
+
+def says(*pieces: bytes, close: bool = False) -> Act:
+    async def act(writer: asyncio.StreamWriter, _: int) -> None:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0)
+        if close:
+            writer.close()
+
+    return act
+
+
+async def whole(pool: Pool, url: URL, most: int = 10**6) -> bytes | None:
+    answer = await pool.send(url, HEAD, b"")
+    try:
+        return await answer.body(most)
+    finally:
+        answer.close()
+
+
+async def test_calls_in_turn_use_one_connection() -> None:
+    async with engine(says(PLAIN)) as (pool, url, requests):
+        assert [await whole(pool, url) for _ in range(5)] == [b"abc"] * 5
+        assert requests == [0] * 5
+        assert pool.open == 1
+
+
+async def test_calls_at_once_use_several() -> None:
+    async with engine(says(PLAIN)) as (pool, url, requests):
+        assert await asyncio.gather(*(whole(pool, url) for _ in range(5))) == [b"abc"] * 5
+        assert set(requests) == set(range(5))
+
+
+async def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_pool, "_KEEPALIVE_S", 0.02)
+    async with engine(says(PLAIN)) as (pool, url, _):
+        await whole(pool, url)
+        while pool.open:
+            await asyncio.sleep(0.005)
+        assert await whole(pool, url) == b"abc"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (PLAIN,),
+        tuple(PLAIN[i : i + 1] for i in range(len(PLAIN))),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r",
+            b"\nc\r\n0\r\n\r\n",
+        ),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", PLAIN),
+        (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + PLAIN,),
+    ],
+)
+async def test_answers_of_every_framing_are_read(pieces: tuple[bytes, ...]) -> None:
+    async with engine(says(*pieces)) as (pool, url, _):
+        for _ in range(2):
+            assert await whole(pool, url) == b"abc"
+
+
+async def test_without_a_length_the_end_of_the_connection_is_the_end() -> None:
+    async with engine(says(b"HTTP/1.1 200 OK\r\n\r\nab", b"c", close=True)) as (
+        pool,
+        url,
+        requests,
+    ):
+        for _ in range(2):
+            assert await whole(pool, url) == b"abc"
+        assert requests == [0, 1]
+
+
+@pytest.mark.parametrize("cut", [10, len(PLAIN) - 1])
+async def test_an_answer_that_breaks_off_is_an_error(cut: int) -> None:
+    async with engine(says(PLAIN[:cut], close=True)) as (pool, url, _):
+        with pytest.raises(EngineBroke):
+            await whole(pool, url)
+
+
+async def test_what_is_not_http_is_an_error() -> None:
+    async with engine(says(b"SSH-2.0-x\r\n")) as (pool, url, _):
+        with pytest.raises(EngineBroke):
+            await whole(pool, url)
+
+
+@pytest.mark.parametrize("more", [b"x", PLAIN])
+async def test_a_connection_that_says_more_than_asked_is_not_used_again(more: bytes) -> None:
+    async with engine(says(PLAIN + more)) as (pool, url, requests):
+        for _ in range(2):
+            assert await whole(pool, url) == b"abc"
+        assert requests == [0, 1]
+
+
+async def test_an_idle_connection_that_was_just_closed_is_no_failure() -> None:
+    async def act(writer: asyncio.StreamWriter, number: int) -> None:
+        if number == 1:
+            writer.close()
+        else:
+            writer.write(PLAIN)
+
+    async with engine(act) as (pool, url, requests):
+        assert [await whole(pool, url) for _ in range(2)] == [b"abc"] * 2
+        assert requests == [0, 0, 1]
+
+
+async def test_nobody_there_is_said_at_once() -> None:
+    with pytest.raises(CannotConnect):
+        await whole(Pool(1.0), URL("http://127.0.0.1:1/"))
+
+
+async def test_a_long_answer_stops_and_goes_on() -> None:
+    body = bytes(range(256)) * 4096
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+    async with engine(says(head + body)) as (pool, url, _):
+        answer = await pool.send(url, HEAD, b"")
+        assert await answer.body(1000) is None
+        found: list[bytes] = []
+        pouring = asyncio.ensure_future(answer.pour(found.append))
+        await asyncio.sleep(0.02)
+        assert not pouring.done(), "it is paused"
+        answer.resume()
+        await pouring
+        assert b"".join(found) == body
+
+
+async def test_an_error_of_the_reader_ends_the_answer() -> None:
+    async with engine(says(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab", b"c")) as (
+        pool,
+        url,
+        _,
+    ):
+
+        def fail(data: bytes) -> None:
+            raise ZeroDivisionError
+
+        answer = await pool.send(url, HEAD, b"")
+        with pytest.raises(ZeroDivisionError):
+            await answer.pour(fail)
+        answer.close()
+        while pool.open:
+            await asyncio.sleep(0.005)
+
+
+async def test_the_router_uses_its_connections_again(single: Stand) -> None:
+    for _ in range(10):
+        async with single.post(max_tokens=1) as answer:
+            await answer.read()
+    assert single.router.engine_connections == 1
