@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 from typing import Final, NamedTuple
 
 from hexgen_vllm.policy.cost_model import CostFit
+from hexgen_vllm.policy.elsewhere import Elsewhere
 from hexgen_vllm.policy.prefixes import PrefixIndex
 from hexgen_vllm.types import (
     Call,
@@ -81,6 +82,7 @@ class EngineLoad:
         report: its latest telemetry.
         prefixes: what its prefix cache probably holds.
         in_flight: calls placed on it, by id.
+        elsewhere: what others have placed on it.
         assigned_s: W_e of the paper, service seconds ever assigned.
         traffic_fit: step cost learned from its answers.
     """
@@ -93,6 +95,7 @@ class EngineLoad:
         self.report = EngineReport()
         self.prefixes = PrefixIndex(spec.kv_tokens)
         self.in_flight: dict[str, InFlight] = {}
+        self.elsewhere = Elsewhere()
         self.assigned_s = 0.0
         self.traffic_fit = CostFit(min_steps=12)
         self._queued_prefill = 0
@@ -196,6 +199,11 @@ class EngineLoad:
         """Return prompt tokens to prefill plus output tokens to come."""
         return self._queued_prefill + self._left_sum
 
+    def own(self) -> Elsewhere:
+        """Return what is placed here, for those to whom it is elsewhere."""
+        tokens = self._queued_prefill, self._context, self._left_sum
+        return Elsewhere(len(self.in_flight), *tokens)
+
     def queued_prefill_tokens(self) -> int:
         """Return prompt tokens of calls whose first token has not come."""
         return self._queued_prefill
@@ -210,13 +218,14 @@ class EngineLoad:
         """Return whether fewer than ``depth`` calls are here beyond the sequence slots."""
         if self.state is EngineState.TRIAL and self._unanswered:
             return False
-        return len(self.in_flight) < self.slots + depth
+        return len(self.in_flight) + self.elsewhere.calls < self.slots + depth
 
     def token_s(self, cost: StepCost) -> float:
         """Return the seconds of an output token with one more call here, prefill included."""
-        calls = len(self.in_flight) + 1
+        calls = len(self.in_flight) + self.elsewhere.calls + 1
         batch = min(self.slots, calls)
-        step = cost.step_s(batch, self._context * batch / calls)
+        context = self._context + self.elsewhere.context_tokens
+        step = cost.step_s(batch, context * batch / calls)
         return step / (1.0 - min(self.report.prefill_share or 0.0, _MAX_SHARE))
 
     def forecast(
@@ -239,7 +248,7 @@ class EngineLoad:
         ahead, prefill_ahead = self._ahead(demand)
         step = self.token_s(cost)
         own_prefill = cost.prefill_s(uncached, cached)
-        queued = len(self.in_flight) + claims - self.slots
+        queued = len(self.in_flight) + self.elsewhere.calls + claims - self.slots
         wait_tokens = self._slot_wait_tokens(queued, ahead, claims) if queued >= 0 else 0.0
         return Forecast(
             wait_s=wait_tokens * step,
@@ -251,10 +260,11 @@ class EngineLoad:
 
     def _ahead(self, demand: Demand) -> tuple[int, int]:
         """Return the calls that prefill before a new one, and their tokens to prefill."""
+        if self.spec.kind is EngineKind.FCFS:
+            tokens = self._queued_prefill + self.elsewhere.prefill_tokens
+            return len(self._waiting) + (self.elsewhere.prefill_tokens > 0), tokens
         if not self._waiting:
             return 0, 0
-        if self.spec.kind is EngineKind.FCFS:
-            return len(self._waiting), self._queued_prefill
         count = tokens = 0
         for entry in self._waiting.values():
             placement = entry.placement
