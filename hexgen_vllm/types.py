@@ -84,6 +84,7 @@ class EngineSpec:
         max_num_seqs: sequences it runs at once, ``None`` when unknown.
         kv_tokens: tokens its KV cache holds, ``None`` when unknown.
         max_num_batched_tokens: tokens of a step, ``None`` when unknown.
+        max_model_len: tokens of the longest prompt with its output, ``None`` when unknown.
     """
 
     engine_id: str
@@ -92,6 +93,7 @@ class EngineSpec:
     max_num_seqs: int | None = None
     kv_tokens: int | None = None
     max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

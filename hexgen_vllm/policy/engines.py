@@ -16,15 +16,16 @@ class Engines:
     def __init__(self) -> None:
         self.loads: dict[str, EngineLoad] = {}
         self._by_name: list[EngineLoad] = []
+        self._lengths_differ = False
 
     def joined(self, spec: EngineSpec, state: EngineState) -> None:
         """Add an engine, or note that one restarted."""
         known = self.loads.get(spec.engine_id)
         if known is not None:
             known.restarted(spec, state)
-            return
-        self.loads[spec.engine_id] = engine = EngineLoad(spec)
-        engine.state = state
+        else:
+            self.loads[spec.engine_id] = engine = EngineLoad(spec)
+            engine.state = state
         self._sort()
 
     def left(self, engine_id: str) -> None:
@@ -40,8 +41,15 @@ class Engines:
         engine.state = state
 
     def candidates(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
-        """Return the engines that may get ``call`` now, sorted by name."""
-        return [e for e in self._by_name if e.serves(call) and e.engine_id not in refused_by]
+        """Return the engines that may get ``call`` now, sorted by name.
+
+        Where engines differ in the longest call they take, those that are long enough for this
+        one. If none is, all: prompt lengths are estimates, and engines refuse what is too long.
+        """
+        found = [e for e in self._by_name if e.serves(call) and e.engine_id not in refused_by]
+        if not self._lengths_differ:
+            return found
+        return [e for e in found if _fits(e.spec, call)] or found
 
     def reachable(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
         """Return the engines that get ``call`` now, or once the call they are tried with ends."""
@@ -70,3 +78,9 @@ class Engines:
 
     def _sort(self) -> None:
         self._by_name = [self.loads[name] for name in sorted(self.loads)]
+        self._lengths_differ = len({e.spec.max_model_len for e in self._by_name}) > 1
+
+
+def _fits(spec: EngineSpec, call: Call) -> bool:
+    most = spec.max_model_len
+    return most is None or call.prompt_tokens + (call.max_output_tokens or 1) <= most

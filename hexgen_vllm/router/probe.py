@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import aiohttp
@@ -79,6 +80,7 @@ class Probe:
                 said.max_num_seqs,
                 said.kv_tokens,
                 said.max_num_batched_tokens,
+                longest(cards),
             )
             return Found(spec, cards, True)
         return await self._stock(worker, models, cards)
@@ -93,7 +95,8 @@ class Probe:
         kind = _STOCK.get(policy or assumed, EngineKind.FCFS)
         status, body = await self._get(worker, "/metrics")
         kv_tokens = reports.from_metrics(_text(body)).kv_tokens if status == 200 else None
-        spec = EngineSpec(worker.name, models, kind, slots, kv_tokens, reports.token_budget(info))
+        budget = reports.token_budget(info)
+        spec = EngineSpec(worker.name, models, kind, slots, kv_tokens, budget, longest(cards))
         return Found(spec, cards, policy is not None or assumed != "auto")
 
     async def models(self, worker: Worker) -> tuple[dict[str, Any], ...]:
@@ -133,6 +136,13 @@ class Probe:
             raise Unreachable("nobody listens there", refused=True) from None
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise Unreachable(f"it does not answer ({type(error).__name__})") from None
+
+
+def longest(cards: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the longest call that an engine with these model cards takes, if it says so."""
+    found = [card.get("max_model_len") for card in cards]
+    known = [length for length in found if type(length) is int and length > 0]
+    return max(known) if known and len(known) == len(found) else None
 
 
 async def _limited(answer: aiohttp.ClientResponse) -> bytes:

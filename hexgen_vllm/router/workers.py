@@ -22,5 +22,6 @@ def worker_view(context: Context, engine: Engine) -> dict[str, Any]:
         "models": sorted(spec.models) if spec is not None else [],
         "max_num_seqs": None if spec is None else spec.max_num_seqs,
         "kv_tokens": None if spec is None else spec.kv_tokens,
+        "max_model_len": None if spec is None else spec.max_model_len,
         "load": 0 if load is None else len(load.in_flight),
     }

@@ -126,7 +126,7 @@ class FakeServer:
 
     def _page(self, path: str) -> Any:
         if path == "/v1/models":
-            cards = [{"id": m, "object": "model", "max_model_len": 32768}
+            cards = [{"id": m, "object": "model", "max_model_len": self.settings.max_model_len}
                      for m in self.settings.models]  # fmt: skip
             return {"object": "list", "data": cards}
         if path == "/server_info" and self.settings.policy:

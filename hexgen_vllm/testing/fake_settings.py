@@ -45,6 +45,7 @@ class FakeSettings:
         cached_tokens: most prompt tokens of a request that count as cached.
         default_tokens: length of an answer that is neither forced nor cut.
         stats: what ``/hexgen/stats`` says; ``None`` is a stock engine without it.
+        max_model_len: tokens of the longest prompt with its output; it is said, not checked.
         policy: what ``/server_info`` says of the scheduling policy; ``None`` hides it.
     """
 
@@ -55,6 +56,7 @@ class FakeSettings:
     cached_tokens: int = 0
     default_tokens: int = 8
     stats: dict[str, Any] | None = None
+    max_model_len: int = 32768
     policy: str | None = None
 
 

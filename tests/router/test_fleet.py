@@ -157,6 +157,23 @@ async def test_models_decide_where_a_call_may_go() -> None:
         stand.assert_settled()
 
 
+async def test_a_long_call_goes_where_it_fits() -> None:
+    settings = [FakeSettings(max_model_len=n) for n in (500, 4000)]
+    async with open_stand(*settings, policy="round_robin") as stand:
+        for prompt, tokens, engines in ((100, 10, {0, 1}), (1000, 10, {1}), (100, 1000, {1}),
+                                        (9000, 10, {0, 1})):  # fmt: skip
+            seen = set()
+            for _ in range(4):
+                body = {"prompt": [1] * prompt, "max_tokens": tokens}
+                async with stand.post("/v1/completions", **body) as answer:
+                    seen.add(answer.headers["x-hexgen-engine"])
+                    await answer.read()
+            assert seen == {f"engine-{i}" for i in engines}
+        async with stand.get("/workers") as answer:
+            workers = (await answer.json())["workers"]
+        assert [one["max_model_len"] for one in workers] == [500, 4000]
+
+
 async def test_engine_names_can_be_given() -> None:
     async with open_stand() as other:
         url = f"fast={other.engines[0].url}"
