@@ -20,6 +20,8 @@ from hexgen_vllm.router import openapi
 from tests.router.fuzz.budget import budget
 from tests.router.fuzz.live import Live
 
+pytestmark = pytest.mark.slow
+
 load_all_checks()
 SCHEMA = schemathesis.openapi.from_dict(openapi.document())
 OPERATIONS = [found.ok() for found in SCHEMA.get_all_operations()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,8 @@ from hexgen_vllm.router import conventions
 from hexgen_vllm.router.endpoints import ENDPOINTS
 from tests.router.fuzz.budget import budget
 from tests.router.fuzz.live import CHAT, Answer, Live
+
+pytestmark = pytest.mark.slow
 
 NAMES = sorted({
     *(wire.header_name(field) for field in wire.FIELDS), *conventions.SESSION_HEADERS,
@@ -81,7 +84,7 @@ def test_headers(live: Live, headers: list[tuple[str, bytes]], path: str) -> Non
     live.assert_well()
 
 
-@budget(300)
+@budget(200)
 @given(body=BODIES, path=PATHS, spaces=st.booleans())
 def test_bodies(live: Live, body: dict[str, Any], path: str, spaces: bool) -> None:
     """The engine gets the client's bytes, but for what would make it refuse them."""

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tests.router.fuzz.budget import budget
 from tests.router.fuzz.live import CHAT, Live
 
+pytestmark = pytest.mark.slow
+
 GOOD = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}).encode()
 PATHS = (
     CHAT, "/v1/completions", "/health", "/metrics", "/workers", "/ui/data", "/tokenize",

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from hexgen_vllm.router.watch import StreamWatch
 from tests.router.fuzz.budget import budget
 from tests.router.fuzz.engine import chunked, whole
 from tests.router.fuzz.live import CHAT, Answer, Live
+
+pytestmark = pytest.mark.slow
 
 TEXT = st.text(max_size=12) | st.sampled_from(
     ("data: [DONE]", '"usage": {', "\n\n", '{"error"', "\\")
