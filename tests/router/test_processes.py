@@ -99,6 +99,7 @@ async def started(*urls: str, **flags: object) -> AsyncIterator[Processes]:
         if process.returncode is None:
             process.terminate()
         await process.wait()
+        await process.stderr.read()  # ends when the last process has
 
 
 async def test_a_workflow_is_in_one_place_wherever_its_calls_come_in() -> None:
@@ -160,6 +161,21 @@ async def test_a_process_that_dies_is_started_again() -> None:
         for i in range(6):
             async with router.post(f"w{i}", max_tokens=1) as answer:
                 assert answer.status == 200
+
+
+async def test_without_their_parent_the_processes_end() -> None:
+    async with FakeServer() as engine, started(engine.url) as router:
+        children = router.children()
+        router.parent.kill()
+        while any(_runs(pid) for pid in children):
+            await asyncio.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
 
 
 async def test_sigterm_finishes_what_every_process_has_accepted() -> None:
