@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from aiohttp import web
 
 from hexgen_vllm.router.options import RouterOptions
 
-_METHODS = "DELETE, GET, HEAD, OPTIONS, POST"
-_MAX_AGE_S = 600
+_METHODS: Final = "DELETE, GET, HEAD, OPTIONS, POST"
+_EXPOSED: Final = "Retry-After, X-Request-ID, x-hexgen-engine, x-llm-d-request-dropped-reason"
+_MAX_AGE_S: Final = 600
 
 
 class Cors:
@@ -48,7 +51,7 @@ class Cors:
         headers = response.headers
         everybody = "*" in self._origins and not self._credentials
         headers["Access-Control-Allow-Origin"] = "*" if everybody else origin
-        headers["Access-Control-Expose-Headers"] = "*"
+        headers["Access-Control-Expose-Headers"] = _EXPOSED
         if not everybody:
             headers.add("Vary", "Origin")
         if self._credentials:
