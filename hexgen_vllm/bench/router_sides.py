@@ -134,7 +134,8 @@ def start(name: str, engines: Sequence[str], core: int, peer: Sequence[str] | No
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})  # the child inherits it, before its threads begin
     try:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        environment = {**os.environ, "RUST_LOG": "warn"}  # or the peer logs every decision
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     finally:
         os.sched_setaffinity(0, before)
     return Side(name, port, process, log)
