@@ -245,12 +245,18 @@ class InFlight:
     output_tokens: int = 0
     batch: int = 1  # calls on the engine when it was placed, itself included
     starts_s: float | None = None  # when its first token is predicted, if it will not be seen
+    longer: int | None = None  # output tokens expected since it outran the placement's estimate
 
     @property
     def started(self) -> bool:
         """Whether the first token has come, so that its prefill is done."""
         return self.first_token_s is not None
 
+    @property
+    def expected_tokens(self) -> int:
+        """Output tokens expected in all, as of now."""
+        return self.placement.expected_output_tokens if self.longer is None else self.longer
+
     def output_left(self) -> int:
         """Return output tokens still expected, at least 1."""
-        return max(self.placement.expected_output_tokens - self.output_tokens, 1)
+        return max(self.expected_tokens - self.output_tokens, 1)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
@@ -128,9 +127,8 @@ class Coordinator:
         self.call_started(call_id, now)
         flight = found[1]
         flight.output_tokens = output_tokens
-        if output_tokens >= flight.placement.expected_output_tokens:
-            longer = self._estimates.output_tokens(flight.call, seen=output_tokens)
-            flight.placement = replace(flight.placement, expected_output_tokens=longer)
+        if output_tokens >= flight.expected_tokens:
+            flight.longer = self._estimates.output_tokens(flight.call, seen=output_tokens)
         found[0].progressed(flight)
 
     def call_bounced(self, call_id: str, now: float) -> list[Decision]:

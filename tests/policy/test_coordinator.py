@@ -266,7 +266,7 @@ def test_a_longer_answer_than_expected_is_expected_longer() -> None:
     c.call_progressed("a", 64, 1.0)
     flight = c.in_flight("a")
     assert flight is not None
-    assert flight.placement.expected_output_tokens > 64
+    assert flight.expected_tokens > 64
     assert flight.started
 
 
