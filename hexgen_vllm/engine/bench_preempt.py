@@ -1,6 +1,9 @@
 """Drives a real engine whose KV cache is too small for its load, for ``bench preempt``.
 
 The scheduler is looked into, so that ``$VLLM_ENABLE_V1_MULTIPROCESSING`` must be 0.
+
+Time, the engine's included, is that of the device's work: on a GPU wall time; on a CPU the time
+that this process, which computes in one thread, got of it. Neighbours then matter little.
 """
 
 from __future__ import annotations
@@ -8,9 +11,9 @@ from __future__ import annotations
 import os
 import random
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, Final
 
 import torch
@@ -55,6 +58,10 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {os.cpu_count()} cores"
 
 
+def _clock() -> Callable[[], float]:
+    return process_time if current_platform.device_type == "cpu" else perf_counter
+
+
 class Bed:
     """One engine.
 
@@ -85,6 +92,7 @@ class Bed:
         self._llm = LLMEngine.from_engine_args(args)
         self._core = self._llm.engine_core.engine_core
         self.scheduler: Any = self._core.scheduler
+        self._now = self.scheduler.hexgen_clock = _clock()
 
     def close(self) -> None:
         """Stop the engine."""
@@ -112,20 +120,20 @@ class Bed:
         return self._play(self.case.workflows, self.case.in_flight, lone_s)
 
     def _play(self, workflows: int, in_flight: int, lone_s: float) -> LoadResult:
-        result, begin = LoadResult(), perf_counter()
+        result, begin = LoadResult(), self._now()
         alive: dict[str, Workflow] = {}
         todo = iter(range(workflows))
         while self._admit(alive, in_flight, todo, lone_s):
-            start = perf_counter()
+            start = self._now()
             outputs = self._llm.step()
-            now = perf_counter()
+            now = self._now()
             result.steps_s.append(now - start)
             for output in outputs:
                 workflow = alive[output.request_id.rpartition(".")[0]]
                 if output.finished and not self._goes_on(workflow, output, result):
                     del alive[workflow.name]
                     result.ended(workflow, now)
-        result.took_s = perf_counter() - begin
+        result.took_s = self._now() - begin
         return result
 
     def _admit(
@@ -133,7 +141,7 @@ class Bed:
     ) -> bool:
         """Keep as many workflows in flight as wanted; return whether there are any."""
         while len(alive) < in_flight and (number := next(todo, None)) is not None:
-            workflow = make_workflow(self.case, number, lone_s, perf_counter())
+            workflow = make_workflow(self.case, number, lone_s, self._now())
             alive[workflow.name] = workflow
             self._call(workflow)
         return bool(alive)
@@ -151,7 +159,7 @@ class Bed:
         prompt, writes = workflow.calls.pop(0)
         workflow.context += prompt
         left = len(workflow.calls)
-        left_s = max(workflow.deadline_s - perf_counter(), 1e-3)
+        left_s = max(workflow.deadline_s - self._now(), 1e-3)
         tail_s = left * workflow.stage_s
         self._add(f"{workflow.name}.{left}", workflow.context, writes, left_s, tail_s)
 
@@ -194,10 +202,10 @@ class Bed:
         self._add("urgent", tokens(rng, whole - 8), 2, 0.1)
         while "urgent" in self._alive():
             self._llm.step()
-        start, had = perf_counter(), self._written("victim")
+        start, had = self._now(), self._written("victim")
         while self._written("victim") <= had:
             self._llm.step()
-        took_s = perf_counter() - start
+        took_s = self._now() - start
         while self._llm.has_unfinished_requests():
             self._llm.step()
         return took_s
