@@ -128,19 +128,20 @@ class Connection(asyncio.Protocol):
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take in a header.
-
-        Raises:
-            ValueError: it is too long, which the parser reports as its own error.
-        """
-        if len(name) + len(value) > _MAX_HEADER_BYTES:
-            raise ValueError
+        """Take in a header."""
         self._pairs.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """Make the request; its body may still be on the way."""
+        """Make the request; its body may still be on the way.
+
+        Raises:
+            ValueError: a header is too long, which the parser reports as its own error.
+        """
         if self._resuming:
             return
+        most = _MAX_HEADER_BYTES
+        if self._head_bytes > most and any(len(n) + len(v) > most for n, v in self._pairs):
+            raise ValueError
         self._head_bytes = self._quiet = 0
         request = self._reading = Request(
             self,

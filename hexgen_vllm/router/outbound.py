@@ -66,12 +66,13 @@ _NOT_IN_HEAD: Final = frozenset(
     name.encode()
     for name in (*_HOP_BY_HOP, *_TELLING, "content-length", "server", REQUEST_ID_HEADER)
 )
-_NOT_IN_REQUEST: Final = frozenset(name.encode() for name in _NOT_TO_ENGINE)
+_CONNECTION: Final = "connection"
+_PASSES: Final[dict[bytes, str]] = {}
+_MOST_NAMES: Final = 512
 _FRAMING: Final = frozenset((b"connection", b"content-length", b"transfer-encoding"))
 # The body goes on in the clear, and all of it is here.
 _NOT_ON: Final = frozenset((b"content-encoding", b"expect", b"upgrade"))
 _PLAIN_CONNECTION: Final = (b"", b"keep-alive", b"close")
-_OURS: Final = wire.HEADER_PREFIX.encode()
 _NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 
 
@@ -126,7 +127,7 @@ def call_head(
         due_s = placement.due_s - epoch
         said[PRIORITY_HEADER] = str(stock_priority(due_s, accepted.priority))
     kept, names = _kept_lines(accepted.pairs, said)
-    if accepted.session_id is not None and SESSION_HEADER.encode() not in names:
+    if accepted.session_id is not None and SESSION_HEADER not in names:
         said[SESSION_HEADER] = accepted.session_id
     lines = "".join([f"{name}: {value}\r\n" for name, value in said.items()])
     head = (
@@ -137,18 +138,29 @@ def call_head(
     return b"".join((first, b"\r\n", *kept, rest))
 
 
-def _kept_lines(pairs: Pairs, said: Mapping[str, str]) -> tuple[list[bytes], set[bytes]]:
+def _kept_lines(pairs: Pairs, said: Mapping[str, str]) -> tuple[list[bytes], set[str]]:
     """Return the header lines that pass through, and their lower-case names."""
-    dropped = _NOT_IN_REQUEST | {name.encode() for name in said}
     lines, names = [], set()
     for name, value in pairs:
-        key = name.lower()
-        if key == b"connection" and value.lower() not in _PLAIN_CONNECTION:
+        key = _PASSES.get(name)
+        if key is None:
+            key = _passes(name)
+        if key == _CONNECTION and value.lower() not in _PLAIN_CONNECTION:
             return _kept_lines([p for p in pairs if p[0] != name], {**said, **_named(value)})
-        if key not in dropped and not key.startswith(_OURS):
+        if key and key != _CONNECTION and key not in said:
             names.add(key)
             lines.append(b"%b: %b\r\n" % (name, value))
     return lines, names
+
+
+def _passes(name: bytes) -> str:
+    """Return a header's lower-case name, empty if it never goes on; common ones are remembered."""
+    key = name.decode("latin-1").lower()
+    if key != _CONNECTION and (key in _NOT_TO_ENGINE or key.startswith(wire.HEADER_PREFIX)):
+        key = ""
+    if len(_PASSES) < _MOST_NAMES:
+        _PASSES[name] = key
+    return key
 
 
 def _named(value: bytes) -> dict[str, str]:

@@ -21,6 +21,7 @@ _MARK: Final = b"\ndata:"
 _ERRORS: Final = (b'\ndata: {"error"', b"\nevent: error")
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _TRIES: Final = 8
+_DECODER: Final = json.JSONDecoder()
 
 
 class Usage(NamedTuple):
@@ -130,7 +131,7 @@ def _usages(data: bytes) -> Iterator[dict[str, Any]]:
     for start in reversed(starts[-_TRIES:]):
         text = data[start : start + TAIL_BYTES].decode("utf-8", "replace")
         try:
-            found, _ = json.JSONDecoder().raw_decode(text)
+            found, _ = _DECODER.raw_decode(text)
         except (ValueError, RecursionError):
             continue
         if isinstance(found, dict):
