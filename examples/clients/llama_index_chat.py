@@ -1,0 +1,27 @@
+"""LlamaIndex: ``python -m examples.clients.llama_index_chat http://127.0.0.1:30000/v1 MODEL``.
+
+Needs ``pip install llama-index-llms-openai-like``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from llama_index.llms.openai_like import OpenAILike
+
+from examples.clients.remaining import Headers
+
+
+def main(base_url: str, model: str) -> None:
+    """Make two calls of one workflow."""
+    llm = OpenAILike(
+        api_base=base_url, api_key="none", model=model, is_chat_model=True, max_tokens=16
+    )
+    headers = Headers("headlines", deadline_s=30)
+    print(llm.complete("Write a headline.", extra_headers=headers.of("draft")).text)
+    last = headers.of("shorten", final=True)
+    print(llm.complete("Make it shorter.", extra_headers=last).text)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
