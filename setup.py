@@ -30,11 +30,6 @@ PATCHES = ROOT / "patches"
 KERNELS = Path("hexgen_vllm", "kernels")
 BUILDERS = ("build_cpu", "build_cuda")
 COMPILE = os.environ.get("HEXGEN_COMPILE", "0") == "1"
-DECIDES = (
-    "coordinator", "cost_model", "demand", "dispatch", "engines", "estimate", "held", "load",
-    "overload", "preemption", "prefixes", "protection", "retention", "service", "slack", "urgency",
-    "workflow",
-)  # fmt: skip
 SIMULATES = (
     "batch", "decodes", "demoted", "displacing", "engine", "keeping", "loop", "model",
     "prefix_cache", "pricing", "prompts", "queues", "records", "sequence", "simulator", "tight",
@@ -42,7 +37,9 @@ SIMULATES = (
 )  # fmt: skip
 COMPILED = [
     "hexgen_vllm/types.py",
-    *(f"hexgen_vllm/policy/{name}.py" for name in DECIDES),
+    *sorted(
+        f"hexgen_vllm/policy/{path.name}" for path in ROOT.glob("hexgen_vllm/policy/[a-z]*.py")
+    ),
     *(f"hexgen_vllm/sim/{name}.py" for name in SIMULATES),
 ]
 
