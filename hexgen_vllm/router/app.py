@@ -10,7 +10,7 @@ from aiohttp import web
 
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.errors import BadRequest, HexgenError
+from hexgen_vllm.errors import BadRequest, ConfigError, HexgenError
 from hexgen_vllm.router import answers, tls
 from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.context import Context, new_context, shutting_down
@@ -19,6 +19,7 @@ from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.http_server import Server
 from hexgen_vllm.router.keys import Keys
+from hexgen_vllm.router.metrics_port import MetricsPort
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.pages import Handler, Pages
 from hexgen_vllm.router.relay import Relay
@@ -55,6 +56,7 @@ class Router:
         self._clock = clock or SystemClock()
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.ServerRunner | None = None
+        self._metrics_port: MetricsPort | None = None
         self._routes: dict[tuple[str, str], Handler] = {}
         self._admin_routes: dict[tuple[str, str], Handler] = {}
         self._keys, self._cors = Keys(options), Cors(options)
@@ -72,6 +74,7 @@ class Router:
 
         Raises:
             OSError: the address cannot be had.
+            ConfigError: that for metrics cannot be had.
         """
         session = new_session(self._options)
         self.context = context = new_context(self._options, self._dispatch, self._clock, session)
@@ -98,6 +101,7 @@ class Router:
             await session.close()
             raise
         self.port = self._runner.addresses[0][1]
+        await self._open_metrics_port()
         if self._spot is not None:
             await web.UnixSite(self._runner, self._spot.socket(), backlog=_BACKLOG).start()
             self._shard = Shard(self._spot, context)
@@ -108,6 +112,17 @@ class Router:
             self._tasks.append(asyncio.create_task(context.tuning.run()))
         engines = ",".join(context.fleet.engines)
         _LOG.info("listening url=%s policy=%s engines=%s", self.url, self._dispatch.policy, engines)
+
+    async def _open_metrics_port(self) -> None:
+        host, port = self._options.prometheus_host, self._options.prometheus_port
+        if port:
+            shared = self._spot is not None
+            self._metrics_port = MetricsPort(self._handle, host, port, shared=shared)
+            try:
+                await self._metrics_port.start()
+            except ConfigError:
+                await self.stop()
+                raise
 
     def _mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         if self._cors.enabled:
@@ -153,6 +168,8 @@ class Router:
             for task in pending:
                 task.cancel()
             await asyncio.wait(pending, timeout=_CLOSE_S)
+        if self._metrics_port is not None:
+            await self._metrics_port.stop()
         if self._runner is not None:
             await self._runner.cleanup()
         self._relay.close()

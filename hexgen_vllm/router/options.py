@@ -30,6 +30,10 @@ class RouterOptions(HealthOptions):
     )
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(30000, "port to listen on, 0 for a free one", least=0, most=65535)
+    prometheus_host: str = option("127.0.0.1", "address of a port of its own for metrics")
+    prometheus_port: int = option(
+        0, "that port, 0 for none; metrics are at /metrics of --port too", least=0, most=65535
+    )
     stock_scheduling: str = option(
         "auto",
         "how stock vLLM engines order calls, where they do not say",

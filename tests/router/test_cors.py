@@ -9,6 +9,7 @@ import pytest
 from hexgen_vllm.testing.fake_server import Fault
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 
+EXPOSED = "Retry-After, X-Request-ID, x-hexgen-engine, x-llm-d-request-dropped-reason"
 HERE, THERE = "https://app.example", "https://evil.example"
 
 
@@ -32,7 +33,7 @@ async def test_an_allowed_page_may_ask_and_read() -> None:
             "access-control-allow-methods": "DELETE, GET, HEAD, OPTIONS, POST",
             "access-control-allow-headers": "authorization, x-hexgen-stage",
             "access-control-allow-credentials": "true",
-            "access-control-expose-headers": "Retry-After, X-Request-ID, x-hexgen-engine, x-llm-d-request-dropped-reason",
+            "access-control-expose-headers": EXPOSED,
             "access-control-max-age": "600",
         }
         stand.engines[0].faults.append(Fault("status", status=400))

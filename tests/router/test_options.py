@@ -51,6 +51,7 @@ def test_flags_of_the_ecosystem_are_understood() -> None:
         --max-concurrent-requests 11 --queue-size 12 --queue-timeout-secs 13
         --cb-failure-threshold 2 --cb-success-threshold 4 --cb-timeout-duration-secs 30
         --cb-window-duration-secs 90 --disable-circuit-breaker --cors-allowed-origins https://a
+        --prometheus-host 0.0.0.0 --prometheus-port 29000
         --api-key k1 k2 --request-id-headers x-a x-b"""
     args = parser.parse_args(line.split())
     options = config.from_mapping(RouterOptions, config.given(args, RouterOptions))

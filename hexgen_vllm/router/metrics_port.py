@@ -1,0 +1,56 @@
+"""A port of its own for metrics and health, so that scrapers need not reach the one for calls."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+
+from hexgen_vllm.errors import BadRequest, ConfigError
+from hexgen_vllm.router import answers
+from hexgen_vllm.router.http_server import Handle, Server
+
+_SHOWN: Final = frozenset(("/metrics", "/health", "/readiness", "/liveness"))
+_MAX_BODY_BYTES: Final = 0
+_CLOSE_S: Final = 0.1
+
+
+class MetricsPort:
+    """Serves what needs no key and is no call.
+
+    Args:
+        handle: answers requests of the router.
+        host: address to listen on.
+        port: port to listen on.
+        shared: other processes listen there too, and answer alike.
+    """
+
+    def __init__(self, handle: Handle, host: str, port: int, *, shared: bool) -> None:
+        self._handle, self._host, self._port, self._shared = handle, host, port, shared
+        self._runner: web.ServerRunner | None = None
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        server = Server(self._answer, max_body_bytes=_MAX_BODY_BYTES)
+        self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self._port, reuse_port=self._shared)
+        try:
+            await site.start()
+        except OSError as error:
+            where, why = f"{self._host}:{self._port}", error.strerror or error
+            raise ConfigError(f"cannot listen on {where} for metrics: {why}.") from error
+
+    async def stop(self) -> None:
+        """Close everything."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path in _SHOWN:
+            return await self._handle(request)
+        return answers.from_error(BadRequest("There is no such endpoint.", status=404), None)
