@@ -132,6 +132,7 @@ async def _one(side: sides.Side, engines: list[FastEngine], amounts: Amounts) ->
         **figures,
         "events_per_s": speed,
         "busy_at_full_speed": busy,
+        "events_per_cpu_s": speed / max(busy, 0.01),
         "rss_mib_streams": rss,
         "lost_events": client.lost + lost + lost_open,
     }
@@ -161,7 +162,8 @@ def report(
             key = f"ttft_p{share}_ms_{clients}"
             found[f"added_ttft_p{share}_ms{ending}"] = round(ours[key] - direct[key], 3)
     peer = middle.get(sides.ROUND_ROBIN)
-    found["events_per_s_ratio"] = peer and round(ours["events_per_s"] / peer["events_per_s"], 3)
+    for key in ("events_per_s", "events_per_cpu_s"):
+        found[f"{key}_ratio"] = peer and round(ours[key] / peer[key], 3)
     found["rss_mib_2000_streams"] = ours["rss_mib_streams"]
     found["lost_events"] = int(sum(run["lost_events"] for run in measured[sides.OURS]))
     found["sides"], found["runs"] = middle, measured
@@ -184,6 +186,7 @@ _ROWS: Final = (
     ("ttft_p99_ms_64", "TTFT P99, 64 clients, ms"),
     ("events_per_s", "events per second"),
     ("busy_at_full_speed", "  share of its core in use"),
+    ("events_per_cpu_s", "  events per second of CPU"),
     ("rss_mib_streams", "RSS, all streams open, MiB"),
     ("lost_events", "lost or moved events"),
 )
