@@ -27,6 +27,7 @@ class Answer:
 
     Attributes:
         sql: the query, empty when there is none.
+        columns: names of the result's columns.
         rows: its result, ``None`` when there is none.
         error: why there is none.
         failed: whether that is because a call failed, and not because of the query.

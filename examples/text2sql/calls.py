@@ -93,7 +93,8 @@ class Caller:
         if answer.usage is not None:
             self.usage.prompt_tokens += answer.usage.prompt_tokens
             self.usage.output_tokens += answer.usage.completion_tokens
-        return without_thought(answer.choices[0].message.content or "")
+        text = answer.choices[0].message.content if answer.choices else None
+        return without_thought(text or "")
 
     def _seed(self, where: str) -> dict[str, int]:
         seed = self._sampling.seed

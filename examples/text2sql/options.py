@@ -13,7 +13,7 @@ class Options:
     """What is asked, of whom, and how fast."""
 
     base_url: tuple[str, ...] = option(
-        ("http://127.0.0.1:8000/v1",),
+        ("http://127.0.0.1:30000/v1",),
         "OpenAI endpoints, URL or NAME=URL; several are asked the same in turn",
     )
     compare: bool = option(

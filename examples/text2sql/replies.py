@@ -12,8 +12,8 @@ _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
 def without_thought(text: str) -> str:
-    """Return ``text`` without what a reasoning model thinks aloud."""
-    return _THOUGHT.sub("", text).strip()
+    """Return ``text`` without what a reasoning model thinks aloud, as text that can be encoded."""
+    return _THOUGHT.sub("", text).encode(errors="replace").decode().strip()
 
 
 def query(text: str) -> str:

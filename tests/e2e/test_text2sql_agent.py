@@ -46,9 +46,13 @@ def test_random_weights_held_to_grammars_give_sql_that_runs(router: Server, tmp_
         assert sql.startswith("SELECT "), answer
         assert answer["row_count"] is not None or error.startswith("refused: the result"), answer
         assert answer["stages"]["generate_candidate"] == 2
-    assert router.get("/health").status == 200
-    metrics = router.get("/metrics").text
-    assert [line for line in metrics.splitlines() if "hexgen" in line and "workflow" in line]
+    metrics = router.get("/metrics").text.splitlines()
+    assert "hexgen_router_open_workflows 0.0" in metrics, "the agent tells that a question ended"
+    ended = [line for line in metrics if line.startswith("hexgen_router_workflows_total")]
+    assert len(ended) == 1
+    assert ended[0].endswith(" 6.0")
+    assert 'type="text2sql"' in ended[0]
+    assert 'outcome="on-time"' in ended[0]
 
 
 def test_a_grammar_that_cannot_be_read_fails_one_call_only(router: Server) -> None:

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from examples.text2sql.agent import Answer
 from examples.text2sql.calls import Usage
 from examples.text2sql.endpoints import local_cluster
 from examples.text2sql.main import main, run
 from examples.text2sql.options import Options, named_url
-from examples.text2sql.questions import Question
+from examples.text2sql.questions import FILE, Question
 from examples.text2sql.report import line, summary
 from examples.text2sql.users import Visit
 from tests.examples.scripted import Scripted, fenced
+
+QUESTIONS = yaml.safe_load(FILE.read_text())
 
 
 async def command(words: Sequence[str]) -> int:
@@ -43,6 +46,17 @@ async def test_every_question_is_asked_and_reported(
     assert out.count("on time") == 2 * 48 + 1
     assert "execution match" in out
     assert len(scripted.finished) == 2 * 48
+
+
+async def test_a_model_that_knows_the_answers_matches_all_of_them(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    gold = {entry["q"]: entry["sql"] for group in QUESTIONS.values() for entry in group}
+    scripted.answers["generate_candidate"] = lambda body: fenced(
+        gold[body["messages"][1]["content"].rpartition("Question: ")[2]]
+    )
+    (found,) = await run(Options(base_url=(scripted.url,), out=str(tmp_path), rate=1000.0))
+    assert (found["execution_match"], found["with_rows"], found["revisions"]) == (48, 48, 0)
 
 
 async def test_warm_up_is_played_and_not_counted(scripted: Scripted, tmp_path: Path) -> None:

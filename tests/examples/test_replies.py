@@ -30,6 +30,7 @@ def test_a_query_is_found(text: str, sql: str) -> None:
 def test_thoughts_are_no_answer() -> None:
     assert replies.without_thought("<think>SELECT 1</think>\nSELECT 2") == "SELECT 2"
     assert replies.without_thought("<think>never ends") == ""
+    assert replies.without_thought("half a \ud800 pair") == "half a ? pair"
 
 
 def test_links_keep_to_the_schema() -> None:
