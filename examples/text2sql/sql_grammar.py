@@ -2,6 +2,7 @@
 
 It covers one table or up to three joined along foreign keys, conditions, grouping, order and
 limit. Names come from the schema, so that no answer names a column that is not in its ``FROM``.
+They are used as they are: schemas whose names need quotes are not for it.
 """
 
 from __future__ import annotations
