@@ -93,8 +93,17 @@ class Site:
 
     async def states(self) -> dict[str, str]:
         """Return the state of each engine."""
+        return {one["name"]: one["state"] for one in await self._workers()}
+
+    async def _workers(self) -> list[dict[str, Any]]:
         async with self.client.get(self.router.url + "/workers") as answer:
-            return {one["name"]: one["state"] for one in (await answer.json())["workers"]}
+            return list((await answer.json())["workers"])
+
+    async def busy(self, i: int) -> None:
+        """Wait until engine ``i`` has calls, and has had time to begin its answers."""
+        while not (await self._workers())[i]["load"]:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
 
     async def until(self, i: int, *states: str) -> float:
         """Wait until engine ``i`` is in one of ``states``; return the seconds that took."""
@@ -202,7 +211,7 @@ def tell(capsys: pytest.CaptureFixture[str], text: str) -> None:
 async def test_kill_9_under_load(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """What had begun there ends with an error; all else is answered; the engine comes back."""
     running = asyncio.ensure_future(site.load(12, tokens=400))
-    await asyncio.sleep(0.5)
+    await site.busy(0)
     killed = time.monotonic()
     site.engines[0].kill()
     after = await site.load(6)
@@ -226,7 +235,7 @@ async def test_a_stopped_engine_is_left_out_and_comes_back(
 ) -> None:
     """SIGSTOP leaves connections open and accepts new ones: only silence tells."""
     running = asyncio.ensure_future(site.load(8, tokens=400))
-    await asyncio.sleep(0.5)
+    await site.busy(0)
     began = time.monotonic()
     site.engines[0].signal(signal.SIGSTOP)
     try:
