@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--peer", metavar="PROGRAM", help="vllm-router (default: that on PATH)")
-    parser.add_argument("--repeats", type=int, default=2, help="measurements of each figure")
+    parser.add_argument("--repeats", type=int, default=1, help="measurements of each figure")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="multiplies times and numbers of calls"
     )
