@@ -13,6 +13,7 @@ from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost, Tail
 
 _LEAST_S: Final = 1e-6
+_AT_WORK: Final = (EngineState.READY, EngineState.TRIAL)
 
 
 class Estimates:
@@ -123,7 +124,7 @@ class Estimates:
         return tail
 
     def _ready(self) -> list[EngineLoad]:
-        return [e for e in self._engines.values() if e.state is EngineState.READY]
+        return [e for e in self._engines.values() if e.state in _AT_WORK]
 
     def _seconds(self, tail: Tail) -> float:
         """Return the time of a path at the fleet's present pace (harmonic mean of engines)."""

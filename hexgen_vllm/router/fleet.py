@@ -68,6 +68,11 @@ class Engine:
         """What it can order by."""
         return EngineKind.FCFS if self.spec is None else self.spec.kind
 
+    @property
+    def takes_calls(self) -> bool:
+        """Whether it gets calls, if only one at a time."""
+        return self.state in _TAKES_CALLS
+
     def address(self, path: str) -> URL:
         """Return the URL of ``path`` (with query) on the engine."""
         known = self._addresses.get(path)
@@ -129,7 +134,7 @@ class Fleet:
 
     def ready(self) -> list[Engine]:
         """Return the engines that get calls, sorted by name."""
-        found = [e for e in self.engines.values() if e.state in _TAKES_CALLS]
+        found = [e for e in self.engines.values() if e.takes_calls]
         return sorted(found, key=lambda engine: engine.name)
 
     def cards(self) -> list[dict[str, Any]]:
@@ -227,7 +232,7 @@ class Fleet:
 
     def _others(self, engine: Engine) -> bool:
         """Whether calls would find another engine: the last one is not taken out for errors."""
-        return any(e is not engine and e.state in _TAKES_CALLS for e in self.engines.values())
+        return any(e is not engine and e.takes_calls for e in self.engines.values())
 
     def _settle(self, engine: Engine, why: str = "") -> None:
         """Act upon the present standing of an engine; ``why`` it gets no calls."""
@@ -235,7 +240,7 @@ class Fleet:
         if state is engine.state:
             return
         engine.state = state
-        engine.why = why if state not in _TAKES_CALLS else ""
+        engine.why = "" if engine.takes_calls else why
         level = logging.WARNING if state is EngineState.DOWN else logging.INFO
         _LOG.log(level, "engine %s engine=%s reason=%r", state.value, engine.name, engine.why)
         if engine.spec is not None:

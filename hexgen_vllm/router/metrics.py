@@ -27,7 +27,6 @@ from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.timings import Timings
 from hexgen_vllm.router.usage import Usages
 from hexgen_vllm.tune.online import OnlineTuner
-from hexgen_vllm.types import EngineState
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -115,7 +114,7 @@ class _State(Collector):
     def _engines(self) -> Iterator[Metric]:
         engines = self._fleet.engines.values()
         yield gauge("engine_up", "Whether an engine gets calls", ("engine", "kind"),
-                     (((e.name, e.kind.value), e.state is EngineState.READY)
+                     (((e.name, e.kind.value), e.takes_calls)
                       for e in engines))  # fmt: skip
         loads = self._service.coordinator.engines.values()
         gauges = (

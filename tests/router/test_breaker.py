@@ -181,6 +181,9 @@ async def test_an_engine_that_was_down_comes_back_on_trial() -> None:
         await stand.until(lambda: stand.state(0) is EngineState.DOWN)
         await stand.engines[0].start()
         await stand.until(lambda: stand.state(0) is EngineState.TRIAL)
+        async with stand.get("/metrics") as answer:
+            text = await answer.text()
+        assert 'hexgen_router_engine_up{engine="engine-0",kind="fcfs"} 1.0' in text
         while stand.state(0) is EngineState.TRIAL:
             await ask(stand)
         assert stand.state(0) is EngineState.READY
