@@ -89,7 +89,8 @@ class SwapPlanner:
         held = Held(tokens, tokens - own, self._block_bytes / self._block_size)
         again, copying = self._again(rates), self._copying()
         tight = len(held_blocks) > self.pool.space.free
-        first = shared if tight or leaves_head(held, again, copying) else 0
+        by_rates = self._keep == "auto" and leaves_head(held, again, copying)
+        first = shared if tight or by_rates else 0
         decision = weigh(held, again, copying, self._keep, whole=not first)
         if not decision.keep:
             self.ledger.refused(own, decision.reason)

@@ -197,6 +197,7 @@ class TestSharedHead:
     HEAD = [5] * 96
 
     def displace(self, folder: Path, **options: Any) -> SwapEngine:
+        options.setdefault("hexgen", {"keep_kv": "auto", "prefill_tokens_per_s": 50.0})
         engine = SwapEngine(folder, max_num_seqs=2, **options)
         for name, tail in (("lazy", 21), ("other", 22)):
             engine.add(name, [*self.HEAD, tail], WRITES, LAZY)
@@ -225,6 +226,11 @@ class TestSharedHead:
         assert 0 < engine.host_kv()["saved_tokens"] < 32
         self.check(engine)
         assert engine.recomputed() == 0
+
+    def test_is_saved_with_the_rest_where_rates_are_overruled(self, folder: Path) -> None:
+        engine = self.displace(folder, blocks=40, hexgen={"keep_kv": "always"})
+        assert engine.host_kv()["saved_tokens"] > 96
+        self.check(engine)
 
     def test_gone_nevertheless_makes_the_copy_useless(self, folder: Path) -> None:
         engine = self.displace(folder, blocks=40)
