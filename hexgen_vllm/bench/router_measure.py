@@ -18,6 +18,7 @@ EVENTS: Final = 50
 _START_S: Final = 30.0
 _JSON_PER_S: Final = 400.0
 _SSE_PER_S: Final = 60.0
+_OPEN_S: Final = 10.0  # longest wait for all streams to be open
 _UNDERWAY: Final = 2  # events of a stream between engine and client, when speed is measured
 _STEP_S: Final = 0.01
 
@@ -152,6 +153,8 @@ class _Pulling(Client):
             stream = engine.streams.get(call.seed)
             if stream is not None and self.pulling:
                 stream.send(count + (_UNDERWAY - 1 if first else 0))
+            elif stream is not None:  # it began after the end
+                call.sent = stream.finish()
 
     def stop(self) -> None:
         """End all streams after what was sent so far."""
@@ -176,7 +179,10 @@ async def events_per_s(
         asyncio.ensure_future(client.call(tokens, stream=True))
         for _ in range(amounts.speed_streams)
     ]
-    await asyncio.sleep(0.5)
+    give_up = perf_counter() + _OPEN_S
+    while sum(len(e.streams) for e in engines) < len(calls) and perf_counter() < give_up:
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.3)
     cpu, count, began = 0.0 if side is None else side.cpu_s(), client.events, perf_counter()
     await asyncio.sleep(amounts.speed_s)
     took, done = perf_counter() - began, client.events - count
