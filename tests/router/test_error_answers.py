@@ -152,7 +152,8 @@ async def test_errors_of_the_service(breaking: Breaking, status: int, stream: bo
     async with open_stand() as stand:
         await breaking(stand)
         answer = await sent(stand, "POST", CHAT, as_json(stream=stream))
-        assert answer.status == status
+        # A health check may notice that the engine has stopped before the call does.
+        assert answer.status in ((502, 503) if breaking is _stopped else (status,))
         assert_says_nothing(answer, stand)
         assert stand.context.ledger.open == 0
 
