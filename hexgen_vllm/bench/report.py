@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     sections = [_section(p, rows[p], alphas.get(p, {}), args) for p in paths]
     totals = summary({s.name: s.goals for s in sections if not s.name.startswith(ABLATION)})
     totals["summary"][report_live.KEY] = report_live.ratio(live)
-    described = _described([r for found in rows.values() for r in found])
+    described = _described([r for found in rows.values() for r in found], quick=args.quick)
     shown = report_live.section(live, simulated) if live else ""
     _write(args, described, totals, sections, shown)
     print(json.dumps(totals["summary"], indent=1))
@@ -132,12 +132,13 @@ def _drawn(name: str, at: float, rows: list[Row], out: Path) -> str:
     return link
 
 
-def _described(rows: list[Row]) -> str:
-    """Return in one sentence how much was played."""
+def _described(rows: list[Row], *, quick: bool) -> str:
+    """Return in one sentence how much was played, and with which option if that matters."""
     workflows = sorted({row["workflows"] for row in rows})
     seeds = sorted({row["seed"] for row in rows})
     text = " or ".join(map(str, workflows))
-    return f"Played: {len(rows)} runs of {text} workflows, seeds {', '.join(map(str, seeds))}."
+    how = " (`--quick`)" if quick else ""
+    return f"Played{how}: {len(rows)} runs of {text} workflows, seeds {', '.join(map(str, seeds))}."
 
 
 def _write(
