@@ -139,7 +139,7 @@ class Answer:
 
     def ended(self) -> None:
         """Note the end."""
-        self._whole, self._line = True, None
+        self._whole, self._line = self._error is None, None
         self._wake()
 
     def broke(self, error: Exception) -> None:

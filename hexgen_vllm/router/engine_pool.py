@@ -29,6 +29,7 @@ class EngineConnection(asyncio.Protocol):
 
     Attributes:
         idle_since_s: when its last call ended, in the event loop's time.
+        heard: whether any of the present answer is here.
     """
 
     def __init__(self, pool: Pool, address: _Address) -> None:
@@ -40,10 +41,12 @@ class EngineConnection(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._ended = self._keep = self._paused = False
         self.idle_since_s = 0.0
+        self.heard = False
 
     def send(self, head: bytes, body: bytes) -> Answer:
         """Send a request and return what its answer will be."""
-        answer = self._answer = Answer(self)
+        self.heard, answer = False, Answer(self)
+        self._answer = answer
         if self._transport is None:
             self._break()
         elif len(body) < _LARGE_BODY_BYTES:
@@ -90,11 +93,15 @@ class EngineConnection(asyncio.Protocol):
     def _finish(self, answer: Answer, keep: bool) -> None:
         self._answer, self._ended = None, False
         answer.ended()
-        if keep and self.usable():
+        if keep and self.usable() and self._all_sent():
             self.pause(False)
             self._pool.give_back(self, self._address)
         else:
             self.close()
+
+    def _all_sent(self) -> bool:
+        """Whether the engine did not answer before the end of the request."""
+        return self._transport is not None and not self._transport.get_write_buffer_size()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the answer under way; without a length the end of the connection is its end."""
@@ -103,7 +110,8 @@ class EngineConnection(asyncio.Protocol):
         answer = self._answer
         if answer is None:
             return
-        if exc is None and answer.status and _LENGTHS.isdisjoint(n.lower() for n, _ in self._pairs):
+        names = (name.lower() for name, _ in answer.pairs)
+        if exc is None and answer.status and _LENGTHS.isdisjoint(names):
             self._answer = None
             answer.ended()
         else:
@@ -135,18 +143,19 @@ class EngineConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """Begin an answer; a second one to the same request is nothing that was asked for."""
-        self._keep = not self._ended
+        self.heard, self._keep = True, not self._ended
         self._pairs = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take in a header."""
+        """Take in a header, or one that follows a body, which nobody gets."""
         self._pairs.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Hand the head on; those of 1xx only announce another one."""
+        pairs, self._pairs = self._pairs, []
         status = self._parser.get_status_code()
         if status >= 200 and self._answer is not None and not self._ended:
-            self._answer.began(status, self._pairs)
+            self._answer.began(status, pairs)
 
     def on_body(self, piece: bytes) -> None:
         """Keep a piece of the body until all that came with it is read."""
@@ -196,21 +205,16 @@ class Pool:
         return await self._send((url.scheme, url.raw_host or "", url.port or 80), head, body)
 
     async def _send(self, address: _Address, head: bytes, body: bytes) -> Answer:
-        try:
-            return await self._once(address, head, body)
-        except EngineBroke:
-            return await self._once(address, head, body)
+        connection = self._idle_one(address)
+        if connection is not None:
+            try:
+                return await _begun(connection.send(head, body))
+            except EngineBroke:
+                if connection.heard:
+                    raise
+        return await _begun((await self._connect(address)).send(head, body))
 
-    async def _once(self, address: _Address, head: bytes, body: bytes) -> Answer:
-        answer = (await self._connection(address)).send(head, body)
-        try:
-            await answer.head()
-        except BaseException:
-            answer.close()
-            raise
-        return answer
-
-    async def _connection(self, address: _Address) -> EngineConnection:
+    def _idle_one(self, address: _Address) -> EngineConnection | None:
         idle = self._idle.get(address)
         if idle:
             loop = asyncio.get_running_loop()
@@ -218,7 +222,7 @@ class Pool:
             if connection.usable() and loop.time() - connection.idle_since_s < _KEEPALIVE_S:
                 return connection
             connection.close()
-        return await self._connect(address)
+        return None
 
     async def _connect(self, address: _Address) -> EngineConnection:
         try:
@@ -269,6 +273,16 @@ class Pool:
             self._reaper.cancel()
         for connection in list(self._open):
             connection.close()
+
+
+async def _begun(answer: Answer) -> Answer:
+    """Return ``answer`` once its head is here."""
+    try:
+        await answer.head()
+    except BaseException:
+        answer.close()
+        raise
+    return answer
 
 
 class UnixPool(Pool):
