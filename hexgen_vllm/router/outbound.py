@@ -59,12 +59,15 @@ _NOT_TO_ENGINE: Final = frozenset(
 )
 # These may say where the engine is.
 _TELLING: Final = ("alt-svc", "content-location", "link", "location", "refresh", "via")
+# Which pages may read an answer is for the router to say.
+_CORS: Final = tuple(f"access-control-{n}" for n in ("allow-origin", "allow-credentials",
+                                                     "expose-headers"))  # fmt: skip
 _NOT_TO_CLIENT: Final = frozenset(
-    (*_HOP_BY_HOP, *_TELLING, "content-length", "date", "server", REQUEST_ID_HEADER)
+    (*_HOP_BY_HOP, *_TELLING, *_CORS, "content-length", "date", "server", REQUEST_ID_HEADER)
 )
 _NOT_IN_HEAD: Final = frozenset(
     name.encode()
-    for name in (*_HOP_BY_HOP, *_TELLING, "content-length", "server", REQUEST_ID_HEADER)
+    for name in (*_HOP_BY_HOP, *_TELLING, *_CORS, "content-length", "server", REQUEST_ID_HEADER)
 )
 _CONNECTION: Final = "connection"
 _PASSES: Final[dict[bytes, str]] = {}
@@ -146,7 +149,8 @@ def _kept_lines(pairs: Pairs, said: Mapping[str, str]) -> tuple[list[bytes], set
         if key is None:
             key = _passes(name)
         if key == _CONNECTION and value.lower() not in _PLAIN_CONNECTION:
-            return _kept_lines([p for p in pairs if p[0] != name], {**said, **_named(value)})
+            others = [p for p in pairs if p[0].lower() != b"connection"]
+            return _kept_lines(others, {**said, **_named(pairs)})
         if key and key != _CONNECTION and key not in said:
             names.add(key)
             lines.append(b"%b: %b\r\n" % (name, value))
@@ -163,9 +167,10 @@ def _passes(name: bytes) -> str:
     return key
 
 
-def _named(value: bytes) -> dict[str, str]:
-    """Return the names in a ``Connection`` header."""
-    return dict.fromkeys((one.strip().lower() for one in value.decode("latin-1").split(",")), "")
+def _named(pairs: Pairs) -> dict[str, str]:
+    """Return the names in all ``Connection`` headers."""
+    values = b",".join(value for name, value in pairs if name.lower() == b"connection")
+    return dict.fromkeys((one.strip().lower() for one in values.decode("latin-1").split(",")), "")
 
 
 def stock_priority(due_in_s: float, priority: int) -> int:
@@ -215,14 +220,16 @@ def to_client(headers: Mapping[str, str], engine: str, request_id: str) -> CIMul
 
 def answer_head(pairs: Pairs, engine: str, request_id: str) -> list[bytes]:
     """Return the header lines of an engine's answer for the client, without a length."""
-    dropped = _NOT_IN_HEAD
-    lines = []
+    lines, plain = [], True
     for name, value in pairs:
         key = name.lower()
-        if key == b"connection" and value.lower() not in _PLAIN_CONNECTION:
-            dropped = dropped | {one.encode() for one in _named(value)}
-        if key not in dropped:
+        if key not in _NOT_IN_HEAD:
             lines.append(b"%b: %b\r\n" % (name, value))
+        elif key == b"connection":
+            plain = plain and value.lower() in _PLAIN_CONNECTION
+    if not plain:
+        named = {name.encode("latin-1") for name in _named(pairs)}
+        lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
     said = f"Server: {SERVER}\r\n{ENGINE_HEADER}: {engine}\r\n{REQUEST_ID_HEADER}: {request_id}\r\n"
     lines.append(said.encode())
     return lines
