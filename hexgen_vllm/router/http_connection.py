@@ -9,26 +9,23 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import httptools
 from aiohttp import web
-from aiohttp.helpers import rfc822_formatted_time
 
-from hexgen_vllm.router import answers, outbound
-from hexgen_vllm.router.http_request import SENT, Pairs, Request, Source
+from hexgen_vllm.router import answers, http_answer
+from hexgen_vllm.router.http_reader import Reader
+from hexgen_vllm.router.http_request import SENT, Request, Source
 
 if TYPE_CHECKING:
     from hexgen_vllm.router.http_server import Server
 
 _LOG = logging.getLogger(__name__)
-_MAX_HEAD_BYTES: Final = 64 * 1024
-_MAX_HEADER_BYTES: Final = 8 * 1024
 _MAX_AHEAD_BYTES: Final = 2**20  # of requests that came too early
 _IDLE_SWEEPS: Final = 15  # 75 s of silence
 _HEAD_SWEEPS: Final = 6  # 30 s for the head of a request
 _LINGER_S: Final = 1.0  # for a client to read an answer before it has sent its whole body
 
 
-class Connection(asyncio.Protocol):
+class Connection(Reader):
     """One client's connection.
 
     Attributes:
@@ -45,19 +42,15 @@ class Connection(asyncio.Protocol):
     ssl_context: Any = None
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
         self._server, self.loop = server, loop
         self.max_body_bytes = server.max_body_bytes
         self.task: asyncio.Task[None] | None = None
-        self._ready: list[Request] = []  # begun to be read, not to be served
         self._served: Request | None = None
-        self._reading: Request | None = None  # its body is not complete
         self._ahead = b""
-        self._refusal: tuple[str, int] | None = None  # for what follows the requests in _ready
-        self._deaf = self._closing = self._full = self._resuming = False
-        self._quiet = self._head_bytes = 0
+        self._closing = self._full = False
+        self._unsent = 0
         self._source: Source | None = None
-        self._target, self._pairs = b"", cast(Pairs, [])
-        self._parser = httptools.HttpRequestParser(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
@@ -74,11 +67,17 @@ class Connection(asyncio.Protocol):
         if self.task is not None:
             self.task.cancel()
 
+    def eof_received(self) -> None:
+        """End the request under way now: closing would first wait for the client to read."""
+        self._closing = True
+        if self.task is not None:
+            self.abort()
+
     def data_received(self, data: bytes) -> None:
-        """Read on, unless a request that was read is being answered."""
+        """Read on, unless a request that was read is being answered, or an answer not read."""
         if self._deaf:
             return
-        if self.task is not None and self._reading is not self._served:
+        if self._full if self.task is None else self._reading is not self._served:
             self._ahead += data
             if len(self._ahead) > _MAX_AHEAD_BYTES:  # a paused one would not tell when it closes
                 self.abort()
@@ -86,93 +85,18 @@ class Connection(asyncio.Protocol):
             self._feed(data)
 
     def _feed(self, data: bytes) -> None:
-        if self._reading is None:
-            self._head_bytes += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._stay(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self._refuse_rest("The request is not valid HTTP.", 400)
-        if self._reading is None and self._head_bytes > _MAX_HEAD_BYTES:
-            self._refuse_rest("The headers are too long.", 431)
+        while data and not self._deaf:
+            data = self._parse(data)
         if self.task is None:
             self._serve_next()
-
-    def _stay(self, rest: bytes) -> None:
-        """Go on as if no upgrade had been asked for; the parser has left out the body."""
-        self._parser = httptools.HttpRequestParser(self)
-        if self._reading is not None:
-            framing = self._reading.framing()
-            self._resuming = True
-            self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
-            self._resuming = False
-        if rest:
-            self._feed(rest)
-
-    def _refuse_rest(self, why: str, status: int) -> None:
-        """Answer what was read, then refuse what cannot be read, and read no more."""
-        self._deaf, self._refusal = True, (why, status)
-        if self._reading is not None:
-            self._reading.fail(web.RequestPayloadError(why))
-            self._reading = None
-
-    # What the parser finds
-
-    def on_message_begin(self) -> None:
-        """Begin a request."""
-        self._target, self._pairs = b"", []
-
-    def on_url(self, url: bytes) -> None:
-        """Take in a piece of the target."""
-        self._target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take in a header."""
-        self._pairs.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        """Make the request; its body may still be on the way.
-
-        Raises:
-            ValueError: a header is too long, which the parser reports as its own error.
-        """
-        if self._resuming:
-            return
-        most = _MAX_HEADER_BYTES
-        if self._head_bytes > most and any(len(n) + len(v) > most for n, v in self._pairs):
-            raise ValueError
-        self._head_bytes = self._quiet = 0
-        request = self._reading = Request(
-            self,
-            self._parser.get_method().decode("latin-1"),
-            self._target.decode("utf-8", "surrogateescape"),
-            self._pairs,
-            persists=self._parser.should_keep_alive(),
-            can_chunk=self._parser.get_http_version() != "1.0",
-        )
-        self._ready.append(request)
-        if self.task is None and request.names.get("expect", "").lower() == "100-continue":
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def on_body(self, piece: bytes) -> None:
-        """Take in a piece of a body."""
-        self._quiet = 0
-        if self._reading is not None:
-            self._reading.feed(piece)
-
-    def on_message_complete(self) -> None:
-        """End a request."""
-        request = self._reading
-        if request is not None and not (self._parser.should_upgrade() and request.framing()):
-            request.feed_end()
-            self._reading = None
 
     # Serving
 
     def _serve_next(self) -> None:
         if self._ready:
             self._served = request = self._ready.pop(0)
+            if request.awaits_word:
+                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.task = self.loop.create_task(self._serve(request))
         elif self._refusal is not None:
             self._write_refusal(*self._refusal)
@@ -201,26 +125,27 @@ class Connection(asyncio.Protocol):
         if not request.body_complete:
             self._linger()
         elif self._closing or not request.persists:
+            self._closing = True
             self.transport.close()
-        elif self._ready:
-            self._serve_next()
-        else:
-            data, self._ahead = self._ahead, b""
-            if self._deaf:
-                self._serve_next()
-            elif data:
-                self._feed(data)
+        elif not self._full:  # else when the client has read the answer
+            self._go_on()
+
+    def _go_on(self) -> None:
+        data = b""
+        if not self._ready:
+            data, self._ahead = self._ahead, data
+        self._feed(data)
 
     def _linger(self) -> None:
         """Close after an answer that came before its request was complete."""
-        self._deaf = True
+        self._deaf = self._closing = True
         if self.transport is not None:
             if self.transport.can_write_eof():
                 self.transport.write_eof()
             self.loop.call_later(_LINGER_S, self.abort)
 
     def _write_refusal(self, why: str, status: int) -> None:
-        self._deaf = True
+        self._deaf = self._closing = True
         request = Request(self, "GET", "/", [], persists=False, can_chunk=False)
         self._write_response(request, answers.error_response(why, status))
         if self.transport is not None:
@@ -230,16 +155,7 @@ class Connection(asyncio.Protocol):
         if request.answering:  # too late for another answer
             self.abort()
             return
-        body = response.body if isinstance(response, web.Response) else None
-        content = bytes(body) if isinstance(body, bytes | bytearray) else b""
-        headers = response.headers
-        headers.setdefault("Server", outbound.SERVER)
-        headers.setdefault("Date", rfc822_formatted_time())
-        if content:
-            headers.setdefault("Content-Type", "application/octet-stream")
-        head = [f"{k}: {v}\r\n".encode("utf-8", "surrogateescape") for k, v in headers.items()
-                if k.lower() not in ("content-length", "connection")]  # fmt: skip
-        request.reply(response.status, head, content)
+        request.reply(response.status, *http_answer.parts(response))
 
     # For requests and the server
 
@@ -275,18 +191,26 @@ class Connection(asyncio.Protocol):
         self._full = False
         if self._source is not None:
             self._source.resume()
+        elif self.task is None and not self._closing:
+            self._go_on()
 
     def sweep(self) -> None:
         """Close it when it has been silent for too long; called every few seconds."""
         self._quiet += 1
-        if self._reading is not None:
+        if self._reading is not None and self._reading is self._served:
             if self._quiet > _IDLE_SWEEPS:
                 self._refuse_rest("The request did not arrive in time.", 408)
         elif self.task is None and self.transport is not None:
-            if self._head_bytes and self._quiet > _HEAD_SWEEPS:
-                self._write_refusal("The request did not arrive in time.", 408)
-            elif self._quiet > _IDLE_SWEEPS:
-                self.transport.close()
+            self._sweep_idle(self.transport)
+
+    def _sweep_idle(self, transport: asyncio.Transport) -> None:
+        unsent = transport.get_write_buffer_size()
+        if unsent != self._unsent:  # the client reads, if slowly
+            self._unsent, self._quiet = unsent, 0
+        elif self._head_bytes and self._quiet > _HEAD_SWEEPS:
+            self._write_refusal("The request did not arrive in time.", 408)
+        elif self._quiet > _IDLE_SWEEPS:
+            self.abort() if unsent else transport.close()
 
     def close_when_idle(self) -> None:
         """Take no more requests."""

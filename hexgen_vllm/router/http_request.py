@@ -8,7 +8,6 @@ connection. The rest of the base class is set up when somebody asks for it.
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
@@ -17,6 +16,8 @@ from aiohttp import streams, web
 from aiohttp.http import HttpVersion, RawRequestMessage
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
+
+from hexgen_vllm.router.http_body import in_the_clear
 
 if TYPE_CHECKING:
     from hexgen_vllm.router.http_connection import Connection
@@ -28,7 +29,7 @@ Pairs = list[tuple[bytes, bytes]]
 _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
 _KEYS: Final[dict[bytes, str]] = {}
 _MOST_KEYS: Final = 512
-_INFLATE: Final = {"gzip": 31, "x-gzip": 31, "deflate": 47}
+_SMALL_BYTES: Final = 1024
 
 
 class Names(dict[str, str]):
@@ -82,7 +83,7 @@ class Request(web.BaseRequest):
         self._all: CIMultiDictProxy[str] | None = None
         self.answering = self.marked = False
         self._chunked = False
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | bytearray] = []
         self._size = 0
         self._whole: bytes | None = None
         self._complete = False
@@ -154,8 +155,15 @@ class Request(web.BaseRequest):
     def whole(self) -> bytes | None:
         """The body if all of it is here and it came in the clear."""
         if self._complete and len(self._pieces) == 1 and "content-encoding" not in self.names:
-            return self._pieces[0]
+            return cast(bytes, self._pieces[0])  # the first one is never put together
         return None
+
+    @property
+    def awaits_word(self) -> bool:
+        """Whether the client may wait to be told before it sends the body."""
+        if self._complete or self._failure is not None or not self._can_chunk:
+            return False
+        return self.names.get("expect", "").lower() == "100-continue"
 
     async def read(self) -> bytes:
         """Return the body in the clear.
@@ -170,40 +178,32 @@ class Request(web.BaseRequest):
         if self._failure is not None:
             raise self._failure
         if self._whole is None:
-            raw = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-            self._whole = self._in_the_clear(raw)
+            raw = b"".join(self._pieces)
+            encoding = self.names.get("content-encoding", "identity").lower()
+            self._whole = in_the_clear(raw, encoding, self._connection.max_body_bytes)
             self._pieces.clear()
         return self._whole
-
-    def _in_the_clear(self, raw: bytes) -> bytes:
-        encoding = self.names.get("content-encoding", "identity").lower()
-        if encoding == "identity" or not raw:
-            return raw
-        window, most = _INFLATE.get(encoding), self._connection.max_body_bytes
-        if window is None:
-            raise web.RequestPayloadError(f"no such encoding: {encoding}")
-        for bits in (window, -15) if encoding == "deflate" else (window,):
-            tool = zlib.decompressobj(bits)
-            try:
-                found = tool.decompress(raw, most + 1)
-            except zlib.error:
-                continue
-            if len(found) > most:
-                raise web.HTTPRequestEntityTooLarge(most, len(found))
-            if tool.eof:
-                return found
-        raise web.RequestPayloadError("the body is not compressed as it says")
 
     # For the connection
 
     def feed(self, piece: bytes) -> None:
         """Take in a piece of the body."""
         self._size += len(piece)
+        self.expect(self._size)
+        if self._failure is not None:
+            return
+        last = self._pieces[-1] if self._pieces else None
+        if isinstance(last, bytearray):
+            last += piece
+        else:  # an object of its own costs more than a small piece
+            small = last is not None and len(piece) < _SMALL_BYTES
+            self._pieces.append(bytearray(piece) if small else piece)
+
+    def expect(self, size: int) -> None:
+        """Fail if a body of ``size`` bytes is too long."""
         most = self._connection.max_body_bytes
-        if self._size > most:
-            self.fail(web.HTTPRequestEntityTooLarge(most, self._size))
-        elif self._failure is None:
-            self._pieces.append(piece)
+        if size > most:
+            self.fail(web.HTTPRequestEntityTooLarge(most, size))
 
     def framing(self) -> bytes:
         """Return the header line that says where the body ends, empty if there is no body."""

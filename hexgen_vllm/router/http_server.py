@@ -40,7 +40,7 @@ class Server(web.Server):
         return Connection(self, self._loop)
 
     def _sweep(self) -> None:
-        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep) if self.open else None
+        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
         for connection in list(self.open):
             connection.sweep()
 
