@@ -58,6 +58,8 @@ def _plugin() -> Finding:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "hexgen" not in allowed.split(","):
         return Finding("plugin", "broken", "VLLM_PLUGINS is set and does not name hexgen")
+    if util.find_spec("vllm") is None:
+        return Finding("plugin", "absent", "installed, but there is no vLLM to load it")
     return Finding("plugin", "ok", "--scheduling-policy urgency is available")
 
 

@@ -13,8 +13,11 @@ from hexgen_vllm.calibrate import entry, facts
 from hexgen_vllm.calibrate.command import CalibrateOptions, calibrate, describe
 from hexgen_vllm.calibrate.fit import DecodeTiming, PrefillTiming, fit
 from hexgen_vllm.calibrate.probes import design
+from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.calibration import from_calibration, to_calibration
+from hexgen_vllm.router.app import Router
+from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.sim.scenario_file import load_fleet
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.types import StepCost
@@ -150,3 +153,11 @@ async def test_a_url_without_an_engine_is_one_sentence() -> None:
         await calibrate("http://127.0.0.1:9", CalibrateOptions())
     with pytest.raises(ConfigError, match="url must start with http"):
         await calibrate("gpu-1:8000", CalibrateOptions())
+
+
+async def test_a_router_is_not_measured() -> None:
+    async with FakeServer() as engine:
+        options = RouterOptions(worker_urls=(engine.url,), port=0)
+        async with Router(options, DispatchOptions()) as router:
+            with pytest.raises(ConfigError, match="is a router; give the URL of one engine"):
+                await calibrate(router.url, CalibrateOptions())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from importlib import import_module
 
 import pytest
 
+import hexgen_vllm
 from hexgen_vllm import cli, doctor
 
 
@@ -93,3 +95,21 @@ def test_doctor_fails_when_something_is_broken(
     assert code == 1
     assert "broken" in out
     assert "why" in out
+
+
+def test_the_package_can_be_run_as_a_module() -> None:
+    words = [sys.executable, "-m", "hexgen_vllm", "--version"]
+    ran = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert ran.stdout == f"hexgen-vllm {hexgen_vllm.__version__}\n"
+
+
+def test_a_plugin_without_a_vllm_is_not_called_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "vllm" else find_spec(name)
+    )
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    verdicts = {
+        finding.subject: finding.verdict for check in doctor.CHECKS for finding in [check()]
+    }
+    assert verdicts["vllm"] == verdicts["plugin"] == "absent"

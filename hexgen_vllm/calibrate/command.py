@@ -138,6 +138,8 @@ async def calibrate(url: str, options: CalibrateOptions) -> Calibration:
 async def _measured(
     http: aiohttp.ClientSession, url: str, options: CalibrateOptions
 ) -> Calibration:
+    if await facts.is_router(http, url):
+        raise ConfigError(f"{url} is a router; give the URL of one engine.")
     model = await find_model(http, url, options.model)
     said = facts.Facts(
         max_num_seqs=options.max_num_seqs,

@@ -54,6 +54,11 @@ async def ask(session: aiohttp.ClientSession, url: str) -> Facts:
     )
 
 
+async def is_router(session: aiohttp.ClientSession, url: str) -> bool:
+    """Return whether a router answers at ``url``: it lists its workers, and no engine has any."""
+    return "workers" in _object(await _get(session, f"{url}/workers"))
+
+
 async def fitted(session: aiohttp.ClientSession, url: str) -> tuple[StepCost, float] | None:
     """Return the step cost that our scheduler fitted to its own steps, and its error."""
     report = reports.from_stats(_object(await _get(session, url + STATS_PATH))).report

@@ -114,7 +114,7 @@ class _State(Collector):
     def _engines(self) -> Iterator[Metric]:
         engines = self._fleet.engines.values()
         yield gauge("engine_up", "Whether an engine gets calls", ("engine", "kind"),
-                     (((e.name, e.kind.value), e.takes_calls)
+                     (((e.name, e.kind.value if e.spec else "unknown"), e.takes_calls)
                       for e in engines))  # fmt: skip
         loads = self._service.coordinator.engines.values()
         gauges = (
