@@ -91,12 +91,12 @@ def _annotate(axes: Axes, rows: Sequence[Row], deadlines: Sequence[float]) -> No
     axes.axhline(95, color="0.55", linewidth=0.8, linestyle=":")
     for deadline in sorted({row["deadline_s"] for row in rows}):
         axes.axvline(deadline, color="0.55", linewidth=0.8, linestyle=":")
-        label = axes.text(deadline, 50, f"deadline {deadline:g} s", color="0.35", fontsize=9)
+        label = axes.text(deadline, 50, f"deadline {deadline:.3g} s", color="0.35", fontsize=9)
         label.set(rotation=90, ha="center", va="center")
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
     runs = max(sum(1 for r in rows if r["policy"] == row["policy"]) for row in rows)
     first = rows[0]
-    note = f"{first['workflows']} workflows at {first['rate']:g}/s"
+    note = f"{first['workflows']} workflows at {first['rate']:.3g}/s"
     axes.set_title(f"{note}, {runs} runs each" if runs > 1 else note, loc="left", fontsize=11)
     axes.set(
         xlabel="Deadline of a workflow (s)",
