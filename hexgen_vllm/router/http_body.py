@@ -9,6 +9,9 @@ from aiohttp import web
 
 _WINDOWS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 47}
 _RAW_DEFLATE: Final = -15
+MOST_INFLATED: Final = 64 * 2**20
+"""Bytes that a compressed body may grow to, whatever may be sent in the clear: half a megabyte of
+zeros holds a thousand times as much, and all of it would be read between two other calls."""
 
 
 def in_the_clear(raw: bytes, encoding: str, most: int) -> bytes:
@@ -17,7 +20,7 @@ def in_the_clear(raw: bytes, encoding: str, most: int) -> bytes:
     Args:
         raw: a whole body.
         encoding: how it is compressed, as ``Content-Encoding`` says it.
-        most: bytes that it may hold.
+        most: bytes that it may hold, up to :data:`MOST_INFLATED` if it is compressed.
 
     Raises:
         HTTPRequestEntityTooLarge: it holds more.
@@ -28,6 +31,7 @@ def in_the_clear(raw: bytes, encoding: str, most: int) -> bytes:
     window = _WINDOWS.get(encoding)
     if window is None:
         raise web.RequestPayloadError(f"no such encoding: {encoding}")
+    most = min(most, MOST_INFLATED)
     for bits in (window, _RAW_DEFLATE) if encoding == "deflate" else (window,):
         tool = zlib.decompressobj(bits)
         try:

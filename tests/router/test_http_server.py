@@ -8,7 +8,9 @@ import json
 import zlib
 
 import pytest
+from aiohttp import web
 
+from hexgen_vllm.router import http_body
 from hexgen_vllm.testing.fake_server import Fault
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 
@@ -164,6 +166,14 @@ async def test_a_small_body_that_is_large_in_the_clear_is_refused() -> None:
         wire = await Wire.to(stand)
         wire.writer.write(request(gzip.compress(b" " * 10**7), "Content-Encoding: gzip"))
         assert (await wire.answer())[0] == 413
+
+
+def test_a_compressed_body_has_a_bound_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_body, "MOST_INFLATED", 1000)
+    assert http_body.in_the_clear(gzip.compress(b"x" * 1000), "gzip", 10**9) == b"x" * 1000
+    with pytest.raises(web.HTTPRequestEntityTooLarge):
+        http_body.in_the_clear(gzip.compress(b"x" * 1001), "gzip", 10**9)
+    assert len(http_body.in_the_clear(b"x" * 1001, "identity", 10**9)) == 1001
 
 
 async def test_a_body_that_is_too_long_is_refused_before_its_end() -> None:
