@@ -118,7 +118,7 @@ test: lint types
 	$(MAKE) --no-print-directory test-versions
 
 test-fast: lint types
-	$(PY) -m pytest -m "$(NO_ENGINE)"
+	$(PY) -m pytest -n auto -m "$(NO_ENGINE)"
 
 test-versions: env
 	$(PY) tests/engine/versions.py
