@@ -21,7 +21,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the cpu kernel cannot reach memory on {device}"
     loaded = cpu_library()
-    return None if loaded.library is not None else loaded.reason
+    return None if loaded.handle is not None else loaded.reason
 
 
 def gather_blocks(
@@ -47,7 +47,7 @@ def _copy(
     layout: BlockLayout, ids: torch.Tensor, buffer: torch.Tensor, *, to_records: bool
 ) -> None:
     reason = unavailable(layout.device)
-    library = cpu_library().library
+    library = cpu_library().handle
     if reason is not None or library is None:
         raise ConfigError(f"kernel cpu: {reason}.")
     table = piece_table(layout, PIECE_BYTES)

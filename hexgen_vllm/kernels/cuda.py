@@ -31,7 +31,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the cuda kernel cannot reach memory on {device}"
     loaded = cuda_library()
-    return None if loaded.library is not None else loaded.reason
+    return None if loaded.handle is not None else loaded.reason
 
 
 def gather_blocks(
@@ -62,7 +62,7 @@ def _copy(
     layout: BlockLayout, ids: torch.Tensor, buffer: torch.Tensor, *, to_records: bool
 ) -> None:
     reason = unavailable(layout.device)
-    library = cuda_library().library if reason is None else None
+    library = cuda_library().handle if reason is None else None
     if library is None:
         raise ConfigError(f"kernel cuda: {reason}.")
     stream = torch.cuda.current_stream(layout.device).cuda_stream

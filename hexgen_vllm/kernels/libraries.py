@@ -16,7 +16,7 @@ from hexgen_vllm.kernels import build
 class Loaded:
     """A native library, or the reason why there is none."""
 
-    library: ctypes.CDLL | None
+    handle: ctypes.CDLL | None
     reason: str
 
 
@@ -24,8 +24,8 @@ class Loaded:
 def cpu_library() -> Loaded:
     """The library of ``csrc/kv_copy_cpu.cpp``; built on first use where a compiler exists."""
     loaded = _load("cpu", build.build_cpu)
-    if loaded.library is not None:
-        copy = loaded.library.hx_cpu_copy_blocks
+    if loaded.handle is not None:
+        copy = loaded.handle.hx_cpu_copy_blocks
         copy.restype = None
         copy.argtypes = [
             ctypes.c_void_p,  # pieces
@@ -44,8 +44,8 @@ def cpu_library() -> Loaded:
 def cuda_library() -> Loaded:
     """The library of ``csrc/kv_copy.cu``; built on first use where nvcc exists (seconds)."""
     loaded = _load("cuda", build.build_cuda)
-    if loaded.library is not None:
-        _declare_cuda(loaded.library)
+    if loaded.handle is not None:
+        _declare_cuda(loaded.handle)
     return loaded
 
 

@@ -25,7 +25,7 @@ def pinned_buffer(num_bytes: int) -> torch.Tensor:
         raise ValueError(f"num_bytes: {num_bytes} bytes cannot be allocated.")
     if not torch.cuda.is_available():
         raise RuntimeError("pinned memory needs a GPU.")
-    library = cuda_library().library
+    library = cuda_library().handle
     if library is None:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     torch.cuda.init()

@@ -99,7 +99,7 @@ def test_without_sources_the_packaged_library_is_used(
         loaded = libraries.cpu_library()
     finally:
         libraries.cpu_library.cache_clear()
-    assert loaded.library is not None
+    assert loaded.handle is not None
     assert loaded.reason == str(built.path)
 
 
