@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.real import async_cpu
+from tests.engine import cpu_worker
 from tests.engine.real.engines import RealEngine
 
 CACHE = Path(__file__).resolve().parents[3] / ".cache"
@@ -33,43 +33,20 @@ def model() -> str:
     return str(folder)
 
 
-def _nothing(cls: type) -> None:
-    del cls
-
-
-@pytest.fixture(scope="session")
-def once() -> Iterator[Callable[[], None]]:
-    """Let vLLM replace its Triton kernels only for the first engine of the process.
-
-    It looks for them in every loaded module, and fails at one of numba's, which n-gram drafting
-    loads.
-    """
-    patch = pytest.MonkeyPatch()
-
-    def done() -> None:
-        from vllm.platforms.cpu import CpuPlatform
-
-        name = "register_triton_kernel_overrides"
-        patch.setattr(CpuPlatform, name, classmethod(_nothing))
-
-    yield done
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
-def start(model: str, once: Callable[[], None]) -> Iterator[Start]:
+def start(model: str) -> Iterator[Start]:
     """Start an engine, ``start(UrgencyScheduler, max_num_seqs=2)``, and end the one before."""
     patch = pytest.MonkeyPatch()
     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-    async_cpu.allow(patch)
+    cpu_worker.allow_async(patch)
+    cpu_worker.allow_many(patch)
     engines: list[RealEngine] = []
 
     def begin(scheduler_class: type | None = None, **args: Any) -> RealEngine:
         while engines:
             engines.pop().close()
         engines.append(RealEngine(model, scheduler_class, **{"async_scheduling": False, **args}))
-        once()
         return engines[-1]
 
     yield begin

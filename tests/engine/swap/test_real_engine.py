@@ -16,8 +16,8 @@ import pytest
 
 from hexgen_vllm.engine.swap_setup import pool_size, transfer_config
 from hexgen_vllm.engine.tiny_model import TinySpec, build
+from tests.engine import cpu_worker
 from tests.engine.patched import copy_sources, put_in_place
-from tests.engine.swap import async_on_cpu
 from tests.engine.swap.real_engine import (
     CALLS,
     LONGEST,
@@ -46,8 +46,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        async_on_cpu.allow(patch)
-        async_on_cpu.register_once(patch)
+        cpu_worker.allow_async(patch)
+        cpu_worker.allow_many(patch)
         yield
 
 

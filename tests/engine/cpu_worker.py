@@ -1,4 +1,4 @@
-"""Asynchronous scheduling on the CPU worker, which vLLM switches off there: for tests only.
+"""What tests of real engines need of the CPU worker and vLLM itself does not offer there.
 
 The worker's asynchronous path wants CUDA streams and events. On a CPU nothing runs beside the
 host, so objects that do nothing are right; what is tested is the scheduler, one step ahead of the
@@ -7,11 +7,13 @@ outputs it has seen.
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from vllm.platforms.cpu import CpuPlatform
 
 
 class Nothing:
@@ -24,15 +26,30 @@ class Nothing:
         return lambda *args, **kwargs: None
 
 
-def allow(patch: pytest.MonkeyPatch) -> None:
-    """Let vLLM's CPU platform keep ``async_scheduling``, until ``patch`` is undone."""
-    from vllm.platforms.cpu import CpuPlatform
+_override_kernels = functools.cache(CpuPlatform.register_triton_kernel_overrides)
 
-    original = CpuPlatform.check_and_update_config.__func__
+
+def allow_many(patch: pytest.MonkeyPatch) -> None:
+    """Let several engines start in one process, until ``patch`` is undone.
+
+    vLLM looks for kernels to replace in every loaded module, and the second time fails at one of
+    numba's, which n-gram drafting loads. Once for each process is enough.
+    """
+
+    def once(cls: type) -> None:
+        del cls
+        _override_kernels()
+
+    patch.setattr(CpuPlatform, "register_triton_kernel_overrides", classmethod(once))
+
+
+def allow_async(patch: pytest.MonkeyPatch) -> None:
+    """Let vLLM's CPU platform keep ``async_scheduling``, until ``patch`` is undone."""
+    check = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
 
     def keep(cls: type, vllm_config: Any) -> None:
         wanted = vllm_config.scheduler_config.async_scheduling
-        original(cls, vllm_config)
+        check(cls, vllm_config)
         vllm_config.scheduler_config.async_scheduling = wanted
 
     patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep))
