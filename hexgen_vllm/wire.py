@@ -21,8 +21,8 @@ XARGS_PREFIX: Final = "hexgen_"
 MAX_ID_CHARS: Final = 128
 MAX_TIME_MS: Final = 1e12
 
-_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
+ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,13 @@ class CallMeta:
 
 
 def _id(value: object) -> str:
-    if isinstance(value, str) and _ID.fullmatch(value):
+    if isinstance(value, str) and ID.fullmatch(value):
         return value
     raise ValueError(f"must be 1 to {MAX_ID_CHARS} printable ASCII characters without spaces")
 
 
 def _name(value: object) -> str:
-    if isinstance(value, str) and _NAME.fullmatch(value):
+    if isinstance(value, str) and NAME.fullmatch(value):
         return value
     raise ValueError("must be 1 to 64 characters of letters, digits and _ . : / -")
 
@@ -99,6 +99,11 @@ def _count(value: object, least: int) -> int:
     return int(number)
 
 
+def _whole(number: float) -> float:
+    """Return a length in whole tokens; a positive one is at least 1."""
+    return max(int(number), 1) if number > 0 else number
+
+
 def _flag(value: object) -> bool:
     text = str(value).lower()
     if text in ("1", "true", "1.0"):
@@ -122,11 +127,12 @@ _READERS: Final[dict[str, Callable[[object], Any]]] = {
 }
 FIELDS: Final = tuple(f.name for f in fields(CallMeta))
 _HEADERS: Final = {HEADER_PREFIX + f.replace("_", "-"): f for f in FIELDS}
-_AGENTIC: Final = {
-    "program_id": "workflow_id",
-    "agent_role": "stage",
-    "deadline_seconds": "workflow_deadline_ms",
-    "expected_output_length": "expected_output_tokens",
+# What an agentic context calls our fields, and what its values are in our units.
+_AGENTIC: Final[dict[str, tuple[str, Callable[[object], object]]]] = {
+    "program_id": ("workflow_id", lambda v: v),
+    "agent_role": ("stage", lambda v: v),
+    "deadline_seconds": ("workflow_deadline_ms", lambda v: 1000.0 * _number(v)),
+    "expected_output_length": ("expected_output_tokens", lambda v: _whole(_number(v))),
 }
 _XARGS: Final = {XARGS_PREFIX + f: f for f in FIELDS}
 
@@ -196,11 +202,15 @@ def from_agentic_context(context: Mapping[str, object]) -> CallMeta:
 
     It is not ours, so what cannot be read counts as not said. Its deadline is that of one call.
     """
-    seconds = context.get("deadline_seconds")
-    if isinstance(seconds, int | float) and not isinstance(seconds, bool):
-        context = {**context, "deadline_seconds": seconds * 1000.0}
-    known = {XARGS_PREFIX + f: context[name] for name, f in _AGENTIC.items() if name in context}
-    return read_leniently(known)[0]
+    found: dict[str, Any] = {}
+    for name, (field, in_our_units) in _AGENTIC.items():
+        if name not in context:
+            continue
+        try:
+            found[field] = _READERS[field](in_our_units(context[name]))
+        except ValueError:
+            continue
+    return CallMeta(**found)
 
 
 def merged(first: CallMeta, second: CallMeta) -> CallMeta:

@@ -17,6 +17,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from hexgen_vllm import wire
+
 SESSION_HEADERS: Final = (
     "x-session-id",
     "x-claude-code-session-id",
@@ -40,8 +42,6 @@ MAX_PRIORITY: Final = 1000
 _VENDOR_SESSION: Final = re.compile(r"x-(?!parent-)[a-z0-9]+-session-id")
 _CLASSES: Final = {"system": 2, "interactive": 1, "default": 0, "bulk": -1}
 _TIERS: Final = {"priority": 1, "flex": -1}
-_PLAIN_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
 
 
 _PRIORITY_HEADERS: Final = (
@@ -96,13 +96,14 @@ def read(headers: Mapping[str, str], body: Mapping[str, Any]) -> Foreign:
     ):  # fmt: skip
         return _NOTHING
     agent, hints = agentic_context(body), _dict(_dict(body.get("nvext")).get("agent_hints"))
-    deadline_s = _positive(agent.get("deadline_seconds"))
-    osl = _positive(agent.get("expected_output_length")) or _positive(hints.get("osl"))
+    said = wire.from_agentic_context(agent)
+    deadline_ms = said.workflow_deadline_ms
+    osl = said.expected_output_tokens or _positive(hints.get("osl"))
     return Foreign(
         session_id=_session(headers, body, agent),
-        stage=_name(agent.get("agent_role")),
+        stage=said.stage,
         tenant=next((n for h in TENANT_HEADERS if (n := _name(headers.get(h)))), None),
-        timeout_s=deadline_s if deadline_s is not None else _timeout(headers, body),
+        timeout_s=deadline_ms / 1000.0 if deadline_ms is not None else _timeout(headers, body),
         expected_output_tokens=None if osl is None else max(int(osl), 1),
         priority=_priority(headers, body, agent, hints),
         final=headers.get(FINAL_HEADER, "").lower() in ("true", "1"),
@@ -135,13 +136,13 @@ def _is_vendor_session(name: str) -> bool:
 
 def _as_id(text: str) -> str:
     """Return ``text``, or a digest of it when it is not legal as a workflow id."""
-    if _PLAIN_ID.fullmatch(text):
+    if wire.ID.fullmatch(text):
         return text
     return "h-" + hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 def _name(value: object) -> str | None:
-    return value if isinstance(value, str) and _PLAIN_NAME.fullmatch(value) else None
+    return value if isinstance(value, str) and wire.NAME.fullmatch(value) else None
 
 
 def _number(value: object) -> float | None:
