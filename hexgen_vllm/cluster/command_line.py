@@ -32,12 +32,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message.rstrip('.')}.\n")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the cluster named on the command line; return the exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
     parser = _Parser(prog=PROG, description="Start several engines and the router.")
     parser.add_argument("--cluster", required=True, type=Path, metavar="FILE", help="cluster file")
     parser.add_argument("--log-dir", metavar="DIR", help="directory of the logs")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the cluster named on the command line; return the exit code."""
+    args = make_parser().parse_args(argv)
     try:
         spec = load(args.cluster)
     except ConfigError as error:
