@@ -1,4 +1,4 @@
-"""An engine snapshot in Prometheus' text format."""
+"""An engine's snapshots in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -59,33 +59,47 @@ def _labelled(labels: Mapping[str, object]) -> str:
 
 
 class _Page:
-    """Lines of text, with the labels that every sample gets."""
+    """Metrics in order, each with the samples of all ranks together."""
 
-    def __init__(self, labels: Mapping[str, object]) -> None:
-        self._labels = labels
-        self.lines: list[str] = []
+    def __init__(self) -> None:
+        self.labels: Mapping[str, object] = {}  # that every sample gets
+        self._families: dict[str, list[str]] = {}
 
     def metric(
         self, name: str, kind: str, text: str, samples: Mapping[tuple[str, str] | None, Any]
     ) -> None:
-        """Add a metric; a sample is keyed by its own label, and ``None`` values are left out."""
+        """Add samples, keyed by their own label; ``None`` values are left out."""
         known = {label: value for label, value in samples.items() if value is not None}
         if not known:
             return
-        self.lines += [f"# HELP {PREFIX}{name} {text}", f"# TYPE {PREFIX}{name} {kind}"]
+        head = [f"# HELP {PREFIX}{name} {text}", f"# TYPE {PREFIX}{name} {kind}"]
+        lines = self._families.setdefault(name, head)
         for label, value in known.items():
             own = {label[0]: label[1]} if label is not None else {}
-            self.lines.append(f"{PREFIX}{name}{_labelled({**self._labels, **own})} {value}")
+            lines.append(f"{PREFIX}{name}{_labelled({**self.labels, **own})} {value}")
+
+    def text(self) -> str:
+        """Return the page."""
+        return "\n".join(line for lines in self._families.values() for line in lines) + "\n"
 
 
-def exposition(snapshot: Mapping[str, Any], labels: Mapping[str, object] | None = None) -> str:
-    """Return the metrics of one engine snapshot; what it does not know is left out.
+def exposition(*snapshots: Mapping[str, Any]) -> str:
+    """Return the metrics of an engine; what it does not know is left out.
 
     Args:
-        snapshot: as :func:`hexgen_vllm.engine.telemetry.snapshot` returns it.
-        labels: added to every sample, such as ``{"engine": "0"}``.
+        snapshots: as :func:`hexgen_vllm.engine.telemetry.snapshot` returns them, one for each
+            data-parallel rank. With several, samples say whose they are as vLLM's own do, by
+            ``engine``.
     """
-    page = _Page(labels or {})
+    page = _Page()
+    for rank, snapshot in enumerate(snapshots):
+        if len(snapshots) > 1:
+            page.labels = {"engine": snapshot.get("engine", rank)}
+        _add(page, snapshot)
+    return page.text()
+
+
+def _add(page: _Page, snapshot: Mapping[str, Any]) -> None:
     page.metric("info", "gauge", "Always 1; the order in force.", {("order", snapshot["order"]): 1})
     for field, (name, kind, text) in _SINGLE.items():
         page.metric(name, kind, text, {None: snapshot.get(field)})
@@ -110,7 +124,6 @@ def exposition(snapshot: Mapping[str, Any], labels: Mapping[str, object] | None 
     )
     if snapshot.get("host_kv"):
         _add_host_kv(page, snapshot["host_kv"])
-    return "\n".join(page.lines) + "\n"
 
 
 def _add_host_kv(page: _Page, host_kv: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 * ``x-hexgen-*`` headers of a generation request become ``hexgen_*`` keys of the body's
   ``vllm_xargs``, which vLLM carries to the scheduler. A header wins over the key of that name.
   What cannot be read is the client's error: 400 with an OpenAI error object naming the field.
-* ``GET /hexgen/stats`` is the scheduler's telemetry as JSON.
+* ``GET /hexgen/stats`` is the scheduler's telemetry as JSON; with several data-parallel ranks,
+  ``{"ranks": [...]}`` has that of each.
 * ``GET /metrics`` gets the same telemetry as ``hexgen_vllm_*`` metrics after vLLM's own.
 
 Everything else, and every response to a generation request, passes through untouched.
@@ -86,18 +87,20 @@ class HexgenMiddleware:
 
     async def _send_stats(self, scope: Scope, _: Receive, send: Send) -> None:
         try:
-            await _send_json(send, 200, await self._stats.read(_engine_client(scope)))
+            snapshots = await self._stats.read(_engine_client(scope))
+            one = len(snapshots) == 1
+            await _send_json(send, 200, snapshots[0] if one else {"ranks": snapshots})
         except StatsUnavailable as error:
             refusal = BadRequest(str(error), status=error.status, code="stats_unavailable")
             await _send_json(send, error.status, openai_error(refusal))
 
     async def _send_metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            snapshot = await self._stats.read(_engine_client(scope))
+            snapshots = await self._stats.read(_engine_client(scope))
         except StatsUnavailable:
             extra = b""  # vLLM's own metrics must not suffer
         else:
-            extra = exposition(snapshot).encode()
+            extra = exposition(*snapshots).encode()
         # Without these headers the answer is plain text that can be appended to.
         headers = [(name, value) for name, value in scope["headers"] if name not in _NEGOTIATION]
         await self._app({**scope, "headers": headers}, receive, _appending(send, extra))

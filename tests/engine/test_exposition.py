@@ -47,11 +47,15 @@ def test_slack_buckets_are_cumulative() -> None:
     assert [found["hexgen_vllm_slack_calls", le] for le in ("0.0", "1.0", "+Inf")] == [1, 4, 5]
 
 
-def test_every_sample_gets_the_labels_of_the_engine() -> None:
-    name = 'a"b\\c\nd'
-    families = list(text_string_to_metric_families(exposition(SNAPSHOT, {"engine": name})))
-    assert families
-    assert {s.labels["engine"] for f in families for s in f.samples} == {name}
+def test_several_ranks_are_told_apart_by_vllms_own_label() -> None:
+    second = {**SNAPSHOT, "engine": 5, "steps": 9, "order": 'a"b\\c\nd'}
+    families = list(text_string_to_metric_families(exposition({**SNAPSHOT, "engine": 4}, second)))
+    assert len({f.name for f in families}) == len(families)
+    assert {s.labels["engine"] for f in families for s in f.samples} == {"4", "5"}
+    steps = next(f for f in families if f.name == "hexgen_vllm_steps")
+    assert [(s.labels["engine"], s.value) for s in steps.samples] == [("4", 7), ("5", 9)]
+    info = next(f for f in families if f.name == "hexgen_vllm_info")
+    assert info.samples[1].labels["order"] == 'a"b\\c\nd'
 
 
 def test_what_is_unknown_is_left_out() -> None:

@@ -24,11 +24,12 @@ SNAPSHOT: dict[str, Any] = {
 class Core:
     """Stands for vLLM's client of the engine core, and for the client that has it."""
 
-    def __init__(self, answer: Any = SNAPSHOT) -> None:
+    def __init__(self, answer: Any = SNAPSHOT, ranks: int = 1) -> None:
         self.engine_core = self
+        self.core_engines = [b"%d" % rank for rank in range(ranks)]
         self.answer = answer
 
-    async def call_utility_async(self, name: str) -> Any:
+    async def _call_utility_async(self, name: str, *, engine: bytes) -> Any:
         assert name == "hexgen_stats"
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -170,6 +171,12 @@ async def test_stats_are_the_schedulers_snapshot() -> None:
     assert answer.status == 200
     assert answer.headers["content-type"] == "application/json"
     assert answer.json == SNAPSHOT
+
+
+async def test_stats_of_several_ranks_are_a_list() -> None:
+    app = HexgenMiddleware(Application())
+    answer = await request(app, "GET", "/hexgen/stats", b"", engine_client=Core(ranks=2))
+    assert answer.json == {"ranks": [SNAPSHOT, SNAPSHOT]}
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ class SlowCore:
 
     def __init__(self) -> None:
         self.engine_core = self
+        self.core_engines = [b"0"]
         self.calls = 0
         self.answered = asyncio.Event()
 
-    async def call_utility_async(self, name: str) -> dict[str, int]:
+    async def _call_utility_async(self, name: str, *, engine: bytes) -> dict[str, int]:
         self.calls += 1
         await self.answered.wait()
         return {"calls": self.calls}
@@ -33,8 +34,8 @@ async def test_however_many_ask_one_call_is_on_the_way() -> None:
     asking[0].cancel()
     await asyncio.sleep(0)
     core.answered.set()
-    assert await asyncio.gather(*asking[1:]) == [{"calls": 1}] * 4
-    assert await reader.read(core) == {"calls": 2}
+    assert await asyncio.gather(*asking[1:]) == [[{"calls": 1}]] * 4
+    assert await reader.read(core) == [{"calls": 2}]
 
 
 async def test_who_waits_too_long_is_told_and_the_call_goes_on() -> None:
@@ -44,7 +45,29 @@ async def test_who_waits_too_long_is_told_and_the_call_goes_on() -> None:
             await reader.read(core)
         assert caught.value.status == 503
     core.answered.set()
-    assert await reader.read(core) == {"calls": 1}
+    assert await reader.read(core) == [{"calls": 1}]
+
+
+class Ranks:
+    """A client of several engine cores."""
+
+    def __init__(self, *answers: dict[str, int] | None) -> None:
+        self.engine_core = self
+        self.core_engines = list(range(len(answers)))
+        self.answers = answers
+
+    async def _call_utility_async(self, name: str, *, engine: int) -> dict[str, int] | None:
+        return self.answers[engine]
+
+
+async def test_every_rank_answers_in_order() -> None:
+    assert await StatsReader().read(Ranks({"steps": 1}, {"steps": 2})) == [
+        {"steps": 1},
+        {"steps": 2},
+    ]
+    with pytest.raises(StatsUnavailable) as caught:
+        await StatsReader().read(Ranks({"steps": 1}, None))
+    assert caught.value.status == 404
 
 
 def test_numbers_that_json_cannot_write_become_unknown() -> None:
@@ -76,7 +99,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_utility_returns_the_schedulers_stats(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = SimpleNamespace(hexgen_stats=lambda: {"slack_s": math.inf})
-    assert offered(monkeypatch)(scheduler).hexgen_stats() == {"slack_s": None}
+    assert offered(monkeypatch)(scheduler).hexgen_stats() == {"engine": 0, "slack_s": None}
 
 
 def test_another_scheduler_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
