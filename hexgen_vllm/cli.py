@@ -22,6 +22,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("calibrate",): ("hexgen_vllm.calibrate.command", "measure an engine for the simulator"),
     ("tune",): ("hexgen_vllm.tune.command", "find the knobs for recent workflows"),
     ("patch",): ("hexgen_vllm.patch.command", "apply optional patches to the installed vLLM"),
+    ("reference",): ("hexgen_vllm.reference.command", "print options, files, endpoints, names"),
     ("doctor",): ("hexgen_vllm.doctor", "check this installation and say what is missing"),
     ("bench", "live"): ("hexgen_vllm.bench.live", "play workflows against real endpoints"),
     ("bench", "scheduler"): ("hexgen_vllm.bench.scheduler", "time schedule() against stock vLLM"),

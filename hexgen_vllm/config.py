@@ -12,7 +12,7 @@ import json
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hexgen_vllm.errors import ConfigError
@@ -130,8 +130,7 @@ def add_arguments(parser: Any, cls: type[Any], *, prefix: str = "") -> None:
             continue
         flag = f"--{prefix}{f.name.replace('_', '-')}"
         wanted = _plain_type(hints[f.name])
-        shown = getattr(cls(), f.name)
-        text = f"{f.metadata['doc']} (default: {shown})".replace("%", "%%")
+        text = f"{f.metadata['doc']} (default: {_default(f)})".replace("%", "%%")
         common: dict[str, Any] = {"dest": _dest(prefix, f.name), "default": None, "help": text}
         if wanted is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
@@ -143,6 +142,11 @@ def add_arguments(parser: Any, cls: type[Any], *, prefix: str = "") -> None:
             parser.add_argument(flag, choices=f.metadata["choices"], **common)
         elif wanted in (int, float, str):
             parser.add_argument(flag, type=wanted, metavar=wanted.__name__.upper(), **common)
+
+
+def _default(one: Field[Any]) -> Any:
+    """Return the value that stands when nothing is given, as declared."""
+    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 def _dest(prefix: str, name: str) -> str:

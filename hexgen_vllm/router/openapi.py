@@ -16,7 +16,7 @@ _Json = dict[str, Any]
 _OBJECT: Final[_Json] = {"type": "object"}
 _NUMBER: Final[_Json] = {"type": "number", "exclusiveMinimum": 0}
 _NAME: Final[_Json] = {"type": "string", "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}$"}
-_HEADERS: Final[dict[str, tuple[_Json, str]]] = {
+HEADERS: Final[dict[str, tuple[_Json, str]]] = {
     "workflow_id": (
         {"type": "string", "pattern": r"^[\x21-\x7e]{1,128}$"},
         "The workflow that the call belongs to.",
@@ -143,7 +143,7 @@ def _call(endpoint: Endpoint) -> _Json:
     }
     headers = [
         {"in": "header", "name": wire.header_name(name), "description": text, "schema": schema}
-        for name, (schema, text) in _HEADERS.items()
+        for name, (schema, text) in HEADERS.items()
     ]
     return _operation(
         "calls",
