@@ -15,6 +15,7 @@ from aiohttp import web
 from hexgen_vllm.router.answers import EngineFailed
 from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.ledger import CLIENT_GONE
+from hexgen_vllm.router.targets import worker_of
 
 LOST: Final = "engine-lost"
 TIMEOUT: Final = "engine-timeout"
@@ -32,6 +33,7 @@ class Attempt:
     Used as a context manager around everything that waits for the engine.
 
     Attributes:
+        target: what the call was placed on.
         engine: name of the engine.
         answering: whether the client has been sent something.
         answer: the engine's answer, once it has begun.
@@ -39,11 +41,12 @@ class Attempt:
 
     __slots__ = (
         "_guard", "_reason", "_request", "_seen", "_since_s", "_task", "answer", "answering",
-        "engine",
+        "engine", "target",
     )  # fmt: skip
 
-    def __init__(self, guard: Guard, request: web.BaseRequest, engine: str) -> None:
-        self._guard, self._request, self.engine = guard, request, engine
+    def __init__(self, guard: Guard, request: web.BaseRequest, target: str) -> None:
+        self._guard, self._request = guard, request
+        self.target, self.engine = target, worker_of(target)
         self._task: asyncio.Task[object] | None = None
         self._reason: str | None = None
         self._seen, self._since_s = -1, 0.0

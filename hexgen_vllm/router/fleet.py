@@ -2,7 +2,8 @@
 
 An engine gets calls when its health checks pass, nobody drains it, and its circuit breaker is
 closed; while the breaker is on trial it gets one at a time. An engine that was down comes back on
-trial.
+trial. Its data-parallel ranks share all that; calls are placed on each of them
+(:mod:`~hexgen_vllm.router.targets`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hexgen_vllm.router.breaker import Breaker, Phase
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.router.probe import Found
 from hexgen_vllm.router.service import Service
+from hexgen_vllm.router.targets import worker_of
 from hexgen_vllm.types import EngineKind, EngineSpec, EngineState
 
 _SUCCESSES: Final = frozenset((ledger.ANSWERED, ledger.BAD_REQUEST))
@@ -34,26 +36,26 @@ class Engine:
     Attributes:
         worker: its name and URL.
         breaker: counts how its calls ended.
-        spec: what it is, ``None`` until it was up once.
+        specs: what it is, one for each target; empty until it was up once.
         cards: its entries of ``/v1/models``.
         up: whether its health checks pass.
-        stalled: whether it had work and did nothing, and has not answered a call since.
+        stalled: targets that had work and did nothing, and have not answered a call since.
         draining: whether an operator takes it out of service.
         leaving: whether it is to be forgotten when its calls have ended.
-        steps: steps it has run, ``None`` where it does not say.
+        steps: steps that each target has run, where it says so.
         state: what follows from all that.
         why: why it gets no calls, ``""`` while it does.
     """
 
     worker: Worker
     breaker: Breaker
-    spec: EngineSpec | None = None
+    specs: tuple[EngineSpec, ...] = ()
     cards: tuple[dict[str, Any], ...] = ()
     up: bool = False
-    stalled: bool = False
     draining: bool = False
     leaving: bool = False
-    steps: int | None = None
+    stalled: set[str] = field(default_factory=set)
+    steps: dict[str, int] = field(default_factory=dict)
     state: EngineState = EngineState.DOWN
     why: str = "not up yet"
     _addresses: dict[str, URL] = field(default_factory=dict)
@@ -62,6 +64,16 @@ class Engine:
     def name(self) -> str:
         """What clients may know it by."""
         return self.worker.name
+
+    @property
+    def spec(self) -> EngineSpec | None:
+        """What is so for all its targets but for the name, ``None`` until it was up once."""
+        return self.specs[0] if self.specs else None
+
+    @property
+    def targets(self) -> dict[str, EngineSpec | None]:
+        """What calls are placed on: the engine itself, or each of its ranks."""
+        return {spec.engine_id: spec for spec in self.specs} or {self.name: None}
 
     @property
     def kind(self) -> EngineKind:
@@ -115,20 +127,19 @@ class Fleet:
 
     def remove(self, name: str) -> None:
         """Forget an engine; calls on it that have seen no answer go elsewhere."""
-        engine = self.engines.pop(name)
-        if engine.spec is not None:
-            self._service.engine_left(name)
+        for spec in self.engines.pop(name).specs:
+            self._service.engine_left(spec.engine_id)
         self._guard.engine_lost(name)
         _LOG.info("engine removed engine=%s", name)
 
-    def engine(self, name: str) -> Engine:
-        """Return an engine that a call was placed on.
+    def engine(self, target: str) -> Engine:
+        """Return the engine that has ``target``, which a call was placed on.
 
         Raises:
             EngineFailed: it has left since.
         """
-        engine = self.engines.get(name)
-        if engine is None:
+        engine = self.engines.get(worker_of(target))
+        if engine is None or target not in engine.targets:
             raise failed(LOST, retryable=True)
         return engine
 
@@ -147,8 +158,8 @@ class Fleet:
 
     def knows(self, model: str) -> bool:
         """Whether an engine, up or not, serves ``model``; an engine without a list serves any."""
-        specs = [e.spec for e in self.engines.values() if e.spec is not None]
-        return any(not spec.models or model in spec.models for spec in specs)
+        known = [e.spec.models for e in self.engines.values() if e.spec is not None]
+        return any(not models or model in models for models in known)
 
     def only_model(self) -> str | None:
         """Return the one model there is, ``None`` when there are several or none is known."""
@@ -160,23 +171,33 @@ class Fleet:
     def joined(self, name: str, found: Found) -> None:
         """Take in an engine that is up, for the first time or again."""
         engine = self.engines[name]
-        first, changed = engine.spec is None, engine.spec != found.spec
+        first = engine.spec is None
         if not first and not self._options.disable_circuit_breaker:
             engine.breaker.half_open()
-        engine.spec, engine.cards, engine.up = found.spec, found.cards, True
-        if changed:
-            engine.state, engine.why = engine.standing(), ""
-            self._service.engine_joined(found.spec, engine.state)
-        else:
-            self._settle(engine)
+        engine.up = True
+        self.described(name, found)
         _log_joined(name, found, first=first)
+
+    def described(self, name: str, found: Found) -> None:
+        """Take in what an engine that is up says of itself."""
+        engine, before = self.engines[name], self.engines[name].targets
+        changed, engine.specs, engine.cards = engine.specs != found.specs, found.specs, found.cards
+        if not changed:
+            self._settle(engine)
+            return
+        engine.state, engine.why = engine.standing(), ""
+        engine.steps.clear()
+        for spec in found.specs:
+            self._service.engine_joined(spec, engine.state)
+        for target in before.keys() - engine.targets.keys():
+            self._service.engine_left(target)
 
     def restarted(self, name: str) -> None:
         """Note that an engine started anew behind our back."""
         engine = self.engines[name]
-        if engine.spec is not None:
-            _LOG.warning("engine restarted engine=%s", name)
-            self._service.engine_joined(engine.spec, engine.state)
+        _LOG.warning("engine restarted engine=%s", name)
+        for spec in engine.specs:
+            self._service.engine_joined(spec, engine.state)
 
     def lost(self, name: str, why: str) -> None:
         """Give an engine no more calls; those that have seen no answer go elsewhere."""
@@ -189,10 +210,10 @@ class Fleet:
 
     # What calls find
 
-    def tried(self, engine: Engine, outcome: str) -> None:
+    def tried(self, engine: Engine, target: str, outcome: str) -> None:
         """Note how a call on an engine ended, in words of the ledger; others do not count."""
         if outcome in _SUCCESSES:
-            engine.stalled = False
+            engine.stalled.discard(target)
             engine.breaker.succeeded()
             self._settle(engine)
         elif outcome in _FAILURES:
@@ -201,17 +222,17 @@ class Fleet:
                 engine.breaker.open(now)
                 self._settle(engine, "too many of its calls failed")
 
-    def stalled(self, engine: Engine, why: str) -> None:
+    def stalled(self, engine: Engine, target: str, why: str) -> None:
         """Give an engine no more calls; those without an answer go elsewhere if they can."""
-        engine.stalled = True
+        engine.stalled.add(target)
         engine.breaker.open(self._service.clock.now())
         self._settle(engine, why)
         if self._others(engine):
             self._guard.engine_lost(engine.name)
 
-    def revived(self, engine: Engine) -> None:
-        """Note a sign of life of an engine that was stalled."""
-        if engine.stalled and engine.breaker.phase is Phase.OPEN:
+    def revived(self, engine: Engine, target: str) -> None:
+        """Note a sign of life of a target; it counts if that was stalled."""
+        if target in engine.stalled and engine.breaker.phase is Phase.OPEN:
             engine.breaker.half_open()
             self._settle(engine)
 
@@ -243,15 +264,15 @@ class Fleet:
         engine.why = "" if engine.takes_calls else why
         level = logging.WARNING if state is EngineState.DOWN else logging.INFO
         _LOG.log(level, "engine %s engine=%s reason=%r", state.value, engine.name, engine.why)
-        if engine.spec is not None:
-            self._service.engine_changed(engine.name, state)
+        for spec in engine.specs:
+            self._service.engine_changed(spec.engine_id, state)
 
 
 def _log_joined(name: str, found: Found, *, first: bool) -> None:
     spec = found.spec
     note = () if found.certain else ("it does not say how it orders calls; see --stock-scheduling",)
     _LOG.info(
-        "engine %s engine=%s kind=%s models=%s max_num_seqs=%s kv_tokens=%s"
+        "engine %s engine=%s kind=%s models=%s max_num_seqs=%s kv_tokens=%s ranks=%d"
         + " note=%r" * len(note),
         "joined" if first else "back",
         name,
@@ -259,5 +280,6 @@ def _log_joined(name: str, found: Found, *, first: bool) -> None:
         ",".join(sorted(spec.models)) or "any",
         spec.max_num_seqs,
         spec.kv_tokens,
+        len(found.specs),
         *note,
     )

@@ -114,8 +114,8 @@ class _State(Collector):
     def _engines(self) -> Iterator[Metric]:
         engines = self._fleet.engines.values()
         yield gauge("engine_up", "Whether an engine gets calls", ("engine", "kind"),
-                     (((e.name, e.kind.value if e.spec else "unknown"), e.takes_calls)
-                      for e in engines))  # fmt: skip
+                     (((target, e.kind.value if e.spec else "unknown"), e.takes_calls)
+                      for e in engines for target in e.targets))  # fmt: skip
         loads = self._service.coordinator.engines.values()
         gauges = (
             ("engine_calls", "Calls in flight", [(e, len(e.in_flight)) for e in loads]),

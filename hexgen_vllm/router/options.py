@@ -45,6 +45,13 @@ class RouterOptions(HealthOptions):
     stream_stall_timeout_secs: float = option(
         300.0, "longest silence within an answer, seconds", least=1e-3
     )
+    intra_node_data_parallel_size: int = option(
+        0,
+        "data-parallel ranks of engines that do not say how many they have; each rank gets its own"
+        " calls, and 1 leaves that choice to all engines",
+        least=0,
+        most=1024,
+    )
     connect_timeout_secs: float = option(
         2.0, "longest wait for a connection to an engine, seconds", least=1e-3
     )

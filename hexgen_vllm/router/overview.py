@@ -59,7 +59,11 @@ class Overview:
             },
             "slack": {"bounds_s": SLACK_BOUNDS_S, "calls": histogram(found)},
             "ended": self._ended(now),
-            "engines": [self._engine(e) for e in context.fleet.engines.values()],
+            "engines": [
+                self._engine(engine, target)
+                for engine in context.fleet.engines.values()
+                for target in engine.targets
+            ],
             "decisions": [decision(at, one, now) for at, one in reversed(recent)],
         }
 
@@ -86,10 +90,10 @@ class Overview:
             "types": [{"type": name, **counts} for name, counts in types[:SHOWN_TYPES]],
         }
 
-    def _engine(self, engine: Engine) -> dict[str, Any]:
-        spec, load = engine.spec, self._context.service.coordinator.engines.get(engine.name)
+    def _engine(self, engine: Engine, target: str) -> dict[str, Any]:
+        spec, load = engine.targets[target], self._context.service.coordinator.engines.get(target)
         shown: dict[str, Any] = {
-            "name": engine.name,
+            "name": target,
             "state": engine.state.value,
             "reason": engine.why,
             "kind": None if spec is None else spec.kind.value,

@@ -22,7 +22,7 @@ from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.overview import decision
 from hexgen_vllm.router.tuning import SearchFailed, fleet_text
 from hexgen_vllm.router.ui_page import DATA_PATH, PATH, UiPage
-from hexgen_vllm.router.workers import worker_view
+from hexgen_vllm.router.workers import target_view, worker_view
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _DECISIONS_SHOWN: Final = 50
@@ -107,15 +107,19 @@ class Pages:
                 "options": asdict(coordinator.options),
                 "held": coordinator.held,
                 "open_workflows": len(coordinator.workflows),
-                "engines": [self._rates(e) for e in self._context.fleet.engines.values()],
+                "engines": [
+                    self._rates(engine, target)
+                    for engine in self._context.fleet.engines.values()
+                    for target in engine.targets
+                ],
                 "stages": coordinator.workflows.shapes.known_stages(),
                 "decisions": [decision(at, one, now) for at, one in reversed(recent)],
             }
         )
 
-    def _rates(self, engine: Engine) -> dict[str, Any]:
-        shown = worker_view(self._context, engine)
-        load = self._context.service.coordinator.engines.get(engine.name)
+    def _rates(self, engine: Engine, target: str) -> dict[str, Any]:
+        shown = target_view(self._context, engine, target)
+        load = self._context.service.coordinator.engines.get(target)
         if load is not None:
             cost = load.cost()
             measured = load.report.cost is not None

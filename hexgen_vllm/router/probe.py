@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import aiohttp
@@ -13,10 +14,12 @@ from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.router import reports
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.router.reports import Telemetry
-from hexgen_vllm.types import EngineKind, EngineSpec
+from hexgen_vllm.router.targets import targets_of
+from hexgen_vllm.types import EngineKind, EngineReport, EngineSpec
 
 STATS_PATH: Final = "/hexgen/stats"
 MAX_ANSWER_BYTES: Final = 16 * 2**20
+_UNKNOWN: Final = Telemetry(EngineReport())
 _STOCK: Final = {"fcfs": EngineKind.FCFS, "priority": EngineKind.PRIORITY}
 
 
@@ -32,14 +35,19 @@ class Found(NamedTuple):
     """What a probe found out.
 
     Attributes:
-        spec: for the coordinator.
+        specs: for the coordinator, one for each rank that is placed on by itself.
         cards: its entries of ``/v1/models``.
         certain: whether the engine itself said how it orders calls.
     """
 
-    spec: EngineSpec
+    specs: tuple[EngineSpec, ...]
     cards: tuple[dict[str, Any], ...]
     certain: bool
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What is so for all ranks, but for the name."""
+        return self.specs[0]
 
 
 class Probe:
@@ -69,35 +77,55 @@ class Probe:
             Unreachable: it does not answer, or does not list its models yet.
         """
         cards = await self.models(worker)
-        models = frozenset(str(card["id"]) for card in cards)
         status, body = await self._get(worker, STATS_PATH)
         if status in (200, 503):  # 503: it is ours, and too busy to say more
-            said = reports.from_stats(_object(body))
-            spec = EngineSpec(
-                worker.name,
-                models,
-                EngineKind.HEXGEN,
-                said.max_num_seqs,
-                said.kv_tokens,
-                said.max_num_batched_tokens,
-                longest(cards),
-            )
-            return Found(spec, cards, True)
-        return await self._stock(worker, models, cards)
+            readings = reports.from_stats(_object(body)) if status == 200 else ()
+            return self._found(worker, cards, EngineKind.HEXGEN, readings)
+        return await self._stock(worker, cards)
 
-    async def _stock(
-        self, worker: Worker, models: frozenset[str], cards: tuple[dict[str, Any], ...]
-    ) -> Found:
+    async def _stock(self, worker: Worker, cards: tuple[dict[str, Any], ...]) -> Found:
         status, body = await self._get(worker, "/server_info?config_format=json")
         info = _object(body) if status == 200 else {}
         policy, slots = reports.scheduling(info)
         assumed = self._options.stock_scheduling
         kind = _STOCK.get(policy or assumed, EngineKind.FCFS)
         status, body = await self._get(worker, "/metrics")
-        kv_tokens = reports.from_metrics(_text(body)).kv_tokens if status == 200 else None
+        readings = reports.from_metrics(_text(body)) if status == 200 else ()
         budget = reports.token_budget(info)
-        spec = EngineSpec(worker.name, models, kind, slots, kv_tokens, budget, longest(cards))
-        return Found(spec, cards, policy is not None or assumed != "auto")
+        limited = [
+            replace(one, max_num_seqs=slots, max_num_batched_tokens=budget)
+            for one in readings or (_UNKNOWN,) * self._ranks
+        ]
+        certain = policy is not None or assumed != "auto"
+        return self._found(worker, cards, kind, limited)._replace(certain=certain)
+
+    def _found(
+        self,
+        worker: Worker,
+        cards: tuple[dict[str, Any], ...],
+        kind: EngineKind,
+        readings: Sequence[Telemetry],
+    ) -> Found:
+        models, most = frozenset(str(card["id"]) for card in cards), longest(cards)
+        by_rank = self._told_apart(readings)
+        specs = (
+            EngineSpec(target, models, kind, one.max_num_seqs, one.kv_tokens,
+                       one.max_num_batched_tokens, most)
+            for target, one in zip(targets_of(worker.name, len(by_rank)), by_rank, strict=True)
+        )  # fmt: skip
+        return Found(tuple(specs), cards, True)
+
+    @property
+    def _ranks(self) -> int:
+        return max(self._options.intra_node_data_parallel_size, 1)
+
+    def _told_apart(self, readings: Sequence[Telemetry]) -> Sequence[Telemetry]:
+        """Return one reading for each rank that is placed on by itself."""
+        if not readings:
+            return (_UNKNOWN,) * self._ranks
+        if self._options.intra_node_data_parallel_size == 1:
+            return (reports.together(readings),)
+        return readings
 
     async def models(self, worker: Worker) -> tuple[dict[str, Any], ...]:
         """Return the engine's model cards.
@@ -111,8 +139,8 @@ class Probe:
             raise Unreachable(f"its list of models answers {status}")
         return tuple(c for c in data if isinstance(c, dict) and isinstance(c.get("id"), str))
 
-    async def telemetry(self, worker: Worker, kind: EngineKind) -> Telemetry | None:
-        """Return a reading, ``None`` when the engine has none to give.
+    async def telemetry(self, worker: Worker, kind: EngineKind) -> Sequence[Telemetry]:
+        """Return a reading for each rank, nothing when the engine has none to give.
 
         Raises:
             Unreachable: it does not answer.
@@ -120,8 +148,9 @@ class Probe:
         ours = kind is EngineKind.HEXGEN
         status, body = await self._get(worker, STATS_PATH if ours else "/metrics")
         if status != 200:
-            return None
-        return reports.from_stats(_object(body)) if ours else reports.from_metrics(_text(body))
+            return ()
+        readings = reports.from_stats(_object(body)) if ours else reports.from_metrics(_text(body))
+        return self._told_apart(readings) if readings else ()
 
     async def _get(self, worker: Worker, path: str) -> tuple[int, bytes]:
         try:

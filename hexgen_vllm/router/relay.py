@@ -19,15 +19,17 @@ from hexgen_vllm.errors import BadRequest, HexgenError, Refused
 from hexgen_vllm.router import answers, ledger, logs, outbound, tls
 from hexgen_vllm.router.answers import EngineFailed
 from hexgen_vllm.router.attempt import Attempt, ClientGone
+from hexgen_vllm.router.broken import CannotConnect
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.engine_answer import Answer
-from hexgen_vllm.router.engine_pool import CannotConnect, Pool
+from hexgen_vllm.router.engine_pool import Pool
 from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import Accepted
 from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.passing import StreamPass, whole_pass
+from hexgen_vllm.router.targets import RANK_HEADER, rank_of
 from hexgen_vllm.types import Placement
 
 _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
@@ -148,15 +150,15 @@ class Relay:
         """
         context = self._context
         engine = context.fleet.engine(placement.engine_id)
-        attempt = Attempt(context.guard, job.request, engine.name)
+        attempt = Attempt(context.guard, job.request, placement.engine_id)
         try:
             with attempt:
                 answer = attempt.answer = await self._send(job, accepted, placement, engine)
             response = await self._relay(job, attempt, answer)
-            context.fleet.tried(engine, job.outcome)
+            context.fleet.tried(engine, attempt.target, job.outcome)
             return response
         except EngineFailed as failure:
-            context.fleet.tried(engine, failure.reason)
+            context.fleet.tried(engine, attempt.target, failure.reason)
             raise
         finally:
             if attempt.answer is not None:
@@ -166,8 +168,10 @@ class Relay:
         self, job: Job, accepted: Accepted, placement: Placement, engine: Engine
     ) -> Answer:
         context = self._context
-        extra = dict(self._key)
-        job.trace.sending(engine.name, extra)
+        extra, rank = dict(self._key), rank_of(placement.engine_id)
+        if rank is not None:
+            extra[RANK_HEADER] = rank
+        job.trace.sending(placement.engine_id, extra)
         url = engine.address(job.request.path_qs)
         head = outbound.call_head(
             accepted,
@@ -192,7 +196,7 @@ class Relay:
         # A redirect would show the client where the engine is.
         if answer.status in _ELSEWHERE or 300 <= answer.status < 400:
             raise _refused_by_engine(answer)
-        head = outbound.answer_head(answer.pairs, attempt.engine, job.request_id or "")
+        head = outbound.answer_head(answer.pairs, attempt.target, job.request_id or "")
         if answer.status == 200 and _is_stream(answer):
             return await StreamPass(job, attempt, self._context.service, head).run(answer)
         return await whole_pass(job, attempt, answer, head)

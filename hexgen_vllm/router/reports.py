@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import Any, Final
 
 from hexgen_vllm.types import EngineReport, StepCost
@@ -16,15 +17,17 @@ _WAITING: Final = ("vllm:num_requests_waiting",)
 _KV_USAGE: Final = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 _PREEMPTIONS: Final = ("vllm:num_preemptions_total", "vllm:num_preemptions")
 _STEPS: Final = ("vllm:iteration_tokens_total_count",)
-_CACHE_INFO: Final = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.M)
+_CACHE_INFO: Final = "vllm:cache_config_info"
+_WANTED: Final = frozenset((*_RUNNING, *_WAITING, *_KV_USAGE, *_PREEMPTIONS, *_STEPS, _CACHE_INFO))
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
-_SAMPLE: Final = re.compile(r"^(vllm:\w+)(?:\{[^}]*\})? ([-+.\w]+)", re.M)
+_SAMPLE: Final = re.compile(r"^(vllm:\w+)(?:\{([^}]*)\})? ([-+.\w]+)", re.M)
+_RANK: Final = re.compile(r'\bengine="(\d{1,6})"')
 _COEFFICIENTS: Final = tuple(f.name for f in fields(StepCost))
 
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """One reading of an engine's telemetry.
+    """One reading of the telemetry of an engine, or of one of its data-parallel ranks.
 
     Attributes:
         report: what the coordinator takes in.
@@ -41,8 +44,15 @@ class Telemetry:
     steps: int | None = None
 
 
-def from_stats(stats: Mapping[str, Any]) -> Telemetry:
-    """Read a ``/hexgen/stats`` snapshot."""
+def from_stats(stats: Mapping[str, Any]) -> tuple[Telemetry, ...]:
+    """Read what ``/hexgen/stats`` says, by rank."""
+    ranks = stats.get("ranks")
+    if not isinstance(ranks, list) or not ranks:
+        return (_from_snapshot(stats),)
+    return tuple(_from_snapshot(one if isinstance(one, Mapping) else {}) for one in ranks)
+
+
+def _from_snapshot(stats: Mapping[str, Any]) -> Telemetry:
     report = EngineReport(
         cost=_cost(stats.get("cost")),
         fit_error=_number(stats.get("fit_error")),
@@ -61,24 +71,59 @@ def from_stats(stats: Mapping[str, Any]) -> Telemetry:
     )
 
 
-def from_metrics(text: str) -> Telemetry:
-    """Read stock vLLM's Prometheus metrics; samples of several engine ranks are added up."""
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for name, value in _SAMPLE.findall(text):
-        number = _number(value)
-        if number is not None:
-            sums[name] = sums.get(name, 0.0) + number
-            counts[name] = counts.get(name, 0) + 1
-    usage = next((sums[n] / counts[n] for n in _KV_USAGE if n in sums), None)
+def from_metrics(text: str) -> tuple[Telemetry, ...]:
+    """Read stock vLLM's Prometheus metrics, by rank; empty when there are none."""
+    ranks: dict[int, dict[str, float]] = {}
+    caches: dict[int, int] = {}
+    for name, labels, value in _SAMPLE.findall(text):
+        if name not in _WANTED or (number := _number(value)) is None:
+            continue
+        found = _RANK.search(labels)
+        rank = int(found[1]) if found else 0
+        sums = ranks.setdefault(rank, {})
+        sums[name] = sums.get(name, 0.0) + number
+        if name == _CACHE_INFO:
+            caches[rank] = _cache_tokens(labels)
+    return tuple(_from_samples(ranks[rank], caches.get(rank)) for rank in sorted(ranks))
+
+
+def _from_samples(sums: Mapping[str, float], kv_tokens: int | None) -> Telemetry:
     report = EngineReport(
         running=_count(_first(sums, _RUNNING)),
         waiting=_count(_first(sums, _WAITING)),
-        kv_usage=_share(usage),
+        kv_usage=_share(_first(sums, _KV_USAGE)),
         preemptions=_count(_first(sums, _PREEMPTIONS)),
     )
-    steps = _count(_first(sums, _STEPS))
-    return Telemetry(report, kv_tokens=_kv_tokens(text), steps=steps)
+    return Telemetry(report, kv_tokens=kv_tokens or None, steps=_count(_first(sums, _STEPS)))
+
+
+def together(readings: Sequence[Telemetry]) -> Telemetry:
+    """Return what all ranks do together; what one of them does not say is unknown.
+
+    No step cost follows from theirs: who shares calls out among them is not known here.
+    """
+    if len(readings) == 1:
+        return readings[0]
+    parts = [one.report for one in readings]
+    usages = [part.kv_usage for part in parts if part.kv_usage is not None]
+    report = EngineReport(
+        running=_total_of([part.running for part in parts]),
+        waiting=_total_of([part.waiting for part in parts]),
+        kv_usage=fmean(usages) if usages and len(usages) == len(parts) else None,
+        preemptions=_total_of([part.preemptions for part in parts]),
+    )
+    return Telemetry(
+        report,
+        max_num_seqs=_total_of([one.max_num_seqs for one in readings]),
+        kv_tokens=_total_of([one.kv_tokens for one in readings]),
+        max_num_batched_tokens=_total_of([one.max_num_batched_tokens for one in readings]),
+        steps=_total_of([one.steps for one in readings]),
+    )
+
+
+def _total_of(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def scheduling(server_info: object) -> tuple[str | None, int | None]:
@@ -99,15 +144,13 @@ def _scheduler_config(server_info: object) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _kv_tokens(text: str) -> int | None:
-    tokens = 0
-    for labels in _CACHE_INFO.findall(text):
-        info = dict(_LABEL.findall(labels))
-        try:
-            tokens += int(info["num_gpu_blocks"]) * int(info["block_size"])
-        except (KeyError, ValueError):
-            return None
-    return tokens or None
+def _cache_tokens(labels: str) -> int:
+    """Return the tokens that a KV cache with these labels holds, 0 when they do not say."""
+    info = dict(_LABEL.findall(labels))
+    try:
+        return int(info["num_gpu_blocks"]) * int(info["block_size"])
+    except (KeyError, ValueError):
+        return 0
 
 
 def _first(values: Mapping[str, float], names: tuple[str, ...]) -> float | None:

@@ -9,6 +9,7 @@ step. So an engine is stalled when, for
 with the predicted times of its step and of its queued prompts, none of its answers grew and its
 step count stood still. Calls of which neither would be known - no answer has begun, and it counts
 no steps - tell nothing, and nothing is concluded; nor do answers that their client does not read.
+An engine with several data-parallel ranks is stalled when one of them is.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.router.attempt import TIMEOUT, Attempt, Guard
 from hexgen_vllm.router.fleet import Engine, Fleet
 from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.targets import worker_of
 from hexgen_vllm.types import EngineState
 
 
 @dataclass(slots=True)
 class _Pulse:
-    """Signs of life of one engine."""
+    """Signs of life of one target."""
 
     since_s: float
     steps: int | None = None
@@ -53,34 +55,39 @@ class Stalls:
 
     def tick(self, now: float) -> None:
         """Find stalled engines, and end the answers that an engine which is down owes."""
-        tries: dict[str, list[Attempt]] = {name: [] for name in self._fleet.engines}
+        engines = list(self._fleet.engines.values())
+        tries: dict[str, list[Attempt]] = {target: [] for e in engines for target in e.targets}
         for attempt in self._guard.attempts:
             if not attempt.client_is_slow():
-                tries.setdefault(attempt.engine, []).append(attempt)
-        for name, engine in list(self._fleet.engines.items()):
-            self._look(engine, tries[name], now)
+                tries.setdefault(attempt.target, []).append(attempt)
+        for engine in engines:
+            for target in engine.targets:
+                self._look(engine, target, tries[target], now)
         self._pulses = {n: p for n, p in self._pulses.items() if n in tries}
         self._give_up(tries, now)
 
-    def _look(self, engine: Engine, tries: list[Attempt], now: float) -> None:
-        pulse = self._pulses.setdefault(engine.name, _Pulse(now))
+    def _look(self, engine: Engine, target: str, tries: list[Attempt], now: float) -> None:
+        pulse, steps = self._pulses.setdefault(target, _Pulse(now)), engine.steps.get(target)
         was_idle = not pulse.seen
         moved = any(a.progress > pulse.seen.get(a, 0) for a in tries)
-        stepped = engine.steps is not None and engine.steps != pulse.steps
+        stepped = steps is not None and steps != pulse.steps
         pulse.seen = {a: a.progress for a in tries}
-        pulse.steps = engine.steps
+        pulse.steps = steps
         if moved or stepped:
-            self._fleet.revived(engine)
+            self._fleet.revived(engine, target)
         if moved or stepped or was_idle or not tries:
             pulse.since_s = now
-        elif self._is_stalled(engine, tries, now - pulse.since_s):
-            self._fleet.stalled(engine, f"it has done nothing for {now - pulse.since_s:.0f} s")
+        elif self._is_stalled(engine, target, tries, now - pulse.since_s):
+            why = f"it has done nothing for {now - pulse.since_s:.0f} s"
+            self._fleet.stalled(engine, target, why)
 
-    def _is_stalled(self, engine: Engine, tries: list[Attempt], silent_s: float) -> bool:
-        least_s, load = self._options.engine_stall_secs, self._loads.get(engine.name)
+    def _is_stalled(
+        self, engine: Engine, target: str, tries: list[Attempt], silent_s: float
+    ) -> bool:
+        least_s, load = self._options.engine_stall_secs, self._loads.get(target)
         if not least_s or load is None or engine.state is EngineState.DOWN:
             return False
-        if engine.steps is None and not any(a.progress for a in tries):
+        if target not in engine.steps and not any(a.progress for a in tries):
             return False
         return silent_s > least_s + self._work_s(load)
 
@@ -92,9 +99,9 @@ class Stalls:
 
     def _give_up(self, tries: dict[str, list[Attempt]], now: float) -> None:
         limit_s = self._options.lost_stream_timeout_secs
-        for name, attempts in tries.items():
-            engine = self._fleet.engines.get(name)
-            if engine is None or not engine.up or engine.stalled:
+        for target, attempts in tries.items():
+            engine = self._fleet.engines.get(worker_of(target))
+            if engine is None or not engine.up or target in engine.stalled:
                 _end_silent(attempts, limit_s, now)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.router.fleet import Engine, Fleet
@@ -108,7 +109,7 @@ class Watcher:
         self._passed = self._failed = 0
         self._check_at_s = self._clock.now() + self._options.health_check_interval_secs
         self._read_at_s = 0.0
-        self._engine.steps = None
+        self._engine.steps.clear()
         self._fleet.joined(self._engine.name, found)
 
     async def _check(self) -> None:
@@ -123,19 +124,27 @@ class Watcher:
 
     async def _read(self) -> None:
         try:
-            reading = await self._probe.telemetry(self._engine.worker, self._engine.kind)
+            readings = await self._probe.telemetry(self._engine.worker, self._engine.kind)
+            if readings and len(readings) != len(self._engine.targets):  # it was scaled
+                found = await self._probe.find(self._engine.worker)
+                self._fleet.described(self._engine.name, found)
         except Unreachable:
-            reading = None
+            readings = ()
             self._check_at_s = 0.0  # telemetry may be slow; the health check decides
         now = self._clock.now()
-        if reading is not None:
+        targets = self._engine.targets
+        if len(readings) == len(targets):
             self._heard_s = now
-            self._take(reading)
+            self._take(dict(zip(targets, readings, strict=True)))
         elif now - self._heard_s > _STALE_S:  # an old picture is worse than none
-            self._service.engine_reported(self._engine.name, EngineReport())
+            for target in targets:
+                self._service.engine_reported(target, EngineReport())
 
-    def _take(self, reading: Telemetry) -> None:
-        before, self._engine.steps = self._engine.steps, reading.steps
-        if before is not None and reading.steps is not None and reading.steps < before:
+    def _take(self, readings: Mapping[str, Telemetry]) -> None:
+        before = self._engine.steps
+        steps = {t: one.steps for t, one in readings.items() if one.steps is not None}
+        self._engine.steps = steps
+        if any(steps[target] < before.get(target, 0) for target in steps):
             self._fleet.restarted(self._engine.name)
-        self._service.engine_reported(self._engine.name, reading.report)
+        for target, reading in readings.items():
+            self._service.engine_reported(target, reading.report)

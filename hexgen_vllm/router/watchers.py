@@ -59,8 +59,8 @@ class Watchers:
         """Forget the engines that were to leave and whose calls have ended."""
         loads = self._service.coordinator.engines
         for name, engine in list(self._fleet.engines.items()):
-            load = loads.get(name)
-            if engine.leaving and (load is None or not load.in_flight):
+            busy = any(t in loads and loads[t].in_flight for t in engine.targets)
+            if engine.leaving and not busy:
                 self.remove(name)
 
     def suspect(self, name: str) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 from aiohttp import web
 from multidict import CIMultiDict
 
-from hexgen_vllm.testing import fake_answers
+from hexgen_vllm.testing import fake_answers, fake_metrics
+from hexgen_vllm.testing.fake_metrics import RankCounts, rank_of
 from hexgen_vllm.testing.fake_settings import FakeSettings, Fault, FaultKind, Received
 
 __all__ = ["FakeServer", "FakeSettings", "Fault", "Received"]
@@ -43,9 +44,8 @@ class FakeServer:
         received: generation requests so far.
         healthy: whether ``/health`` says so.
         aborted: requests whose client went away before the end.
-        running: requests being answered.
-        waiting: requests waiting for a slot.
-        steps: pieces of answers sent, which count as engine steps.
+        counts: by rank, requests being answered, those waiting for a slot, and pieces of answers
+            sent, which count as engine steps.
         port: its port, once started.
         tls: what it serves HTTPS with.
     """
@@ -56,9 +56,7 @@ class FakeServer:
     received: list[Received] = field(default_factory=list)
     healthy: bool = True
     aborted: int = 0
-    running: int = 0
-    waiting: int = 0
-    steps: int = 0
+    counts: RankCounts = field(default_factory=RankCounts)
     port: int = 0
     tls: ssl.SSLContext | None = None
     _runner: web.ServerRunner | None = None
@@ -132,20 +130,26 @@ class FakeServer:
         if path == "/server_info" and self.settings.policy:
             said = {"policy": self.settings.policy, "max_num_seqs": self.settings.slots}
             return {"vllm_config": {"scheduler_config": said}}
-        pages = {"/health": "", "/metrics": self._metrics(), "/hexgen/stats": self.settings.stats,
+        settings = self.settings
+        metrics = fake_metrics.page(self.counts, settings.ranks) if settings.metrics else ""
+        pages = {"/health": "", "/metrics": metrics, "/hexgen/stats": self.settings.stats,
                  "/version": {"version": "0.0.0"}}  # fmt: skip
         return pages.get(path)
 
-    def _metrics(self) -> str:
-        label = '{engine="0",model_name="tiny"}'
-        return (
-            f"vllm:num_requests_running{label} {self.running:.1f}\n"
-            f"vllm:num_requests_waiting{label} {self.waiting:.1f}\n"
-            f"vllm:kv_cache_usage_perc{label} 0.25\n"
-            f"vllm:num_preemptions_total{label} 3.0\n"
-            f"vllm:iteration_tokens_total_count{label} {self.steps:.1f}\n"
-            'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0\n'
-        )
+    @property
+    def running(self) -> int:
+        """Requests being answered."""
+        return self.counts.running.total()
+
+    @property
+    def waiting(self) -> int:
+        """Requests waiting for a slot."""
+        return self.counts.waiting.total()
+
+    @property
+    def steps(self) -> int:
+        """Pieces of answers sent."""
+        return self.counts.steps.total()
 
     async def _tokenize(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path not in _COUNTING:
@@ -179,6 +183,9 @@ class FakeServer:
         body = json.loads(raw)
         if body.get("model", self.settings.models[0]) not in self.settings.models:
             return _status(Fault("status", status=404))
+        rank = rank_of(request.headers)
+        if not 0 <= rank < self.settings.ranks:
+            return _status(Fault("status", status=400))
         work = fake_answers.read_work(
             request.path,
             body,
@@ -187,16 +194,16 @@ class FakeServer:
         )
         if self._slots is None:
             raise RuntimeError("the server is not started")
-        self.waiting += 1
+        self.counts.waiting[rank] += 1
         try:
             await self._slots.acquire()
         finally:
-            self.waiting -= 1
-        self.running += 1
+            self.counts.waiting[rank] -= 1
+        self.counts.running[rank] += 1
         try:
             return await self._send(request, work, fault)
         finally:
-            self.running -= 1
+            self.counts.running[rank] -= 1
             self._slots.release()
 
     async def _send(
@@ -232,7 +239,7 @@ class FakeServer:
                 await _drip(response, piece)
             else:
                 await response.write(piece)
-            self.steps += 1
+            self.counts.steps[rank_of(request.headers)] += 1
             await asyncio.sleep(self.settings.step_s)
         await response.write_eof()
         return response

@@ -46,6 +46,8 @@ class FakeSettings:
         default_tokens: length of an answer that is neither forced nor cut.
         stats: what ``/hexgen/stats`` says; ``None`` is a stock engine without it.
         max_model_len: tokens of the longest prompt with its output; it is said, not checked.
+        ranks: data-parallel ranks; the other settings are of each of them.
+        metrics: whether it has any.
         policy: what ``/server_info`` says of the scheduling policy; ``None`` hides it.
     """
 
@@ -57,6 +59,8 @@ class FakeSettings:
     default_tokens: int = 8
     stats: dict[str, Any] | None = None
     max_model_len: int = 32768
+    ranks: int = 1
+    metrics: bool = True
     policy: str | None = None
 
 

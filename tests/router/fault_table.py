@@ -1,6 +1,6 @@
 """Breaks engines in every way there is, and tells in a table what clients and operators see.
 
-python -m tests.router.fault_table docs/router.md    writes the table between its marks
+python -m tests.router.fault_table docs/router-faults.md    writes the table between its marks
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ async def _stand(engines: int, clock: ManualClock) -> AsyncIterator[Stand]:
         stats_interval_secs=0.01,
     ) as stand:  # fmt: skip
         loads = stand.context.fleet.engines.values()
-        await stand.until(lambda: all(engine.steps is not None for engine in loads))
+        await stand.until(lambda: all(engine.steps for engine in loads))
         yield stand
 
 
@@ -118,7 +118,7 @@ async def _pass_time(
         await stand.until(lambda: attempt.progress)
     clock.advance(3.0)  # telemetry is read again, and has seen the last step
     engine = stand.context.fleet.engines["engine-0"]
-    await stand.until(lambda: engine.steps == bad.steps)
+    await stand.until(lambda: engine.steps.get("engine-0") == bad.steps)
     stand.context.tick()
     for second in range(200):
         await asyncio.sleep(0.02)

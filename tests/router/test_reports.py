@@ -26,6 +26,8 @@ SNAPSHOT: dict[str, Any] = {
     "something_new": [1, 2],
 }
 
+UNKNOWN = Telemetry(EngineReport())
+
 METRICS = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -42,8 +44,13 @@ vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="50"} 1.0
 """
 
 
+def snapshot(**changes: Any) -> Telemetry:
+    (found,) = reports.from_stats({**SNAPSHOT, **changes})
+    return found
+
+
 def test_our_snapshot() -> None:
-    assert reports.from_stats(SNAPSHOT) == Telemetry(
+    assert snapshot() == Telemetry(
         EngineReport(StepCost(0.01, 0.002, 0.0, 0.0, 0.001, 0.0), 0.07, 3, 2, 0.5, 3, 0.25),
         max_num_seqs=8,
         kv_tokens=4096,
@@ -56,34 +63,53 @@ def test_our_snapshot() -> None:
 @pytest.mark.parametrize("key", [k for k in SNAPSHOT if k not in ("order", "something_new")])
 def test_what_is_missing_or_odd_is_unknown(key: str, value: object) -> None:
     """And everything else is still read."""
-    odd = reports.from_stats({**SNAPSHOT, key: value})
-    gone = reports.from_stats({k: v for k, v in SNAPSHOT.items() if k != key})
-    assert odd == gone != reports.from_stats(SNAPSHOT)
-    assert reports.from_stats({}) == Telemetry(EngineReport())
+    (gone,) = reports.from_stats({k: v for k, v in SNAPSHOT.items() if k != key})
+    assert snapshot(**{key: value}) == gone != snapshot()
+    assert reports.from_stats({}) == (UNKNOWN,)
 
 
 def test_a_cost_with_a_hole_is_unknown() -> None:
     cost = {k: v for k, v in SNAPSHOT["cost"].items() if k != "p1"}
-    assert reports.from_stats({**SNAPSHOT, "cost": cost}).report.cost is None
+    assert snapshot(cost=cost).report.cost is None
 
 
-def test_stock_metrics_add_up_over_ranks() -> None:
-    found = reports.from_metrics(METRICS)
-    assert found.kv_tokens == 2400
-    assert found.report.running == 7
-    assert found.report.waiting == 1
-    assert found.report.kv_usage == pytest.approx(0.3)
-    assert found.report.preemptions == 5
-    assert found.report.cost is None
+def test_our_snapshots_of_several_ranks() -> None:
+    ranks = [SNAPSHOT, {**SNAPSHOT, "running": 7}, "broken"]
+    assert reports.from_stats({"ranks": ranks}) == (snapshot(), snapshot(running=7), UNKNOWN)
+    assert reports.from_stats({**SNAPSHOT, "ranks": []}) == (snapshot(),)
+
+
+def test_stock_metrics_tell_ranks_apart() -> None:
+    first, second = reports.from_metrics(METRICS)
+    assert first == Telemetry(EngineReport(None, None, 3, 1, 0.2, 5), kv_tokens=1600)
+    assert second == Telemetry(EngineReport(None, None, 4, None, 0.4, None), kv_tokens=800)
+
+
+def test_ranks_of_a_node_that_has_not_the_first_ones() -> None:
+    text = METRICS.replace('engine="1"', 'engine="10"').replace('engine="0"', 'engine="9"')
+    assert reports.from_metrics(text) == reports.from_metrics(METRICS)
+
+
+def test_ranks_together() -> None:
+    both = reports.together(reports.from_metrics(METRICS))
+    assert both.kv_tokens == 2400
+    assert both.report == EngineReport(running=7, kv_usage=pytest.approx(0.3))
+    assert reports.together((snapshot(),)) == snapshot()
+    pair = reports.together((snapshot(), snapshot(max_num_seqs=4)))
+    assert (pair.max_num_seqs, pair.steps, pair.max_num_batched_tokens) == (12, 2468, 1024)
+    assert (pair.report.preemptions, pair.report.cost) == (6, None)
 
 
 def test_old_and_missing_names() -> None:
     old = METRICS.replace("kv_cache_usage_perc", "gpu_cache_usage_perc")
-    assert reports.from_metrics(old).report.kv_usage == pytest.approx(0.3)
+    assert reports.from_metrics(old) == reports.from_metrics(METRICS)
     for text in ("", "not metrics at all\n{}", 'vllm:num_requests_running{a="b"} NaN\n'):
-        assert reports.from_metrics(text) == Telemetry(EngineReport())
+        assert reports.from_metrics(text) == ()
+    unlabelled = reports.from_metrics("vllm:num_requests_running 3.0\n")
+    assert unlabelled == (Telemetry(EngineReport(running=3)),)
     partly = METRICS.replace('num_gpu_blocks="100"', 'num_gpu_blocks="None"')
-    assert reports.from_metrics(partly).kv_tokens is None
+    assert [one.kv_tokens for one in reports.from_metrics(partly)] == [None, 800]
+    assert reports.together(reports.from_metrics(partly)).kv_tokens is None
 
 
 @pytest.mark.parametrize(

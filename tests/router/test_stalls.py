@@ -137,14 +137,14 @@ async def test_a_sign_of_life_brings_an_engine_back_on_trial() -> None:
     settings = (FakeSettings(stats=stats), *engines(1))
     async with open_stand(*settings, clock=clock, **LIMITS) as stand:
         engine = stand.context.fleet.engines["engine-0"]
-        await stand.until(lambda: engine.steps == 100)
+        await stand.until(lambda: engine.steps.get("engine-0") == 100)
         waiting = await waiting_on_hang(stand)
         pass_s(stand, clock, 0.0)
         pass_s(stand, clock, 12.0)
         assert stand.state(0) is EngineState.DOWN
         assert (await waiting).status == 200, "moved"
         stats["steps"] = 101
-        await stand.until(lambda: engine.steps == 101)
+        await stand.until(lambda: engine.steps.get("engine-0") == 101)
         pass_s(stand, clock, 0.5)
         assert stand.state(0) is EngineState.TRIAL
 
@@ -160,12 +160,12 @@ async def test_an_engine_that_counts_steps_may_be_silent_for_long() -> None:
     stats: dict[str, Any] = {"cost": COST, "max_num_seqs": 8, "steps": 0}
     async with open_stand(FakeSettings(stats=stats), *engines(1), clock=clock, **LIMITS) as stand:
         engine = stand.context.fleet.engines["engine-0"]
-        await stand.until(lambda: engine.steps == 0)
+        await stand.until(lambda: engine.steps.get("engine-0") == 0)
         waiting = await waiting_on_hang(stand)
         for steps in range(1, 20):
             stats["steps"] = steps
             clock.advance(10.0)
-            await stand.until(lambda n=steps: engine.steps == n)
+            await stand.until(lambda n=steps: engine.steps.get("engine-0") == n)
             stand.context.tick()
             assert stand.state(0) is EngineState.READY
         waiting.cancel()
@@ -232,7 +232,7 @@ async def test_an_engine_taken_out_for_errors_may_finish_what_it_has() -> None:
         waiting = await waiting_on_hang(stand)
         fleet = stand.context.fleet
         for _ in range(5):
-            fleet.tried(fleet.engines["engine-0"], "engine-error")
+            fleet.tried(fleet.engines["engine-0"], "engine-0", "engine-error")
         assert stand.state(0) is EngineState.DOWN
         for _ in range(5):
             pass_s(stand, clock, 30.0)

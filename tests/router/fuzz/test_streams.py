@@ -135,7 +135,7 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(("cost", "c0", "p1", "running", "kv_usage", "preemptions", "steps",
-                         "vllm_config", "scheduler_config", "policy", "max_num_seqs")),
+                         "vllm_config", "scheduler_config", "policy", "max_num_seqs", "ranks")),
         inner, max_size=5,
     ),
     max_leaves=15,
@@ -148,12 +148,12 @@ JSON = st.recursive(
 )
 def test_what_engines_report_is_read_or_unknown(stats: object, text: str) -> None:
     if isinstance(stats, dict):
-        found = reports.from_stats(stats)
-        assert found.max_num_seqs is None or found.max_num_seqs > 0
+        for found in reports.from_stats(stats):
+            assert found.max_num_seqs is None or found.max_num_seqs > 0
     reports.scheduling(stats)
     page = f'vllm:num_requests_running{{engine="{text}"}} {text}\nvllm:kv_cache_usage_perc {text}\n'
-    usage = reports.from_metrics(page).report.kv_usage
-    assert usage is None or 0 <= usage <= 1
+    for found in reports.from_metrics(page):
+        assert found.report.kv_usage is None or 0 <= found.report.kv_usage <= 1
 
 
 def test_the_engine_of_these_tests_is_understood(live: Live) -> None:
