@@ -15,10 +15,6 @@ from hexgen_vllm.router.http_request import Pairs
 Sink = Callable[[bytes], None]
 
 
-class EngineBroke(ConnectionError):  # noqa: N818 - named after what happened
-    """An engine closed the connection before the end of an answer, or does not speak HTTP."""
-
-
 class Line(Protocol):
     """The connection that an answer comes over."""
 

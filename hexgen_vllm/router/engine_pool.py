@@ -10,7 +10,8 @@ from typing import Final, cast
 import httptools
 from yarl import URL
 
-from hexgen_vllm.router.engine_answer import Answer, EngineBroke
+from hexgen_vllm.router.broken import CannotConnect, EngineBroke
+from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.http_request import Pairs
 
 # uvicorn closes idle connections after 5 s; one that it is about to close must not be used.
@@ -18,10 +19,6 @@ _KEEPALIVE_S: Final = 4.0
 _LARGE_BODY_BYTES: Final = 64 * 1024
 _LENGTHS: Final = frozenset((b"content-length", b"transfer-encoding"))
 _Address = tuple[str, str, int]
-
-
-class CannotConnect(OSError):  # noqa: N818 - named after what happened
-    """Nobody answers at an engine's address."""
 
 
 class EngineConnection(asyncio.Protocol):

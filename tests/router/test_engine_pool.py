@@ -10,8 +10,8 @@ import pytest
 from yarl import URL
 
 from hexgen_vllm.router import engine_pool
-from hexgen_vllm.router.engine_answer import EngineBroke
-from hexgen_vllm.router.engine_pool import CannotConnect, Pool
+from hexgen_vllm.router.broken import CannotConnect, EngineBroke
+from hexgen_vllm.router.engine_pool import Pool
 from hexgen_vllm.testing.stand import Stand
 
 HEAD = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"

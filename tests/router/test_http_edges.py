@@ -10,7 +10,8 @@ from typing import Any, cast
 import pytest
 
 from hexgen_vllm.router import outbound
-from hexgen_vllm.router.engine_answer import Answer, EngineBroke
+from hexgen_vllm.router.broken import EngineBroke
+from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.http_connection import Connection
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.testing.fake_server import Fault
