@@ -88,6 +88,11 @@ class Coordinator:
         self._engines.changed(engine_id, state)
         return self._release(now)
 
+    def engine_serves(self, engine_id: str, models: frozenset[str], now: float) -> list[Decision]:
+        """Note that an engine has other models than before."""
+        self._engines.serves(engine_id, models)
+        return self._release(now)
+
     def engine_reported(self, engine_id: str, report: EngineReport) -> None:
         """Take in telemetry."""
         self.engines[engine_id].report = report
@@ -212,7 +217,8 @@ class Coordinator:
             return decisions
         self._protection.judge_held(_SCAN, now)
         claims: dict[str, int] = {}
-        for call_id in self._held.first(_SCAN):
+        models = self._engines.with_room(self._held.models, self.options.hold_depth)
+        for call_id in self._held.first(_SCAN, models):
             entry = self._open[call_id]
             candidates = self._candidates(entry)
             if not candidates:

@@ -43,7 +43,8 @@ class Estimates:
             ordinal: calls of the same stage that came before it in the workflow.
         """
         output = self.output_tokens(call)
-        tail_s = self._seconds(self._tail(call, ordinal, self._options.slack_quantile, output))
+        tail = self._tail(call, ordinal, self._options.slack_quantile, output)
+        tail_s = self._seconds(tail, call.model)
         due_s = NO_DEADLINE if run.background else run.deadline_s - tail_s
         return Demand(call, output, run.deadline_s, tail_s, due_s)
 
@@ -95,7 +96,9 @@ class Estimates:
         )
         tail = self._tail(demand.call, ordinal, 0.5, demand.output_tokens)
         output = demand.output_tokens + tail.output_tokens
-        pace_s = len(ready) / sum((1.0 / t for t in token_s), 0.0)
+        able = [e.has(demand.call.model) for e in ready]
+        own_s = [t for t, has in zip(token_s, able, strict=True) if has] or token_s
+        pace_s = len(own_s) / sum((1.0 / t for t in own_s), 0.0)
         return held_output_tokens / rate + output * pace_s
 
     def work_s(self, demand: Demand) -> float:
@@ -103,7 +106,7 @@ class Estimates:
         return demand.tail_s + self._own_s(demand)
 
     def _own_s(self, demand: Demand) -> float:
-        return self._seconds(Tail(1.0, 0.0, demand.output_tokens))
+        return self._seconds(Tail(1.0, 0.0, demand.output_tokens), demand.call.model)
 
     def _known(self, call: Call) -> bool:
         if call.expected_output_tokens is not None:
@@ -123,13 +126,18 @@ class Estimates:
             return Tail(n, n * call.prompt_tokens, n * output)
         return tail
 
-    def _ready(self) -> list[EngineLoad]:
-        return [e for e in self._engines.values() if e.state in _AT_WORK]
+    def _ready(self, model: str | None = None) -> list[EngineLoad]:
+        """Return the engines at work that have ``model``, or any."""
+        ready = (e for e in self._engines.values() if e.state in _AT_WORK)
+        return [e for e in ready if model is None or e.has(model)]
 
-    def _seconds(self, tail: Tail) -> float:
-        """Return the time of a path at the fleet's present pace (harmonic mean of engines)."""
+    def _seconds(self, tail: Tail, model: str) -> float:
+        """Return the time of a path at the fleet's present pace (harmonic mean of engines).
+
+        What follows a call is taken to need the call's own ``model``.
+        """
         decode_rate = prefill_rate = 0.0
-        ready = self._ready()
+        ready = self._ready(model)
         for engine in ready:
             cost = engine.cost() or UNMEASURED
             batch = min(engine.slots, len(engine.in_flight) + 1)

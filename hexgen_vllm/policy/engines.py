@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.types import Call, EngineSpec, EngineState
 
@@ -16,7 +19,7 @@ class Engines:
     def __init__(self) -> None:
         self.loads: dict[str, EngineLoad] = {}
         self._by_name: list[EngineLoad] = []
-        self._lengths_differ = False
+        self._lengths_differ = self._models_differ = False
 
     def joined(self, spec: EngineSpec, state: EngineState) -> None:
         """Add an engine, or note that one restarted."""
@@ -39,6 +42,12 @@ class Engines:
         if engine.state is EngineState.DOWN and state is not EngineState.DOWN:
             engine.prefixes.clear()
         engine.state = state
+
+    def serves(self, engine_id: str, models: frozenset[str]) -> None:
+        """Note that an engine has other models than before, such as adapters loaded since."""
+        engine = self.loads[engine_id]
+        engine.spec = replace(engine.spec, models=models)
+        self._sort()
 
     def candidates(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
         """Return the engines that may get ``call`` now, sorted by name.
@@ -71,6 +80,21 @@ class Engines:
                 return True
         return not self._by_name
 
+    def with_room(self, models: Iterable[str], depth: int) -> set[str] | None:
+        """Return those of ``models`` that are worth looking for calls of, ``None`` for all.
+
+        A model that no engine at work has counts: its calls must hear of it.
+        """
+        if not self._models_differ:
+            return None
+        at_work = [e for e in self._by_name if e.state in (EngineState.READY, EngineState.TRIAL)]
+        roomy = [e for e in at_work if e.room(depth)]
+        return {
+            model
+            for model in models
+            if any(e.has(model) for e in roomy) or not any(e.has(model) for e in at_work)
+        }
+
     def presume(self, now: float) -> None:
         """Take calls for started whose first token is due and will not be seen."""
         for engine in self._by_name:
@@ -79,6 +103,7 @@ class Engines:
     def _sort(self) -> None:
         self._by_name = [self.loads[name] for name in sorted(self.loads)]
         self._lengths_differ = len({e.spec.max_model_len for e in self._by_name}) > 1
+        self._models_differ = len({e.spec.models for e in self._by_name}) > 1
 
 
 def _fits(spec: EngineSpec, call: Call) -> bool:

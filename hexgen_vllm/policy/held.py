@@ -12,8 +12,8 @@ pointers, and O(tenants) with fair shares.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Set
 from heapq import merge
 from itertools import chain, islice, takewhile
 from typing import Final, NamedTuple
@@ -33,6 +33,7 @@ class _Entry(NamedTuple):
     tokens: int
     output_tokens: int
     since_s: float
+    model: str
 
 
 class HeldCalls:
@@ -41,6 +42,7 @@ class HeldCalls:
     Attributes:
         tokens: prompt and output tokens of all held calls.
         output_tokens: output tokens of those that are not demoted.
+        models: how many of them wait for each model.
 
     Args:
         background_share: share of placements that the call demoted longest gets; 0 is none.
@@ -49,6 +51,7 @@ class HeldCalls:
 
     def __init__(self, background_share: float = 0.0, shares: FairShares | None = None) -> None:
         self.tokens = self.output_tokens = 0
+        self.models: Counter[str] = Counter()
         self._share, self._shares = background_share, shares
         self._turn = 0.0
         self._sequence = 0
@@ -70,10 +73,10 @@ class HeldCalls:
         now: float,
         *,
         tenant: str = "",
-        prompt_tokens: int = 0,
-        output_tokens: int = 0,
+        tokens: tuple[int, int] = (0, 0),
         priority: int = 0,
         background: bool = False,
+        model: str = "",
     ) -> None:
         """Hold a call.
 
@@ -82,16 +85,19 @@ class HeldCalls:
             key: when it is due, or for a demoted call the seconds of work it has left.
             now: the present moment.
             tenant: who pays.
-            prompt_tokens, output_tokens: its size.
+            tokens: its prompt and output tokens.
             priority: higher is sooner; it outranks due time, as in stock vLLM's queue.
             background: it is demoted.
+            model: what it needs.
         """
         self._sequence += 1
-        tokens = prompt_tokens + output_tokens
-        rank = 0 if background else -priority
-        entry = _Entry(rank, key, self._sequence, call_id, tenant, tokens, output_tokens, now)
+        entry = _Entry(
+            0 if background else -priority, key, self._sequence, call_id, tenant, sum(tokens),
+            tokens[1], now, model,
+        )  # fmt: skip
         self._entries[call_id] = entry
-        self.tokens += tokens
+        self.tokens += entry.tokens
+        self.models[model] += 1
         self._queue(entry, background)
 
     def demote(self, call_id: str, work_s: float) -> None:
@@ -102,7 +108,7 @@ class HeldCalls:
         self._unqueue(entry)
         moved = _Entry(
             0, work_s, entry.sequence, call_id, entry.tenant, entry.tokens,
-            entry.output_tokens, entry.since_s,
+            entry.output_tokens, entry.since_s, entry.model,
         )  # fmt: skip
         self._entries[call_id] = moved
         self._queue(moved, True)
@@ -111,6 +117,9 @@ class HeldCalls:
         """Drop a held call."""
         entry = self._entries.pop(call_id)
         self.tokens -= entry.tokens
+        self.models[entry.model] -= 1
+        if not self.models[entry.model]:
+            del self.models[entry.model]
         self._unqueue(entry)
 
     def placed(self, call_id: str) -> None:
@@ -123,12 +132,17 @@ class HeldCalls:
             self._turn = 0.0 if offered else self._turn + self._share
         self.remove(call_id)
 
-    def first(self, limit: int) -> list[str]:
-        """Return the first ``limit`` calls in order."""
-        ids = (entry.call_id for entry in chain(self._by_due(), self._background))
-        if self._turn < _FULL_TURN or not self._demoted:
+    def first(self, limit: int, models: Set[str] | None = None) -> list[str]:
+        """Return the first ``limit`` calls in order, with ``models`` only those that need one."""
+        entries: Iterator[_Entry] = chain(self._by_due(), self._background)
+        demoted: Iterator[str] = iter(self._demoted)
+        if models is not None:
+            entries = (entry for entry in entries if entry.model in models)
+            demoted = (name for name in demoted if self._entries[name].model in models)
+        ids = (entry.call_id for entry in entries)
+        oldest = next(demoted, None) if self._turn >= _FULL_TURN else None
+        if oldest is None:
             return list(islice(ids, limit))
-        oldest = next(iter(self._demoted))
         return [oldest, *islice((name for name in ids if name != oldest), limit - 1)]
 
     def last_first(self) -> Iterator[str]:

@@ -119,8 +119,11 @@ class EngineLoad:
 
     def knows(self, call: Call) -> bool:
         """Whether it has the call's model."""
-        models = self.spec.models
-        return not models or call.model in models
+        return self.has(call.model)
+
+    def has(self, model: str) -> bool:
+        """Whether it serves a model."""
+        return not self.spec.models or model in self.spec.models
 
     def cost(self) -> StepCost | None:
         """Return the measured step cost: telemetry first, own traffic second, else unknown."""

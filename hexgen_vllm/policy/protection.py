@@ -101,10 +101,10 @@ class Protection:
             self._estimates.work_s(demand) if background else demand.due_s,
             now,
             tenant=demand.call.tenant,
-            prompt_tokens=demand.call.prompt_tokens,
-            output_tokens=demand.output_tokens,
+            tokens=(demand.call.prompt_tokens, demand.output_tokens),
             priority=demand.call.priority,
             background=background,
+            model=demand.call.model,
         )
 
     def _too_slow(self, demand: Demand, ordinal: int, now: float) -> bool:

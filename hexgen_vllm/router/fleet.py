@@ -9,7 +9,7 @@ trial. Its data-parallel ranks share all that; calls are placed on each of them
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from yarl import URL
@@ -18,7 +18,7 @@ from hexgen_vllm.router import ledger
 from hexgen_vllm.router.attempt import LOST, TIMEOUT, Guard, failed
 from hexgen_vllm.router.breaker import Breaker, Phase
 from hexgen_vllm.router.options import RouterOptions, Worker
-from hexgen_vllm.router.probe import Found
+from hexgen_vllm.router.probe import Found, names
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.targets import worker_of
 from hexgen_vllm.types import EngineKind, EngineSpec, EngineState
@@ -191,6 +191,16 @@ class Fleet:
             self._service.engine_joined(spec, engine.state)
         for target in before.keys() - engine.targets.keys():
             self._service.engine_left(target)
+
+    def listed(self, name: str, cards: tuple[dict[str, Any], ...]) -> None:
+        """Note what models an engine has now: adapters come and go while it runs."""
+        engine, models = self.engines[name], names(cards)
+        engine.cards = cards
+        if engine.spec is not None and engine.spec.models != models:
+            _LOG.info("engine models engine=%s models=%s", name, ",".join(sorted(models)))
+            engine.specs = tuple(replace(spec, models=models) for spec in engine.specs)
+            for spec in engine.specs:
+                self._service.engine_serves(spec.engine_id, models)
 
     def restarted(self, name: str) -> None:
         """Note that an engine started anew behind our back."""

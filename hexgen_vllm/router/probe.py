@@ -106,7 +106,7 @@ class Probe:
         kind: EngineKind,
         readings: Sequence[Telemetry],
     ) -> Found:
-        models, most = frozenset(str(card["id"]) for card in cards), longest(cards)
+        models, most = names(cards), longest(cards)
         by_rank = self._told_apart(readings)
         specs = (
             EngineSpec(target, models, kind, one.max_num_seqs, one.kv_tokens,
@@ -167,9 +167,17 @@ class Probe:
             raise Unreachable(f"it does not answer ({type(error).__name__})") from None
 
 
+def names(cards: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the names of the models on these cards."""
+    return frozenset(str(card["id"]) for card in cards)
+
+
 def longest(cards: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the longest call that an engine with these model cards takes, if it says so."""
-    found = [card.get("max_model_len") for card in cards]
+    """Return the longest call that an engine with these model cards takes, if it says so.
+
+    Adapters have the length of their parent and say none.
+    """
+    found = [card.get("max_model_len") for card in cards if not card.get("parent")]
     known = [length for length in found if type(length) is int and length > 0]
     return max(known) if known and len(known) == len(found) else None
 

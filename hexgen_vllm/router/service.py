@@ -108,6 +108,10 @@ class Service:
         """Note an engine that is up, or up again after a restart."""
         self._carry_out(self.coordinator.engine_joined(spec, self.clock.now(), state))
 
+    def engine_serves(self, engine_id: str, models: frozenset[str]) -> None:
+        """Note that an engine has other models than before."""
+        self._carry_out(self.coordinator.engine_serves(engine_id, models, self.clock.now()))
+
     def engine_left(self, engine_id: str) -> None:
         """Note that an engine is no more."""
         self._carry_out(self.coordinator.engine_left(engine_id, self.clock.now()))

@@ -116,11 +116,20 @@ class Watcher:
         try:
             await self._probe.healthy(self._engine.worker)
             self._failed = 0
+            await self._list_models()
         except Unreachable as why:
             self._failed += 1
             if why.refused or self._failed >= self._options.health_failure_threshold:
                 self._failed = self._passed = 0
                 self._fleet.lost(self._engine.name, str(why))
+
+    async def _list_models(self) -> None:
+        try:
+            cards = await self._probe.models(self._engine.worker)
+        except Unreachable:
+            return  # the health check decides
+        if self._engine.up:
+            self._fleet.listed(self._engine.name, cards)
 
     async def _read(self) -> None:
         try:

@@ -123,14 +123,12 @@ class FakeServer:
         return web.json_response(content)
 
     def _page(self, path: str) -> Any:
+        settings = self.settings
         if path == "/v1/models":
-            cards = [{"id": m, "object": "model", "max_model_len": self.settings.max_model_len}
-                     for m in self.settings.models]  # fmt: skip
-            return {"object": "list", "data": cards}
+            return {"object": "list", "data": settings.cards()}
         if path == "/server_info" and self.settings.policy:
             said = {"policy": self.settings.policy, "max_num_seqs": self.settings.slots}
             return {"vllm_config": {"scheduler_config": said}}
-        settings = self.settings
         metrics = fake_metrics.page(self.counts, settings.ranks) if settings.metrics else ""
         pages = {"/health": "", "/metrics": metrics, "/hexgen/stats": self.settings.stats,
                  "/version": {"version": "0.0.0"}}  # fmt: skip
@@ -181,7 +179,7 @@ class FakeServer:
         if fault is not None and fault.after is None and fault.kind != "drip":
             await _break(request, fault.kind)
         body = json.loads(raw)
-        if body.get("model", self.settings.models[0]) not in self.settings.models:
+        if body.get("model", self.settings.models[0]) not in self.settings.served:
             return _status(Fault("status", status=404))
         rank = rank_of(request.headers)
         if not 0 <= rank < self.settings.ranks:

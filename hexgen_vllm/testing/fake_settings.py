@@ -39,6 +39,7 @@ class FakeSettings:
 
     Attributes:
         models: served model names.
+        adapters: names of LoRA adapters of the first model, which it serves too.
         step_s: seconds a token takes.
         prefill_tokens_per_s: prompt tokens per second; 0 takes no time.
         slots: requests served at once; the others wait in order of arrival.
@@ -52,6 +53,7 @@ class FakeSettings:
     """
 
     models: tuple[str, ...] = ("tiny",)
+    adapters: tuple[str, ...] = ()
     step_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     slots: int = 256
@@ -62,6 +64,18 @@ class FakeSettings:
     ranks: int = 1
     metrics: bool = True
     policy: str | None = None
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Names that calls may use."""
+        return (*self.models, *self.adapters)
+
+    def cards(self) -> list[dict[str, Any]]:
+        """Return the entries of ``/v1/models``; adapters name a parent and no length."""
+        models = [{"id": name, "object": "model", "parent": None,
+                   "max_model_len": self.max_model_len} for name in self.models]  # fmt: skip
+        parent = {"object": "model", "parent": self.models[0], "max_model_len": None}
+        return [*models, *({"id": name, **parent} for name in self.adapters)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,7 +205,7 @@ def test_held_calls_keep_their_book(acts: list[tuple[int, int, int, bool]]) -> N
             name = f"c{i}"
             held.add(
                 name, float(who), float(i), tenant=f"t{who % 3}",
-                prompt_tokens=tokens, background=background,
+                tokens=(tokens, 0), background=background,
             )  # fmt: skip
             book[name] = tokens
             demoted |= {name} if background else set()
@@ -228,8 +228,8 @@ def test_held_calls_keep_their_book(acts: list[tuple[int, int, int, bool]]) -> N
 def test_a_tenant_beyond_its_share_waits_behind_the_others() -> None:
     held = HeldCalls(0.0, FairShares(250, {"paying": 2.0}))
     for i in range(60):
-        held.add(f"greedy{i}", 0.0, 0.0, tenant="greedy", prompt_tokens=100)
-        held.add(f"paying{i}", 99.0, 0.0, tenant="paying", prompt_tokens=100)
+        held.add(f"greedy{i}", 0.0, 0.0, tenant="greedy", tokens=(100, 0))
+        held.add(f"paying{i}", 99.0, 0.0, tenant="paying", tokens=(100, 0))
     counts = {"greedy": 0, "paying": 0}
     for _ in range(60):
         first = held.first(1)[0]
@@ -241,7 +241,7 @@ def test_a_tenant_beyond_its_share_waits_behind_the_others() -> None:
 def test_one_tenant_alone_is_never_ahead() -> None:
     held = HeldCalls(0.0, FairShares(10, {}))
     for i in range(20):
-        held.add(f"c{i:02}", float(i), 0.0, tenant="only", prompt_tokens=1000)
+        held.add(f"c{i:02}", float(i), 0.0, tenant="only", tokens=(1000, 0))
     order = []
     for _ in range(20):
         order += held.first(1)

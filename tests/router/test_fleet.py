@@ -11,7 +11,7 @@ from multidict import CIMultiDict
 
 from hexgen_vllm.router.endpoints import ENDPOINTS
 from hexgen_vllm.testing.fake_server import FakeSettings
-from hexgen_vllm.testing.stand import open_stand
+from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineKind, EngineReport, EngineState
 
 COST = {"c0": 0.01, "c1": 0.002, "c2": 0.0, "p0": 0.0, "p1": 0.001, "p2": 0.0}
@@ -155,6 +155,40 @@ async def test_models_decide_where_a_call_may_go() -> None:
         async with stand.post(model="a") as answer:
             assert answer.status in (502, 503), "known, only not up"
         stand.assert_settled()
+
+
+async def test_adapters_are_models_and_may_come_and_go() -> None:
+    settings = (FakeSettings(models=("base",), adapters=("sql",)), FakeSettings(models=("base",)))
+    async with open_stand(*settings, policy="round_robin") as stand:
+        load = stand.context.service.coordinator.engines["engine-1"]
+        assert load.spec.max_model_len == 32768
+        assert stand.context.service.coordinator.engines["engine-0"].spec.max_model_len == 32768
+        for model, engines in (("sql", {0}), ("base", {0, 1})):
+            assert await placed_on(stand, model) == engines
+        assert await placed_on(stand, "chat") == {404}
+        load.assigned_s = 7.0
+        stand.engines[1].settings = FakeSettings(models=("base",), adapters=("chat", "sql"))
+        await stand.until(lambda: "chat" in load.spec.models)
+        for model, engines in (("sql", {0, 1}), ("chat", {1}), ("base", {0, 1})):
+            assert await placed_on(stand, model) == engines
+        assert load.assigned_s == 7.0, "nothing else was forgotten"
+        async with stand.get("/v1/models") as answer:
+            cards = {card["id"]: card["parent"] for card in (await answer.json())["data"]}
+        assert cards == {"base": None, "sql": "base", "chat": "base"}
+        stand.engines[1].settings = settings[1]
+        await stand.until(lambda: load.spec.models == {"base"})
+        assert await placed_on(stand, "chat") == {404}
+        stand.assert_settled()
+
+
+async def placed_on(stand: Stand, model: str) -> set[int]:
+    """Return the engines that get calls for ``model``, or the status that refuses them."""
+    seen = set()
+    for _ in range(4):
+        async with stand.post(model=model) as answer:
+            name = answer.headers.get("x-hexgen-engine", str(answer.status))
+            seen.add(int(name.removeprefix("engine-")))
+    return seen
 
 
 async def test_a_long_call_goes_where_it_fits() -> None:
