@@ -84,7 +84,9 @@ def from_metrics(text: str) -> tuple[Telemetry, ...]:
         sums[name] = sums.get(name, 0.0) + number
         if name == _CACHE_INFO:
             caches[rank] = _cache_tokens(labels)
-    return tuple(_from_samples(ranks[rank], caches.get(rank)) for rank in sorted(ranks))
+    # vLLM says of each rank what all of them have together, and gives all the same.
+    shares = {rank: tokens // len(ranks) for rank, tokens in caches.items()}
+    return tuple(_from_samples(ranks[rank], shares.get(rank)) for rank in sorted(ranks))
 
 
 def _from_samples(sums: Mapping[str, float], kv_tokens: int | None) -> Telemetry:

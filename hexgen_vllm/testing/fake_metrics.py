@@ -27,16 +27,17 @@ def rank_of(headers: Mapping[str, str]) -> int:
 
 def page(counts: RankCounts, ranks: int) -> str:
     """Return vLLM's metrics of an engine with so many ranks."""
-    return "".join(_of_rank(counts, rank) for rank in range(ranks))
+    return "".join(_of_rank(counts, rank, 100 * ranks) for rank in range(ranks))
 
 
-def _of_rank(counts: RankCounts, rank: int) -> str:
+def _of_rank(counts: RankCounts, rank: int, all_blocks: int) -> str:
     label = f'{{engine="{rank}",model_name="tiny"}}'
+    cache = f'{{block_size="16",engine="{rank}",num_gpu_blocks="{all_blocks}"}}'
     return (
         f"vllm:num_requests_running{label} {counts.running[rank]:.1f}\n"
         f"vllm:num_requests_waiting{label} {counts.waiting[rank]:.1f}\n"
         f"vllm:kv_cache_usage_perc{label} 0.25\n"
         f"vllm:num_preemptions_total{label} 3.0\n"
         f"vllm:iteration_tokens_total_count{label} {counts.steps[rank]:.1f}\n"
-        f'vllm:cache_config_info{{block_size="16",engine="{rank}",num_gpu_blocks="100"}} 1.0\n'
+        f"vllm:cache_config_info{cache} 1.0\n"
     )

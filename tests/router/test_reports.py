@@ -39,8 +39,8 @@ vllm:kv_cache_usage_perc{engine="0",model_name="a"} 0.2
 vllm:kv_cache_usage_perc{engine="1",model_name="a"} 0.4
 vllm:num_preemptions_total{engine="0",model_name="a"} 5.0
 vllm:num_preemptions_created{engine="0",model_name="a"} 1.7e+09
-vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0
-vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="50"} 1.0
+vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="150"} 1.0
+vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="150"} 1.0
 """
 
 
@@ -81,8 +81,8 @@ def test_our_snapshots_of_several_ranks() -> None:
 
 def test_stock_metrics_tell_ranks_apart() -> None:
     first, second = reports.from_metrics(METRICS)
-    assert first == Telemetry(EngineReport(None, None, 3, 1, 0.2, 5), kv_tokens=1600)
-    assert second == Telemetry(EngineReport(None, None, 4, None, 0.4, None), kv_tokens=800)
+    assert first == Telemetry(EngineReport(None, None, 3, 1, 0.2, 5), kv_tokens=1200)
+    assert second == Telemetry(EngineReport(None, None, 4, None, 0.4, None), kv_tokens=1200)
 
 
 def test_ranks_of_a_node_that_has_not_the_first_ones() -> None:
@@ -107,8 +107,8 @@ def test_old_and_missing_names() -> None:
         assert reports.from_metrics(text) == ()
     unlabelled = reports.from_metrics("vllm:num_requests_running 3.0\n")
     assert unlabelled == (Telemetry(EngineReport(running=3)),)
-    partly = METRICS.replace('num_gpu_blocks="100"', 'num_gpu_blocks="None"')
-    assert [one.kv_tokens for one in reports.from_metrics(partly)] == [None, 800]
+    partly = METRICS.replace('num_gpu_blocks="150"', 'num_gpu_blocks="None"', 1)
+    assert [one.kv_tokens for one in reports.from_metrics(partly)] == [None, 1200]
     assert reports.together(reports.from_metrics(partly)).kv_tokens is None
 
 
