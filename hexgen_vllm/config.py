@@ -135,7 +135,7 @@ def add_arguments(parser: Any, cls: type[Any], *, prefix: str = "") -> None:
         if wanted is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif get_origin(wanted) is tuple:
-            parser.add_argument(flag, nargs="+", **common)
+            parser.add_argument(flag, nargs="+", action="extend", **common)
         elif get_origin(wanted) is Mapping:
             parser.add_argument(flag, nargs="+", metavar="NAME=NUMBER", **common)
         elif f.metadata["choices"]:

@@ -111,11 +111,9 @@ class Admin:
     def _removed(self, engine: Engine, request: web.BaseRequest) -> web.StreamResponse:
         context, forced = self._context, request.query.get("force", "").lower() in ("true", "1")
         _LOG.info("removal engine=%s forced=%s by=%s", engine.name, forced, request.remote)
-        context.fleet.drain(engine.name)
-        engine.leaving = True
-        if forced:
+        context.watchers.retire(engine.name, "removed by an operator")
+        if forced and engine.name in context.fleet.engines:
             context.watchers.remove(engine.name)
-        context.watchers.sweep()
         gone = engine.name not in context.fleet.engines
         return _json({**worker_view(context, engine), "removed": gone}, 200 if gone else 202)
 

@@ -74,7 +74,7 @@ class Router:
 
         Raises:
             OSError: the address cannot be had.
-            ConfigError: that for metrics cannot be had.
+            ConfigError: that for metrics cannot be had, or engines cannot be looked for.
         """
         session = new_session(self._options)
         self.context = context = new_context(self._options, self._dispatch, self._clock, session)
@@ -107,11 +107,19 @@ class Router:
             self._shard = Shard(self._spot, context)
             self._tasks.append(asyncio.create_task(self._shard.run()))
         context.watchers.start()
+        await self._look_for_engines()
         self._tasks.append(asyncio.create_task(self._beat()))
         if context.tuning is not None:
             self._tasks.append(asyncio.create_task(context.tuning.run()))
         engines = ",".join(context.fleet.engines)
         _LOG.info("listening url=%s policy=%s engines=%s", self.url, self._dispatch.policy, engines)
+
+    async def _look_for_engines(self) -> None:
+        try:
+            await self.context.discovery.start()
+        except ConfigError:
+            await self.stop()
+            raise
 
     async def _open_metrics_port(self) -> None:
         host, port = self._options.prometheus_host, self._options.prometheus_port
@@ -173,13 +181,15 @@ class Router:
         if self._runner is not None:
             await self._runner.cleanup()
         self._relay.close()
+        await self.context.discovery.close()
         if self._shard is not None:
             self._shard.close()
         await self.context.session.close()
         await asyncio.to_thread(self.context.tracing.close)
 
     def _all_tasks(self) -> list[asyncio.Task[None]]:
-        return [*self._tasks, *self.context.watchers.tasks()]
+        context = self.context
+        return [*self._tasks, *context.watchers.tasks(), *context.discovery.tasks()]
 
     async def __aenter__(self) -> Router:
         """Start."""

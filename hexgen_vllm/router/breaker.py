@@ -13,11 +13,11 @@ import enum
 from dataclasses import dataclass
 
 from hexgen_vllm.config import option
-from hexgen_vllm.router.access_options import AccessOptions
+from hexgen_vllm.router.discovery.options import DiscoveryOptions
 
 
 @dataclass(frozen=True)
-class HealthOptions(AccessOptions):
+class HealthOptions(DiscoveryOptions):
     """When an engine is taken out and brought back."""
 
     cb_failure_threshold: int = option(5, "failed calls in a row that take an engine out", least=1)

@@ -13,6 +13,8 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import BadRequest, Refused
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.router.attempt import Guard
+from hexgen_vllm.router.discovery.discovery import Discovery
+from hexgen_vllm.router.discovery.metrics import DiscoveryMetrics
 from hexgen_vllm.router.fleet import Fleet
 from hexgen_vllm.router.intake import Intake
 from hexgen_vllm.router.ledger import Ledger
@@ -44,6 +46,7 @@ class Context:
         stalls: notices engines that do nothing.
         fleet: the engines.
         watchers: keep the fleet's picture true.
+        discovery: finds engines, where options say so.
         ratios: prompt length estimates.
         intake: reads requests.
         retries: bounds retries.
@@ -63,6 +66,7 @@ class Context:
     stalls: Stalls
     fleet: Fleet
     watchers: Watchers
+    discovery: Discovery
     ratios: TokenRatios
     intake: Intake
     retries: RetryPolicy
@@ -158,6 +162,10 @@ def new_context(
         tuning = Tuning(options, service.coordinator, clock, ring, service.retune)
     guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
     fleet = Fleet(options, service, guard)
+    watchers = Watchers(fleet, service, Probe(session, options), options, clock)
+    discovery = Discovery(options, fleet, watchers, clock)
+    metrics = Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner)
+    metrics.add(DiscoveryMetrics(discovery))
     return Context(
         options=options,
         clock=clock,
@@ -167,11 +175,12 @@ def new_context(
         guard=guard,
         stalls=Stalls(options, fleet, guard, service.coordinator),
         fleet=fleet,
-        watchers=Watchers(fleet, service, Probe(session, options), options, clock),
+        watchers=watchers,
+        discovery=discovery,
         ratios=ratios,
         intake=Intake(ratios, dispatch.default_deadline_s, options.request_id_headers),
         retries=RetryPolicy(options, random.Random()),
-        metrics=Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner),
+        metrics=metrics,
         tracing=open_tracing(options.otlp_traces_endpoint, dispatch.policy),
         session=session,
         tuning=tuning,

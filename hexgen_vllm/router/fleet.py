@@ -254,12 +254,12 @@ class Fleet:
 
     # What operators want
 
-    def drain(self, name: str, draining: bool = True) -> None:
+    def drain(self, name: str, draining: bool = True, why: str = "drained by an operator") -> None:
         """Give an engine no new calls, or, with ``draining`` false, calls again."""
         engine = self.engines[name]
         engine.draining = draining
         engine.leaving = engine.leaving and draining
-        self._settle(engine, "drained by an operator")
+        self._settle(engine, why)
 
     def _others(self, engine: Engine) -> bool:
         """Whether calls would find another engine: the last one is not taken out for errors."""

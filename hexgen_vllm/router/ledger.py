@@ -10,6 +10,8 @@ ANSWERED: Final = "answered"
 BAD_REQUEST: Final = "bad-request"
 CLIENT_GONE: Final = "rejected-context-cancelled"
 INTERNAL: Final = "internal-error"
+GONE: Final = "gone"
+"""Stands for all engines that have left, of which there may be any number."""
 
 
 class Ledger:
@@ -34,6 +36,11 @@ class Ledger:
     def open(self) -> int:
         """Calls that have not ended."""
         return self.arrived.total() - self.ended.total()
+
+    def engine_left(self, name: str) -> None:
+        """Count the placements on an engine among those of all that have left."""
+        for engine, reason in [key for key in self.placements if key[0] == name]:
+            self.placements[GONE, reason] += self.placements.pop((engine, reason))
 
     def answered(self) -> int:
         """Return the calls that were answered in full."""

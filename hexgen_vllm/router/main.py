@@ -50,10 +50,11 @@ def main(args: argparse.Namespace) -> int:
     import uvloop
 
     options, dispatch = options_from(args, os.environ)
-    if not (options.worker_urls or options.admin_api_key or options.allow_unauthenticated_admin):
+    later = options.discovers or options.admin_api_key or options.allow_unauthenticated_admin
+    if not (options.worker_urls or later):
         raise ConfigError(
-            "worker_urls must name at least one engine (--worker-urls URL ...), or admin_api_key "
-            "must let engines be registered."
+            "worker_urls must name at least one engine (--worker-urls URL ...), worker_dns or "
+            "service_discovery must find them, or admin_api_key must let them be registered."
         )
     logs.set_up(options.log_level, options.log_format)
     loop = uvloop.new_event_loop()

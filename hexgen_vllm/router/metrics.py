@@ -65,6 +65,10 @@ class Metrics:
         for timings in (self.call_s, self.first_token_s, self.held_s):
             self._registry.register(timings)
 
+    def add(self, collector: Collector) -> None:
+        """Show what ``collector`` yields, too."""
+        self._registry.register(collector)
+
     def ended(self, job: Job, now: float) -> None:
         """Count a call that ended, however it did."""
         if job.accepted is None:

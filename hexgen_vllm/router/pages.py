@@ -106,6 +106,7 @@ class Pages:
                 "policy": coordinator.options.policy,
                 "options": asdict(coordinator.options),
                 "held": coordinator.held,
+                "discovery": self._context.discovery.view(),
                 "open_workflows": len(coordinator.workflows),
                 "engines": [
                     self._rates(engine, target)

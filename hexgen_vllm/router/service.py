@@ -114,6 +114,7 @@ class Service:
 
     def engine_left(self, engine_id: str) -> None:
         """Note that an engine is no more."""
+        self._ledger.engine_left(engine_id)
         self._carry_out(self.coordinator.engine_left(engine_id, self.clock.now()))
 
     def engine_changed(self, engine_id: str, state: EngineState) -> None:

@@ -47,6 +47,16 @@ class Watchers:
         self._fleet.joined(worker.name, found)
         self._watch(engine)
 
+    def expect(self, worker: Worker) -> None:
+        """Take in an engine that may not be up yet, and watch it."""
+        self._watch(self._fleet.add(worker))
+
+    def retire(self, name: str, why: str) -> None:
+        """Give an engine no new calls; forget it once its calls have ended."""
+        self._fleet.drain(name, why=why)
+        self._fleet.engines[name].leaving = True
+        self.sweep()
+
     def remove(self, name: str) -> None:
         """Forget an engine."""
         self._watchers.pop(name, None)

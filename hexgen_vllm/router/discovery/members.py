@@ -1,0 +1,84 @@
+"""From the engines that a source wants to engines that join and are drained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from hexgen_vllm.router.discovery.book import DRAINED, JOINED, RETURNED, SourceBook
+from hexgen_vllm.router.fleet import Engine, Fleet
+from hexgen_vllm.router.options import Worker
+from hexgen_vllm.router.watchers import Watchers
+
+_LOG = logging.getLogger(__name__)
+
+
+class Members:
+    """The engines of one source. Those that others brought are left alone.
+
+    An engine that an operator removed stays away until its source has forgotten it, too.
+
+    Args:
+        fleet: the engines there are.
+        watchers: take engines in and let them leave.
+        book: counts changes.
+    """
+
+    def __init__(self, fleet: Fleet, watchers: Watchers, book: SourceBook) -> None:
+        self._fleet, self._watchers, self._book = fleet, watchers, book
+        self._wanted: frozenset[Worker] = frozenset()
+        self._mine: set[Worker] = set()
+        self._left: dict[Worker, bool] = {}  # and whether an operator had drained it before
+
+    def want(self, workers: Iterable[Worker]) -> None:
+        """Have these engines and no others."""
+        self._wanted = frozenset(workers)
+        self._book.wanted = len(self._wanted)
+        for worker in sorted(self._mine - self._wanted):
+            self._leave(worker)
+        self.retry()
+
+    def retry(self) -> None:
+        """Take in engines that are wanted and for which there was no place yet."""
+        self._left = {w: drained for w, drained in self._left.items() if self._engine(w)}
+        for worker in sorted(self._wanted - self._mine):
+            if self._join(worker):
+                self._mine.add(worker)
+
+    def _join(self, worker: Worker) -> bool:
+        engine = self._engine(worker)
+        if engine is not None and worker in self._left:
+            self._take_back(engine)
+            return True
+        if worker.name in self._fleet.engines or self._elsewhere(worker.url):
+            return False
+        self._watchers.expect(worker)
+        self._note(JOINED, worker)
+        return True
+
+    def _take_back(self, engine: Engine) -> None:
+        """Give calls again to an engine that was leaving, unless an operator said otherwise."""
+        engine.leaving = False
+        self._fleet.drain(engine.name, self._left.pop(engine.worker))
+        self._note(RETURNED, engine.worker)
+
+    def _leave(self, worker: Worker) -> None:
+        self._mine.discard(worker)
+        engine = self._engine(worker)
+        if engine is not None:
+            self._left[worker] = engine.draining
+            self._note(DRAINED, worker)
+            self._watchers.retire(worker.name, f"no longer named by {self._book.kind}")
+
+    def _note(self, what: str, worker: Worker) -> None:
+        self._book.changes[what] += 1
+        kind, name, url = self._book.kind, worker.name, worker.url
+        _LOG.info("discovery %s engine=%s url=%s source=%s", what, name, url, kind)
+
+    def _engine(self, worker: Worker) -> Engine | None:
+        engine = self._fleet.engines.get(worker.name)
+        return engine if engine is not None and engine.worker == worker else None
+
+    def _elsewhere(self, url: str) -> bool:
+        """Whether another engine is there; one that is leaving is no longer there."""
+        return any(e.worker.url == url and not e.leaving for e in self._fleet.engines.values())
