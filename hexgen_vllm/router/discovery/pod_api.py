@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import aiohttp
+import yaml
 from kubernetes_asyncio import client, config
 from kubernetes_asyncio.client.exceptions import ApiException
 
@@ -19,6 +20,8 @@ from hexgen_vllm.router.discovery.options import DiscoveryOptions
 GONE: Final = "gone"
 FORBIDDEN: Final = "forbidden"
 _REASONS: Final = {401: "unauthorized", 403: FORBIDDEN, 410: GONE}
+# What a file of another shape makes the client stumble over.
+_MALFORMED: Final = (AttributeError, KeyError, TypeError, ValueError)
 _LIST_S: Final = 30.0
 _PAGE: Final = 500
 
@@ -63,7 +66,7 @@ class PodApi:
                 config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
             else:
                 await config.load_kube_config(config_file=path, client_configuration=settings)
-        except (config.ConfigException, OSError, ValueError, TypeError, KeyError) as error:
+        except (config.ConfigException, yaml.YAMLError, OSError, *_MALFORMED) as error:
             raise ConfigError(_no_cluster(path, error)) from None
         settings.retries = None  # who asks tries again himself
         self._client = client.ApiClient(configuration=settings)
@@ -181,8 +184,17 @@ def _reason(status: object) -> str:
 
 
 def _no_cluster(path: str | None, error: Exception) -> str:
-    if path is not None and not Path(path).is_file():
+    """Return the sentence about a cluster that cannot be found."""
+    said = "it does not have the form of one" if isinstance(error, _MALFORMED) else _first(error)
+    if path is None and "KUBERNETES_SERVICE_HOST" in os.environ:
+        return f"service_discovery cannot use the account of this pod: {said}."
+    if path is None:
+        return "service_discovery finds no cluster: there is no account of a pod and no kubeconfig."
+    if not Path(path).is_file():
         return f"kubeconfig must be a file, and {path} is none."
-    said = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "no reason"
-    where = "service_discovery finds no cluster" if path is None else f"kubeconfig {path} is wrong"
-    return f"{where}: {said[:200]}."
+    return f"kubeconfig {path} cannot be used: {said}."
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).strip().splitlines() or ["no reason is given"])[0].rstrip(".")[:200]
