@@ -13,7 +13,6 @@ ERRORS: Final = frozenset(("ConfigError", "UnsupportedVLLM", "ProcessFailed"))
 HOLE: Final = "…"
 
 
-
 def sentences(*parts: str) -> dict[str, str]:
     """Return sentence and file of every error below ``parts`` of the package.
 

@@ -1,4 +1,4 @@
-"""What docs/router.md says is so: its flags, its endpoints, and every row of its fault table."""
+"""What docs/router.md says is so, its flags and endpoints, and every row of the fault table."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from hexgen_vllm.router.pages import Pages
 from hexgen_vllm.testing.stand import BODIES, open_stand
 from tests.router.fault_table import BEGIN, CASES, END, HEADINGS, Case, row
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "router.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEXT = (DOCS / "router.md").read_text()
+FAULTS = (DOCS / "router-faults.md").read_text()
 FLAG = re.compile(r"--[a-z][a-z0-9-]+")
 
 
 def documented_rows() -> dict[str, tuple[str, ...]]:
-    table = TEXT.partition(BEGIN)[2].partition(END)[0]
+    table = FAULTS.partition(BEGIN)[2].partition(END)[0]
     rows = [tuple(line[2:-2].split(" | ")) for line in table.splitlines() if line.startswith("| ")]
     assert rows[0] == HEADINGS
     return {cells[0]: cells for cells in rows[2:]}
