@@ -1,6 +1,9 @@
 """Values that travel between the wire, the policies and their drivers.
 
 Times are seconds on the driver's clock (absolute unless named ``_in_s``), sizes are tokens.
+
+Nobody changes a value once it is made. Those made for every call are not frozen, though: that would
+make them three times as slow to make.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import NamedTuple
 NO_DEADLINE = math.inf
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Call:
     """One LLM call of a workflow, as every policy sees it.
 
@@ -170,7 +173,7 @@ class Tail(NamedTuple):
     output_tokens: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Placement:
     """Send a call to an engine now.
 
@@ -215,7 +218,7 @@ class Rejection:
 Decision = Placement | Rejection
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class CallResult:
     """How a call ended.
 

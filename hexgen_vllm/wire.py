@@ -25,7 +25,7 @@ ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class CallMeta:
     """What a request says about its workflow; ``None`` means not said.
 
@@ -143,19 +143,21 @@ def header_name(field: str) -> str:
 
 
 def _read(source: Mapping[str, object], names: Mapping[str, str], prefix: str) -> CallMeta:
-    found: dict[str, Any] = {}
+    found = CallMeta()
     for key, value in source.items():
-        lowered = key.lower()
-        if not lowered.startswith(prefix):
-            continue
-        field = names.get(lowered)
+        field = names.get(key)
+        if field is None:
+            lowered = key.lower()
+            if not lowered.startswith(prefix):
+                continue
+            field = names.get(lowered)
         if field is None:
             raise BadRequest(f"{key} is not a known field.", param=key)
         try:
-            found[field] = _READERS[field](value)
+            setattr(found, field, _READERS[field](value))
         except ValueError as error:
             raise BadRequest(f"{key} {error}.", param=key) from None
-    return CallMeta(**found)
+    return found
 
 
 def from_headers(headers: Mapping[str, str]) -> CallMeta:
@@ -220,6 +222,8 @@ def merged(first: CallMeta, second: CallMeta) -> CallMeta:
 
 
 def _spelled(value: object) -> str:
+    if isinstance(value, str):
+        return value
     if isinstance(value, bool):
         return "1" if value else "0"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -227,8 +231,12 @@ def _spelled(value: object) -> str:
 
 def to_headers(meta: CallMeta) -> dict[str, str]:
     """Return the headers that say what ``meta`` says."""
-    values = ((name, getattr(meta, f)) for name, f in _HEADERS.items())
-    return {name: _spelled(v) for name, v in values if v is not None}
+    found = {}
+    for name, field in _HEADERS.items():
+        value = getattr(meta, field)
+        if value is not None:
+            found[name] = _spelled(value)
+    return found
 
 
 def to_xargs(meta: CallMeta) -> dict[str, str | int | float]:

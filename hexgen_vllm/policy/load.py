@@ -52,7 +52,7 @@ class Forecast(NamedTuple):
         return self.wait_s + self.prefill_s + self.decode_s
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Demand:
     """A call with what was estimated about it.
 

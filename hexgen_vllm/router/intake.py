@@ -20,12 +20,11 @@ from hexgen_vllm.router.prompt import Prompt, TokenRatios, chain, read_prompt
 from hexgen_vllm.types import NO_DEADLINE, Call
 
 MAX_REQUEST_ID_CHARS: Final = 256
-_PREFIX: Final = wire.HEADER_PREFIX
 SESSION_TYPE: Final = "session"
 _REQUEST_ID: Final = re.compile(rf"[\x21-\x7e]{{1,{MAX_REQUEST_ID_CHARS}}}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Accepted:
     """A request that can be served.
 
@@ -206,7 +205,7 @@ def _model(body: Mapping[str, Any], only_model: str | None) -> str:
 
 
 def _said(names: Names, body: Mapping[str, Any]) -> wire.CallMeta:
-    said = wire.from_headers({k: v for k, v in names.items() if k.startswith(_PREFIX)})
+    said = wire.from_headers(names)
     return wire.merged(said, _said_in_body(body)) if "vllm_xargs" in body else said
 
 
