@@ -1,0 +1,3 @@
+"""Manifests and a Helm chart for Kubernetes; docs/kubernetes.md explains them."""
+
+from __future__ import annotations
