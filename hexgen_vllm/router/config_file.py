@@ -34,25 +34,39 @@ def read_options(path: Path) -> tuple[Values, Values]:
     top = {} if source.value is None else source.value
     if not isinstance(top, Mapping):
         raise source.error((), "the file must be a mapping of options.")
-    router: Values = {}
-    dispatch: Values = {}
     names = {f.name for f in fields(DispatchOptions)}
-    for key, value in top.items():
-        name = key.replace("-", "_")
-        group, cls = (dispatch, DispatchOptions) if name in names else (router, RouterOptions)
-        group[name] = _checked(source, key, cls, name, value)
-    return router, dispatch
+    keys = {key.replace("-", "_"): key for key in map(str, top)}
+    values: Values = {name: top.get(key) for name, key in keys.items()}
+    router = {name: value for name, value in values.items() if name not in names}
+    dispatch = {name: value for name, value in values.items() if name in names}
+    checked = _checked(source, keys, RouterOptions, router)
+    return checked, _checked(source, keys, DispatchOptions, dispatch)
 
 
-def _checked(source: Located, key: str, cls: type[Any], name: str, value: Any) -> Any:
-    try:
+def _checked(source: Located, keys: Mapping[str, str], cls: type[Any], values: Values) -> Values:
+    """Return ``values`` as ``cls`` takes them; an error names the line of the one that is wrong."""
+    found: Values = {}
+    for name, value in values.items():
         several = get_origin(get_type_hints(cls).get(name)) is tuple
-        if several:
-            value = _texts(name, value)
-        from_mapping(cls, {name: value})
+        try:
+            found[name] = _texts(name, value) if several else value
+        except ConfigError as error:
+            raise source.error((), error, key=keys[name]) from None
+    problem = _problem(cls, found)
+    if problem is None:
+        return found
+    # What is wrong alone is wrong in company; what needs company may be fine there.
+    alone = (name for name, value in found.items() if _problem(cls, {name: value}) == problem)
+    name = next(alone, None)
+    raise source.error((), problem, key=None if name is None else keys[name])
+
+
+def _problem(cls: type[Any], values: Values) -> str | None:
+    try:
+        from_mapping(cls, values)
     except ConfigError as error:
-        raise source.error((), error, key=key) from None
-    return value
+        return str(error)
+    return None
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

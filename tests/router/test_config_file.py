@@ -97,3 +97,13 @@ def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("")
     assert read(f"--config {path} --worker-urls {URL}")[0].worker_urls == (URL,)
+
+
+def test_options_that_need_each_other_may_stand_in_any_order(tmp_path: Path) -> None:
+    path = tmp_path / "router.yaml"
+    path.write_text("selector: [app=engine]\nservice-discovery: true\n")
+    options, _ = read(f"--config {path}")
+    assert (options.service_discovery, options.selector) == (True, ("app=engine",))
+    path.write_text("port: 1\nselector: [app=engine]\n")
+    with pytest.raises(ConfigError, match="line 2: service_discovery and selector must be given"):
+        read(f"--config {path}")
