@@ -56,9 +56,8 @@ def _checked(source: Located, keys: Mapping[str, str], cls: type[Any], values: V
     if problem is None:
         return found
     # What is wrong alone is wrong in company; what needs company may be fine there.
-    alone = (name for name, value in found.items() if _problem(cls, {name: value}) == problem)
-    name = next(alone, None)
-    raise source.error((), problem, key=None if name is None else keys[name])
+    alone = (keys[n] for n, value in found.items() if _problem(cls, {n: value}) == problem)
+    raise source.error((), problem, key=next(alone, None))
 
 
 def _problem(cls: type[Any], values: Values) -> str | None:
