@@ -26,6 +26,7 @@ from hexgen_vllm.errors import BadRequest, ConfigError
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.hosts import AllowedHosts
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import decoded
 from hexgen_vllm.router.options import Worker, parse_worker
 from hexgen_vllm.router.pages import Handler
@@ -67,18 +68,18 @@ class Admin:
         }
         return known.get((method, act)) if name else None
 
-    async def register(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def register(self, request: Request) -> web.StreamResponse:
         """Take in the engine that the body describes."""
         said = _texts(decoded(await read_body(request)))
         engine = await self._add(said, request)
         return _json(worker_view(self._context, engine), 201)
 
-    async def add_worker(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def add_worker(self, request: Request) -> web.StreamResponse:
         """Take in the engine that the query names, by vllm-router's convention."""
         engine = await self._add(_texts(dict(request.query)), request)
         return _json(worker_view(self._context, engine))
 
-    async def remove_worker(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def remove_worker(self, request: Request) -> web.StreamResponse:
         """Drain and forget the engine whose URL the query names."""
         url = request.query.get("url", "")
         for engine in self._context.fleet.engines.values():
@@ -86,29 +87,29 @@ class Admin:
                 return self._removed(engine, request)
         raise BadRequest("url must be that of an engine.", param="url", status=404)
 
-    async def list_workers(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def list_workers(self, request: Request) -> web.StreamResponse:
         """List the engines' URLs, by vllm-router's convention."""
         engines = self._context.fleet.engines.values()
         return _json({"urls": [engine.worker.url for engine in engines]})
 
-    async def drain(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def drain(self, request: Request) -> web.StreamResponse:
         """Give the engine no new calls."""
         return self._drained(request, True)
 
-    async def undrain(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def undrain(self, request: Request) -> web.StreamResponse:
         """Give the engine calls again; also one that was to be forgotten."""
         return self._drained(request, False)
 
-    async def remove(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def remove(self, request: Request) -> web.StreamResponse:
         """Drain and forget the engine, or forget it now."""
         return self._removed(self._named(request), request)
 
-    def _drained(self, request: web.BaseRequest, draining: bool) -> web.StreamResponse:
+    def _drained(self, request: Request, draining: bool) -> web.StreamResponse:
         engine = self._named(request)
         self._context.fleet.drain(engine.name, draining)
         return _json(worker_view(self._context, engine))
 
-    def _removed(self, engine: Engine, request: web.BaseRequest) -> web.StreamResponse:
+    def _removed(self, engine: Engine, request: Request) -> web.StreamResponse:
         context, forced = self._context, request.query.get("force", "").lower() in ("true", "1")
         _LOG.info("removal engine=%s forced=%s by=%s", engine.name, forced, request.remote)
         context.watchers.retire(engine.name, "removed by an operator")
@@ -117,14 +118,14 @@ class Admin:
         gone = engine.name not in context.fleet.engines
         return _json({**worker_view(context, engine), "removed": gone}, 200 if gone else 202)
 
-    def _named(self, request: web.BaseRequest) -> Engine:
+    def _named(self, request: Request) -> Engine:
         name = request.path.removeprefix(_ROOT).partition("/")[0]
         engine = self._context.fleet.engines.get(name)
         if engine is None:
             raise BadRequest("There is no such engine.", status=404, code="worker_not_found")
         return engine
 
-    async def _add(self, said: Mapping[str, str], request: web.BaseRequest) -> Engine:
+    async def _add(self, said: Mapping[str, str], request: Request) -> Engine:
         worker = self._worker(said)
         self._check_new(worker)
         found = await self._look(worker)

@@ -13,6 +13,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.outbound import REQUEST_ID_HEADER, SERVER
 
 REASON_HEADER: Final = "x-llm-d-request-dropped-reason"
@@ -101,7 +102,7 @@ def refused_by_engine(status: int) -> bytes:
     return json.dumps(error_object(texts.get(status, "The engine refuses it."), status)).encode()
 
 
-def hung_up(request: web.BaseRequest) -> web.Response:
+def hung_up(request: Request) -> web.Response:
     """Close the client's connection and return what aiohttp wants: an answer nobody gets."""
     if isinstance(request.transport, asyncio.Transport):
         request.transport.abort()

@@ -132,7 +132,7 @@ class Router:
                 await self.stop()
                 raise
 
-    def _mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+    def _mark(self, request: Request, response: web.StreamResponse) -> None:
         if self._cors.enabled:
             self._cors.mark(request, response)
         if self._spot is not None:
@@ -218,7 +218,7 @@ class Router:
         calls = {("POST", endpoint.path): generation(endpoint) for endpoint in ENDPOINTS}
         return calls | Pages(context).routes()
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _handle(self, request: Request) -> web.StreamResponse:
         """Answer any request; errors become OpenAI error objects."""
         handler, admin = self._routes.get((request.method, request.path)), False
         if handler is None:
@@ -231,7 +231,7 @@ class Router:
         if refusal is not None:
             return refusal
         try:
-            if self._shard is not None and isinstance(request, Request):
+            if self._shard is not None:
                 taken = await self._shard.take(request, admin=admin)
                 if taken is not None:
                     return taken
@@ -244,17 +244,17 @@ class Router:
             _LOG.exception("request failed path=%s", request.path)
             return answers.from_error(HexgenError(), None)
 
-    def _refusal(self, request: web.BaseRequest, *, admin: bool) -> web.Response | None:
+    def _refusal(self, request: Request, *, admin: bool) -> web.Response | None:
         """Return why a request may not pass; what another process passes on has been looked at."""
-        if isinstance(request, Request) and request.came_from_here:
+        if request.came_from_here:
             return None
         return self._keys.refusal(request, admin=admin)
 
-    def _admin_route(self, request: web.BaseRequest) -> Handler | None:
+    def _admin_route(self, request: Request) -> Handler | None:
         method, path = request.method, request.path
         return self._admin_routes.get((method, path)) or self._admin.one(method, path)
 
-    def _no_route(self, request: web.BaseRequest) -> web.Response:
+    def _no_route(self, request: Request) -> web.Response:
         known = (*self._routes, *self._admin_routes)
         allowed = sorted(method for method, path in known if path == request.path)
         if allowed:

@@ -10,10 +10,9 @@ import asyncio
 from types import TracebackType
 from typing import Final
 
-from aiohttp import web
-
 from hexgen_vllm.router.answers import EngineFailed
 from hexgen_vllm.router.engine_answer import Answer
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.ledger import CLIENT_GONE
 from hexgen_vllm.router.targets import worker_of
 
@@ -44,7 +43,7 @@ class Attempt:
         "engine", "target",
     )  # fmt: skip
 
-    def __init__(self, guard: Guard, request: web.BaseRequest, target: str) -> None:
+    def __init__(self, guard: Guard, request: Request, target: str) -> None:
         self._guard, self._request = guard, request
         self.target, self.engine = target, worker_of(target)
         self._task: asyncio.Task[object] | None = None

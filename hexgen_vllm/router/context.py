@@ -16,6 +16,7 @@ from hexgen_vllm.router.attempt import Guard
 from hexgen_vllm.router.discovery.discovery import Discovery
 from hexgen_vllm.router.discovery.metrics import DiscoveryMetrics
 from hexgen_vllm.router.fleet import Fleet
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import Intake
 from hexgen_vllm.router.ledger import Ledger
 from hexgen_vllm.router.metrics import Metrics
@@ -132,7 +133,7 @@ def shutting_down() -> Refused:
     )
 
 
-async def read_body(request: web.BaseRequest) -> bytes:
+async def read_body(request: Request) -> bytes:
     """Return the body of a request.
 
     Raises:

@@ -6,6 +6,7 @@ from typing import Final
 
 from aiohttp import web
 
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.options import RouterOptions
 
 _METHODS: Final = "DELETE, GET, HEAD, OPTIONS, POST"
@@ -29,7 +30,7 @@ class Cors:
         """Whether any page may call."""
         return bool(self._origins)
 
-    def preflight(self, request: web.BaseRequest) -> web.Response | None:
+    def preflight(self, request: Request) -> web.Response | None:
         """Return the answer to a preflight request, ``None`` if ``request`` is none."""
         asked = request.headers.get("Access-Control-Request-Method")
         if request.method != "OPTIONS" or asked is None or not self.enabled:
@@ -43,7 +44,7 @@ class Cors:
         }
         return web.Response(status=204, headers=headers)
 
-    def mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+    def mark(self, request: Request, response: web.StreamResponse) -> None:
         """Add to ``response``, before it is sent, what lets the asking page read it."""
         origin = request.headers.get("Origin")
         if origin is None or not (origin in self._origins or "*" in self._origins):

@@ -33,13 +33,13 @@ class Connection(Reader):
         transport: ``None`` when it is gone.
         max_body_bytes: largest body taken.
         task: serves the request under way.
-        peername: of the client; with ``sockname`` and ``ssl_context`` as aiohttp wants them.
+        peername: address of the client.
+        sockname: address it called, a path for a Unix socket.
     """
 
     transport: asyncio.Transport | None = None
     peername: Any = None
     sockname: Any = None
-    ssl_context: Any = None
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
@@ -57,7 +57,6 @@ class Connection(Reader):
         self.transport = cast(asyncio.Transport, transport)
         self.peername = transport.get_extra_info("peername")
         self.sockname = transport.get_extra_info("sockname")
-        self.ssl_context = transport.get_extra_info("sslcontext")
         self._server.open.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

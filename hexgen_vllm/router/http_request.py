@@ -1,8 +1,7 @@
 """A request as the router's own server reads it, and the way back to its client.
 
-It is an :class:`aiohttp.web.BaseRequest` for everybody who wants one. Calls use only what is cheap:
-names and values as they came, the body, and the methods that write the answer straight to the
-connection. The rest of the base class is set up when somebody asks for it.
+Nothing is worked out before somebody asks for it: a call needs names and values as they came, the
+body, and the methods that write the answer straight to the connection.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from aiohttp import streams, web
-from aiohttp.http import HttpVersion, RawRequestMessage
-from multidict import CIMultiDict, CIMultiDictProxy
+from aiohttp import web
+from multidict import CIMultiDict, CIMultiDictProxy, MultiDictProxy
 from yarl import URL
 
 from hexgen_vllm.router.http_body import in_the_clear
@@ -51,10 +49,13 @@ class Source(Protocol):
         """Read on."""
 
 
-class Request(web.BaseRequest):
+class Request:
     """One request.
 
     Attributes:
+        method: of it.
+        path_qs: path and query as they came.
+        path: the path as it came, without a query.
         pairs: header names and values as they came.
         names: the same by lower-case name.
         persists: whether another request may follow on its connection.
@@ -72,7 +73,9 @@ class Request(web.BaseRequest):
         persists: bool,
         can_chunk: bool,
     ) -> None:
-        self._connection, self._line = connection, (method, target)
+        self._connection = connection
+        self.method, self.path_qs = method, target
+        self.path = target.partition("?")[0]
         self.pairs = pairs
         self.persists, self._can_chunk = persists, can_chunk
         self.names = names = Names()
@@ -90,22 +93,6 @@ class Request(web.BaseRequest):
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        """Set up the base class when the first of its attributes is asked for."""
-        if "_message" in self.__dict__:
-            raise AttributeError(name)
-        method, target = self._line
-        message = RawRequestMessage(
-            method, target, HttpVersion(1, 1), self.headers, tuple(self.pairs), False, None,
-            False, False, URL(target, encoded=True),
-        )  # fmt: skip
-        connection = cast(Any, self._connection)
-        super().__init__(
-            message, streams.EMPTY_PAYLOAD, connection, cast(Any, None), cast(Any, None),
-            connection.loop, client_max_size=connection.max_body_bytes,
-        )  # fmt: skip
-        return getattr(self, name)
-
     # What came in
 
     @property
@@ -117,19 +104,15 @@ class Request(web.BaseRequest):
         return self._all
 
     @property
-    def method(self) -> str:
-        """The method."""
-        return self._line[0]
+    def query(self) -> MultiDictProxy[str]:
+        """The query, decoded."""
+        return URL(self.path_qs, encoded=True).query
 
     @property
-    def path_qs(self) -> str:
-        """Path and query as they came."""
-        return self._line[1]
-
-    @property
-    def path(self) -> str:
-        """The path as it came, without a query."""
-        return self._line[1].partition("?")[0]
+    def remote(self) -> str:
+        """The client's address."""
+        name = self._connection.peername
+        return str(name[0] if isinstance(name, tuple) else name)
 
     @property
     def transport(self) -> asyncio.Transport | None:
@@ -140,11 +123,6 @@ class Request(web.BaseRequest):
     def came_from_here(self) -> bool:
         """Whether it came over a Unix socket, from another process of this router."""
         return isinstance(self._connection.sockname, str)
-
-    @property
-    def can_read_body(self) -> bool:
-        """Whether part of the body has not arrived yet."""
-        return not self._complete
 
     @property
     def body_complete(self) -> bool:

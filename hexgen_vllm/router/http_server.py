@@ -12,9 +12,10 @@ from typing import Any, Final, cast
 from aiohttp import web
 
 from hexgen_vllm.router.http_connection import Connection
+from hexgen_vllm.router.http_request import Request
 
-Handle = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-Mark = Callable[[web.BaseRequest, web.StreamResponse], None]
+Handle = Callable[[Request], Awaitable[web.StreamResponse]]
+Mark = Callable[[Request, web.StreamResponse], None]
 _SWEEP_S: Final = 5.0
 
 

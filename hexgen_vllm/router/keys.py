@@ -9,6 +9,7 @@ from typing import Final
 from aiohttp import web
 
 from hexgen_vllm.router import answers
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.options import RouterOptions
 
 # Open without a key: load balancers and scrapers have none, and the page asks for one itself.
@@ -32,7 +33,7 @@ class Keys:
         self._everybody = options.allow_unauthenticated_admin
         self._origins = frozenset(options.allowed_origins)
 
-    def refusal(self, request: web.BaseRequest, *, admin: bool) -> web.Response | None:
+    def refusal(self, request: Request, *, admin: bool) -> web.Response | None:
         """Return the answer to a request that may not pass, ``None`` if it may."""
         if admin:
             return self._admin_refusal(request)
@@ -42,7 +43,7 @@ class Keys:
             return None
         return _no_key("A valid API key is needed.")
 
-    def _admin_refusal(self, request: web.BaseRequest) -> web.Response | None:
+    def _admin_refusal(self, request: Request) -> web.Response | None:
         if self._admin:
             shown = _shows(request, self._admin)
             return None if shown else _no_key("A valid admin API key is needed.")
@@ -61,7 +62,7 @@ def _bearers(keys: Iterable[str]) -> tuple[bytes, ...]:
     return tuple(f"Bearer {key}".encode() for key in keys)
 
 
-def _shows(request: web.BaseRequest, keys: tuple[bytes, ...]) -> bool:
+def _shows(request: Request, keys: tuple[bytes, ...]) -> bool:
     shown = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
     # Every key is compared: the time must not tell which one came close.
     return sum(hmac.compare_digest(shown, key) for key in keys) > 0

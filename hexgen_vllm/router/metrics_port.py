@@ -8,6 +8,7 @@ from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, ConfigError
 from hexgen_vllm.router import answers
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.http_server import Handle, Server
 
 _SHOWN: Final = frozenset(("/metrics", "/health", "/readiness", "/liveness"))
@@ -50,7 +51,7 @@ class MetricsPort:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _answer(self, request: Request) -> web.StreamResponse:
         if request.path in _SHOWN:
             return await self._handle(request)
         return answers.from_error(BadRequest("There is no such endpoint.", status=404), None)

@@ -17,6 +17,7 @@ from hexgen_vllm.router import openapi, outbound, upstream
 from hexgen_vllm.router.answers import EngineFailed, refused_by_engine
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.fleet import Engine
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import decoded
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.overview import decision
@@ -24,7 +25,7 @@ from hexgen_vllm.router.tuning import SearchFailed, fleet_text
 from hexgen_vllm.router.ui_page import DATA_PATH, PATH, UiPage
 from hexgen_vllm.router.workers import target_view, worker_view
 
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+Handler = Callable[[Request], Awaitable[web.StreamResponse]]
 _DECISIONS_SHOWN: Final = 50
 _PASSED_ON: Final = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=60.0)
@@ -62,42 +63,42 @@ class Pages:
         pages = {(method, p): h for p, h in get.items() for method in ("GET", "HEAD")}
         return pages | {("POST", p): h for p, h in post.items()}
 
-    async def liveness(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def liveness(self, request: Request) -> web.StreamResponse:
         """Say that the process runs."""
         return web.Response()
 
-    async def readiness(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def readiness(self, request: Request) -> web.StreamResponse:
         """Say whether a call that comes now would be served: 200 or 503."""
         return web.Response(status=200 if self._context.ready else 503)
 
-    async def version(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def version(self, request: Request) -> web.StreamResponse:
         """Say which version this is."""
         return _json({"version": __version__, "router": "hexgen-vllm"})
 
-    async def models(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def models(self, request: Request) -> web.StreamResponse:
         """List the models of all engines."""
         return _json({"object": "list", "data": self._context.fleet.cards()})
 
-    async def load(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def load(self, request: Request) -> web.StreamResponse:
         """Say how many calls are open, as vLLM does."""
         return _json({"server_load": self._context.ledger.open})
 
-    async def metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def metrics(self, request: Request) -> web.StreamResponse:
         """Show the metrics."""
         body = self._context.metrics.exposition()
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
-    async def openapi(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def openapi(self, request: Request) -> web.StreamResponse:
         """Describe the endpoints."""
         return _json(openapi.document())
 
-    async def workers(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def workers(self, request: Request) -> web.StreamResponse:
         """List the engines by name."""
         context = self._context
         engines = [worker_view(context, engine) for engine in context.fleet.engines.values()]
         return _json({"workers": engines, "total": len(engines)})
 
-    async def diagnostics(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def diagnostics(self, request: Request) -> web.StreamResponse:
         """Show what decisions stand on: rates, loads, learned stages, and the last decisions."""
         coordinator, now = self._context.service.coordinator, self._context.clock.now()
         recent = list(coordinator.log)[-_DECISIONS_SHOWN:]
@@ -134,14 +135,14 @@ class Pages:
             shown["report"] = {k: report[k] for k in report if k not in ("cost", "fit_error")}
         return shown
 
-    async def tuning(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def tuning(self, request: Request) -> web.StreamResponse:
         """Show what tuning did, suggests, and stands on; times are ages in seconds."""
         tuning = self._context.tuning
         if tuning is None:
             return _json({"mode": "off"})
         return _json(tuning.tuner.state(self._context.clock.now()))
 
-    async def recent(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def recent(self, request: Request) -> web.StreamResponse:
         """Return recent workflows, lengths and timings only, for ``hexgen-vllm tune --trace``.
 
         Raises:
@@ -153,7 +154,7 @@ class Pages:
         text = await asyncio.to_thread(tuning.recent.text)
         return web.Response(text=text, content_type="application/x-ndjson")
 
-    async def engines_measured(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def engines_measured(self, request: Request) -> web.StreamResponse:
         """Return the engines as a fleet file, for ``hexgen-vllm tune --fleet`` and ``sim``.
 
         Raises:
@@ -165,7 +166,7 @@ class Pages:
             raise BadRequest(f"{str(error).capitalize()}.", status=404) from None
         return web.Response(text=text, content_type="application/yaml")
 
-    async def finish_session(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def finish_session(self, request: Request) -> web.StreamResponse:
         """End the workflow that the query names, by vllm-router's convention."""
         session_id = request.query.get("session_id", "")
         if not session_id:
@@ -174,7 +175,7 @@ class Pages:
         self._context.service.workflow_finished(session_id)
         return _json({"session_id": session_id, "finished": known})
 
-    async def pass_on(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def pass_on(self, request: Request) -> web.StreamResponse:
         """Relay a request that costs an engine little to the first one that serves its model.
 
         Raises:

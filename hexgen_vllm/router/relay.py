@@ -54,11 +54,9 @@ class Relay:
         """Close the connections to engines."""
         self._pool.close()
 
-    async def answer(self, request: web.BaseRequest, endpoint: Endpoint) -> web.StreamResponse:
+    async def answer(self, request: Request, endpoint: Endpoint) -> web.StreamResponse:
         """Answer a request; every error becomes an OpenAI error object."""
         context = self._context
-        if not isinstance(request, Request):
-            raise TypeError("calls need the router's own server")
         trace = context.tracing.begin(endpoint.path, request.names)
         job = Job(request, endpoint, context.clock.now(), trace)
         context.ledger.arrived[endpoint.name] += 1

@@ -121,9 +121,9 @@ class Shard:
 
     # What all know together
 
-    async def load(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def load(self, request: Request) -> web.StreamResponse:
         """Say what calls this process has placed, to another one."""
-        if not (isinstance(request, Request) and request.came_from_here):
+        if not request.came_from_here:
             raise BadRequest("There is no such endpoint.", status=404)
         engines = self._context.service.coordinator.engines.items()
         return web.Response(

@@ -10,6 +10,7 @@ from typing import Final
 from aiohttp import web
 
 from hexgen_vllm.router.context import Context
+from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.overview import Overview
 
 PATH: Final = "/ui"
@@ -23,7 +24,7 @@ class UiPage:
         self._overview = Overview(context)
         self._page, self._policy = document()
 
-    async def page(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def page(self, request: Request) -> web.StreamResponse:
         """Show the page; it needs no key, what it asks for does."""
         headers = {
             "Cache-Control": "no-cache",
@@ -36,7 +37,7 @@ class UiPage:
             body=self._page, content_type="text/html", charset="utf-8", headers=headers
         )
 
-    async def data(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def data(self, request: Request) -> web.StreamResponse:
         """Say what the page shows now."""
         return data_response(self._overview.body())
 
