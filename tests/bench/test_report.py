@@ -60,6 +60,12 @@ def test_sustained_rate_is_where_the_line_crosses_95_percent() -> None:
     assert Figures([run("slack", 0.3, 1.0, 96)]).sustained("slack") == 0.3
 
 
+def test_a_baseline_that_sustains_nothing_counts_as_sustaining_the_lowest_load() -> None:
+    rows = [run("slack", at, 1.0, 99) for at in (0.2, 0.8)]
+    rows += [run("round_robin+fcfs", at, 1.0, share) for at, share in ((0.2, 90), (0.8, 10))]
+    assert goals(Figures(rows))["sustained_vs_stock"] == pytest.approx(4.0)
+
+
 def test_overload_compares_demotion_with_the_best_baseline() -> None:
     rows = []
     for at in (1.3, 2.0):
