@@ -55,6 +55,7 @@ RULES: Mapping[str, Never | Only] = {
     "only kernels and engine name torch and triton": Never(
         EVERYWHERE, ("torch", "triton", "transformers"), unless=("engine", "kernels")
     ),
+    "only cluster.ray names ray": Never(EVERYWHERE, ("ray",), unless=("cluster.ray",)),
     "only clock reads the time": Never(
         EVERYWHERE, ("time", "datetime"), unless=("clock", "engine", "bench")
     ),
@@ -180,6 +181,7 @@ def test_nothing_in_the_package_imports_objects_from_its_root() -> None:
         ("policy.slack", "if TYPE_CHECKING:\n    from vllm.v1.request import Request"),
         ("client.workflow", "import importlib\nimportlib.import_module('vllm')"),
         ("bench.live", "import torch.cuda"),
+        ("cluster.command_line", "def run():\n    import ray.exceptions"),
         ("router.app", "import time"),
         ("testing", "from datetime import datetime"),
         ("cluster.file", "from time import monotonic as now"),
@@ -211,6 +213,7 @@ def test_the_rules_catch(name: str, source: str) -> None:
     [
         ("engine.scheduler", "import time, vllm, torch\nfrom hexgen_vllm.policy import slack"),
         ("kernels.reference", "import torch, ctypes"),
+        ("cluster.ray.library", "import ray"),
         ("clock", "import time, random"),
         ("bench.live", "import time, asyncio"),
         ("policy.slack", "from random import Random\nfrom ..types import Call\nimport math, numpy"),

@@ -1,7 +1,7 @@
-"""``python -m hexgen_vllm.serve --cluster cluster.yaml [--log-dir DIR]``.
+"""``python -m hexgen_vllm.serve --cluster cluster.yaml [--log-dir DIR] [--backend ray]``.
 
-Exit code 0 after SIGINT or SIGTERM, 1 when a process died, 2 when the file is wrong. A second
-signal does not wait for running calls.
+Exit code 0 after SIGINT or SIGTERM, 1 when a process died, 2 when the file or what it asks for is
+wrong. A second signal does not wait for running calls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn, Protocol
 
 from hexgen_vllm.cluster.file import load
 from hexgen_vllm.cluster.process import ProcessFailed
@@ -22,6 +22,7 @@ from hexgen_vllm.cluster.supervisor import Cluster
 from hexgen_vllm.errors import ConfigError
 
 PROG = "python -m hexgen_vllm.serve"
+BACKENDS: Final = ("local", "ray")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,25 +38,76 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROG, description="Start several engines and the router.")
     parser.add_argument("--cluster", required=True, type=Path, metavar="FILE", help="cluster file")
     parser.add_argument("--log-dir", metavar="DIR", help="directory of the logs")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="who starts the engines: this machine, or Ray on its nodes (default: local)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Ray cluster to join, or auto; without it one is started here",
+    )
     return parser
+
+
+class Running(Protocol):
+    """A cluster that can be started and stopped, whoever starts its engines."""
+
+    def summary(self) -> str:
+        """Return what serves where, in one line."""
+
+    async def start(self) -> None:
+        """Start all."""
+
+    async def watch(self) -> None:
+        """Run until something that is not started again dies."""
+
+    async def stop(self) -> None:
+        """Stop all."""
+
+    def kill(self) -> None:
+        """Kill all."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the cluster named on the command line; return the exit code."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.ray_address is not None and args.backend != "ray":
+        parser.error("argument --ray-address: goes with --backend ray only")
     try:
         spec = load(args.cluster)
+        if args.log_dir is not None:
+            spec = replace(spec, log_dir=args.log_dir)
+        if args.ray_address is not None:
+            spec = replace(spec, ray={**spec.ray, "address": args.ray_address})
+        return asyncio.run(run(_made(spec, args.backend)))
     except ConfigError as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
-    if args.log_dir is not None:
-        spec = replace(spec, log_dir=args.log_dir)
-    return asyncio.run(run(spec))
 
 
-async def run(spec: ClusterSpec) -> int:
-    """Run a cluster until a signal or the death of a process; return the exit code."""
-    cluster = Cluster(spec, report=lambda line: print(line, file=sys.stderr, flush=True))
+def _made(spec: ClusterSpec, backend: str) -> Running:
+    """Return the cluster of ``spec``, not started yet."""
+    if backend == "ray":
+        from hexgen_vllm.cluster.ray.supervisor import RayCluster
+
+        return RayCluster(spec, report=_report)
+    return Cluster(spec, report=_report)
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+async def run(cluster: Running) -> int:
+    """Run a cluster until a signal or the death of a process; return the exit code.
+
+    Raises:
+        ConfigError: what it is to be made of cannot be had.
+    """
     stopped = _stop_signals(cluster)
     running = asyncio.ensure_future(_start_and_watch(cluster))
     try:
@@ -73,7 +125,7 @@ async def run(spec: ClusterSpec) -> int:
         await cluster.stop()
 
 
-def _stop_signals(cluster: Cluster) -> asyncio.Future[None]:
+def _stop_signals(cluster: Running) -> asyncio.Future[None]:
     """Return a future that the first SIGINT or SIGTERM completes; the second kills."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[None] = loop.create_future()
@@ -89,14 +141,7 @@ def _stop_signals(cluster: Cluster) -> asyncio.Future[None]:
     return stopped
 
 
-async def _start_and_watch(cluster: Cluster) -> None:
+async def _start_and_watch(cluster: Running) -> None:
     await cluster.start()
-    engines = ", ".join(
-        f"{entry.name} {url}"
-        for entry, url in zip(cluster.spec.engines, cluster.engine_urls, strict=True)
-    )
-    router = "no router" if cluster.spec.router is None else f"router {cluster.router_url}"
-    print(f"ready: {router}; engines {engines}; logs {cluster.log_dir}", flush=True)
-    if not cluster.processes:  # only servers of others: there is nobody to watch
-        await asyncio.Event().wait()
+    print(f"ready: {cluster.summary()}", flush=True)
     await cluster.watch()

@@ -62,18 +62,18 @@ def router_command(
         drain_s: seconds it has to finish calls in flight when it is stopped.
     """
     listen = [f"--host={entry.host}", f"--port={port}", f"--policy={entry.policy}"]
-    known = {"shutdown_timeout": drain_s, **_stock_scheduling(engine for engine, _ in engines)}
+    known = {"shutdown_timeout": drain_s, **stock_scheduling(engine for engine, _ in engines)}
     given = {name.replace("-", "_"): value for name, value in entry.options.items()}
     workers = [f"{engine.name}={url}" for engine, url in engines]
     return [
         *_python(ROUTER_MODULE),
         *listen,
         *flags({**known, **given}),
-        *("--worker-urls", *workers),
+        *(("--worker-urls", *workers) if workers else ()),
     ]
 
 
-def _stock_scheduling(engines: Iterable[EngineEntry]) -> dict[str, str]:
+def stock_scheduling(engines: Iterable[EngineEntry]) -> dict[str, str]:
     """Return the router's option that says how stock engines order calls, if all do alike.
 
     A stock vLLM does not tell, and a router that is not told must guess.

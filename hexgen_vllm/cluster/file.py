@@ -26,7 +26,7 @@ from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
 from hexgen_vllm.config import from_mapping
 from hexgen_vllm.errors import ConfigError
 
-_INHERITED_BY_COMMANDS: Final = ("host", "env", "device")
+_INHERITED_BY_COMMANDS: Final = ("host", "env", "device", "ray")
 _ROUTER_KEYS: Final = frozenset(f.name for f in fields(RouterEntry)) - {"options"}
 
 
@@ -93,7 +93,7 @@ def _engine(source: Located, path: Key, defaults: Mapping[str, Any]) -> EngineEn
     own = _engine_values(source, path)
     inherited = _inherited(own, defaults)
     values = {**inherited, **own}
-    for key in ("env", "hexgen"):
+    for key in ("env", "hexgen", "ray"):
         values[key] = {**inherited.get(key, {}), **own.get(key, {})}
     values["args"] = shapes.merged_args(inherited.get("args", {}), own.get("args", {}))
     try:

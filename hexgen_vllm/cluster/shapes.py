@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from hexgen_vllm.cluster.commands import flags
+from hexgen_vllm.cluster.ray.keys import Placement
+from hexgen_vllm.config import from_mapping
 from hexgen_vllm.errors import ConfigError
 
 Scalar = str | int | float
@@ -76,6 +78,19 @@ def hexgen(value: Any) -> dict[str, Any]:
     return {str(name).replace("-", "_"): item for name, item in value.items()}
 
 
+def ray(value: Any) -> dict[str, Any]:
+    """Return what an entry says about Ray, each value checked on its own.
+
+    Raises:
+        ConfigError: it is not a mapping, or a key or value is wrong.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError("ray must be a mapping such as {resources: {fast: 1}}.")
+    found = {str(name).replace("-", "_"): item for name, item in value.items()}
+    from_mapping(Placement, found, where="ray key")
+    return found
+
+
 def device(value: Any) -> str:
     """Return the value of ``CUDA_VISIBLE_DEVICES``.
 
@@ -106,6 +121,7 @@ BY_KEY: Final[dict[str, Callable[[Any], Any]]] = {
     "args": args,
     "env": env,
     "hexgen": hexgen,
+    "ray": ray,
     "device": device,
     "command": command,
 }

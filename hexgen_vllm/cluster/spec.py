@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from hexgen_vllm.cluster.ray.keys import Placement, RayOptions
 from hexgen_vllm.config import DispatchOptions, EngineOptions, check, from_mapping, option
 from hexgen_vllm.errors import ConfigError
 
@@ -25,6 +26,7 @@ class EngineEntry:
         args: arguments of ``vllm serve``, as on its command line.
         hexgen: options of the ``hexgen`` scheduler (:class:`hexgen_vllm.config.EngineOptions`).
         command: starts a server that answers ``/health``; ``{host}`` and ``{port}`` are filled in.
+        ray: where Ray puts it and how many of it (:class:`hexgen_vllm.cluster.ray.keys.Placement`).
     """
 
     name: str = option("", "unique name, also that of the log file")
@@ -38,9 +40,20 @@ class EngineEntry:
     port: int = option(0, "port to listen on, 0 for a free one", least=0, most=65535)
     url: str | None = option(None, "a server that already runs; nothing is started")
     command: tuple[str, ...] = option((), "how to start a server that is not a vLLM")
+    ray: Mapping[str, Any] = option({}, "where Ray puts it, and how many")
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def placement(self) -> Placement:
+        """Where Ray puts it, and how many of it."""
+        return from_mapping(Placement, self.ray, where="ray key")
+
+    def replicas(self) -> tuple[str, ...]:
+        """Return the names of the engines that Ray may make of it: one has the entry's own."""
+        most = self.placement.most
+        return (self.name,) if most == 1 else tuple(f"{self.name}-{i}" for i in range(most))
 
     def check_whole(self) -> None:
         """Check what only all fields together can tell.
@@ -59,12 +72,19 @@ class EngineEntry:
         if self.hexgen and self.scheduler != "hexgen":
             raise ConfigError(f"hexgen options do not go with scheduler {self.scheduler}.")
         from_mapping(EngineOptions, self.hexgen, where="hexgen option")
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        placement = self.placement
+        placement.check_whole()
+        if self.port and placement.most > 1:
+            raise ConfigError("port does not go with several replicas.")
 
     def _check_url(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ConfigError(f"url must be like http://host:port, not {url!r}.")
-        self._must_be_without("url", (*_OF_VLLM, "command", "port", "env", "device"))
+        self._must_be_without("url", (*_OF_VLLM, "command", "port", "env", "device", "ray"))
 
     def _must_be_without(self, this: str, others: tuple[str, ...]) -> None:
         plain = EngineEntry()
@@ -111,6 +131,7 @@ class ClusterSpec:
 
     Attributes:
         router: ``None`` starts engines only.
+        ray: what goes for all engines under Ray (:class:`hexgen_vllm.cluster.ray.keys.RayOptions`).
     """
 
     engines: tuple[EngineEntry, ...] = option((), "the engines")
@@ -120,9 +141,16 @@ class ClusterSpec:
     log_dir: str | None = option(None, "directory of the logs; a new temporary one when not set")
     start_timeout_s: float = option(600.0, "time an engine has to become healthy", least=1e-3)
     stop_grace_s: float = option(15.0, "time a process has to stop before it is killed", least=0.0)
+    ray: Mapping[str, Any] = option({}, "what goes for all engines under Ray")
+
+    @property
+    def ray_options(self) -> RayOptions:
+        """What goes for all engines under Ray."""
+        return from_mapping(RayOptions, self.ray, where="ray key")
 
     def __post_init__(self) -> None:
         check(self)
+        _ = self.ray_options
         if not self.engines:
             raise ConfigError("engines must name at least one engine.")
         names = [engine.name for engine in self.engines]
@@ -131,3 +159,10 @@ class ClusterSpec:
                 raise ConfigError(f"engines must have different names, but two are {name!r}.")
         for engine in self.engines:
             engine.check_whole()
+        self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        replicas = [name for engine in self.engines for name in engine.replicas()]
+        for name in replicas:
+            if replicas.count(name) > 1:
+                raise ConfigError(f"engines must have different names, but {name!r} is a replica.")

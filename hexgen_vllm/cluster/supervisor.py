@@ -84,6 +84,13 @@ class Cluster:
         """What was started, engines first."""
         return (*self._engines, *([] if self._router is None else [self._router]))
 
+    def summary(self) -> str:
+        """Return what serves where, in one line."""
+        router = "no router" if self._router is None else f"router {self._router.url}"
+        named = zip(self.spec.engines, self._urls, strict=True)
+        engines = ", ".join(f"{entry.name} {url}" for entry, url in named)
+        return f"{router}; engines {engines}; logs {self.log_dir}"
+
     async def __aenter__(self) -> Cluster:
         try:
             await self.start()
@@ -160,6 +167,8 @@ class Cluster:
         Raises:
             ProcessFailed: a process died and is not to be started again.
         """
+        if not self.processes:  # only servers of others: there is nobody to watch
+            await asyncio.Event().wait()
         await all_or_first_error(self._keep(process) for process in self.processes)
 
     async def _keep(self, process: Process) -> None:

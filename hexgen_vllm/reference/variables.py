@@ -14,6 +14,7 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
         "router",
         "with `--otlp-traces-endpoint`: `grpc`, the default, or `http/protobuf`",
     ),
+    "RAY_ADDRESS": ("cluster", "Ray cluster to join (`--ray-address`)"),
     "VLLM_PLUGINS": ("engine", "vLLM's list of plugins to load; if set, it must name `hexgen`"),
     "HEXGEN_KERNELS": (
         "engine",

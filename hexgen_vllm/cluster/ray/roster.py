@@ -1,0 +1,136 @@
+"""Tells the router which engines there are, again and again until it knows.
+
+Engines come and go, and so may the router, which remembers nothing of what was registered before
+it died. So the roster is compared with what the router says it has, and only differences are told.
+
+    serving   registered; one that serves at a new address takes the place of the old one
+    lost      drained, not removed: its model stays known, and calls for it get an honest 503
+    leaving   removed, which drains it; gone once its calls have ended
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from hexgen_vllm.cluster.ray.router_client import RouterAway, RouterClient
+
+INTERVAL_S: Final = 0.5
+_Workers = Mapping[str, Mapping[str, Any]]
+
+
+class Unlisted:
+    """A roster for nobody: there is no router."""
+
+    settled: Final = True
+
+    def serving(self, name: str, url: str) -> None:
+        """Do nothing."""
+
+    def lost(self, name: str) -> None:
+        """Do nothing."""
+
+    async def leave(self, name: str) -> None:
+        """Return at once: nobody knows whether calls are open."""
+
+
+class Roster:
+    """The engines as they should stand in the router's list.
+
+    Args:
+        router: the router.
+        report: gets a line when the router refuses something.
+    """
+
+    def __init__(self, router: RouterClient, report: Callable[[str], None]) -> None:
+        self._router, self._report = router, report
+        self._urls: dict[str, str] = {}  # of those that serve
+        self._lost: set[str] = set()
+        self._leaving: dict[str, asyncio.Future[None]] = {}
+        self._told: dict[str, str] = {}  # where the router believes them
+        self._changed = asyncio.Event()
+        self._refusals: dict[str, str] = {}
+
+    def serving(self, name: str, url: str) -> None:
+        """Have the router give calls to an engine."""
+        self._urls[name] = url
+        self._lost.discard(name)
+        self._changed.set()
+
+    def lost(self, name: str) -> None:
+        """Have the router give no calls to an engine that is gone for now."""
+        self._urls.pop(name, None)
+        self._lost.add(name)
+        self._changed.set()
+
+    async def leave(self, name: str) -> None:
+        """Return when the router has forgotten an engine: none of its calls is open."""
+        self._urls.pop(name, None)
+        self._lost.discard(name)
+        gone = self._leaving.setdefault(name, asyncio.get_running_loop().create_future())
+        self._changed.set()
+        await gone
+
+    @property
+    def settled(self) -> bool:
+        """Whether the router knows every engine that serves."""
+        return self._urls.items() <= self._told.items()
+
+    async def keep(self) -> None:
+        """Keep the router informed until cancelled."""
+        while True:
+            self._changed.clear()
+            with contextlib.suppress(RouterAway):
+                await self.compare()
+            wait = asyncio.ensure_future(self._changed.wait())
+            await asyncio.wait({wait}, timeout=INTERVAL_S)
+            wait.cancel()
+
+    async def compare(self) -> None:
+        """Tell the router what it has wrong.
+
+        Raises:
+            RouterAway: it does not say what it has.
+        """
+        there = await self._router.workers()
+        for name, url in list(self._urls.items()):
+            await self._tell(name, self._should_serve(name, url, there))
+        for name in self._lost & there.keys():
+            if there[name]["state"] != "draining":
+                await self._tell(name, self._router.drain(name))
+        for name, gone in list(self._leaving.items()):
+            await self._see_off(name, gone, there)
+
+    async def _should_serve(self, name: str, url: str, there: _Workers) -> None:
+        if name in there and self._told.get(name) == url:
+            if there[name]["state"] == "draining":
+                await self._router.undrain(name)
+            return
+        at_this_url = {n for n in self._lost if self._told.get(n) == url}
+        for old in (at_this_url | {name}) & there.keys():
+            await self._router.remove(old, force=True)
+        await self._router.add(name, url)
+        if self._urls.get(name) == url:
+            self._told[name] = url
+
+    async def _see_off(self, name: str, gone: asyncio.Future[None], there: _Workers) -> None:
+        if name in there:
+            if self._told.pop(name, None) is not None:
+                await self._tell(name, self._router.remove(name))
+            return
+        del self._leaving[name]
+        self._told.pop(name, None)
+        if not gone.done():
+            gone.set_result(None)
+
+    async def _tell(self, name: str, telling: Any) -> None:
+        """Await ``telling``; a refusal is reported once, and tried again next time."""
+        try:
+            await telling
+            self._refusals.pop(name, None)
+        except RouterAway as why:
+            if self._refusals.get(name) != str(why):
+                self._refusals[name] = str(why)
+                self._report(f"engine {name}: the router says: {why}")
