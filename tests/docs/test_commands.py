@@ -24,7 +24,7 @@ LANGUAGES = {*SHELL, "python", "yaml", "text", "json"}
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = [c for block in BLOCKS if block.language in SHELL for c in commands(block)]
 LISTED = [(command, entry) for command in COMMANDS if (entry := not_run(command))]
-SPAN = re.compile(r"`((?:hexgen-vllm|python -m (?:hexgen_vllm|examples))[^`\n]*)`")
+SPAN = re.compile(r"`((?:hexgen-vllm(?![\w./-])|python -m (?:hexgen_vllm|examples))[^`\n]*)`")
 TARGET = re.compile(r"^([\w-]+):", re.MULTILINE)
 
 

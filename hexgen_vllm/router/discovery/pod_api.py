@@ -67,7 +67,7 @@ class PodApi:
             else:
                 await config.load_kube_config(config_file=path, client_configuration=settings)
         except (config.ConfigException, yaml.YAMLError, OSError, *_MALFORMED) as error:
-            raise ConfigError(_no_cluster(path, error)) from None
+            raise _no_cluster(path, error) from None
         settings.retries = None  # who asks tries again himself
         self._client = client.ApiClient(configuration=settings)
 
@@ -183,16 +183,18 @@ def _reason(status: object) -> str:
     return _REASONS.get(status, "error") if isinstance(status, int) else "error"
 
 
-def _no_cluster(path: str | None, error: Exception) -> str:
-    """Return the sentence about a cluster that cannot be found."""
+def _no_cluster(path: str | None, error: Exception) -> ConfigError:
+    """Return the error of a cluster that cannot be found."""
     said = "it does not have the form of one" if isinstance(error, _MALFORMED) else _first(error)
-    if path is None and "KUBERNETES_SERVICE_HOST" in os.environ:
-        return f"service_discovery cannot use the account of this pod: {said}."
-    if path is None:
-        return "service_discovery finds no cluster: there is no account of a pod and no kubeconfig."
-    if not Path(path).is_file():
-        return f"kubeconfig must be a file, and {path} is none."
-    return f"kubeconfig {path} cannot be used: {said}."
+    if path is not None and not Path(path).is_file():
+        return ConfigError(f"kubeconfig must be a file, and {path} is none.")
+    if path is not None:
+        return ConfigError(f"kubeconfig {path} cannot be used: {said}.")
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return ConfigError(f"service_discovery cannot use the account of this pod: {said}.")
+    return ConfigError(
+        "service_discovery finds no cluster: there is no account of a pod and no kubeconfig."
+    )
 
 
 def _first(error: Exception) -> str:

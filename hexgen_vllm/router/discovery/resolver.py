@@ -57,8 +57,9 @@ class Resolver:
         try:
             self._resolver = dns.asyncresolver.Resolver(configure=server is None)
         except dns.resolver.NoResolverConfiguration:
-            text = "worker_dns_server must be given where /etc/resolv.conf names no server."
-            raise ConfigError(text) from None
+            raise ConfigError(
+                "worker_dns_server must be given where /etc/resolv.conf names no server."
+            ) from None
         if server is not None:
             self._resolver.nameservers, self._resolver.port = [server.host], server.port
         self._resolver.use_edns(0, 0, _PAYLOAD_BYTES)
