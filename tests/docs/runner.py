@@ -87,7 +87,7 @@ def kind_of(command: str) -> str | None:
         return "engine"
     if said[:3] == ["python", "-m", "hexgen_vllm.serve"]:
         return "cluster" if "--cluster" in said else "engine"
-    if said[:2] == ["hexgen-vllm", "router"]:
+    if said[:2] == ["hexgen-vllm", "router"] or said[:1] == ["vllm-router"]:
         return "router"
     return "other" if said[:3] == ["python", "-m", "hexgen_vllm.testing.fake_server"] else None
 
@@ -158,11 +158,7 @@ class PageRun:
         if kind is not None:
             self._start(kind, command)
             return
-        short = command
-        for entry in table.APPENDED:
-            if entry.part in command:
-                short = _appended(short, entry.words)
-        meant = self._meant(short)
+        meant = self._meant(_shortened(command))
         if _only_assigns(command):
             self._before.append(meant)
         self._shell(meant, block)
@@ -195,7 +191,7 @@ class PageRun:
         documented = _flag(said, "--port") or str(DEFAULT_PORTS.get(kind, 30000))
         self._stop(int(documented))
         port = self._port(int(documented))
-        argv = words(self._meant(command))
+        argv = words(self._meant(_shortened(command)))
         log = self._folder / f"log-{len(self.ran)}"
         start: Callable[[], Program] = {
             "engine": lambda: self._engine(argv, port, log),
@@ -204,7 +200,7 @@ class PageRun:
         program = self._servers[int(documented)] = start()
         if kind == "cluster":
             wait_until(lambda: "ready: " in program.text(), program)
-        path = "/readiness" if kind == "router" and "--worker-urls" in said else "/health"
+        path = "/health" if kind != "router" or "--worker-urls" in said else "/liveness"
         wait_until(lambda: _answers(port, path), program)
 
     def _stop(self, documented: int) -> None:
@@ -237,11 +233,12 @@ class PageRun:
         assert program.wait(COMMAND_S) == 0, f"{block.where}\n{program.text()[-4000:]}"
 
 
-def _appended(command: str, more: str) -> str:
-    """Return ``command`` with more words before a comment and what it is piped into."""
-    found = re.search(r"\s+(#|\|)", command)
+def _shortened(command: str) -> str:
+    """Return ``command`` with the words of the table, before a comment and what it is piped to."""
+    more = "".join(f" {entry.words}" for entry in table.APPENDED if entry.part in command)
+    found = re.search(r"\s+[#|>&]", command)
     at = found.start() if found else len(command)
-    return f"{command[:at]} {more}{command[at:]}"
+    return f"{command[:at]}{more}{command[at:]}"
 
 
 def _only_assigns(command: str) -> bool:

@@ -1,0 +1,148 @@
+"""Shows that whoever is due first is served first, whatever stands before the engine.
+
+python -m examples.other_stacks.order http://127.0.0.1:30000/v1 MODEL --say headers
+
+The engine's batch is filled with long calls (``--fill`` is its ``--max-num-seqs``). Then calls
+arrive that have to wait, the one with the most time first. One of the long calls is given up, and
+in its place they run, one at a time. They are printed in the order in which they end. The exit
+code is 0 if that is the order of their deadlines, 1 if not, and 2 if they did not have to wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from openai import AsyncOpenAI, AsyncStream
+from openai.types.chat import ChatCompletionChunk
+
+DEADLINES_S: Final = (120, 110, 100, 90, 80, 70)
+_LONG_TOKENS: Final = 900
+_SHORT_TOKENS: Final = 24  # enough for this program to tell which of two ended first
+_GAP_S: Final = 0.05  # so that calls arrive in the order in which they are sent
+_ARRIVAL_S: Final = 0.5
+_TRIES: Final = 9
+
+Said = Mapping[str, Any]
+
+
+def headers(deadline_s: int) -> Said:
+    """Say it in headers: for our router, and for our engine behind what passes headers on."""
+    said = {
+        "x-hexgen-workflow-id": f"due-in-{deadline_s}",
+        "x-hexgen-workflow-deadline-ms": str(deadline_s * 1000),
+    }
+    return {"extra_headers": said}
+
+
+def xargs(deadline_s: int) -> Said:
+    """Say it in the body, which every gateway passes on."""
+    said = {
+        "hexgen_workflow_id": f"due-in-{deadline_s}",
+        "hexgen_workflow_deadline_ms": deadline_s * 1000,
+    }
+    return {"extra_body": {"vllm_xargs": said}}
+
+
+def agentic(deadline_s: int) -> Said:
+    """Say it as clients of vllm-router do."""
+    said = {"program_id": f"due-in-{deadline_s}", "deadline_seconds": deadline_s}
+    return {"extra_body": {"vllm_xargs": {"agentic_context": said}}}
+
+
+WAYS: Final[Mapping[str, Callable[[int], Said]]] = {
+    "headers": headers,
+    "xargs": xargs,
+    "agentic": agentic,
+}
+
+
+class Calls:
+    """Calls of one model.
+
+    Attributes:
+        ended: deadlines of the calls that have ended, in that order.
+    """
+
+    def __init__(self, base_url: str, model: str) -> None:
+        self._client = AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0)
+        self._model = model
+        self._began_s = time.monotonic()
+        self.ended: list[int] = []
+
+    async def fill(self) -> AsyncStream[ChatCompletionChunk]:
+        """Begin a long call, and return it once it has written something."""
+        stream = await self._client.chat.completions.create(
+            model=self._model,
+            messages=[{"role": "user", "content": "Count to a thousand."}],
+            max_tokens=_LONG_TOKENS,
+            extra_body={"ignore_eos": True},
+            stream=True,
+        )
+        events = stream.__aiter__()
+        while not (await events.__anext__()).choices[0].delta.content:
+            pass
+        return stream
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def ask(self, deadline_s: int, say: Callable[[int], Said]) -> None:
+        """Make a call that is due in ``deadline_s``, and note when it ends."""
+        said = say(deadline_s)
+        await self._client.chat.completions.create(
+            model=self._model,
+            messages=[{"role": "user", "content": "Say yes or no."}],
+            max_tokens=_SHORT_TOKENS,
+            **{**said, "extra_body": {"ignore_eos": True, **said.get("extra_body", {})}},
+        )
+        self.ended.append(deadline_s)
+        after_s = time.monotonic() - self._began_s
+        print(f"due in {deadline_s:3} s: answered {after_s:5.1f} s after the first call")
+
+
+async def order(base_url: str, model: str, say: str, fill: int) -> list[int] | None:
+    """Return the deadlines of calls that had to wait, in the order in which they ended.
+
+    ``None`` if one of them did not have to wait.
+    """
+    calls = Calls(base_url, model)
+    first, *others = await asyncio.gather(*(calls.fill() for _ in range(fill)))
+    waiting = []
+    for deadline_s in DEADLINES_S:
+        waiting.append(asyncio.create_task(calls.ask(deadline_s, WAYS[say])))
+        await asyncio.sleep(_GAP_S)
+    await asyncio.sleep(_ARRIVAL_S)
+    at_once = bool(calls.ended)
+    await first.close()
+    await asyncio.gather(*waiting)
+    for stream in others:
+        await stream.close()
+    await calls.close()
+    return None if at_once else calls.ended
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the calls that the command line asks for; return the exit code."""
+    parser = argparse.ArgumentParser(description="Are calls served in the order of deadlines?")
+    parser.add_argument("base_url", help="such as http://127.0.0.1:30000/v1")
+    parser.add_argument("model")
+    parser.add_argument("--say", choices=WAYS, default="headers", help="how deadlines are said")
+    parser.add_argument("--fill", type=int, default=8, help="calls that fill the engine's batch")
+    args = parser.parse_args(argv)
+    for _ in range(_TRIES):
+        ended = asyncio.run(order(args.base_url, args.model, args.say, args.fill))
+        if ended is not None:
+            return 0 if ended == sorted(ended) else 1
+        print("a call did not have to wait; once more")
+    print("the calls never had to wait; --fill must be larger", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
