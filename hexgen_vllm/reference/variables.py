@@ -26,6 +26,7 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
     ),
     "XDG_CACHE_HOME": ("engine", "base of that default, by default `~/.cache`"),
     "TRITON_INTERPRET": ("engine", "1 runs the Triton kernel in its interpreter, without a GPU"),
+    "CC": ("pip install", "C compiler for compiled parts"),
     "CXX": ("build", "C++ compiler for the CPU kernel"),
     "NVCC": ("build", "CUDA compiler for the CUDA kernel"),
     "CUDA_HOME": ("build", "folder of the CUDA toolkit"),

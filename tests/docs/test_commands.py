@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from hexgen_vllm import cli
+from hexgen_vllm.cluster import load
 from hexgen_vllm.config import EngineOptions
 from tests.docs import table
 from tests.docs.pages import PAGES, ROOT, SHELL, Block, blocks, commands, prose, words
@@ -42,6 +43,17 @@ def test_every_block_says_what_it_is(block: Block) -> None:
     assert block.language in LANGUAGES, f"{block.where}: ```{block.language}"
     if block.language == "yaml":
         assert block.file, f"{block.where}: the first line must name the file"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [b for b in BLOCKS if "engines:" in b.text and b.file and "values" not in b.file],
+    ids=lambda b: b.where,
+)
+def test_every_cluster_file_shown_is_one(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(block.text)
+    assert load(path).engines
 
 
 def test_no_code_is_only_indented() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import tomllib
 
 from hexgen_vllm import cli
 from hexgen_vllm.reference import commands as reference
@@ -22,7 +23,9 @@ LINK: Final = re.compile(r"\]\(([^()\s]+)\)")
 HEADING: Final = re.compile(r"^#+ (.+)$", re.MULTILINE)
 MODULE: Final = re.compile(r"hexgen_vllm(?:\.\w+)+")
 PATH: Final = re.compile(r"(?:[\w.-]+/)+[\w.-]*\w")
-FLAG: Final = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+(?![…-])")
+LISTED: Final = re.compile(r"^\| `(hexgen_\w+)` \| (?:counter|gauge|histogram) ", re.MULTILINE)
+METRIC: Final = re.compile(r"`(hexgen_(?:router|vllm)_\w+?)(?:_bucket|_count|_sum)?[`{]")
+FLAG: Final = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+(?![\w…-])")
 FOLDERS: Final = tuple(
     path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")
 )
@@ -34,7 +37,13 @@ OF_VLLM: Final = {
     "--pipeline-parallel-size", "--port", "--scheduler-cls", "--scheduling-policy",
     "--tensor-parallel-size",
 }  # fmt: skip
-OF_OTHERS: Final = {"--extra-index-url": "pip", "--force-reinstall": "pip", "--no-deps": "pip"}
+OF_OTHERS: Final = {
+    "--extra-index-url": "pip",
+    "--force-reinstall": "pip",
+    "--no-deps": "pip",
+    "--enable-program-scheduling": "vllm-router",
+    "--node-ip-address": "ray",
+}
 EXAMPLES: Final = ("examples.text2sql.options",)
 
 
@@ -94,6 +103,21 @@ def is_there(dotted: str) -> bool:
             rest = parts[length:]
             return not rest or rest[0] in source.read_text()
     return False
+
+
+def test_every_metric_named_exists() -> None:
+    known = set(LISTED.findall((ROOT / "docs" / "metrics.md").read_text()))
+    for page in PAGES:
+        assert set(METRIC.findall(prose(page))) <= known, page.name
+
+
+def test_every_extra_named_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for page in PAGES:
+        for name in re.findall(r"(?:hexgen-vllm|\.)\[([\w,-]+)\]", page.read_text()):
+            assert set(name.split(",")) <= set(extras), name
 
 
 def our_flags() -> set[str]:

@@ -1,0 +1,228 @@
+"""What the documentation says that commands say, they say: one mistake for each sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from hexgen_vllm import cli, serve
+from tests.docs.sentences import HOLE
+from tests.docs.test_errors import TEXTS, documented
+
+URL = "http://127.0.0.1:9"
+FLEET = "fleet: reference-4\n"
+PLAYED = f"{FLEET}arrivals: {{loads: [0.5]}}\n"
+LIVE = '[{"policy": "slack"}]'
+RECENT = {"type": "t", "arrived_s": 0, "calls": [
+    {"stage": "s", "at_s": 0, "took_s": 1, "prompt": 5, "output": 5}]}  # fmt: skip
+
+
+class Mistake(NamedTuple):
+    """A command line, what its file says if it has one, and the sentence that answers."""
+
+    sentence: str
+    words: str
+    file: str = ""
+
+
+def router(sentence: str, words: str = "--config FILE", file: str = "") -> Mistake:
+    return Mistake(sentence, f"router {words}", file)
+
+
+def cluster(sentence: str, file: str) -> Mistake:
+    return Mistake(sentence, "SERVE --cluster FILE", file)
+
+
+def scenario(sentence: str, file: str, words: str = "") -> Mistake:
+    return Mistake(sentence, f"sim FILE {words}", file)
+
+
+def tuned(sentence: str, words: str, file: str = FLEET) -> Mistake:
+    return Mistake(sentence, f"tune --fleet FILE {words}", file)
+
+
+def recent(sentence: str, line: str) -> Mistake:
+    return Mistake(sentence, "tune --fleet FLEET --trace FILE.jsonl", line)
+
+
+def engine(keys: str) -> str:
+    return f"engines:\n  - {{{keys}}}\n"
+
+
+def fleet_of(keys: str) -> str:
+    return f"fleet:\n  - {{{keys}}}\narrivals: {{loads: [0.5]}}\n"
+
+
+def changed(**values: object) -> str:
+    return json.dumps({**RECENT, **values})
+
+
+OPTIONS = (
+    router("unknown … …; known are ….", file="nonsense: 1"),
+    router("… must be one of …, not ….", file="policy: best"),
+    router("… must be at least …, not ….", "--alpha -1"),
+    router("… must be at most …, not ….", "--alpha 2"),
+    router("… must be finite, not ….", "--alpha nan"),
+    router("… must be a number, not ….", file="alpha: x"),
+    router("… must be a whole number, not ….", file="port: 1.5"),
+    router("… must be true or false, not ….", file="disable-retries: 1"),
+    router("… must be text, not ….", file="host: 1"),
+    router("… must be like NAME=NUMBER, not ….", "--tenant-weights a"),
+    router("tenant_weights of … must be a number above 0.", "--tenant-weights a=0"),
+)
+ROUTER = (
+    router("worker_urls must be like http://host:8000 or name=http://host:8000, not ….",
+           "--worker-urls gpu-a"),
+    router("worker_urls must have different …, not two ….", f"--worker-urls {URL} {URL}"),
+    router("worker_allowed_hosts must be hosts or networks without a port, not ….",
+           f"--worker-urls {URL} --worker-allowed-hosts a:1"),
+    router("the file must be a mapping of options.", file="- a"),
+    router("… must be text or a list of texts.", file="worker-urls: 1"),
+    router("ssl_certfile must be given with ssl_keyfile and ssl_ca_certs.",
+           f"--worker-urls {URL} --ssl-keyfile FILE", "x"),
+    router("… must be a file, and … is none.", f"--worker-urls {URL} --ssl-certfile /none"),
+    router("… cannot be used: ….", f"--worker-urls {URL} --ssl-certfile FILE --port 0", "x"),
+    router("allowed_origins must name origins when allow_credentials is set.",
+           f"--worker-urls {URL} --allowed-origins * --allow-credentials"),
+    router("cannot listen on …: ….", f"--worker-urls {URL} --host 192.0.2.1 --port 0"),
+    router("cannot listen on …:…: ….",
+           f"--worker-urls {URL} --host 192.0.2.1 --port 0 --router-workers 2"),
+)  # fmt: skip
+CLUSTER = (
+    cluster("… line …: not YAML, ….", "a: [\n"),
+    cluster("… line …: … is there twice.", "a: 1\na: 2\n"),
+    cluster("must be a mapping.", "- a\n"),
+    cluster("must be a list of at least one engine.", "engines: []\n"),
+    cluster("name must be 1 to 64 letters, digits and _ . -.", engine("name: a b, model: m")),
+    cluster("model, url or command is missing.", engine("name: a")),
+    cluster("… does not go with ….", engine("name: a, url: 'http://a:1', model: m")),
+    cluster("url must be like http://host:port, not ….", engine("name: a, url: a")),
+    cluster("args must be a list of words or a mapping.", engine("name: a, model: m, args: 1")),
+    cluster("args must not set …; the engine's own key … does.",
+            engine("name: a, model: m, args: [--port=1]")),
+    cluster("env must be a mapping of names to words or numbers.",
+            engine("name: a, model: m, env: 1")),
+    cluster("device must be a number or text such as '0,1', not ….",
+            engine("name: a, model: m, device: [0]")),
+    cluster("command must be a list of words.", engine("name: a, command: run")),
+    cluster("hexgen must be a mapping of scheduler options.",
+            engine("name: a, model: m, hexgen: 1")),
+    cluster("hexgen options do not go with scheduler ….",
+            engine("name: a, model: m, scheduler: fcfs, hexgen: {order: edf}")),
+    cluster("engines must have different names, but two are ….",
+            "engines:\n  - {name: a, model: m}\n  - {name: a, model: m}\n"),
+    cluster("unknown router option …; known are ….",
+            engine("name: a, model: m") + "router: {nonsense: 1}\n"),
+    cluster("… does not belong among the router's other options.",
+            engine("name: a, model: m") + "router: {worker-urls: [a]}\n"),
+)  # fmt: skip
+SIM = (
+    scenario("'fleet' is missing.", "arrivals: {loads: [1]}\n", "--against LIVE"),
+    scenario("… is missing.", FLEET),
+    scenario("unknown key …; known are ….", f"{PLAYED}nonsense: 1\n"),
+    scenario("must be a list of at least one engine, or a fleet's name.",
+             "fleet: []\narrivals: {loads: [1]}\n"),
+    scenario("must be a list or one of ….", "fleet: none\narrivals: {loads: [1]}\n"),
+    scenario("an engine needs a device or a cost.", fleet_of("name: a")),
+    scenario("device must be one of … or come with a cost.", fleet_of("device: Z80")),
+    scenario("count must be a whole number from 1 to 10000.", fleet_of("device: A100, count: 0")),
+    scenario("name must be text.", fleet_of("device: A100, name: 1")),
+    scenario("the name … is there twice.",
+             "fleet:\n  - {device: A100, name: a}\n  - {device: A100, name: a}\n"
+             "arrivals: {loads: [0.5]}\n"),
+    scenario("… must be a number of seconds, 0 or more.",
+             fleet_of("name: a, cost: {c0: x, c1: 0, c2: 0, p0: 0, p1: 0, p2: 0}")),
+    scenario("a decode step must take time.",
+             fleet_of("name: a, cost: {c0: 0, c1: 0, c2: 0, p0: 0, p1: 0, p2: 0}")),
+    scenario("must be a list of at least one policy.", f"{PLAYED}policies: []\n"),
+    scenario("a policy and its name must be text.", f"{PLAYED}policies: [{{policy: 1}}]\n"),
+    scenario("policy must be one of …, not ….", f"{PLAYED}policies: [best]\n"),
+    scenario("must be a list of different whole numbers, 0 or more.", f"{PLAYED}seeds: [1, 1]\n"),
+    scenario("… must be a list of numbers.", f"{FLEET}arrivals: {{loads: 1}}\n"),
+    scenario("tenants must map names to scales.", f"{PLAYED}deadline: {{tenants: [a]}}\n"),
+    scenario("tenants must be a list of names.", f"{PLAYED}workload: {{tenants: a}}\n"),
+    scenario("the scale of tenant … must be more than 0.",
+             f"{PLAYED}deadline: {{tenants: {{a: 0}}}}\n"),
+    scenario("exactly one of loads, rates and times_s must be given.",
+             f"{FLEET}arrivals: {{loads: [1], rates: [1]}}\n"),
+    scenario("loads and rates must be more than 0, not ….", f"{FLEET}arrivals: {{loads: [0]}}\n"),
+    scenario("times_s has … arrivals, the workload … workflows.",
+             f"{FLEET}arrivals: {{times_s: [1, 2]}}\n"),
+    scenario("recorded arrival … must not be before the one before it.",
+             f"{FLEET}arrivals: {{times_s: [2, 1]}}\n"),
+    scenario("--timeline shows one run, not …; choose one --policy, --load and --seed.",
+             PLAYED, "--timeline OUT --seed 1 2"),
+    scenario("--seed must be 0 or more.", PLAYED, "--seed -1"),
+    scenario("--against takes one --policy.", PLAYED, "--against FILE --policy slack hexgen"),
+    Mistake("… cannot be read as JSON: ….", "sim FLEET --against FILE", "no"),
+    Mistake("… does not hold a list of results.", "sim FLEET --against FILE", "{}"),
+    Mistake("… holds no live run.", "sim FLEET --against FILE", "[]"),
+    Mistake("… is not JSON: ….", "sim PLAYED --trace FILE", "no"),
+    Mistake("… must hold a JSON list with at least one entry.", "sim PLAYED --trace FILE", "[]"),
+    Mistake("… cannot be written: ….", "reference --out EMPTY"),
+)  # fmt: skip
+TUNE = (
+    tuned("grid takes exactly one knob; name it with --knobs.", "--load 0.5 --grid 3"),
+    tuned("… is not a knob of …; its knobs are ….", "--load 0.5 --knobs nonsense"),
+    tuned("rate and load cannot both be given.", "--load 0.5 --rate 1"),
+    tuned("the workload has no times; give --rate or --load.", ""),
+    tuned("--seed must be different whole numbers, 0 or more.", "--load 0.5 --seed 1 1"),
+    tuned("… must be NAME=NUMBER, not ….", "--load 0.5 --weight a"),
+    recent("…: unknown key …; known are ….", changed(nonsense=1)),
+    recent('…: "calls" must be a list of 1 to … calls.', changed(calls=[])),
+    recent('…: "…" must be a name, not ….', changed(type=1)),
+    recent('…: "…" must be a number of seconds, not ….', changed(arrived_s="x")),
+    recent('…: "…" is missing.', changed(calls=[{"stage": "s"}])),
+    recent('…: "…" must be a whole number from … to …, not ….',
+           changed(calls=[{**RECENT["calls"][0], "prompt": 0}])),  # type: ignore[index]
+)  # fmt: skip
+OTHERS = (
+    Mistake("url must start with http:// or https://, not ….", "calibrate --url x"),
+    Mistake("… cannot be used: ….", f"calibrate --url {URL}"),
+    Mistake("… --url and … --policy-name do not make pairs.",
+            f"bench live --url {URL} --url {URL} --policy-name a"),
+    Mistake("repeats must be at least 1.", "bench router --repeats 0"),
+    Mistake("scale must be more than 0.", "bench router --scale 0"),
+    Mistake("peer must be a program, not ….", "bench router --peer /none"),
+    Mistake("--… must be at least 1.", "bench sim --repeats 0"),
+    Mistake("--… must be more than 0.", "bench soak --minutes 0"),
+    Mistake("device: … is none of cpu, cuda and cuda:N.", "bench kv --device tpu"),
+    Mistake("there is no scenario file in ….", "bench report --scenarios EMPTY"),
+    Mistake("--workers and --workflows must be at least 1.", "bench report --workers 0"),
+    Mistake("… is no installed vLLM: its _version.py tells no version.",
+            "patch status --vllm EMPTY"),
+)  # fmt: skip
+MISTAKES = (*OPTIONS, *ROUTER, *CLUSTER, *SIM, *TUNE, *OTHERS)
+
+
+def pattern(sentence: str) -> re.Pattern[str]:
+    """Return what a sentence looks like on the screen, behind command, file, line and place."""
+    parts = [re.escape(part) for part in sentence.split(HOLE)]
+    return re.compile(rf"(?:.*[ :])?{'.*'.join(parts)}\n", re.DOTALL)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.sentence)
+def test_a_mistake_gets_the_sentence_that_is_documented(
+    mistake: Mistake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert any(mistake.sentence in documented(text) for text in TEXTS.values())
+    files = {"FILE": mistake.file, "FLEET": FLEET, "PLAYED": PLAYED, "LIVE": LIVE}
+    files["FILE.jsonl"] = mistake.file
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "EMPTY").mkdir()
+    words = [
+        str(tmp_path / word) if word in (*files, "EMPTY", "OUT") else word
+        for word in mistake.words.split()
+    ]
+    try:
+        code = serve.main(words[1:]) if words[0] == "SERVE" else cli.main(words)
+    except SystemExit as left:
+        code = int(left.code or 0)
+    said = capsys.readouterr().err
+    assert code == 2
+    assert pattern(mistake.sentence).fullmatch(said), said
