@@ -14,6 +14,9 @@ The last factor is the share of calls that are then on time; a late answer is wo
 time, so that an overload without hope still adds engines. Slack is that of the calls open now;
 what is late already cannot be helped and adds none. So a backlog that will be done in time, or
 that is gone before a new engine could help, adds nothing either.
+
+Calls that have waited all the time lately show what the engines can really do. Where that is less
+than the measured rates say, as of engines that share a machine, all are taken for that much less.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class EngineType:
     Attributes:
         name: what answers call it.
         count: engines that serve or are being started.
+        serving: those of them that serve.
         least: fewest there may be.
         most: most there may be.
         calls_per_s: what one serves with all slots in use; ``None`` while nobody has measured.
@@ -68,6 +72,7 @@ class EngineType:
 
     name: str
     count: int
+    serving: int
     least: int
     most: int
     calls_per_s: float | None
@@ -82,12 +87,14 @@ class Traffic:
         waiting: calls that no engine works on yet.
         slack: open calls, as pairs of slack in seconds (a lower bound) and a number of calls.
         start_s: seconds from the wish for an engine until it serves.
+        served_per_s: answers per second, if calls have waited for a slot all the time lately.
     """
 
     arrivals_per_s: float
     waiting: float
     slack: tuple[tuple[float, int], ...] = ()
     start_s: float = 60.0
+    served_per_s: float | None = None
 
     def on_time(self, wait_s: float) -> float:
         """Return the share of calls with time left that is on time after ``wait_s`` more."""
@@ -118,7 +125,7 @@ class Scaler:
             now: seconds, never less than before.
         """
         present = {t.name: min(max(t.count, t.least), t.most) for t in types}
-        rates = _rates(types)
+        rates = _rates(types, traffic.served_per_s)
         if not rates:
             return present
         outlook = _Outlook(self._options, types, rates, traffic, present)
@@ -142,12 +149,17 @@ class Scaler:
         return counts
 
 
-def _rates(types: Sequence[EngineType]) -> dict[str, float]:
+def _rates(types: Sequence[EngineType], served_per_s: float | None) -> dict[str, float]:
     known = [t.calls_per_s for t in types if t.calls_per_s]
     if not known:
         return {}
     mean = sum(known) / len(known)
-    return {t.name: t.calls_per_s or mean for t in types}
+    rates = {t.name: t.calls_per_s or mean for t in types}
+    if served_per_s is None:
+        return rates
+    predicted = sum(t.serving * rates[t.name] for t in types)
+    pace = min(served_per_s / max(predicted, _EPSILON), 1.0)
+    return {name: max(pace * rate, _EPSILON) for name, rate in rates.items()}
 
 
 class _Outlook:

@@ -12,7 +12,7 @@ SHORT, AMPLE = ((5.0, 10),), ((60.0, 10),)
 
 
 def engines(name: str, count: int, rate: float | None = 1.0, *, most: int = 4) -> EngineType:
-    return EngineType(name, count, 1, most, rate)
+    return EngineType(name, count, count, 1, most, rate)
 
 
 def once(*types: EngineType, options: ScalingOptions = EAGER, **traffic: object) -> dict[str, int]:
@@ -45,6 +45,13 @@ def test_an_overload_without_hope_still_adds_engines() -> None:
     assert once(engines("a", 1), arrivals_per_s=50.0, waiting=900.0, slack=late) == {"a": 4}
 
 
+def test_calls_that_wait_all_the_time_show_what_engines_can_really_do() -> None:
+    queue = {"arrivals_per_s": 4.0, "waiting": 24.0, "slack": SHORT}
+    assert once(engines("a", 2, 9.0), **queue) == {"a": 2}
+    assert once(engines("a", 2, 9.0), **queue, served_per_s=4.0) == {"a": 4}
+    assert once(engines("a", 2, 2.0, most=2), **queue, served_per_s=9.0) == {"a": 2}
+
+
 def test_the_type_that_helps_most_is_added_first() -> None:
     types = engines("slow", 1, 1.0), engines("fast", 1, 3.0)
     assert once(*types, arrivals_per_s=4.5, slack=SHORT) == {"slow": 1, "fast": 2}
@@ -64,7 +71,10 @@ def test_rates_that_nobody_has_measured_are_those_of_the_others() -> None:
 
 
 def test_counts_are_brought_within_their_bounds() -> None:
-    assert once(EngineType("a", 0, 2, 3, None), EngineType("b", 9, 1, 3, None)) == {"a": 2, "b": 3}
+    assert once(EngineType("a", 0, 0, 2, 3, None), EngineType("b", 9, 9, 1, 3, None)) == {
+        "a": 2,
+        "b": 3,
+    }
 
 
 def test_fewer_must_do_for_a_while_before_one_goes() -> None:

@@ -71,6 +71,7 @@ class Autoscale:
         return EngineType(
             name=group.entry.name,
             count=len(group.staying),
+            serving=sum(replica.url is not None for replica in group.staying),
             least=placement.min_replicas,
             most=placement.most,
             calls_per_s=self._readings.calls_per_s(group.entry.replicas()),

@@ -17,6 +17,28 @@ _RANK: Final = "@"  # behind the name of an engine, where its ranks are listed o
 _Said = Mapping[str, Any]
 
 
+class Rate:
+    """How fast a count grows, smoothed; one that is smaller than before has begun anew.
+
+    Args:
+        window_s: time over which it is smoothed.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self.per_s = 0.0
+        self._window_s = window_s
+        self._count: int | None = None
+        self._at_s = 0.0
+
+    def count(self, count: int, now: float) -> None:
+        """Take in the count at ``now``."""
+        before, passed_s = self._count, now - self._at_s
+        if before is not None and count >= before and passed_s > 0:
+            old = math.exp(-passed_s / self._window_s)
+            self.per_s = old * self.per_s + (1 - old) * (count - before) / passed_s
+        self._count, self._at_s = count, now
+
+
 class Readings:
     """The latest of the router's answers, and what earlier ones add to it.
 
@@ -29,37 +51,36 @@ class Readings:
         self._overview: _Said = {}
         self._engines: list[_Said] = []
         self._mean_call: tuple[float, float] | None = None
-        self._arrivals_per_s = 0.0
-        self._received: int | None = None
-        self._at_s = 0.0
+        self._arrivals, self._answers = Rate(window_s), Rate(window_s)
+        self._now = self._idle_s = 0.0
 
     def take(self, overview: _Said, diagnostics: _Said, now: float) -> None:
         """Take in an answer of ``/ui/data`` and one of ``/scheduling/diagnostics``."""
         self._overview, self._engines = overview, list(diagnostics["engines"])
-        self._count(int(overview["calls"]["received"]), now)
+        self._arrivals.count(overview["calls"]["received"], now)
+        self._answers.count(overview["calls"]["answered"], now)
+        self._now = now
+        if not self._waiting():
+            self._idle_s = now
         placed = [one for one in diagnostics["decisions"] if "uncached_tokens" in one]
         if placed:
             prompt = sum(one["uncached_tokens"] for one in placed) / len(placed)
             output = sum(one["expected_output_tokens"] for one in placed) / len(placed)
             self._mean_call = prompt, output
 
-    def _count(self, received: int, now: float) -> None:
-        before, passed_s = self._received, now - self._at_s
-        if before is not None and received >= before and passed_s > 0:  # else it started anew
-            old = math.exp(-passed_s / self._window_s)
-            rate = (received - before) / passed_s
-            self._arrivals_per_s = old * self._arrivals_per_s + (1 - old) * rate
-        self._received, self._at_s = received, now
+    def _waiting(self) -> int:
+        return int(self._overview["calls"]["held"]) + sum(map(_queued, self._engines))
 
     def traffic(self, start_s: float | None) -> Traffic:
         """Return what there is to do, if the start of an engine lasts ``start_s``."""
-        slack = self._overview["slack"]
+        slack, full_s = self._overview["slack"], self._now - self._idle_s
         bounds = (-math.inf, *slack["bounds_s"])
         return Traffic(
-            arrivals_per_s=self._arrivals_per_s,
-            waiting=self._overview["calls"]["held"] + sum(map(_queued, self._engines)),
+            arrivals_per_s=self._arrivals.per_s,
+            waiting=self._waiting(),
             slack=tuple(zip(bounds, slack["calls"], strict=True)),
             start_s=START_S if start_s is None else start_s,
+            served_per_s=self._answers.per_s if full_s >= self._window_s else None,
         )
 
     def calls_per_s(self, names: Collection[str]) -> float | None:

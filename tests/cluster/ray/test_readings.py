@@ -18,9 +18,10 @@ def engine(name: str, load: int = 0, **more: Any) -> dict[str, Any]:
 COST = {"c0": 0.02, "c1": 0.005, "c2": 0.0, "p0": 0.0, "p1": 0.001, "p2": 0.0}
 
 
-def overview(received: int = 0, held: int = 0) -> dict[str, Any]:
+def overview(received: int = 0, held: int = 0, answered: int = 0) -> dict[str, Any]:
     slack = {"bounds_s": [0.0, 5.0], "calls": [2, 1, 7]}
-    return {"calls": {"received": received, "held": held}, "slack": slack}
+    calls = {"received": received, "held": held, "answered": answered}
+    return {"calls": calls, "slack": slack}
 
 
 def diagnostics(*engines: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +69,16 @@ def test_arrivals_are_smoothed_and_a_new_router_starts_at_its_own_count() -> Non
     assert readings.traffic(None).arrivals_per_s == before
     readings.take(overview(received=4), diagnostics(), 110.0)
     assert readings.traffic(None).arrivals_per_s == pytest.approx(before / 2.718, rel=0.01)
+
+
+def test_what_is_served_counts_when_calls_have_waited_all_the_time() -> None:
+    readings = Readings(10.0)
+    for second in range(21):
+        waits = engine("a", 5 if second > 5 else 4)
+        readings.take(overview(answered=2 * second), diagnostics(waits), float(second))
+        served = readings.traffic(None).served_per_s
+        assert (served is None) == (second < 15)
+    assert served == pytest.approx(2 * (1 - 2.718**-2), rel=0.01)
 
 
 async def test_the_router_says_all_that_is_read() -> None:
