@@ -78,16 +78,24 @@ class DnsServer:
             return response.to_wire()
 
     def _fill(self, response: dns.message.Message, name: dns.name.Name, kind: str) -> None:
-        known = name.to_text(omit_final_dot=True)
+        known = _text(name)
         if not any(one == known for one, _ in self.records):
             response.set_rcode(dns.rcode.NXDOMAIN)
-        elif texts := self.records.get((known, kind)):
-            response.answer.append(dns.rrset.from_text_list(name, self.ttl_s, "IN", kind, texts))
+        for alias in self.records.get((known, "CNAME"), ()):
+            self._add(response, name, "CNAME", [alias])
+            name = dns.name.from_text(alias)
+        self._add(response, name, kind, self.records.get((_text(name), kind), []))
         if kind == "SRV":
             for (other, of), texts in self.beside.items():
                 response.additional.append(
                     dns.rrset.from_text_list(f"{other}.", self.ttl_s, "IN", of, texts)
                 )
+
+    def _add(
+        self, response: dns.message.Message, name: dns.name.Name, kind: str, texts: list[str]
+    ) -> None:
+        if texts:
+            response.answer.append(dns.rrset.from_text_list(name, self.ttl_s, "IN", kind, texts))
 
     async def serve_stream(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -99,6 +107,10 @@ class DnsServer:
             writer.write(len(found).to_bytes(2, "big") + found)
             await writer.drain()
         writer.close()
+
+
+def _text(name: dns.name.Name) -> str:
+    return name.to_text(omit_final_dot=True)
 
 
 class _Udp(asyncio.DatagramProtocol):
