@@ -86,6 +86,19 @@ def test_what_is_not_run_is_checked_otherwise(
         assert (ROOT / entry.instead).exists()
 
 
+@pytest.mark.engine
+def test_vllm_understands_what_is_not_run_of_it() -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    shown = [words(command) for command, entry in LISTED if entry.instead == "engine"]
+    assert shown
+    for said in shown:
+        rest = said[said.index("hexgen_vllm.serve") + 1 :]
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(rest)
+        assert args.model_tag == rest[0]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_in_the_text_is_understood(page: Path) -> None:
     for span in SPAN.findall(prose(page)):
