@@ -37,7 +37,7 @@ from hexgen_vllm.sim.scenario import (
     WorkloadOptions,
 )
 from hexgen_vllm.sim.simulator import SimOptions
-from hexgen_vllm.types import StepCost
+from hexgen_vllm.types import EngineKind, StepCost
 
 T = TypeVar("T")
 
@@ -245,6 +245,10 @@ def _policy(source: Located, path: Key, entry: object) -> Policy:
     if "engine" in given:
         engine = _section(source, (*path, "engine"), EngineOptions)
     made = _checked(source, path, "policy", lambda: named(policy, dispatch, engine))
+    if engine is not None and "order" in given["engine"]:
+        if made.kind is not EngineKind.HEXGEN:
+            raise source.error((*path, "engine", "order"), f"{policy} has an order of its own.")
+        made = replace(made, engine=engine)
     return replace(made, name=name)
 
 

@@ -1,0 +1,35 @@
+"""Policies in scenario files: which of their parts an entry may set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.sim.scenario_file import load
+
+
+def write(tmp_path: Path, entry: str) -> Path:
+    path = tmp_path / "scenario.yaml"
+    path.write_text(f"fleet: reference-4\npolicies:\n  - {entry}\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("order", ["fcfs", "edf", "slack", "hexgen"])
+def test_an_entry_sets_the_order_inside_our_engines(tmp_path: Path, order: str) -> None:
+    path = write(tmp_path, f"{{policy: slack, engine: {{order: {order}, displace: false}}}}")
+    (policy,) = load(path).policies
+    assert (policy.engine.order, policy.engine.displace) == (order, False)
+
+
+def test_other_options_leave_the_order_of_the_policy(tmp_path: Path) -> None:
+    path = write(tmp_path, "{policy: hexgen, engine: {displace: false}}")
+    (policy,) = load(path).policies
+    assert policy.engine.order == "hexgen"
+
+
+def test_stock_engines_take_no_order_from_us(tmp_path: Path) -> None:
+    path = write(tmp_path, "{policy: least_outstanding+fcfs, engine: {order: slack}}")
+    with pytest.raises(ConfigError, match=r"least_outstanding\+fcfs has an order of its own"):
+        load(path)
