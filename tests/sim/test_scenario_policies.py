@@ -12,7 +12,8 @@ from hexgen_vllm.sim.scenario_file import load
 
 def write(tmp_path: Path, entry: str) -> Path:
     path = tmp_path / "scenario.yaml"
-    path.write_text(f"fleet: reference-4\npolicies:\n  - {entry}\n", encoding="utf-8")
+    text = f"fleet: reference-4\narrivals: {{loads: [0.5]}}\npolicies:\n  - {entry}\n"
+    path.write_text(text, encoding="utf-8")
     return path
 
 
