@@ -17,14 +17,24 @@ def documented(heading: str) -> set[str]:
     return {key for row in rows for key in re.findall(r"`(\w+)`", row.split(" | ")[0])}
 
 
+def shown(index: int, folder: Path) -> ClusterSpec:
+    """Return what a file on the page says."""
+    path = folder / "cluster.yaml"
+    path.write_text(re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[index])
+    return load(path)
+
+
 def test_the_file_shown_is_one(tmp_path: Path) -> None:
-    (shown,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
-    path = tmp_path / "cluster.yaml"
-    path.write_text(shown)
-    spec = load(path)
+    spec = shown(0, tmp_path)
     assert [engine.name for engine in spec.engines] == ["fast", "slow", "other"]
     assert spec.engines[1].args == ("--max-num-seqs=16",)
     assert spec.restart
+
+
+def test_an_engine_may_have_several_devices(tmp_path: Path) -> None:
+    big, many = shown(1, tmp_path).engines
+    assert (big.device, big.args) == ("0,1", ("--tensor-parallel-size=2",))
+    assert (many.device, many.args) == ("2,3", ("--data-parallel-size=2",))
 
 
 def test_every_key_is_documented() -> None:
