@@ -31,7 +31,8 @@ FOLDERS: Final = tuple(
 )
 # Options in the text that are not ours, by whose they are.
 OF_VLLM: Final = {
-    "--additional-config", "--block-size", "--config", "--enable-prefix-caching",
+    "--additional-config", "--block-size", "--config", "--data-parallel-size",
+    "--enable-prefix-caching",
     "--enforce-eager", "--gpu-memory-utilization", "--kv-offloading-size",
     "--kv-transfer-config", "--max-num-batched-tokens", "--max-num-seqs", "--middleware",
     "--pipeline-parallel-size", "--port", "--scheduler-cls", "--scheduling-policy",
