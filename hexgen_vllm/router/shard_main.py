@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.context import SpawnProcess
-from typing import Final
+from typing import Any, Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
@@ -68,14 +68,10 @@ class Processes:
         where = (self._options.host, self._options.port)
         try:
             family, kind, _, _, address = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0]
-            held = socket.socket(family, kind)
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            held.bind(address)
+            return _bound(socket.socket(family, kind), address)
         except OSError as error:
             said = error.strerror or error
             raise ConfigError(f"cannot listen on {where[0]}:{where[1]}: {said}.") from None
-        return held
 
     def _start(self, index: int, folder: str) -> None:
         spot = Spot(index, self._options.router_workers, folder)
@@ -116,3 +112,15 @@ class Processes:
             await asyncio.sleep(_LOOK_S)
         for process in self._found.values():
             process.join()
+
+
+def _bound(held: socket.socket, address: Any) -> socket.socket:
+    """Return ``held`` bound to ``address``, where several processes may listen; close it if not."""
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)
+    except OSError:
+        held.close()
+        raise
+    return held
