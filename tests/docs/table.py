@@ -51,7 +51,7 @@ APPENDED: Final = (
     Appended("hexgen-vllm sim examples", "--workflows 10 --seed 1"),
     Appended("hexgen-vllm sim mine.yaml", "--workflows 10 --seed 1"),
     Appended("hexgen-vllm tune", "--workflows 20 --warmup 0 --seed 1 --budget 6 --jobs 1"),
-    Appended("tune --fleet fleet.yaml --load 0.8 --policy hexgen", "--grid 2"),
+    Appended("--policy hexgen --grid 11", "--grid 2"),
     Appended("examples.text2sql --users 200", "--base-url http://127.0.0.1:30000/v1"),
     Appended("examples.text2sql", "--users 2 --max-rounds 1 --constrain --max-tokens 200"),
 )
@@ -69,7 +69,6 @@ REPLACED: Final = {
     "mine.yaml": "examples/scenarios/demo.yaml",
     "--url URL": "--url http://gpu-a:8000",
     "examples/scenarios/FILE.yaml": "examples/scenarios/demo.yaml",
-    "--load 0.5        # or --load 1.0": "--load 0.5 --grid 2  # or --load 1.0",
 }
 
 
@@ -112,11 +111,8 @@ NOT_RUN: Final = (
     NotRun("bench soak", "a test soaks for ten seconds", "tests/bench/test_router_soak.py"),
     NotRun("bench preempt", "takes two minutes", "parse"),
     NotRun("HEXGEN_FUZZ=12", "takes minutes; a smaller one is in every run", "tests/router/fuzz"),
-    NotRun(
-        "hexgen-vllm patch",
-        "would change the vLLM that other tests run on",
-        "tests/patch/test_command.py",
-    ),
+    NotRun("patch apply", "changes the vLLM that other tests need", "tests/patch/test_command.py"),
+    NotRun("patch revert", "changes the vLLM that other tests need", "tests/patch/test_command.py"),
     NotRun(
         '"kv_connector":', "needs a vLLM that is patched", "tests/engine/nomodel/test_patched.py"
     ),
