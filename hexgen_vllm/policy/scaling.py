@@ -1,14 +1,13 @@
 """How many engines of each type there should be: the fewest that keep what is predicted on time.
 
-A fluid prediction over the next ``horizon_s`` seconds. Engines n, of which each type t serves
-μ_t calls per second with all slots in use, of which a share ``load`` is counted on:
+A fluid prediction over the ``horizon_s`` seconds from when new engines could serve. Engines n, of
+which each type t serves μ_t calls per second with all slots in use, of which a share ``load`` is
+counted on:
 
     C(n) = load * Σ n_t μ_t
-    Q(n) = max(waiting + (λ - C(min(n, present))) * start_s, 0)      when new engines are there
-    L(n) = max(Q + (λ - C) * horizon_s, 0)                           at the end of the horizon
-    wait(n) = max(Q, L) / C
-    served(n) = λ + (waiting - L) / (start_s + horizon_s)            per second
-    value(n) = served * (w + (1 - w) * P(slack >= wait | slack >= 0))
+    Q = max(waiting + (λ - C(present)) * start_s, 0)      calls waiting when the new ones are there
+    L(n) = max(Q + (λ - C(n)) * horizon_s, 0)             and when the horizon is over
+    value(n) = min(Q / horizon_s + λ, C(n)) * (w + (1 - w) * P(slack >= max(Q, L) / C | slack >= 0))
 
 The last factor is the share of calls that are then on time; a late answer is worth w of one on
 time, so that an overload without hope still adds engines. Slack is that of the calls open now;
@@ -153,11 +152,11 @@ def _rates(types: Sequence[EngineType], served_per_s: float | None) -> dict[str,
     known = [t.calls_per_s for t in types if t.calls_per_s]
     if not known:
         return {}
-    mean = sum(known) / len(known)
+    mean = sum(known, 0.0) / len(known)
     rates = {t.name: t.calls_per_s or mean for t in types}
     if served_per_s is None:
         return rates
-    predicted = sum(t.serving * rates[t.name] for t in types)
+    predicted = sum((t.serving * rates[t.name] for t in types), 0.0)
     pace = min(served_per_s / max(predicted, _EPSILON), 1.0)
     return {name: max(pace * rate, _EPSILON) for name, rate in rates.items()}
 
@@ -194,30 +193,33 @@ class _Outlook:
         counts = self._present
         for name in sorted(counts, key=lambda name: (self._rates[name], name)):
             left = {**counts, name: counts[name] - 1}
-            if counts[name] > self._least[name] and self._does(left):
+            if counts[name] > self._least[name] and self._of(left).sufficient():
                 return left
         return counts
 
-    def _does(self, left: _Counts) -> bool:
-        """Whether ``left`` would do at the lower load, and would not call for more at once."""
-        load = self._options.down_load
-        if self.value(left, load) < self._enough(load):
-            return False
-        then = _Outlook(self._options, self._types, self._rates, self._traffic, left)
-        return then.more() == left
+    def sufficient(self) -> bool:
+        """Whether those present would do at the lower load, and no more be called for at once."""
+        load, counts = self._options.down_load, self._present
+        return self.value(counts, load) >= self._enough(load) and self.more() == counts
 
     def value(self, counts: _Counts, load: float) -> float:
-        """Return the answers per second over the horizon, weighed by whether they are on time."""
+        """Return the answers per second over the horizon, weighed by whether they are on time.
+
+        Args:
+            counts: those present, or more.
+            load: share of their capacity to count on.
+        """
         traffic, horizon_s = self._traffic, self._options.horizon_s
         capacity = max(self._capacity(counts, load), _EPSILON)
-        before = {name: min(n, self._present[name]) for name, n in counts.items()}
-        excess = traffic.arrivals_per_s - self._capacity(before, load)
+        excess = traffic.arrivals_per_s - self._capacity(self._present, load)
         queue = max(traffic.waiting + excess * traffic.start_s, 0.0)
         left = max(queue + (traffic.arrivals_per_s - capacity) * horizon_s, 0.0)
-        whole_s = traffic.start_s + horizon_s
-        served = traffic.arrivals_per_s + (traffic.waiting - left) / whole_s
+        served = min(queue / horizon_s + traffic.arrivals_per_s, capacity)
         on_time, late = traffic.on_time(max(queue, left) / capacity), self._options.late_worth
         return served * (late + (1.0 - late) * on_time)
+
+    def _of(self, present: _Counts) -> _Outlook:
+        return _Outlook(self._options, self._types, self._rates, self._traffic, present)
 
     def _enough(self, load: float) -> float:
         return (1.0 - self._options.tolerance) * self.value(self._most, load) - _EPSILON
@@ -227,4 +229,4 @@ class _Outlook:
         return self.value({**counts, name: counts[name] + 1}, load), self._rates[name]
 
     def _capacity(self, counts: Mapping[str, int], load: float) -> float:
-        return load * sum(n * self._rates[name] for name, n in counts.items())
+        return load * sum((n * self._rates[name] for name, n in counts.items()), 0.0)

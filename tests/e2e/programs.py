@@ -58,6 +58,11 @@ class Spawned:
                 env=environment(),
             )
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def poll(self) -> int | None:
         """Return the exit code, ``None`` while it runs."""
         return self._process.poll()
