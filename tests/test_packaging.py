@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -27,6 +28,8 @@ while [ $# -gt 0 ]; do
 done
 """
 BROKEN_COMPILER = "#!/bin/sh\necho no such include >&2\nexit 1\n"
+# Compiles what it is tried with, and nothing else.
+LYING_COMPILER = '#!/bin/sh\ncase "$*" in *probe.c) exit 0;; esac\nexit 1\n'
 
 
 class Tree:
@@ -41,9 +44,9 @@ class Tree:
         for file in FILES:
             shutil.copy(ROOT / file, self.source)
 
-    def compiler(self, script: str) -> None:
+    def compiler(self, script: str, name: str = "g++") -> None:
         """Make ``script`` the only program that can be found."""
-        program = self.bin / "g++"
+        program = self.bin / name
         program.write_text(script)
         program.chmod(0o755)
 
@@ -69,6 +72,9 @@ class Tree:
         done = self.build(**variables)
         assert done.returncode == 0, done.stdout
         return next(self.wheels.glob("*.whl"))
+
+
+LONG = pytest.mark.timeout(900)  # more than two minutes of compiling on an idle core
 
 
 @pytest.fixture
@@ -136,6 +142,31 @@ def test_a_library_that_is_demanded_but_cannot_be_had_is_an_error(
     assert said in done.stdout
 
 
+@pytest.mark.parametrize(
+    "script",
+    [BROKEN_COMPILER, pytest.param(LYING_COMPILER, marks=[pytest.mark.slow, LONG])],
+)
+def test_what_cannot_be_compiled_stays_as_it_is(tree: Tree, script: str) -> None:
+    tree.compiler(script, "gcc")
+    done = tree.build(CC="gcc", HEXGEN_COMPILE="auto", HEXGEN_BUILD_NATIVE="0")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("hexgen-vllm: not compiled, it works all the same:") == 1
+    wheel = next(tree.wheels.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in contents(wheel))
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [("1", "HEXGEN_COMPILE=1, but nothing can be compiled"), ("yes", "must be 0, 1 or auto")],
+)
+def test_what_must_be_compiled_but_cannot_be_is_an_error(tree: Tree, mode: str, said: str) -> None:
+    tree.compiler(BROKEN_COMPILER, "gcc")
+    done = tree.build(CC="gcc", HEXGEN_COMPILE=mode)
+    assert done.returncode != 0
+    assert said in done.stdout
+
+
 def test_the_wheel_has_the_package_its_sources_and_nothing_else(tree: Tree) -> None:
     names = contents(tree.wheel())
     native = {f"hexgen_vllm/kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
@@ -178,11 +209,31 @@ def test_the_vllm_command_finds_its_version() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)  # a minute of compiling on an idle core
-def test_compiled_modules_decide_as_the_others(tree: Tree, tmp_path: Path) -> None:
+@LONG
+def test_compiled_modules_decide_and_relay_as_the_others(tree: Tree, tmp_path: Path) -> None:
     path = os.environ["PATH"]
     wheel = tree.wheel(HEXGEN_COMPILE="1", HEXGEN_BUILD_NATIVE="0", PATH=path)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    _decide_alike(tmp_path)
+    _relays(tmp_path)
+
+
+def _relays(tmp_path: Path) -> None:
+    """Every answer is compared byte for byte by what measures the router."""
+    argv = ["bench", "router", "--scale=0.02", "--json=router.json"]
+    code = f"import sys, hexgen_vllm.cli\nsys.exit(hexgen_vllm.cli.main({argv}))"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PATH": str(tmp_path)},
+        check=True,
+    )
+    found = json.loads((tmp_path / "router.json").read_text())
+    assert found["environment"]["compiled"] is True
+    assert found["lost_events"] == 0
+
+
+def _decide_alike(tmp_path: Path) -> None:
     scenario = ROOT / "examples/scenarios/reference.yaml"
     argv = ["sim", str(scenario), "--workflows=20", "--seed=1", "--load=0.9"]
     results = []

@@ -169,6 +169,7 @@ def report(
     found["sides"], found["runs"] = middle, measured
     found["environment"] = {
         "peer": peer_version,
+        "compiled": sides.compiled(),
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
     }
@@ -201,4 +202,6 @@ def table(found: dict[str, Any]) -> str:
         shown = ["-" if cell is None else f"{cell:,.3f}".rstrip("0").rstrip(".") for cell in cells]
         lines.append(f"{title:28}" + "".join(f"{cell:>25}" for cell in shown))
     ratios = [f"{key} {value}" for key, value in found.items() if key.startswith("cpu_ratio")]
+    kind = "compiled" if found["environment"]["compiled"] else "plain Python, not compiled"
+    lines.append(f"{sides.OURS} is {kind}.")
     return "\n".join([*lines, found.get("note") or "  ".join(ratios)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
 
+import hexgen_vllm
 from hexgen_vllm.bench.router_load import PROGRAM
 from hexgen_vllm.errors import ConfigError
 
@@ -114,10 +117,18 @@ def peer_version(peer: Sequence[str]) -> str | None:
     return found[1] if found else None
 
 
+def compiled() -> bool:
+    """Return whether what a call passes through here is compiled (see ``setup.py``)."""
+    found = importlib.util.find_spec("hexgen_vllm.router.relay")
+    origin = "" if found is None else found.origin or ""
+    return origin.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
+
+
 def start(name: str, engines: Sequence[str], core: int, peer: Sequence[str] | None) -> Side:
     """Start the router ``name`` before ``engines`` on ``core``."""
-    port = _free_port()
+    port, folder = _free_port(), None
     if name == OURS:
+        folder = Path(hexgen_vllm.__file__).parents[1]  # to measure this copy and no other
         command = [
             sys.executable, "-m", "hexgen_vllm.router", "--port", str(port), "--policy", "slack",
             "--log-level", "warning", "--queue-size", "0", "--worker-urls", *engines,
@@ -135,7 +146,7 @@ def start(name: str, engines: Sequence[str], core: int, peer: Sequence[str] | No
     os.sched_setaffinity(0, {core})  # the child inherits it, before its threads begin
     try:
         environment = {**os.environ, "RUST_LOG": "warn"}  # or the peer logs every decision
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
     finally:
         os.sched_setaffinity(0, before)
     return Side(name, port, process, log)

@@ -31,7 +31,10 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "NVCC": ("build", "CUDA compiler for the CUDA kernel"),
     "CUDA_HOME": ("build", "folder of the CUDA toolkit"),
     "CUDA_PATH": ("build", "the same, if `CUDA_HOME` is not set"),
-    "HEXGEN_COMPILE": ("pip install", "1 compiles policies and simulator with mypyc"),
+    "HEXGEN_COMPILE": (
+        "pip install",
+        "1 compiles policies, simulator and router with mypyc, `auto` where that can be done",
+    ),
     "HEXGEN_BUILD_NATIVE": (
         "pip install",
         "kernels: `auto` builds what compilers allow, `1` fails without them, `0` builds none",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hexgen_vllm.bench import router, router_engine, router_measure
+from hexgen_vllm.bench import router, router_engine, router_measure, router_sides
 from hexgen_vllm.bench.router_load import PROGRAM, Call
 from hexgen_vllm.bench.router_sides import OURS, PROGRAM_MODE, ROUND_ROBIN
 from hexgen_vllm.cli import main
@@ -86,6 +86,16 @@ def test_ratios_are_of_medians() -> None:
     assert found["environment"]["peer"] == "0.1.17"
     assert "note" not in found
     assert "cpu_ratio_json 1.6" in router.table(found)
+
+
+@pytest.mark.parametrize(("compiled", "word"), [(True, "is compiled"), (False, "plain Python")])
+def test_says_whether_the_router_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, word: str
+) -> None:
+    monkeypatch.setattr(router_sides, "compiled", lambda: compiled)
+    found = router.report({"direct": [{**TTFT, "events_per_s": 1.0}], OURS: [RUN]})
+    assert found["environment"]["compiled"] is compiled
+    assert word in router.table(found)
 
 
 def test_lost_events_of_every_run_count() -> None:
