@@ -56,14 +56,19 @@ APPENDED: Final = (
     Appended("examples.text2sql", "--users 2 --max-rounds 1 --constrain --max-tokens 200"),
 )
 
+_FAKE: Final = 'command: [python, -m, hexgen_vllm.testing.fake_server, "--port={port}"]'
+
 REPLACED: Final = {
     # in blocks of Python and files: what an engine on a small CPU needs
     'LLM("MODEL", ': 'LLM("MODEL", dtype="float32", max_model_len=256, enforce_eager=True,'
     " max_num_seqs=4, block_size=32, num_gpu_blocks_override=64, gpu_memory_utilization=0.2, ",
     "--max-model-len=16384": "--max-model-len=512, --enforce-eager, --block-size=32,"
     " --num-gpu-blocks-override=64, --gpu-memory-utilization=0.2, --dtype=float32",
-    "{name: l40s, device: 1, args: [--max-num-seqs=64]}":  # one engine less to wait for
-    "{name: l40s, url: http://gpu-b:8000}",
+    # clusters with real engines: tests/e2e/test_cluster.py
+    "{name: a100, device: 0}": f"{{name: a100, {_FAKE}}}",
+    "{name: l40s, device: 1, args: [--max-num-seqs=64]}": "{name: l40s, url: http://gpu-b:8000}",
+    "{name: fast, device: 0}": f"{{name: fast, {_FAKE}}}",
+    "{name: slow, device: 1, ": f"{{name: slow, {_FAKE}}}  # ",
     "--hexgen-host-kv-gib 20": "--hexgen-host-kv-gib 0.01",
     '"host_kv_gib": 20': '"host_kv_gib": 0.01',
     "mine.yaml": "examples/scenarios/demo.yaml",
@@ -95,11 +100,6 @@ NOT_RUN: Final = (
     NotRun(". .venv/bin/activate", "the tests run in that environment", "make"),
     NotRun("pip install", "tests of packaging build and install it", "tests/test_packaging.py"),
     NotRun("--tensor-parallel-size 4", "needs four GPUs", "engine"),
-    NotRun(
-        "cluster.yaml --log-dir logs",
-        "docs/deployment.md starts a cluster, and no more engines are needed",
-        "parse",
-    ),
     NotRun("--backend ray", "another test does, with more engines", "parse"),
     NotRun("ray start", "needs a port of its own and several machines", "tests/e2e/test_ray.py"),
     NotRun("docker build", "needs a registry", "tests/examples/test_kubernetes.py"),
