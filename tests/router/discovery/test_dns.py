@@ -271,6 +271,38 @@ async def test_what_an_operator_did_stays_done(dns: DnsServer) -> None:
             await stand.until(lambda: urls(stand) == {one.url})
 
 
+async def test_what_an_operator_drained_comes_back_drained(dns: DnsServer) -> None:
+    async with FakeServer() as one:
+        dns.set(NAME, "A", "127.0.0.1")
+        async with found_by(dns, f"{NAME}:{one.port}") as stand:
+            await stand.until(lambda: urls(stand))
+            (engine,) = stand.context.fleet.engines.values()
+            one.faults.append(Fault("hang", 2))
+            async with stand.post(stream=True) as answer:
+                await answer.content.readline()
+                stand.context.fleet.drain(engine.name)
+                dns.set(NAME, "A")
+                await stand.until(lambda: engine.leaving)
+                dns.set(NAME, "A", "127.0.0.1")
+                await stand.until(lambda: not engine.leaving)
+                assert engine.state is EngineState.DRAINING
+
+
+async def test_counts_of_engines_that_left_are_kept_together(dns: DnsServer) -> None:
+    """Or names of pods would make metrics grow for ever."""
+    async with FakeServer() as one:
+        dns.set(NAME, "A", "127.0.0.1")
+        async with found_by(dns, f"{NAME}:{one.port}") as stand:
+            await stand.until(lambda: urls(stand))
+            for _ in range(3):
+                async with stand.post() as answer:
+                    await answer.read()
+            dns.set(NAME, "A")
+            await stand.until(lambda: not stand.context.fleet.engines)
+            placed = stand.context.ledger.placements
+            assert ({engine for engine, _ in placed}, placed.total()) == ({"gone"}, 3)
+
+
 async def test_stopping_ends_looking(dns: DnsServer) -> None:
     dns.silent = {"A", "AAAA"}
     async with found_by(dns, f"{NAME}:9", worker_dns_timeout_secs=60.0) as stand:
