@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from types import SimpleNamespace
 
 import pytest
+from vllm.v1.engine import core_client
 from vllm.v1.engine.core import EngineCore
 
 from hexgen_vllm.engine.exposition import exposition
@@ -71,3 +73,9 @@ def test_the_engine_core_answers_without_the_plugin(
     monkeypatch.delattr(EngineCore, "hexgen_stats", raising=False)
     core = SimpleNamespace(scheduler=build().scheduler)
     assert EngineCore.hexgen_stats(core)["order"] == "slack"  # type: ignore[attr-defined]
+
+
+def test_the_engines_client_can_ask_each_rank() -> None:
+    asked = inspect.signature(core_client.AsyncMPClient._call_utility_async)
+    assert list(asked.parameters) == ["self", "method", "args", "engine"]
+    assert "self.core_engines" in inspect.getsource(core_client)
