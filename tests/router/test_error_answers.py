@@ -132,10 +132,10 @@ async def _garbage(stand: Stand) -> None:
 
 
 async def _defect(stand: Stand) -> None:
-    async def place(call: object) -> None:
+    def observe(*_: object) -> None:
         raise RuntimeError(SECRET.decode())
 
-    stand.context.service.place = place  # type: ignore[method-assign, assignment]
+    stand.context.metrics.held_s.observe = observe  # type: ignore[method-assign]
 
 
 async def _drained(stand: Stand) -> None:

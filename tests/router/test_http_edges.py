@@ -199,8 +199,10 @@ async def test_a_client_that_leaves_with_more_asked_for_ends_its_call(single: St
 
 
 def test_small_pieces_of_a_body_take_no_object_each() -> None:
-    connection = cast(Any, SimpleNamespace(max_body_bytes=10**6))
-    read = Request(connection, "POST", "/", [], persists=True, can_chunk=True)
+    server = cast(Any, SimpleNamespace(max_body_bytes=10**6))
+    read = Request(
+        Connection(server, cast(Any, None)), "POST", "/", [], persists=True, can_chunk=True
+    )
     for i in range(5000):
         read.feed(b"%04d" % i)
     assert len(read._pieces) <= 2
