@@ -1,8 +1,8 @@
 """``hexgen-vllm bench router``: what a call costs on its way through the router.
 
-The router, and vllm-router as the peer, run one after the other on the same core before the same
-two fake engines; engines and clients have another core. Figures: CPU time per call, time added
-to the first byte, events per second, memory with many streams open, events lost or out of place.
+The router, and vllm-router as the peer, share one core before the same two fake engines and get
+load in turn; engines and clients have another core. Figures: CPU time per call, time added to the
+first byte, events per second, memory with many streams open, events lost or out of place.
 
 Figures are of this machine; leave it alone while they are taken.
 """
@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -84,12 +86,11 @@ async def _measure(
     try:
         for _ in range(repeats):
             found[_DIRECT].append(await _direct(engines, amounts))
-            for name in names:
-                side = sides.start(name, [e.url for e in engines], router_core, peer)
-                try:
-                    found[name].append(await _one(side, engines, amounts))
-                finally:
-                    side.stop()
+            async with _started(names, engines, router_core, peer) as running:
+                cpu = await _cpu(running, amounts)
+                for side, client in running:
+                    figures = await _one(side, client, engines, amounts)
+                    found[side.name].append({**cpu[side.name], **figures})
     finally:
         for engine in engines:
             await engine.stop()
@@ -114,15 +115,41 @@ async def _first_bytes(client: Client, amounts: Amounts) -> dict[str, float]:
     return figures
 
 
-async def _one(side: sides.Side, engines: list[FastEngine], amounts: Amounts) -> dict[str, float]:
-    await measure.ready(side)
-    client = Client(side.port, side.says)
-    await measure.cpu_ms(side, client, 0.5, stream=False)  # warm up
-    figures = {
-        "cpu_ms_json": await measure.cpu_ms(side, client, amounts.cpu_s, stream=False),
-        "cpu_ms_sse": await measure.cpu_ms(side, client, amounts.cpu_s, stream=True),
-        **await _first_bytes(client, amounts),
-    }
+@asynccontextmanager
+async def _started(
+    names: Sequence[str], engines: list[FastEngine], core: int, peer: list[str] | None
+) -> AsyncIterator[list[tuple[sides.Side, Client]]]:
+    """Start one router after the other on the same core; end all of them."""
+    running: list[tuple[sides.Side, Client]] = []
+    try:
+        for name in names:
+            side = sides.start(name, [e.url for e in engines], core, peer)
+            running.append((side, Client(side.port, side.says)))
+            await measure.ready(side)
+        yield running
+    finally:
+        for side, client in running:
+            client.close()
+            side.stop()
+
+
+async def _cpu(
+    running: list[tuple[sides.Side, Client]], amounts: Amounts
+) -> dict[str, dict[str, float]]:
+    """Return the CPU figures of every side, measured in turns."""
+    await measure.cpu_ms(running, 0.5, stream=False)  # warm up
+    found: dict[str, dict[str, float]] = {side.name: {} for side, _ in running}
+    for key, stream in (("json", False), ("sse", True)):
+        times = await measure.cpu_ms(running, amounts.cpu_s, stream=stream)
+        for (side, _), ms in zip(running, times, strict=True):
+            found[side.name][f"cpu_ms_{key}"] = ms
+    return found
+
+
+async def _one(
+    side: sides.Side, client: Client, engines: list[FastEngine], amounts: Amounts
+) -> dict[str, float]:
+    figures = await _first_bytes(client, amounts)
     client.close()
     if side.name == sides.PROGRAM_MODE:  # it holds back most of hundreds of streams
         return {**figures, "lost_events": client.lost}

@@ -21,6 +21,9 @@ _SSE_PER_S: Final = 60.0
 _OPEN_S: Final = 10.0  # longest wait for all streams to be open
 _UNDERWAY: Final = 2  # events of a stream between engine and client, when speed is measured
 _STEP_S: Final = 0.01
+_TURN_S: Final = 1.0  # load on one router before the next has its turn
+_SETTLE_S: Final = 0.05  # what a router still does after the last answer
+_IDLE_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +84,34 @@ async def ready(side: Side) -> None:
     raise ConfigError(f"{side.name} did not start: {side.said() or 'it said nothing'}.")
 
 
-async def idle_share(side: Side, seconds: float = 1.0) -> float:
-    """Return the share of a core that a router uses without any call."""
-    before, began = side.cpu_s(), perf_counter()
-    await asyncio.sleep(seconds)
-    return (side.cpu_s() - before) / (perf_counter() - began)
+async def cpu_ms(
+    running: Sequence[tuple[Side, Client]], seconds: float, *, stream: bool
+) -> list[float]:
+    """Return the CPU milliseconds of a call in every router: 50 events over 0.5 s, or one body.
 
-
-async def cpu_ms(side: Side, client: Client, seconds: float, *, stream: bool) -> float:
-    """Return the CPU milliseconds of one call: events of 50 over 0.5 s, or one small body."""
+    The routers take turns of about a second, so that a machine that slows down slows all of
+    them. What a router uses without calls, measured in turns as well, is taken off.
+    """
     rate, tokens = (_SSE_PER_S, EVENTS - 1) if stream else (_JSON_PER_S, 16)
-    idle = await idle_share(side)
-    before, began = side.cpu_s(), perf_counter()
-    calls = await _at_rate(client, rate, round(rate * seconds), tokens, stream)
-    await asyncio.sleep(0.05)
-    used = side.cpu_s() - before - idle * (perf_counter() - began)
-    return 1000.0 * used / len(calls)
+    turns = max(round(seconds / _TURN_S), 1)
+    calls = max(round(rate * seconds / turns), 1)
+    used, idle = [0.0] * len(running), [0.0] * len(running)
+    lasted, waited = [0.0] * len(running), [0.0] * len(running)
+    for _ in range(turns):
+        for i, (side, client) in enumerate(running):
+            before, began = side.cpu_s(), perf_counter()
+            await _at_rate(client, rate, calls, tokens, stream)
+            await asyncio.sleep(_SETTLE_S)
+            used[i] += side.cpu_s() - before
+            lasted[i] += perf_counter() - began
+            before, began = side.cpu_s(), perf_counter()
+            await asyncio.sleep(_IDLE_S)
+            idle[i] += side.cpu_s() - before
+            waited[i] += perf_counter() - began
+    return [
+        1000.0 * (used[i] - idle[i] * lasted[i] / waited[i]) / (calls * turns)
+        for i in range(len(running))
+    ]
 
 
 async def _at_rate(

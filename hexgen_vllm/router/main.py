@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import multiprocessing
 import os
@@ -134,6 +135,7 @@ async def _run_until(stop: asyncio.Event, now: asyncio.Event, router: Router) ->
     except OSError as error:
         where = router.url.partition("://")[2]
         raise ConfigError(f"cannot listen on {where}: {error.strerror or error}.") from error
+    _spare_collector()
     await stop.wait()
     drained, hurried = asyncio.ensure_future(router.drain()), asyncio.ensure_future(now.wait())
     await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
@@ -143,6 +145,15 @@ async def _run_until(stop: asyncio.Event, now: asyncio.Event, router: Router) ->
     hurried.cancel()
     await router.stop()
     _LOG.info("stopped")
+
+
+def _spare_collector() -> None:
+    """Take what is there after the start, and stays, out of what Python's collector looks through.
+
+    A full collection would otherwise stop all streams for as long as all modules take.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class _Parser(argparse.ArgumentParser):
