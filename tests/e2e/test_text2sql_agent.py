@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from examples.text2sql import agent, candidates
+from examples.text2sql.databases import build_all
+from examples.text2sql.grammar import ROOT, Grammar, words
 from examples.text2sql.main import main
+from examples.text2sql.schema import Schema
 from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Server, Spawned, free_port, small_engine
+
+WRITES = ("DELETE FROM loan", "SELECT 1; DROP TABLE loan", "UPDATE loan SET id = 0")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -26,17 +32,17 @@ def router(
     alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     engine = Server(forks.start("hexgen_vllm.serve", argv, logs / "engine", alone), port)
     engine.wait_healthy()
-    words = [f"--port={free_port()}", "--worker-urls", engine.url]
-    program = Spawned("hexgen_vllm.router", words, logs / "router")
-    yield Server(program, int(words[0].partition("=")[2])).wait_healthy()
+    argv = [f"--port={free_port()}", "--worker-urls", engine.url]
+    program = Spawned("hexgen_vllm.router", argv, logs / "router")
+    yield Server(program, int(argv[0].partition("=")[2])).wait_healthy()
     program.stop()
     engine.program.stop()
 
 
 def test_random_weights_held_to_grammars_give_sql_that_runs(router: Server, tmp_path: Path) -> None:
-    words = ["--constrain", "--temperature=1", "--users=6", "--rate=20", "--max-rounds=2"]
+    argv = ["--constrain", "--temperature=1", "--users=6", "--rate=20", "--max-rounds=2"]
     where = [f"--base-url={router.url}/v1", f"--out={tmp_path}", "--max-tokens=600"]
-    assert main([*where, *words]) == 0
+    assert main([*where, *argv]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert (found["questions"], found["completed"], found["on_time"]) == (6, 6, 6)
     assert found["calls"] >= 6 * 4
@@ -53,6 +59,38 @@ def test_random_weights_held_to_grammars_give_sql_that_runs(router: Server, tmp_
     assert ended[0].endswith(" 6.0")
     assert 'type="text2sql"' in ended[0]
     assert 'outcome="on-time"' in ended[0]
+
+
+def test_a_model_that_writes_is_refused_and_disturbs_nobody(
+    router: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = candidates.query_grammar
+
+    def grammar(schema: Schema) -> Grammar:
+        """Let the model write only what deletes, in the library."""
+        if "loan" not in schema.names():
+            return held(schema)
+        return Grammar({ROOT: words(f"```sql\n{sql}\n```" for sql in WRITES)})
+
+    monkeypatch.setattr(candidates, "query_grammar", grammar)
+    monkeypatch.setattr(agent, "linked_schema", whole_schema)
+    argv = ["--constrain", "--temperature=1", "--users=6", "--rate=20", "--max-rounds=1"]
+    assert main([f"--base-url={router.url}/v1", f"--out={tmp_path}", *argv]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["completed"] == 6
+    answers = {one["id"]: one for one in found["answers"]}
+    written = {name: one for name, one in answers.items() if one["sql"] in WRITES}
+    assert set(written) == {name for name in answers if name.startswith("library")}
+    assert 0 < len(written) < 6, "others ask at the same time"
+    for one in written.values():
+        assert one["rows"] is None
+        assert one["error"].startswith("refused: ")
+    for name, path in build_all(tmp_path / "new").items():
+        assert (tmp_path / f"databases/{name}.sqlite").read_bytes() == path.read_bytes()
+
+
+async def whole_schema(_: object, __: Path, schema: Schema, ___: str) -> Schema:
+    return schema
 
 
 def test_a_grammar_that_cannot_be_read_fails_one_call_only(router: Server) -> None:
