@@ -5,7 +5,8 @@ python -m examples.other_stacks.order http://127.0.0.1:30000/v1 MODEL --say head
 The engine's batch is filled with long calls (``--fill`` is its ``--max-num-seqs``). Then calls
 arrive that have to wait, the one with the most time first. One of the long calls is given up, and
 in its place they run, one at a time. They are printed in the order in which they end. The exit
-code is 0 if that is the order of their deadlines, 1 if not, and 2 if they did not have to wait.
+code is 0 if that is the order of their deadlines, 1 if not, and 2 if that cannot be said: they did
+not have to wait, or a call failed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from openai import AsyncOpenAI, AsyncStream
+from openai import AsyncOpenAI, AsyncStream, OpenAIError
 from openai.types.chat import ChatCompletionChunk
 
 DEADLINES_S: Final = (120, 110, 100, 90, 80, 70)
@@ -135,11 +136,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--say", choices=WAYS, default="headers", help="how deadlines are said")
     parser.add_argument("--fill", type=int, default=8, help="calls that fill the engine's batch")
     args = parser.parse_args(argv)
-    for _ in range(_TRIES):
-        ended = asyncio.run(order(args.base_url, args.model, args.say, args.fill))
-        if ended is not None:
-            return 0 if ended == sorted(ended) else 1
-        print("a call did not have to wait; once more")
+    if args.fill < 1:
+        parser.error("--fill must be at least 1")
+    try:
+        for _ in range(_TRIES):
+            ended = asyncio.run(order(args.base_url, args.model, args.say, args.fill))
+            if ended is not None:
+                return 0 if ended == sorted(ended) else 1
+            print("a call did not have to wait; once more")
+    except OpenAIError as error:
+        print(f"{args.base_url} cannot be used: {error}", file=sys.stderr)
+        return 2
     print("the calls never had to wait; --fill must be larger", file=sys.stderr)
     return 2
 

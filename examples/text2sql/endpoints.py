@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.text2sql.options import Options, named_url
+from examples.text2sql.report import say
 from hexgen_vllm.cluster import Cluster, ClusterSpec
 from hexgen_vllm.demo import DEVICES, FLEETS, DemoOptions, engine_entry, router_entry
+from hexgen_vllm.errors import ConfigError
 
 
 class Endpoint(NamedTuple):
@@ -27,12 +29,20 @@ back the random generator of a call with a seed, and ends."""
 
 
 async def endpoints(options: Options) -> AsyncGenerator[Endpoint, None]:
-    """Yield the endpoints in turn; those started here run until the next one is asked for."""
+    """Yield the endpoints in turn; those started here run until the next one is asked for.
+
+    Raises:
+        ConfigError: the model to serve is no folder.
+        ProcessFailed: a server that was to be started here did not start.
+    """
     if not options.compare:
         for word in options.base_url:
             yield Endpoint(*named_url(word))
         return
+    if not Path(options.model or "").is_dir():
+        raise ConfigError(f"model must be a folder with compare, and {options.model} is none.")
     for fleet, placement in LOCAL.items():
+        say(f"{fleet}: starting two engines and a router")
         async with Cluster(local_cluster(options, fleet, placement)) as cluster:
             yield Endpoint(fleet, f"{cluster.router_url}/v1")
 

@@ -1,12 +1,12 @@
-"""The command: builds the databases, asks the questions, reports."""
+"""Ask an agent that writes SQL questions about three databases, and report its answers."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import random
-import sys
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from examples.text2sql.databases import build_all
 from examples.text2sql.endpoints import Endpoint, endpoints
 from examples.text2sql.options import Options
 from examples.text2sql.questions import Question, drawn, load
+from examples.text2sql.report import say
 from examples.text2sql.users import Users, Visit
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.cluster import ProcessFailed
@@ -31,11 +32,11 @@ async def run(options: Options) -> list[dict[str, Any]]:
     """Ask every endpoint the same questions; write and return the figures, one for each.
 
     Raises:
-        ConfigError: an endpoint cannot be used.
+        ConfigError: an endpoint cannot be used, or ``out`` cannot be written.
         ProcessFailed: a server that was to be started here did not start.
     """
     out = Path(options.out)
-    known = load(build_all(out / "databases"))
+    known = load(_databases(out / "databases"))
     count = options.users or len(known)
     rng = random.Random(f"questions/{options.seed}")
     # The warm-up ends with its own draw: those that count begin with each question once.
@@ -43,12 +44,19 @@ async def run(options: Options) -> list[dict[str, Any]]:
     summaries: list[dict[str, Any]] = []
     async with aclosing(endpoints(options)) as found:
         async for endpoint in found:
-            _say(f"{endpoint.name}: {len(asked)} users, the first {options.warmup} do not count")
             visits = await _visits(options, endpoint, asked)
             counted = visits[options.warmup :]
             summaries.append(report.summary(endpoint.name, counted, options.rate))
             report.write(out / "results.json", summaries, counted)
     return summaries
+
+
+def _databases(folder: Path) -> Mapping[str, Path]:
+    try:
+        return build_all(folder)
+    except (OSError, sqlite3.Error) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError(f"out: {folder} cannot be written: {said}.") from None
 
 
 async def _visits(options: Options, endpoint: Endpoint, asked: Sequence[Question]) -> list[Visit]:
@@ -62,6 +70,8 @@ async def _visits(options: Options, endpoint: Endpoint, asked: Sequence[Question
             constrain=options.constrain,
             seed=options.seed if options.call_seeds else None,
         )
+        warmup = f", the first {options.warmup} do not count" if options.warmup else ""
+        say(f"{endpoint.name}: {len(asked)} users{warmup}")
         agent = Agent(client, sampling, options.deadline_s, options.max_rounds)
         users = Users(agent, SystemClock(), options.rate, options.seed)
         return await users.ask(asked, lambda visit: print(report.line(visit), flush=True))
@@ -79,10 +89,6 @@ async def _served(client: AsyncOpenAI, endpoint: Endpoint, wanted: str | None) -
     return wanted or served[0]
 
 
-def _say(text: str) -> None:
-    print(f"text2sql: {text}", file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 when a question did not complete, 2 when it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m examples.text2sql", description=__doc__)
@@ -91,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = Options(**given(parser.parse_args(argv), Options))
         summaries = asyncio.run(run(options))
     except (HexgenError, ProcessFailed) as error:
-        _say(str(error))
+        say(str(error))
         return 2
-    print(f"\n{report.table(summaries)}\n\nwrote {Path(options.out) / 'results.json'}")
+    print(f"\n{report.table(summaries)}\n\n{report.NOTE}\nwrote {Path(options.out)}/results.json")
     return int(any(found["completed"] < found["questions"] for found in summaries))

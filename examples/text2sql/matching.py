@@ -24,8 +24,7 @@ def orders_rows(sql: str) -> bool:
 def same_rows(one: Sequence[Row], other: Sequence[Row], *, ordered: bool) -> bool:
     """Return whether two results hold the same rows as often, in the same order if ``ordered``.
 
-    Column names do not count, the order of columns does. Numbers are equal when their first
-    :data:`DIGITS` digits are.
+    Column names do not count, the order of columns does. Of floats :data:`DIGITS` digits count.
     """
     left, right = [_plain(row) for row in one], [_plain(row) for row in other]
     return left == right if ordered else Counter(left) == Counter(right)

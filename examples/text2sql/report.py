@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,15 +19,27 @@ _COLUMNS: Final = (
     "P95", "execution match", "with rows", "calls", "tokens out",
 )  # fmt: skip
 
+NOTE: Final = (
+    "times in seconds; the min deadline is the shortest that 95 % of the questions met; a match "
+    "has the rows of the gold query"
+)
+
+
+def say(text: str) -> None:
+    """Tell what is going on; the results themselves are on standard output."""
+    print(f"text2sql: {text}", file=sys.stderr, flush=True)
+
 
 def line(visit: Visit) -> str:
     """Return a visit in one line."""
     answer, usage = visit.answer, visit.answer.usage
     rows = "no rows" if answer.rows is None else f"{len(answer.rows)} rows"
+    tokens = f"{usage.prompt_tokens:>5}+{usage.output_tokens:<4}"
+    met = "on time" if visit.on_time else "LATE" if visit.completed else "FAILED"
     return (
-        f"{visit.question.id:<11} {'on time' if visit.on_time else 'LATE':<7} "
+        f"{visit.question.id:<11} {met:<7} "
         f"{seconds(visit.latency_s):>5} s  {'match' if visit.matches else 'differs':<7} "
-        f"{rows:>9}  {usage.calls:>2} calls  {usage.prompt_tokens}+{usage.output_tokens} tokens  "
+        f"{rows:>9}  {usage.calls:>2} calls  {tokens} tokens  "
         f"{answer.error or ' '.join(answer.sql.split())[:70]}"
     )
 

@@ -81,6 +81,7 @@ async def test_calls_that_fail_make_the_command_fail(scripted: Scripted, tmp_pat
     [
         (["--base-url=nowhere"], "base_url must be URL or NAME=URL, not 'nowhere'."),
         (["--compare"], "compare needs model, the folder of a model to serve."),
+        (["--compare", "--model=/none"], "model must be a folder with compare, and /none is none."),
         (["--deadline-s=0"], "deadline_s must be at least 0.1, not 0."),
         (["--base-url=http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1 cannot be used: Connection"),
     ],
@@ -91,6 +92,15 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert main([*words, f"--out={tmp_path}"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith(f"text2sql: {sentence}")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([f"--out={tmp_path}/file"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"text2sql: out: {tmp_path}/file/databases cannot be written: Not a directory.\n"
 
 
 async def test_a_model_that_is_not_served_is_told(
@@ -115,6 +125,7 @@ def test_figures_count_what_failed_as_late() -> None:
     assert found["min_deadline_95_s"] is None, "a quarter never came"
     assert "LATE" in line(visits[2])
     assert "differs" in line(visits[2])
+    assert "FAILED" in line(visits[3])
 
 
 def test_urls_may_have_names() -> None:
