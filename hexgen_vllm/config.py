@@ -130,7 +130,7 @@ def add_arguments(parser: Any, cls: type[Any], *, prefix: str = "") -> None:
             continue
         flag = f"--{prefix}{f.name.replace('_', '-')}"
         wanted = _plain_type(hints[f.name])
-        text = f"{f.metadata['doc']} (default: {_default(f)})".replace("%", "%%")
+        text = f"{f.metadata['doc']}{_said_default(f)}".replace("%", "%%")
         common: dict[str, Any] = {"dest": _dest(prefix, f.name), "default": None, "help": text}
         if wanted is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
@@ -144,9 +144,13 @@ def add_arguments(parser: Any, cls: type[Any], *, prefix: str = "") -> None:
             parser.add_argument(flag, type=wanted, metavar=wanted.__name__.upper(), **common)
 
 
-def _default(one: Field[Any]) -> Any:
-    """Return the value that stands when nothing is given, as declared."""
-    return one.default if one.default_factory is MISSING else one.default_factory()
+def _said_default(one: Field[Any]) -> str:
+    """Return what help says of the default, in words of a command line; nothing for none."""
+    value = one.default if one.default_factory is MISSING else one.default_factory()
+    if value in (None, "", (), {}):
+        return ""
+    text = " ".join(map(str, value if isinstance(value, tuple) else (value,)))
+    return f" (default: {text.lower() if isinstance(value, bool) else text})"
 
 
 def _dest(prefix: str, name: str) -> str:

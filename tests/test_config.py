@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import pytest
 
@@ -12,6 +13,7 @@ from hexgen_vllm.config import (
     add_arguments,
     from_mapping,
     given,
+    option,
 )
 from hexgen_vllm.errors import ConfigError
 
@@ -51,6 +53,28 @@ def test_command_line_comes_from_the_fields() -> None:
     assert given(args, EngineOptions, prefix="hexgen-") == {"order": "edf", "displace": False}
     help_text = parser.format_help()
     assert "--hexgen-default-deadline-s" in help_text
+
+
+def test_help_says_defaults_as_one_would_type_them() -> None:
+    @dataclass(frozen=True)
+    class Options:
+        words: tuple[str, ...] = option(("a", "b"), "some words")
+        flag: bool = option(False, "a switch")
+        name: str | None = option(None, "a name")
+        none: tuple[str, ...] = option((), "no words")
+        number: int = option(0, "a number")
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, Options)
+    helps = {action.dest: action.help for action in parser._actions}
+    del helps["help"]
+    assert helps == {
+        "words": "some words (default: a b)",
+        "flag": "a switch (default: false)",
+        "name": "a name",
+        "none": "no words",
+        "number": "a number (default: 0)",
+    }
 
 
 def test_nothing_given_leaves_the_defaults() -> None:
