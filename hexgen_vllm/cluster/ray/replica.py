@@ -70,23 +70,29 @@ class Replica:
         self._actor = self._host.remote(*self._arguments)
 
     async def run(self) -> None:
-        """Keep the engine serving until cancelled; Ray places it again when it was lost."""
+        """Keep the engine serving until cancelled; Ray places it again when it was lost.
+
+        One that is lost while it is leaving is not missed.
+        """
         errors = self._library.ray.exceptions
+        again: Callable[[], Awaitable[None]] = _nothing
         while True:
             since_s = self._clock.now()
             try:
+                await again()
                 why, again = await self._life(), self._place_anew
             except errors.ActorDiedError as error:  # Ray does not place this one again
                 why, again = self._cannot_run(error), self._make_anew
             except errors.RayActorError:
                 why, again = "was lost with its node, or with what ran it there", _nothing
-            except errors.RayError as error:
+            except Exception as error:  # whatever it was, an engine must not go unwatched
                 why, again = self._cannot_run(error), self._place_anew
             served = self._lost(why)
+            if self.leaving:  # who sees it off ends the rest
+                return
             between_lives = again is _nothing and not served  # Ray is at it
             lived_s = self._clock.now() - since_s
             await asyncio.sleep(_AGAIN_S if between_lives else self._backoff.after(lived_s))
-            await again()
 
     def _lost(self, why: str) -> bool:
         """Note that the engine does not serve; return whether it did."""
@@ -98,10 +104,10 @@ class Replica:
 
     async def _place_anew(self) -> None:
         """End the actor, which Ray then places again; return when it has ended."""
-        ended = _awaited(self._actor.linger.remote())
+        ended = self._actor.linger.remote()
         self._library.ray.kill(self._actor, no_restart=False)
         with contextlib.suppress(self._library.ray.exceptions.RayError, asyncio.TimeoutError):
-            await asyncio.wait_for(ended, _END_S)
+            await asyncio.wait_for(_awaited(ended), _END_S)
 
     async def _make_anew(self) -> None:
         self._actor = self._host.remote(*self._arguments)

@@ -5,7 +5,9 @@ it died. So the roster is compared with what the router says it has, and only di
 
     serving   registered; one that serves at a new address takes the place of the old one
     lost      drained, not removed: its model stays known, and calls for it get an honest 503
-    leaving   removed, which drains it; gone once its calls have ended
+    leaving   removed, which drains it; gone once its calls have ended, or itself is lost
+
+What an operator drained is not undone: only those drained here get calls again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any, Final
 from hexgen_vllm.cluster.ray.router_client import RouterAway, RouterClient
 
 INTERVAL_S: Final = 0.5
+_TAKES_CALLS: Final = ("ready", "trial")
 _Workers = Mapping[str, Mapping[str, Any]]
 
 
@@ -50,17 +53,23 @@ class Roster:
         self._lost: set[str] = set()
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._told: dict[str, str] = {}  # where the router believes them
+        self._drained: set[str] = set()  # by us
+        self._dismissed: set[str] = set()  # the router has been told that they leave
         self._changed = asyncio.Event()
         self._refusals: dict[str, str] = {}
 
     def serving(self, name: str, url: str) -> None:
-        """Have the router give calls to an engine."""
+        """Have the router give calls to an engine, unless it is leaving."""
+        if name in self._leaving:
+            return
         self._urls[name] = url
         self._lost.discard(name)
         self._changed.set()
 
     def lost(self, name: str) -> None:
         """Have the router give no calls to an engine that is gone for now."""
+        if name in self._leaving:
+            return
         self._urls.pop(name, None)
         self._lost.add(name)
         self._changed.set()
@@ -94,36 +103,50 @@ class Roster:
         Raises:
             RouterAway: it does not say what it has.
         """
+        leaving = dict(self._leaving)  # one that leaves later is not judged by this answer
         there = await self._router.workers()
         for name, url in list(self._urls.items()):
-            await self._tell(name, self._should_serve(name, url, there))
-        for name in self._lost & there.keys():
+            if self._urls.get(name) == url:
+                await self._tell(name, self._should_serve(name, url, there))
+        for name in self._lost & there.keys() - self._drained:
             if there[name]["state"] != "draining":
-                await self._tell(name, self._router.drain(name))
-        for name, gone in list(self._leaving.items()):
+                await self._tell(name, self._drain(name))
+        for name, gone in leaving.items():
             await self._see_off(name, gone, there)
 
     async def _should_serve(self, name: str, url: str, there: _Workers) -> None:
         if name in there and self._told.get(name) == url:
-            if there[name]["state"] == "draining":
+            if name in self._drained:
                 await self._router.undrain(name)
+                self._drained.discard(name)
             return
         at_this_url = {n for n in self._lost if self._told.get(n) == url}
         for old in (at_this_url | {name}) & there.keys():
             await self._router.remove(old, force=True)
         await self._router.add(name, url)
+        self._drained.discard(name)
         if self._urls.get(name) == url:
             self._told[name] = url
 
+    async def _drain(self, name: str) -> None:
+        await self._router.drain(name)
+        self._drained.add(name)
+
     async def _see_off(self, name: str, gone: asyncio.Future[None], there: _Workers) -> None:
         if name in there:
-            if self._told.pop(name, None) is not None:
-                await self._tell(name, self._router.remove(name))
+            if name not in self._dismissed or there[name]["state"] in _TAKES_CALLS:
+                await self._tell(name, self._dismiss(name))
             return
         del self._leaving[name]
         self._told.pop(name, None)
+        self._drained.discard(name)
+        self._dismissed.discard(name)
         if not gone.done():
             gone.set_result(None)
+
+    async def _dismiss(self, name: str) -> None:
+        await self._router.remove(name)
+        self._dismissed.add(name)
 
     async def _tell(self, name: str, telling: Any) -> None:
         """Await ``telling``; a refusal is reported once, and tried again next time."""

@@ -20,6 +20,7 @@ KEY = "admin-secret"
 
 class Scene(NamedTuple):
     stand: Stand
+    router: RouterClient
     roster: Roster
     said: list[str]
 
@@ -33,8 +34,8 @@ async def scene(**options: object) -> AsyncIterator[Scene]:
     given = {"worker_urls": (), "admin_api_key": (KEY,), **options}
     async with open_stand(wait=False, **given) as stand:
         said: list[str] = []
-        roster = Roster(RouterClient(stand.client, stand.router.url, KEY), said.append)
-        yield Scene(stand, roster, said)
+        router = RouterClient(stand.client, stand.router.url, KEY)
+        yield Scene(stand, router, Roster(router, said.append), said)
 
 
 async def test_an_engine_that_serves_gets_calls_and_one_that_is_lost_none() -> None:
@@ -107,6 +108,98 @@ async def test_one_that_was_never_registered_leaves_at_once() -> None:
         await asyncio.sleep(0)
         await at.roster.compare()
         await leaving
+
+
+async def test_one_that_leaves_is_forgotten_even_if_it_dies_and_serves_again() -> None:
+    slow = FakeSettings(step_s=0.02)
+    async with FakeServer(slow) as engine, FakeServer() as again, scene() as at:
+        at.roster.serving("a", engine.url)
+        await at.roster.compare()
+        async with at.stand.post(stream=True, max_tokens=40) as answer:
+            await answer.content.readline()
+            leaving = asyncio.ensure_future(at.roster.leave("a"))
+            await asyncio.sleep(0)
+            at.roster.lost("a")
+            at.roster.serving("a", again.url)
+            for _ in range(2):
+                await at.roster.compare()
+                assert at.states() == {"a": EngineState.DRAINING}
+            assert "[DONE]" in await answer.text()
+        await at.stand.until(lambda: not at.states())
+        for _ in range(2):
+            await at.roster.compare()
+        assert at.states() == {}
+        await leaving
+
+
+async def test_one_that_leaves_while_it_is_being_registered_is_not_left_behind() -> None:
+    async with FakeServer() as engine, scene() as at:
+        add = at.router.add
+
+        async def leave_meanwhile(name: str, url: str) -> None:
+            leaving.append(asyncio.ensure_future(at.roster.leave(name)))
+            await add(name, url)
+
+        leaving: list[asyncio.Future[None]] = []
+        at.router.add = leave_meanwhile  # type: ignore[method-assign]
+        at.roster.serving("a", engine.url)
+        await at.roster.compare()
+        assert at.states() == {"a": EngineState.READY}
+        assert not leaving[0].done()
+        for _ in range(2):
+            await at.roster.compare()
+        assert at.states() == {}
+        await leaving[0]
+
+
+async def test_a_removal_that_the_router_did_not_hear_is_told_again() -> None:
+    async with FakeServer() as engine, scene() as at:
+        remove, tries = at.router.remove, list[str]()
+
+        async def unheard(name: str, *, force: bool = False) -> None:
+            tries.append(name)
+            if len(tries) == 1:
+                raise RouterAway("the router does not answer")
+            await remove(name, force=force)
+
+        at.router.remove = unheard  # type: ignore[method-assign]
+        at.roster.serving("a", engine.url)
+        await at.roster.compare()
+        leaving = asyncio.ensure_future(at.roster.leave("a"))
+        await asyncio.sleep(0)
+        for _ in range(3):
+            await at.roster.compare()
+        assert at.states() == {}
+        await leaving
+
+
+async def test_what_an_operator_drained_stays_drained() -> None:
+    async with FakeServer() as engine, scene() as at:
+        at.roster.serving("a", engine.url)
+        await at.roster.compare()
+        at.stand.context.fleet.drain("a")
+        for _ in range(2):
+            await at.roster.compare()
+        assert at.states() == {"a": EngineState.DRAINING}
+        at.roster.lost("a")
+        await at.roster.compare()
+        at.roster.serving("a", engine.url)
+        for _ in range(2):
+            await at.roster.compare()
+        assert at.states() == {"a": EngineState.DRAINING}
+
+
+async def test_a_lost_engine_is_drained_once() -> None:
+    engine = FakeServer()
+    async with scene() as at:
+        async with engine:
+            at.roster.serving("a", engine.url)
+            await at.roster.compare()
+            at.roster.lost("a")
+            await at.roster.compare()
+        await at.stand.until(lambda: at.states() == {"a": EngineState.DOWN})
+        at.router.drain = None  # type: ignore[assignment,method-assign]
+        await at.roster.compare()
 
 
 async def test_a_refusal_is_said_once_and_tried_again() -> None:
