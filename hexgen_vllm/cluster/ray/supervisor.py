@@ -42,7 +42,8 @@ class RayCluster:
         report: gets one line for each thing that happens.
 
     Raises:
-        ConfigError: Ray is not installed, or its cluster cannot be joined or started.
+        ConfigError: no engine or no router of ``spec`` could be kept, Ray is not installed, or its
+            cluster cannot be joined or started.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class RayCluster:
         clock: Clock | None = None,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
+        _check(spec)
         self.spec = spec
         self.log_dir = Path(spec.log_dir or tempfile.mkdtemp(prefix="hexgen-cluster-")).absolute()
         self.log_dir.mkdir(parents=True, exist_ok=True)
@@ -213,6 +215,17 @@ class RayCluster:
         for group in self._groups:
             for replica in group.replicas.values():
                 replica.kill()
+
+
+def _check(spec: ClusterSpec) -> None:
+    if all(entry.url is None and not entry.placement.min_replicas for entry in spec.engines):
+        raise ConfigError("min_replicas must be above 0 for at least one engine.")
+    given = {} if spec.router is None else spec.router.options
+    if any(name.replace("-", "_") == "router_workers" and n > 1 for name, n in given.items()):
+        raise ConfigError(
+            "router_workers must be 1 with backend ray: engines come and go, and one process is "
+            "told of it."
+        )
 
 
 async def _done(future: asyncio.Future[None]) -> None:

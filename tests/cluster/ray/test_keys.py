@@ -7,6 +7,8 @@ import pytest
 
 from hexgen_vllm.cluster import ClusterSpec, EngineEntry
 from hexgen_vllm.cluster.ray.keys import Placement, RayOptions
+from hexgen_vllm.cluster.ray.supervisor import RayCluster
+from hexgen_vllm.cluster.spec import RouterEntry
 from hexgen_vllm.errors import ConfigError
 from tests.cluster.test_file import complaint, read
 
@@ -90,6 +92,22 @@ def test_wrong_keys_for_all_are_one_sentence(tmp_path: Path, keys: str, sentence
 def test_what_does_not_go_together_is_said(entries: list[dict[str, Any]], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         ClusterSpec(engines=tuple(EngineEntry(**{"model": "m", **entry}) for entry in entries))
+
+
+@pytest.mark.parametrize(
+    ("engine", "router", "sentence"),
+    [
+        ({"min_replicas": 0, "max_replicas": 2}, {}, "min_replicas must be above 0 for at least"),
+        ({}, {"router-workers": 2}, "router_workers must be 1 with backend ray: "),
+    ],
+)
+def test_what_ray_cannot_keep_is_said_before_it_is_started(
+    engine: dict[str, Any], router: dict[str, Any], sentence: str
+) -> None:
+    entry = EngineEntry(name="a", model="m", ray=engine)
+    spec = ClusterSpec(engines=(entry,), router=RouterEntry(options=router))
+    with pytest.raises(ConfigError, match=sentence):
+        RayCluster(spec)
 
 
 def test_without_a_word_about_ray_there_is_one_engine_on_one_cpu() -> None:
