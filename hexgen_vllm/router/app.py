@@ -74,10 +74,16 @@ class Router:
 
         Raises:
             OSError: the address cannot be had.
-            ConfigError: that for metrics cannot be had, or engines cannot be looked for.
+            ConfigError: that for metrics cannot be had, engines cannot be looked for, or what
+                sends traces is not installed.
         """
         session = new_session(self._options)
-        self.context = context = new_context(self._options, self._dispatch, self._clock, session)
+        try:
+            context = new_context(self._options, self._dispatch, self._clock, session)
+        except ConfigError:
+            await session.close()
+            raise
+        self.context = context
         self._routes = self._all_routes(context)
         self._admin = Admin(context)
         self._admin_routes = self._admin.routes()

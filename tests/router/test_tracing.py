@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -16,8 +17,10 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router import otel
+from hexgen_vllm.router import app, otel, upstream
+from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.tracing import NO_TRACE, Tracing, open_tracing
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
@@ -176,6 +179,23 @@ def test_a_wrong_protocol_and_a_missing_package_are_named(monkeypatch: pytest.Mo
     monkeypatch.delattr("hexgen_vllm.router.otel", raising=False)
     with pytest.raises(ConfigError, match=r"hexgen-vllm\[otel\]"):
         open_tracing("http://127.0.0.1:4317", "slack")
+
+
+async def test_a_router_that_cannot_trace_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sessions = []
+
+    def new_session(options: RouterOptions) -> aiohttp.ClientSession:
+        sessions.append(upstream.new_session(options))
+        return sessions[-1]
+
+    monkeypatch.setattr(app, "new_session", new_session)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "pigeon")
+    options = RouterOptions(port=0, otlp_traces_endpoint="http://127.0.0.1:4317")
+    with pytest.raises(ConfigError, match="pigeon"):
+        await app.Router(options, DispatchOptions()).start()
+    assert [session.closed for session in sessions] == [True]
 
 
 def test_a_receiver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
