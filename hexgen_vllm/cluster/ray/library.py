@@ -76,6 +76,9 @@ def imported() -> ModuleType:
     """
     try:
         import ray
+
+        if not hasattr(ray, "init"):  # a folder of that name, such as that of its logs in /tmp
+            raise ImportError
     except ImportError:
         raise ConfigError(
             "backend ray needs Ray, which is not installed: pip install 'hexgen-vllm[ray]'."

@@ -10,6 +10,7 @@ import signal
 import sys
 import urllib.request
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -51,11 +52,15 @@ def complaint(tmp_path: Path, *words: str, first: str = "") -> str:
     return program.text().strip()
 
 
+@pytest.mark.parametrize("found", [None, ModuleType("ray")], ids=["nothing", "a folder"])
 def test_without_ray_installed_it_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    found: ModuleType | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", found)
     path = cluster_file(tmp_path, "")
     assert command_line.main(["--cluster", str(path), "--backend=ray"]) == 2
     assert capsys.readouterr().err == (
