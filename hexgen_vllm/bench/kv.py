@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -79,9 +80,12 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print tables, write the JSON file; the exit code is 0.
 
     Raises:
-        ConfigError: the device is not there, the file cannot be written, an option is wrong.
+        ConfigError: there is no torch or no such device, the file cannot be written, an option
+            is wrong.
         HexgenError: a way does not give back what it saved.
     """
+    if find_spec("torch") is None:
+        raise ConfigError("bench kv needs torch, which comes with vLLM.")
     from hexgen_vllm.kernels.subjects import environment
 
     facts: dict[str, Any] = {**environment(args.device)}

@@ -145,3 +145,9 @@ def test_wrong_lists(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(f"--blocks={text}")
     assert "is no list of positive numbers" in capsys.readouterr().err
+
+
+def test_without_torch_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="needs torch, which comes with vLLM"):
+        kv.main(parse())
