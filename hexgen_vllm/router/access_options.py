@@ -36,8 +36,8 @@ class AccessOptions(OnlineOptions):
     )
     worker_allowed_hosts: tuple[str, ...] = option(
         (),
-        "hosts that engines may be registered on: names with * and ?, addresses, networks; "
-        "by default those of --worker-urls and this machine",
+        "hosts that engines may be registered and discovered on: names with * and ?, addresses, "
+        "networks; by default those of --worker-urls and this machine, and wherever discovered",
     )
     ssl_certfile: str | None = option(None, "serve HTTPS with this certificate chain, PEM")
     ssl_keyfile: str | None = option(None, "private key of --ssl-certfile, PEM")

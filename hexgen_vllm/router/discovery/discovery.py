@@ -12,6 +12,7 @@ from hexgen_vllm.router.discovery.members import Members
 from hexgen_vllm.router.discovery.names import parse_server
 from hexgen_vllm.router.discovery.options import DiscoveryOptions
 from hexgen_vllm.router.fleet import Fleet
+from hexgen_vllm.router.hosts import AllowedHosts
 from hexgen_vllm.router.watchers import Watchers
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Discovery:
         self.sources: list[DnsSource | PodSource] = []
         self._options, self._fleet, self._watchers = options, fleet, watchers
         self._clock = clock
+        patterns = options.worker_allowed_hosts
+        self._hosts = AllowedHosts(patterns, ()) if patterns else None
         self._members: list[Members] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._pods: PodApi | None = None
@@ -111,7 +114,7 @@ class Discovery:
 
     def _book(self, kind: str, what: str) -> tuple[SourceBook, Members]:
         book = SourceBook(kind, what, self._clock.now())
-        members = Members(self._fleet, self._watchers, book)
+        members = Members(self._fleet, self._watchers, book, self._hosts)
         self.books.append(book)
         self._members.append(members)
         return book, members

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from hexgen_vllm.router.discovery.book import DRAINED, JOINED, RETURNED, SourceBook
 from hexgen_vllm.router.fleet import Engine, Fleet
+from hexgen_vllm.router.hosts import AllowedHosts
 from hexgen_vllm.router.options import Worker
 from hexgen_vllm.router.watchers import Watchers
 
@@ -22,17 +23,24 @@ class Members:
         fleet: the engines there are.
         watchers: take engines in and let them leave.
         book: counts changes.
+        hosts: where engines may be; ``None`` for anywhere that the source says.
     """
 
-    def __init__(self, fleet: Fleet, watchers: Watchers, book: SourceBook) -> None:
+    def __init__(
+        self, fleet: Fleet, watchers: Watchers, book: SourceBook, hosts: AllowedHosts | None
+    ) -> None:
         self._fleet, self._watchers, self._book = fleet, watchers, book
+        self._hosts = hosts
         self._wanted: frozenset[Worker] = frozenset()
+        self._refused: frozenset[Worker] = frozenset()
         self._mine: set[Worker] = set()
         self._left: dict[Worker, bool] = {}  # and whether an operator had drained it before
 
     def want(self, workers: Iterable[Worker]) -> None:
-        """Have these engines and no others."""
-        self._wanted = frozenset(workers)
+        """Have these engines and no others; those on hosts that are not allowed are left out."""
+        named = frozenset(workers)
+        self._wanted = frozenset(worker for worker in named if self._allowed(worker))
+        self._refuse(named - self._wanted)
         self._book.wanted = len(self._wanted)
         for worker in sorted(self._mine - self._wanted):
             self._leave(worker)
@@ -66,7 +74,7 @@ class Members:
         self._mine.discard(worker)
         engine = self._engine(worker)
         if engine is not None:
-            self._left[worker] = engine.draining
+            self._left[worker] = engine.draining and not engine.leaving
             self._note(DRAINED, worker)
             self._watchers.retire(worker.name, f"no longer named by {self._book.kind}")
 
@@ -74,6 +82,18 @@ class Members:
         self._book.changes[what] += 1
         kind, name, url = self._book.kind, worker.name, worker.url
         _LOG.info("discovery %s engine=%s url=%s source=%s", what, name, url, kind)
+
+    def _allowed(self, worker: Worker) -> bool:
+        return self._hosts is None or self._hosts.allow(worker.url)
+
+    def _refuse(self, workers: frozenset[Worker]) -> None:
+        for worker in sorted(workers - self._refused):
+            _LOG.warning(
+                "discovery left out, its host is not among --worker-allowed-hosts "
+                "engine=%s url=%s source=%s",
+                *(worker.name, worker.url, self._book.kind),
+            )
+        self._refused = workers
 
     def _engine(self, worker: Worker) -> Engine | None:
         engine = self._fleet.engines.get(worker.name)

@@ -271,6 +271,44 @@ async def test_what_an_operator_did_stays_done(dns: DnsServer) -> None:
             await stand.until(lambda: urls(stand) == {one.url})
 
 
+async def test_what_an_operator_removed_gets_calls_when_it_was_gone_and_came_back(
+    dns: DnsServer,
+) -> None:
+    async with FakeServer() as one:
+        dns.set(NAME, "A", "127.0.0.1")
+        admin = {"allow_unauthenticated_admin": True}
+        async with found_by(dns, f"{NAME}:{one.port}", **admin) as stand:
+            await stand.until(lambda: urls(stand))
+            (name,) = stand.context.fleet.engines
+            one.faults.append(Fault("hang", 2))
+            async with stand.post(stream=True) as answer:
+                await answer.content.readline()
+                async with stand.client.delete(f"{stand.router.url}/workers/{name}") as removed:
+                    assert removed.status == 202
+                await more_lookups(stand, "ok")
+                assert not urls(stand)
+                dns.set(NAME, "A")
+                await more_lookups(stand, "empty")
+                dns.set(NAME, "A", "127.0.0.1")
+                await stand.until(lambda: urls(stand) == {one.url})
+
+
+async def test_engines_on_other_hosts_than_are_allowed_are_left_out(
+    dns: DnsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with FakeServer() as one:
+        dns.set(NAME, "A", "127.0.0.1", "127.9.9.9")
+        allowed = {"worker_allowed_hosts": ("127.0.0.0/16",)}
+        async with found_by(dns, f"{NAME}:{one.port}", **allowed) as stand:
+            await stand.until(lambda: urls(stand) == {one.url})
+            await more_lookups(stand, "ok")
+            assert len(stand.context.fleet.engines) == 1
+            said = [r.message for r in caplog.records if "left out" in r.message]
+            assert len(said) == 1, "once, not each time"
+            assert "--worker-allowed-hosts" in said[0]
+            assert f"http://127.9.9.9:{one.port}" in said[0]
+
+
 async def test_what_an_operator_drained_comes_back_drained(dns: DnsServer) -> None:
     async with FakeServer() as one:
         dns.set(NAME, "A", "127.0.0.1")
