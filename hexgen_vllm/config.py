@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hexgen_vllm.errors import ConfigError
 
@@ -69,6 +70,10 @@ def _check_number(name: str, value: float, least: float | None, most: float | No
         raise ConfigError(f"{name} must be at most {most:g}, not {value:g}.")
 
 
+# PyYAML takes 1e-05, as other programs write numbers, for text.
+_SCIENTIFIC: Final = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}")
+
+
 def _plain_type(hint: Any) -> Any:
     """Return the type under ``X | None``."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -85,9 +90,11 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if wanted is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} must be true or false, not {value!r}.")
     if wanted in (int, float):
+        if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
+            value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{name} must be a number, not {value!r}.")
-        if wanted is int and value != int(value):
+        if wanted is int and not (math.isfinite(value) and value == int(value)):
             raise ConfigError(f"{name} must be a whole number, not {value!r}.")
         return wanted(value)
     if wanted is str and not isinstance(value, str):

@@ -31,7 +31,9 @@ def test_unknown_option_is_named_with_the_known_ones() -> None:
         ({"default_deadline_s": "soon"}, "default_deadline_s must be a number"),
         ({"default_deadline_s": float("nan")}, "must be finite"),
         ({"max_displacements": 1.5}, "must be a whole number"),
+        ({"max_displacements": float("inf")}, "must be a whole number"),
         ({"max_displacements": True}, "must be a number"),
+        ({"default_deadline_s": "1e999"}, "must be finite"),
         ({"displace": 1}, "must be true or false"),
     ],
 )
@@ -44,6 +46,11 @@ def test_bad_values_get_one_sentence(values: dict[str, object], message: str) ->
 def test_whole_numbers_become_floats_where_a_float_is_meant() -> None:
     options = from_mapping(EngineOptions, {"default_deadline_s": 5})
     assert isinstance(options.default_deadline_s, float)
+
+
+def test_a_number_in_the_notation_that_yaml_takes_for_text_is_one() -> None:
+    options = from_mapping(EngineOptions, {"default_deadline_s": "1e-02", "max_displacements": "2e0"})
+    assert (options.default_deadline_s, options.max_displacements) == (0.01, 2)
 
 
 def test_command_line_comes_from_the_fields() -> None:
