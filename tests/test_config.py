@@ -49,7 +49,9 @@ def test_whole_numbers_become_floats_where_a_float_is_meant() -> None:
 
 
 def test_a_number_in_the_notation_that_yaml_takes_for_text_is_one() -> None:
-    options = from_mapping(EngineOptions, {"default_deadline_s": "1e-02", "max_displacements": "2e0"})
+    options = from_mapping(
+        EngineOptions, {"default_deadline_s": "1e-02", "max_displacements": "2e0"}
+    )
     assert (options.default_deadline_s, options.max_displacements) == (0.01, 2)
 
 
