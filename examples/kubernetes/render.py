@@ -1,12 +1,14 @@
 """Render the chart to plain manifests, with Helm's own library.
 
-python -m examples.kubernetes.render                 write examples/kubernetes/manifests
+python -m examples.kubernetes.render                 write examples/kubernetes/manifests, and what
+                                                     the chart's schema says of router.options
 python -m examples.kubernetes.render my.values.yaml  print what these values give
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -16,8 +18,11 @@ import yaml
 from helm_python import HelmError
 from helm_python.chart import Chart
 
+from examples.kubernetes.options_schema import router_options
+
 HERE: Final = Path(__file__).parent
 CHART: Final = HERE / "chart"
+SCHEMA: Final = CHART / "values.schema.json"
 EXAMPLE: Final = HERE / "example.values.yaml"
 MANIFESTS: Final = HERE / "manifests"
 RELEASE: Final = "hexgen"
@@ -32,15 +37,17 @@ class BadValues(Exception):  # noqa: N818 - what they are
     """The chart refuses the values; ``str()`` says which and why."""
 
 
-def render(values: Mapping[str, Any]) -> dict[str, str]:
+def render(values: Mapping[str, Any], release: str = RELEASE) -> dict[str, str]:
     """Return the manifests that ``values`` give, by file name.
 
     Raises:
         BadValues: the schema or a template refuses them.
     """
+    if not isinstance(values, Mapping):
+        raise BadValues("values must be a mapping.")
     with Chart.load(CHART) as chart:
         try:
-            found = chart.render(dict(values), name=RELEASE, namespace=NAMESPACE)
+            found = chart.render(dict(values), name=release, namespace=NAMESPACE)
         except HelmError as error:
             raise BadValues(_sentence(str(error))) from None
     texts = {PurePosixPath(path).name: text.strip() for path, text in found.items()}
@@ -57,6 +64,13 @@ def manifests() -> dict[str, str]:
     by_labels = render(values | {"router": {"discovery": "labels"}})
     found = render(values) | {f"by-label/{name}": by_labels[name] for name in _BY_LABELS}
     return {path: _COMMENT + text for path, text in found.items()}
+
+
+def schema() -> str:
+    """Return the schema of the values, with what the router's options are now."""
+    found = json.loads(SCHEMA.read_text())
+    found["properties"]["router"]["properties"]["options"] = router_options()
+    return f"{json.dumps(found, indent=2)}\n"
 
 
 def _sentence(said: str) -> str:
@@ -77,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                 "---\n".join(render(yaml.safe_load(args.values.read_text()) or {}).values()), end=""
             )
             return 0
+        SCHEMA.write_text(schema())
         for path, text in manifests().items():
             (MANIFESTS / path).parent.mkdir(parents=True, exist_ok=True)
             (MANIFESTS / path).write_text(text)

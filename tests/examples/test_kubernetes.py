@@ -16,7 +16,16 @@ import yaml
 from helm_python.chart import lint
 
 import hexgen_vllm
-from examples.kubernetes.render import CHART, EXAMPLE, MANIFESTS, BadValues, main, manifests, render
+from examples.kubernetes.render import (
+    CHART,
+    EXAMPLE,
+    MANIFESTS,
+    BadValues,
+    main,
+    manifests,
+    render,
+    schema,
+)
 from hexgen_vllm.config import DispatchOptions, EngineOptions, from_mapping
 from hexgen_vllm.router.config_file import read_options
 from hexgen_vllm.router.context import Context
@@ -55,14 +64,21 @@ FULL = {
     "enginePort": 9000,
     "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
 }
+NUMBERS = {  # names that YAML would take for something else than text
+    "router": {"keysSecret": "007"},
+    "engineDefaults": {"modelCacheClaim": "1e3"},
+    "engines": {"4090": {}, "on": {}},
+}
 EXAMPLE_VALUES = yaml.safe_load(EXAMPLE.read_text())
 VALUES = {
     "least": {"engines": {"gpu": {}}},
     "example": EXAMPLE_VALUES,
     "by-label": EXAMPLE_VALUES | {"router": {"discovery": "labels"}},
     "full": FULL,
+    "numbers": NUMBERS,
 }
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+VERSIONS = ("1.27", "1.32", "1.37")
 each_values = pytest.mark.parametrize("which", VALUES)
 
 
@@ -78,8 +94,10 @@ def of(which: str, kind: str) -> Iterator[Thing]:
 
 
 def workloads(which: str, component: str) -> list[Thing]:
-    found = [*of(which, "Deployment"), *of(which, "StatefulSet")]
-    return [w for w in found if labels(w)["app.kubernetes.io/component"] == component]
+    every = [*of(which, "Deployment"), *of(which, "StatefulSet")]
+    found = [w for w in every if labels(w)["app.kubernetes.io/component"] == component]
+    assert found
+    return found
 
 
 def labels(workload: Thing) -> dict[str, str]:
@@ -107,7 +125,7 @@ def test_the_manifests_are_what_the_chart_gives() -> None:
 
 
 @each_values
-@pytest.mark.parametrize("version", ["1.27", "1.32", "1.37"])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_every_object_has_the_form_that_kubernetes_asks_for(which: str, version: str) -> None:
     assert len(things(which)) >= 5
     for thing in things(which):
@@ -117,12 +135,30 @@ def test_every_object_has_the_form_that_kubernetes_asks_for(which: str, version:
             kubernetes_validate.validate(thing, version, strict=True)
 
 
-def test_the_check_of_the_form_can_fail() -> None:
-    (router,) = workloads("least", "router")
-    wrong = json.loads(json.dumps(router))
-    wrong["spec"]["template"]["spec"]["containers"][0]["livenessProb"] = {}
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(wrong, "1.32", strict=True)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_check_of_the_form_can_fail(version: str) -> None:
+    checked = [thing for thing in things("full") if thing["kind"] != "PodMonitor"]
+    assert {thing["kind"] for thing in checked} == {
+        "ConfigMap", "Deployment", "Role", "RoleBinding", "Service", "ServiceAccount",
+        "StatefulSet",
+    }  # fmt: skip
+    for thing in checked:
+        with pytest.raises(kubernetes_validate.ValidationError, match="spek"):
+            kubernetes_validate.validate(thing | {"spek": {}}, version, strict=True)
+    (monitor,) = of("full", "PodMonitor")
+    with pytest.raises(jsonschema.ValidationError, match="spek"):
+        jsonschema.validate(monitor | {"spek": {}}, POD_MONITOR)
+
+
+@pytest.mark.parametrize("release", ["r", "123", "a-name-of-fifty-three-characters-" + "x" * 20])
+def test_no_two_objects_have_one_name_however_long_that_of_the_release(release: str) -> None:
+    values = {"engines": {"a100": {}, "a10g": {}, "x" * 32: {"workload": "StatefulSet"}}}
+    texts = render(values, release).values()
+    named = [(t["kind"], t["metadata"]["name"]) for text in texts for t in yaml.safe_load_all(text)]
+    assert len(set(named)) == len(named) == 7
+    assert all(isinstance(name, str) and len(name) <= 63 for _, name in named)
+    sets = [name for kind, name in named if kind in ("Deployment", "StatefulSet")]
+    assert all(len(name) <= 52 for name in sets if not name.endswith("-router"))  # pods add to it
 
 
 def test_helm_finds_nothing_to_complain_of() -> None:
@@ -268,13 +304,23 @@ def test_only_discovery_by_label_may_read_pods() -> None:
             {"engines": {"a": {}}, "router": {"options": {"port": 1}}},
             "router.options must not have",
         ),
+        ({"engines": {"router": {}}}, "engines must not have a type called router"),
+        ({"router": {"options": {"polcy": 1}}}, "additional properties 'polcy' not allowed"),
+        ({"router": {"options": {"policy": "best"}}}, "at '/router/options/policy': value must be"),
+        ({"router": {"options": {"alpha": 2}}}, "at '/router/options/alpha': maximum"),
+        ({"router": {"options": {"queue-size": "x"}}}, "at '/router/options/queue-size': got"),
+        (
+            {"engines": {"a": {}}, "router": {"options": {"ssl-certfile": "/x"}}},
+            "router.options must not have ssl-certfile: probes and Service speak HTTP",
+        ),
+        (["engines"], "values must be a mapping."),
         ({"router": {"image": ""}}, "at '/router/image': minLength"),
         ({"podMonitor": {"interval": "often"}}, "at '/podMonitor/interval'"),
         ({"engineDefaults": {"sharedMemory": "much"}}, "at '/engineDefaults/sharedMemory'"),
     ],
 )
 def test_bad_values_are_one_sentence(
-    values: Thing, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    values: Any, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(BadValues) as raised:
         render(values)
@@ -284,6 +330,11 @@ def test_bad_values_are_one_sentence(
     path.write_text(yaml.safe_dump(values))
     assert main([str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_schema_knows_the_options_of_the_router() -> None:
+    written = (CHART / "values.schema.json").read_text()
+    assert written == schema(), "write it anew: python -m examples.kubernetes.render"
 
 
 def test_the_schema_is_one_and_knows_every_value() -> None:

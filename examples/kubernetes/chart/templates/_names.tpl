@@ -1,6 +1,6 @@
 {{- define "hexgen.labels" -}}
 app.kubernetes.io/name: hexgen-vllm
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "hexgen.engines" -}}
@@ -9,6 +9,12 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "hexgen.router" -}}
 {{ printf "%s-router" .Release.Name | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- /* Of a type of engine: the release's name is cut where both together are too long. */}}
+{{- define "hexgen.type" -}}
+{{- $release := .release | trunc (int (sub 51 (len .type))) | trimSuffix "-" }}
+{{- printf "%s-%s" $release .type }}
 {{- end }}
 
 {{- define "hexgen.routerOptions" -}}
@@ -21,10 +27,16 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- $_ := set $options "service-discovery-port" (int .Values.enginePort) }}
 {{- $_ := set $options "service-discovery-namespace" .Release.Namespace }}
 {{- end }}
-{{- range $taken := list "port" "shutdown-timeout" "shutdown_timeout" }}
-{{- if hasKey $.Values.router.options $taken }}
+{{- $own := default dict .Values.router.options }}
+{{- range $taken := list "port" "shutdown-timeout" }}
+{{- if hasKey $own $taken }}
 {{- fail (printf "router.options must not have %s: the chart sets it from router.port and router.shutdownSeconds." $taken) }}
 {{- end }}
 {{- end }}
-{{- mergeOverwrite $options .Values.router.options | toYaml }}
+{{- range $taken := list "ssl-certfile" "ssl-keyfile" "ssl-ca-certs" }}
+{{- if hasKey $own $taken }}
+{{- fail (printf "router.options must not have %s: probes and Service speak HTTP; let an Ingress or a mesh end TLS." $taken) }}
+{{- end }}
+{{- end }}
+{{- mergeOverwrite $options $own | toYaml }}
 {{- end }}
