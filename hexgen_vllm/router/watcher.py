@@ -103,8 +103,10 @@ class Watcher:
             found = await self._probe.find(self._engine.worker)
         except Unreachable as why:
             self._passed = 0
-            self._engine.why = str(why)
-            _LOG.debug("engine not up engine=%s reason=%r", self._engine.name, str(why))
+            reason = str(why)
+            level = logging.DEBUG if reason == self._engine.why else logging.INFO
+            self._engine.why = reason
+            _LOG.log(level, "engine not up engine=%s reason=%r", self._engine.name, reason)
             return
         self._passed = self._failed = 0
         self._check_at_s = self._clock.now() + self._options.health_check_interval_secs

@@ -10,6 +10,8 @@ import pytest
 from multidict import CIMultiDict
 
 from hexgen_vllm.router.endpoints import ENDPOINTS
+from hexgen_vllm.router.options import Worker
+from hexgen_vllm.router.watcher import Watcher
 from hexgen_vllm.testing.fake_server import FakeSettings
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineKind, EngineReport, EngineState
@@ -131,6 +133,20 @@ async def test_telemetry_that_stops_becomes_unknown() -> None:
         await stand.until(lambda: load.report == EngineReport())
         async with stand.post() as answer:
             assert answer.status == 200
+
+
+async def test_why_an_engine_is_not_up_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_stand(FakeSettings()) as stand:
+        parts = stand.context
+        late = parts.fleet.add(Worker("late", "http://127.0.0.1:9"))
+        probe = parts.watchers.probe
+        watcher = Watcher(late, parts.fleet, parts.service, probe, parts.options, parts.clock)
+        with caplog.at_level(logging.INFO, "hexgen_vllm.router.watcher"):
+            for _ in range(3):
+                await watcher.turn()
+        assert [record.getMessage() for record in caplog.records if "late" in record.args] == [
+            "engine not up engine=late reason='nobody listens there'"
+        ]
 
 
 async def test_models_decide_where_a_call_may_go() -> None:
