@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-FOLDERS: Final = (".", "docs", "patches", "examples/kubernetes", "examples/text2sql")
+FOLDERS: Final = ("csrc", "docs", "examples", "hexgen_vllm", "patches", "tests")
 PAGES: Final = tuple(
     sorted(
         page
-        for folder in FOLDERS
-        for page in (ROOT / folder).glob("*.md")
+        for found in (ROOT.glob("*.md"), *((ROOT / name).rglob("*.md") for name in FOLDERS))
+        for page in found
         if page.name != "CHANGELOG.md"
     )
 )
