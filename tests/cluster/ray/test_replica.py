@@ -3,65 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.cluster import ClusterSpec, EngineEntry
-from hexgen_vllm.cluster.ray.host import Place, Started
 from hexgen_vllm.cluster.ray.library import Library
 from hexgen_vllm.cluster.ray.replica import Replica
+from tests.cluster.ray.fake_ray import FakeLibrary, FakeRay
 
 URL = "http://127.0.0.1:1"
 
 
-class Broken(Exception):  # noqa: N818 - stands for those of Ray
-    """A failure of the kind that tests ask for."""
-
-
-class FakeRay:
-    """One actor, which serves until :attr:`ends`."""
-
-    def __init__(self) -> None:
-        kinds = dict.fromkeys(("ActorDiedError", "RayActorError", "RayError"), Broken)
-        self.exceptions = SimpleNamespace(**kinds)
-        self.starts, self.trouble = 0, list[Exception]()
-        self.ends: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    def remote(self, _: type) -> Any:
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._actor))
-
-    def _actor(self, *_: object) -> Any:
-        async def place() -> Place:
-            return Place("127.0.0.1", "node")
-
-        async def start() -> Started:
-            self.starts += 1
-            return Started(URL)
-
-        async def wait() -> str:
-            return await asyncio.shield(self.ends)
-
-        def linger() -> asyncio.Future[None]:
-            return asyncio.ensure_future(asyncio.sleep(0))
-
-        methods: dict[str, Any] = {"place": place, "start": start, "wait": wait, "linger": linger}
-        return SimpleNamespace(**{n: SimpleNamespace(remote=f) for n, f in methods.items()})
-
-    def kill(self, _: object, *, no_restart: bool) -> None:
-        if self.trouble:
-            raise self.trouble.pop()
-
-
 class Scene:
     def __init__(self) -> None:
-        self.ray, self.heard = FakeRay(), list[str]()
+        self.ray, self.heard = FakeRay({"a": URL}), list[str]()
         entry = EngineEntry(name="a", model="m")
         self.replica = Replica(
             "a",
             entry,
             ClusterSpec(engines=(entry,), restart_after_s=0),
-            cast(Library, SimpleNamespace(ray=self.ray)),
+            cast(Library, FakeLibrary(self.ray)),
             self,
             clock=SystemClock(),
             log_dir="",
