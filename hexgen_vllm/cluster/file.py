@@ -27,6 +27,7 @@ from hexgen_vllm.config import from_mapping
 from hexgen_vllm.errors import ConfigError
 
 _INHERITED_BY_COMMANDS: Final = ("host", "env", "device", "ray")
+_KEYS: Final = frozenset(f.name for f in fields(ClusterSpec)) | {"defaults"}
 _ROUTER_KEYS: Final = frozenset(f.name for f in fields(RouterEntry)) - {"options"}
 
 
@@ -38,6 +39,10 @@ def load(path: Path) -> ClusterSpec:
     """
     source = read(path)
     top = dict(_mapping(source, ()))
+    for key in top:
+        if key not in _KEYS:
+            known = ", ".join(sorted(_KEYS))
+            raise source.error((), f"unknown key {key!r}; known are {known}.", key=key)
     defaults = _engine_values(source, ("defaults",)) if "defaults" in top else {}
     top.pop("defaults", None)
     top["engines"] = _engines(source, defaults)

@@ -94,7 +94,7 @@ class Process:
 
     def failed(self, what: str) -> ProcessFailed:
         """Return the error that says ``what`` happened to this process, with its last lines."""
-        tail = "\n".join(f"  {line}" for line in self.last_lines())
+        tail = "\n".join(f"  {line}" for line in self.last_lines() or ["(nothing)"])
         return ProcessFailed(f"{self.name} {what}; the end of {self.log}:\n{tail}")
 
     def last_lines(self, count: int = LOG_LINES) -> list[str]:

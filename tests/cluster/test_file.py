@@ -117,7 +117,11 @@ ENGINE = "engines:\n  - name: a\n    model: m\n"
         ("a: [", "cluster.yaml line 1: not YAML, "),
         ("router: {}", "cluster.yaml line 1: engines: must be a list of at least one engine."),
         ("engines: []", "cluster.yaml line 1: engines: must be a list of at least one engine."),
-        (ENGINE + "rooter: {}", "cluster.yaml line 4: unknown key 'rooter'; known are "),
+        (ENGINE + "rooter: {}", "cluster.yaml line 4: unknown key 'rooter'; known are defaults, "),
+        (
+            "enginess: []",
+            "cluster.yaml line 1: unknown key 'enginess'; known are ",
+        ),
         (ENGINE + "    prt: 1", "line 4: engines[0]: unknown engine key 'prt'; known are "),
         (ENGINE + "    port: 70000", "line 4: engines[0]: port must be at most 65535, not 70000."),
         (ENGINE + "    port: x", "line 4: engines[0]: port must be a number, not 'x'."),
