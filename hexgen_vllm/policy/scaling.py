@@ -2,7 +2,7 @@
 
 A fluid prediction over the ``horizon_s`` seconds from when new engines could serve. Engines n, of
 which each type t serves μ_t calls per second with all slots in use, of which a share ``load`` is
-counted on:
+counted on, without those that find no place to run:
 
     C(n) = load * Σ n_t μ_t
     Q = max(waiting + (λ - C(present)) * start_s, 0)      calls waiting when the new ones are there
@@ -67,6 +67,8 @@ class EngineType:
         least: fewest there may be.
         most: most there may be.
         calls_per_s: what one serves with all slots in use; ``None`` while nobody has measured.
+        placeless: engines among ``count`` that wait for a place to run. They are counted on for
+            nothing, and more of the kind are not asked for.
     """
 
     name: str
@@ -75,6 +77,7 @@ class EngineType:
     least: int
     most: int
     calls_per_s: float | None
+    placeless: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class Scaler:
             traffic: what they have to do.
             now: seconds, never less than before.
         """
-        present = {t.name: min(max(t.count, t.least), t.most) for t in types}
+        present = {t.name: _present(t) for t in types}
         rates = _rates(types, traffic.served_per_s)
         if not rates:
             return present
@@ -161,6 +164,14 @@ def _rates(types: Sequence[EngineType], served_per_s: float | None) -> dict[str,
     return {name: max(pace * rate, _EPSILON) for name, rate in rates.items()}
 
 
+def _present(of: EngineType) -> int:
+    return min(max(of.count, of.least), of.most)
+
+
+def _most(of: EngineType) -> int:
+    return _present(of) if of.placeless else of.most
+
+
 class _Outlook:
     """Values of possible numbers of engines at one moment."""
 
@@ -175,7 +186,8 @@ class _Outlook:
         self._options, self._rates, self._traffic = options, rates, traffic
         self._types, self._present = types, present
         self._least = {t.name: t.least for t in types}
-        self._most = {t.name: t.most for t in types}
+        self._most = {t.name: _most(t) for t in types}
+        self._placeless = {t.name: t.placeless for t in types}
 
     def more(self) -> _Counts:
         """Add engines, the most useful first, until the value is near the best there can be."""
@@ -229,4 +241,5 @@ class _Outlook:
         return self.value({**counts, name: counts[name] + 1}, load), self._rates[name]
 
     def _capacity(self, counts: Mapping[str, int], load: float) -> float:
-        return load * sum((n * self._rates[name] for name, n in counts.items()), 0.0)
+        running = ((max(n - self._placeless[name], 0), name) for name, n in counts.items())
+        return load * sum((n * self._rates[name] for n, name in running), 0.0)

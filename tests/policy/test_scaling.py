@@ -70,6 +70,17 @@ def test_rates_that_nobody_has_measured_are_those_of_the_others() -> None:
     assert once(*types, arrivals_per_s=4.0, slack=SHORT) == {"new": 2, "known": 1}
 
 
+def test_engines_without_a_place_are_not_counted_on_and_others_come_instead() -> None:
+    full = EngineType("full", 3, 1, 1, 4, 3.0, placeless=2)
+    busy = {"arrivals_per_s": 4.0, "slack": SHORT}
+    assert once(EngineType("full", 3, 3, 1, 4, 3.0), engines("free", 1), **busy) == {
+        "full": 3, "free": 1,
+    }  # fmt: skip
+    assert once(full, engines("free", 1), **busy) == {"full": 3, "free": 2}
+    assert once(full, **busy) == {"full": 3}, "they wait on, and no others are asked for"
+    assert once(full) == {"full": 2}
+
+
 def test_counts_are_brought_within_their_bounds() -> None:
     assert once(EngineType("a", 0, 0, 2, 3, None), EngineType("b", 9, 9, 1, 3, None)) == {
         "a": 2,

@@ -75,6 +75,7 @@ class Autoscale:
             least=placement.min_replicas,
             most=placement.most,
             calls_per_s=self._readings.calls_per_s(group.entry.replicas()),
+            placeless=sum(replica.placeless for replica in group.staying),
         )
 
     def _start_s(self) -> float | None:

@@ -40,6 +40,7 @@ class Replica:
         start_s: seconds its latest start took, once it was placed.
         ready: done when it serves for the first time; raises ProcessFailed if its start fails.
         leaving: whether it is to end when its calls have.
+        placeless: whether it has waited for a node for so long that there is none.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Replica:
         self.start_s: float | None = None
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ready.add_done_callback(_seen)
-        self.leaving = False
+        self.leaving = self.placeless = False
         self._entry, self._spec, self._library, self._listener = entry, spec, library, listener
         self._clock, self._report = clock, report
         self._backoff = Backoff(spec.restart_after_s)
@@ -145,10 +146,12 @@ class Replica:
         try:
             done, _ = await asyncio.wait({placing}, timeout=_PATIENCE_S)
             if not done:
+                self.placeless = True
                 asked = demand.spelled(demand.demand(self._entry.placement))
                 self._report(f"engine {self.name}: waiting for a node with {asked} free")
             place: Place = await placing
         finally:
+            self.placeless = False
             placing.cancel()
         self._placed = True
         self._report(f"engine {self.name}: starting on node {place.node_id[:8]} at {place.address}")

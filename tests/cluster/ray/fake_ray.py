@@ -21,6 +21,7 @@ class FakeRay:
     Attributes:
         starts: how often an engine was started.
         ends: how one of them ended, once that is set.
+        room: whether there is a node with room.
         trouble: what the next attempts to kill an actor raise.
 
     Args:
@@ -32,6 +33,8 @@ class FakeRay:
         self.exceptions = SimpleNamespace(**kinds)
         self.starts, self.trouble = 0, list[Exception]()
         self.ends: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.room = asyncio.Event()
+        self.room.set()
         self._urls = urls
 
     def remote(self, _: type) -> Any:
@@ -39,6 +42,7 @@ class FakeRay:
 
     def _actor(self, _: object, name: str, *more: object) -> Any:
         async def place() -> Place:
+            await self.room.wait()
             return Place("127.0.0.1", "node")
 
         async def start() -> Started:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
+import pytest
+
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.cluster import ClusterSpec, EngineEntry
+from hexgen_vllm.cluster.ray import replica
 from hexgen_vllm.cluster.ray.library import Library
 from hexgen_vllm.cluster.ray.replica import Replica
 from tests.cluster.ray.fake_ray import FakeLibrary, FakeRay
@@ -69,3 +72,18 @@ async def test_one_that_dies_while_it_leaves_is_not() -> None:
     await asyncio.wait_for(running, 10)
     assert (scene.ray.starts, scene.replica.url) == (1, None)
     assert scene.heard == ["a serves", "a is lost"]
+
+
+async def test_one_that_finds_no_node_says_so_until_it_has_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replica, "_PATIENCE_S", 0.0)
+    scene = Scene()
+    scene.ray.room.clear()
+    running = asyncio.ensure_future(scene.replica.run())
+    while not scene.replica.placeless:
+        await asyncio.sleep(0)
+    scene.ray.room.set()
+    await scene.replica.ready
+    assert not scene.replica.placeless
+    running.cancel()
