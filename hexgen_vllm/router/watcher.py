@@ -51,8 +51,11 @@ class Watcher:
         self._wake.set()
 
     async def run(self) -> None:
-        """Watch until cancelled."""
-        while True:
+        """Watch until cancelled, or until the engine is no more.
+
+        A cancellation that meets a timeout in a library can get lost.
+        """
+        while self._is_there():
             self._wake.clear()
             try:
                 delay_s = await self.turn()
@@ -83,6 +86,9 @@ class Watcher:
             self._read_at_s = now + self._read_interval_s()
             await self._read()
         return max(min(self._check_at_s, self._read_at_s) - self._clock.now(), 0.0)
+
+    def _is_there(self) -> bool:
+        return self._fleet.engines.get(self._engine.name) is self._engine
 
     def _down(self) -> bool:
         return not self._engine.up
@@ -121,7 +127,8 @@ class Watcher:
             await self._list_models()
         except Unreachable as why:
             self._failed += 1
-            if why.refused or self._failed >= self._options.health_failure_threshold:
+            threshold = self._options.health_failure_threshold
+            if self._is_there() and (why.refused or self._failed >= threshold):
                 self._failed = self._passed = 0
                 self._fleet.lost(self._engine.name, str(why))
 

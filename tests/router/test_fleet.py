@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import replace
 from typing import Any
@@ -147,6 +148,24 @@ async def test_why_an_engine_is_not_up_is_said_once(caplog: pytest.LogCaptureFix
         assert [record.getMessage() for record in caplog.records if "late" in record.args] == [
             "engine not up engine=late reason='nobody listens there'"
         ]
+
+
+async def test_who_watched_an_engine_that_was_removed_lets_its_successor_alone() -> None:
+    async with open_stand(FakeSettings(), wait=False) as stand:
+        parts = stand.context
+        there = Worker("again", stand.engines[0].url)
+        gone = parts.fleet.add(Worker("again", "http://127.0.0.1:9"))
+        probe = parts.watchers.probe
+        watcher = Watcher(gone, parts.fleet, parts.service, probe, parts.options, parts.clock)
+        running = asyncio.ensure_future(watcher.run())
+        await stand.until(lambda: gone.why == "nobody listens there")
+        parts.fleet.remove("again")  # its watcher was not cancelled, or did not notice
+        gone.up = True
+        parts.watchers.add(there, await probe.find(there))
+        await watcher.turn()
+        assert parts.fleet.engines["again"].up
+        watcher.suspect()
+        await running
 
 
 async def test_models_decide_where_a_call_may_go() -> None:
