@@ -1,8 +1,9 @@
 # Every target does its own set-up: `make demo` and `make test` work in a fresh clone.
 #
 #   make env            .venv with vLLM (CUDA build with an NVIDIA GPU, CPU build without) and this package
-#   make test           lint, types, all tests, and the no-model suite on the other vLLM versions
+#   make test           lint, types, all tests, test-versions and test-clients
 #   make test-fast      lint, types and the tests that need no engine
+#   make test-versions  the no-model suite on the other vLLM versions
 #   make test-clients   the examples of LangChain and LlamaIndex, in an environment of their own
 #   make demo           two real engines and the router under four policies -> out/demo/
 #   make agent-demo     a text-to-SQL agent on real engines, stock against slack -> out/agent/
@@ -115,7 +116,7 @@ format: env
 
 test: lint types
 	$(PY) -m pytest -m "not versions"
-	$(MAKE) --no-print-directory test-versions
+	$(MAKE) --no-print-directory test-versions test-clients
 
 test-fast: lint types
 	$(PY) -m pytest -n auto -m "$(NO_ENGINE)"
