@@ -249,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HexgenError, ProcessFailed) as error:
         _say(str(error))
         return 2
+    except KeyboardInterrupt:
+        return 130
     out = Path(options.out)
     results.write(out / "results.json", rows)
     draw_attainment(rows, out / "attainment.png")

@@ -99,5 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HexgenError, ProcessFailed) as error:
         say(str(error))
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(f"\n{report.table(summaries)}\n\n{report.NOTE}\nwrote {Path(options.out)}/results.json")
     return int(any(found["completed"] < found["questions"] for found in summaries))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from examples.text2sql import main as module
 from examples.text2sql.agent import Answer
 from examples.text2sql.calls import Usage
 from examples.text2sql.endpoints import local_cluster
@@ -101,6 +102,14 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
     assert main([f"--out={tmp_path}/file"]) == 2
     said = capsys.readouterr().err
     assert said == f"text2sql: out: {tmp_path}/file/databases cannot be written: Not a directory.\n"
+
+
+def test_ctrl_c_is_no_accident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def interrupted(options: Options) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run", interrupted)
+    assert main([f"--out={tmp_path}"]) == 130
 
 
 async def test_a_model_that_is_not_served_is_told(
