@@ -93,6 +93,16 @@ def _arguments(node: Definition) -> str:
         made = [m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"]
         return _arguments(made[0]) if made else ""
     found = node.args
-    names = [one.arg for one in (*found.posonlyargs, *found.args) if one.arg not in ("self", "cls")]
-    only = [one.arg for one in found.kwonlyargs]
+    plain = [*found.posonlyargs, *found.args]
+    needed: list[ast.expr | None] = [None] * (len(plain) - len(found.defaults))
+    names = [
+        _argument(one, default)
+        for one, default in zip(plain, [*needed, *found.defaults], strict=True)
+        if one.arg not in ("self", "cls")
+    ]
+    only = list(map(_argument, found.kwonlyargs, found.kw_defaults))
     return f"({', '.join([*names, *(['*', *only] if only else [])])})"
+
+
+def _argument(one: ast.arg, default: ast.expr | None) -> str:
+    return one.arg if default is None else f"{one.arg}={ast.unparse(default)}"

@@ -54,6 +54,11 @@ def test_every_public_name_says_what_it_is(module: str) -> None:
         assert python_api.head(node), name
 
 
+def test_what_may_be_left_out_shows_its_default() -> None:
+    assert "`Workflow(client, *, deadline_s=None, type=" in page()
+    assert "`with_deadline(params, deadline_s=None, *, " in page()
+
+
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["reference"]) == 0
     assert capsys.readouterr().out == page()
