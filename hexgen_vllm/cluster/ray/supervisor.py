@@ -129,6 +129,11 @@ class RayCluster:
         while not self._roster.settled:
             await asyncio.sleep(_LOOK_S)
         if client is not None and self._options.autoscale and self._bounds_differ():
+            if len({group.entry.model for group in self._groups}) > 1:
+                self._report(
+                    "scaling takes all engines for alike, but their models differ: set autoscale "
+                    "to false, or run a router for each model"
+                )
             scaling = Autoscale(self._groups, client, self._options, self._clock, self._report)
             self._job(scaling.keep())
 

@@ -60,21 +60,25 @@ class Scene(NamedTuple):
 
 @asynccontextmanager
 async def scene(
-    monkeypatch: pytest.MonkeyPatch, placement: dict[str, Any], **options: Any
+    monkeypatch: pytest.MonkeyPatch,
+    placement: dict[str, Any],
+    *others: EngineEntry,
+    **options: Any,
 ) -> AsyncIterator[Scene]:
-    entry = EngineEntry(name="a", model="tiny", ray=placement)
+    entries = (EngineEntry(name="a", model="tiny", ray=placement), *others)
+    names = [name for entry in entries for name in entry.replicas()]
     settings = FakeSettings(step_s=0.05, slots=SLOTS, stats=STATS)
     async with AsyncExitStack() as stack:
-        fakes = [await stack.enter_async_context(FakeServer(settings)) for _ in entry.replicas()]
+        fakes = [await stack.enter_async_context(FakeServer(settings)) for _ in names]
         given: dict[str, Any] = {"worker_urls": (), "admin_api_key": (KEY,)}
         stand = await stack.enter_async_context(open_stand(wait=False, **given))
-        ray = FakeRay(dict(zip(entry.replicas(), (fake.url for fake in fakes), strict=True)))
+        ray = FakeRay(dict(zip(names, (fake.url for fake in fakes), strict=True)))
         process = FakeRouterProcess(stand.router.url)
         monkeypatch.setattr(supervisor, "Library", lambda _: FakeLibrary(ray))
         monkeypatch.setattr(supervisor, "RouterProcess", lambda *_, **__: process)
         said: list[str] = []
         quick = {"interval_s": 0.1, "scaling": QUICK, **options}
-        cluster = RayCluster(ClusterSpec(engines=(entry,), ray=quick), report=said.append)
+        cluster = RayCluster(ClusterSpec(engines=entries, ray=quick), report=said.append)
         await stack.enter_async_context(cluster)
         yield Scene(stand, said)
 
@@ -91,6 +95,14 @@ async def test_engines_come_while_calls_would_be_late_and_leave_when_fewer_do(
         assert at.changes()[-1] == "engines a: 2 -> 1"
         assert len(fleet) == 1
         at.stand.assert_settled()
+
+
+async def test_engines_of_different_models_are_not_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = EngineEntry(name="b", model="other")
+    async with scene(monkeypatch, {"max_replicas": 2}, other) as at:
+        assert any("their models differ" in line for line in at.said)
+    async with scene(monkeypatch, {"max_replicas": 2}, other, autoscale=False) as at:
+        assert not any("their models differ" in line for line in at.said)
 
 
 @pytest.mark.parametrize(
