@@ -61,6 +61,8 @@ class PodApi:
         """
         settings = client.Configuration()
         path = self._options.kubeconfig
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"kubeconfig must be a file, and {path} is none.")
         try:
             if path is None and "KUBERNETES_SERVICE_HOST" in os.environ:
                 config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
@@ -186,8 +188,6 @@ def _reason(status: object) -> str:
 def _no_cluster(path: str | None, error: Exception) -> ConfigError:
     """Return the error of a cluster that cannot be found."""
     said = "it does not have the form of one" if isinstance(error, _MALFORMED) else _first(error)
-    if path is not None and not Path(path).is_file():
-        return ConfigError(f"kubeconfig must be a file, and {path} is none.")
     if path is not None:
         return ConfigError(f"kubeconfig {path} cannot be used: {said}.")
     if "KUBERNETES_SERVICE_HOST" in os.environ:

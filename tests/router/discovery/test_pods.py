@@ -239,7 +239,7 @@ def test_without_any_cluster_the_sentence_says_so(
 def test_a_missing_kubeconfig_ends_the_router(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--service-discovery --selector app=x --port 0 --kubeconfig /nowhere"
     assert run(words.split()) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.endswith("kubeconfig must be a file, and /nowhere is none.")
 
 
