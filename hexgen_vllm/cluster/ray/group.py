@@ -74,10 +74,11 @@ class Group:
         self._report(f"engine {replica.name}: gone")
 
     async def _end(self, replica: Replica) -> None:
-        task = self._tasks.pop(replica.name)
+        task = self._tasks[replica.name]
         task.cancel()
         await asyncio.wait({task})
         await replica.stop()
+        del self._tasks[replica.name]
         del self.replicas[replica.name]
 
     async def stop(self) -> None:

@@ -205,13 +205,15 @@ class RayCluster:
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
-        if self._router is not None:
-            await self._router.stop()
-        await asyncio.gather(*(group.stop() for group in self._groups))
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-        self._library.close()
+        try:
+            if self._router is not None:
+                await self._router.stop()
+            await asyncio.gather(*(group.stop() for group in self._groups))
+        finally:
+            if self._session is not None:
+                await self._session.close()
+                self._session = None
+            self._library.close()
 
     def kill(self) -> None:
         """Kill everything at once, for those who cannot wait for :meth:`stop`."""

@@ -14,11 +14,14 @@ from hexgen_vllm.cluster.ray.roster import Roster
 class FakeReplica:
     def __init__(self, name: str) -> None:
         self.name, self.url, self.leaving, self.stopped = name, f"http://{name}", False, False
+        self.placeless, self.may_stop = False, asyncio.Event()
+        self.may_stop.set()
 
     async def run(self) -> None:
         await asyncio.Event().wait()
 
     async def stop(self) -> None:
+        await self.may_stop.wait()
         self.stopped = True
 
 
@@ -94,4 +97,21 @@ async def test_all_are_stopped_whether_they_were_leaving_or_not() -> None:
     replicas = [cast(FakeReplica, one) for one in scene.group.replicas.values()]
     await scene.group.stop()
     assert [one.stopped for one in replicas] == [True] * 3
+    assert scene.group.replicas == {}
+
+
+async def test_all_are_stopped_while_one_is_just_being_stopped() -> None:
+    scene = Scene(2)
+    scene.resize(2)
+    scene.resize(1)
+    await settle()
+    replicas = [cast(FakeReplica, one) for one in scene.group.replicas.values()]
+    replicas[1].may_stop.clear()
+    scene.roster.leaving["a-1"].set()
+    await settle()
+    stopping = asyncio.ensure_future(scene.group.stop())
+    await settle()
+    replicas[1].may_stop.set()
+    await stopping
+    assert [one.stopped for one in replicas] == [True, True]
     assert scene.group.replicas == {}
