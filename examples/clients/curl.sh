@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Two calls of one workflow with plain curl: curl.sh http://127.0.0.1:30000/v1 MODEL
 set -euo pipefail
-base_url=$1 model=$2
+base_url=${1:?a base URL with /v1 is missing} model=${2:?a model is missing}
 workflow="shell-$$-$RANDOM"
 deadline_ms=$(($(date +%s%3N) + 30000))
 
