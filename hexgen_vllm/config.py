@@ -266,10 +266,13 @@ class DispatchOptions:
         1.5, "protect: hopeless test: time expected over time on the idle engine", least=1.0
     )
     entry_margin: float = option(
-        1.0, "protect: a new workflow needs its predicted time times this; 0 takes all", least=0.0
+        2.0,
+        "protect: a new workflow needs its predicted time times this when engines are full, and "
+        "less, down to once, the emptier they are; 0 takes all",
+        least=0.0,
     )
     reject_at_entry: bool = option(
-        False, "protect: refuse new workflows that would be late instead of demoting them"
+        True, "protect: refuse new workflows that would be late; no demotes them instead"
     )
     background_share: float = option(
         0.05, "protect: share of placements for the call demoted longest", least=0.0, most=1.0

@@ -29,6 +29,7 @@ class Call:
         model: served model name; an engine must serve it.
         arrived_s: when it was received.
         deadline_s: end-to-end deadline of the whole workflow, ``inf`` when none.
+        deadline_asked: a client asked for that deadline; it is no default.
         prompt_tokens: prompt length; an estimate in the router, exact in an engine.
         expected_output_tokens: hint of the client, ``None`` when it gave none.
         max_output_tokens: hard limit of the request, ``None`` when it set none.
@@ -57,6 +58,7 @@ class Call:
     streamed: bool = True
     prefix: tuple[int, ...] = ()
     prefix_chunk_tokens: int = 0
+    deadline_asked: bool = True
 
 
 class EngineKind(enum.Enum):

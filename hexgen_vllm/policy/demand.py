@@ -101,6 +101,13 @@ class Estimates:
         pace_s = len(own_s) / sum((1.0 / t for t in own_s), 0.0)
         return held_output_tokens / rate + output * pace_s
 
+    def fullness(self) -> float:
+        """Return the share of the sequence slots of engines at work that calls are placed on."""
+        ready = self._ready()
+        slots = sum(engine.slots for engine in ready)
+        placed = sum(len(engine.in_flight) for engine in ready)
+        return min(placed / slots, 1.0) if slots else 1.0
+
     def work_s(self, demand: Demand) -> float:
         """Return the seconds of work left on a call and the path after it."""
         return demand.tail_s + self._own_s(demand)

@@ -9,15 +9,21 @@ workflows that are late already come first and make the next ones late. So (``pr
 
   with T_min and R_min low quantiles of the call and of the path after it, alone on the fastest
   engine, and f (``hopeless_pace``) at least 1. The whole workflow is demoted, siblings too.
-- **Entry**: a new workflow is demoted when its likely time at today's pace, times
-  ``entry_margin``, exceeds its deadline. What has begun is never demoted for that.
+- **Entry**: a new workflow is refused (or, without ``reject_at_entry``, demoted) when its likely
+  time at today's pace, times a margin, exceeds its deadline. What has begun is never turned away
+  for that. The margin allows for the pace getting worse until the workflow ends:
+
+      1 + (entry_margin - 1) * calls placed / sequence slots
+
 - Demoted calls come behind all others, least remaining work first; yet one placement in
   ``1 / background_share`` goes to the one demoted longest, so none starves.
 - The queue is bounded in calls and tokens, and in time. A workflow that has begun is not refused
   while one that has not can be.
 
-Demotion raises the share of workflows on time and the latency of the demoted: it is off unless
-asked for. Compare SCORPIO (arXiv 2505.23022) and D-over for the hopeless test.
+Refusing is what keeps the others on time: demoted calls fill the batches behind them, and a full
+batch is slow for all. All of this raises the share of workflows on time at the cost of those that
+are refused or demoted: it is off unless asked for. Compare SCORPIO (arXiv 2505.23022), and D-over
+for the hopeless test.
 """
 
 from __future__ import annotations
@@ -42,6 +48,16 @@ def hopeless_after(deadline_s: float, least_s: float, pace: float) -> float:
         pace: f, how much slower than that is still called optimistic.
     """
     return deadline_s - pace * least_s
+
+
+def entry_margin(most: float, fullness: float) -> float:
+    """Return how many times its predicted time a new workflow needs until its deadline.
+
+    Args:
+        most: ``entry_margin``, for full engines; up to 1 it is the answer whatever they are.
+        fullness: share of the engines' sequence slots that is taken, 0 to 1.
+    """
+    return most if most <= 1.0 else 1.0 + (most - 1.0) * fullness
 
 
 def saturated(call_id: str) -> Rejection:

@@ -9,7 +9,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.demand import Estimates
 from hexgen_vllm.policy.held import HeldCalls
 from hexgen_vllm.policy.load import Demand, EngineLoad
-from hexgen_vllm.policy.overload import over_bounds
+from hexgen_vllm.policy.overload import entry_margin, over_bounds
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE
 
@@ -74,9 +74,14 @@ class Protection:
                 self._demote(entry.run)
 
     def turns_away(self, entry: OpenCall) -> bool:
-        """Return whether a call is refused because its workflow, not begun, would be late."""
-        run = entry.run
-        return self.enabled and self._options.reject_at_entry and run.background and not run.begun
+        """Return whether a call is refused because its workflow, not begun, would be late.
+
+        Never for want of a deadline that nobody asked for.
+        """
+        run, call = entry.run, entry.demand.call
+        late = self.enabled and run.background and not run.begun
+        asked = call.deadline_asked and call.deadline_s != NO_DEADLINE
+        return late and asked and self._options.reject_at_entry
 
     def excess(self) -> str | None:
         """Return the held call to refuse while the queue is too long, ``None`` when it is not.
@@ -109,7 +114,8 @@ class Protection:
 
     def _too_slow(self, demand: Demand, ordinal: int, now: float) -> bool:
         likely_s = self._estimates.predicted_s(demand, ordinal, self._held.output_tokens)
-        return now + self._options.entry_margin * likely_s > demand.deadline_s
+        margin = entry_margin(self._options.entry_margin, self._estimates.fullness())
+        return now + margin * likely_s > demand.deadline_s
 
     def _demote(self, run: WorkflowRun) -> None:
         """Put a workflow behind the others, with all its calls that are not placed yet."""

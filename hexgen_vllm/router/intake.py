@@ -165,7 +165,13 @@ class Intake:
             streamed=body.get("stream") is True,
             prefix=chain(prompt, model),
             prefix_chunk_tokens=self._ratios.chunk_tokens(model, prompt),
+            deadline_asked=self._asks(said, foreign),
         )
+
+    def _asks(self, said: wire.CallMeta, foreign: Foreign) -> bool:
+        timeout_s = foreign.timeout_s
+        sooner = timeout_s is not None and timeout_s <= self._default_deadline_s
+        return sooner or said.workflow_deadline_ms is not None
 
     def _deadline_s(
         self, said: wire.CallMeta, foreign: Foreign, now: float, in_session: bool

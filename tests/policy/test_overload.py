@@ -13,7 +13,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.held import HeldCalls
-from hexgen_vllm.policy.overload import FairShares, hopeless_after
+from hexgen_vllm.policy.overload import FairShares, entry_margin, hopeless_after
 from hexgen_vllm.types import (
     Call,
     CallResult,
@@ -73,7 +73,7 @@ def test_a_hopeless_workflow_comes_last_and_off_it_comes_first() -> None:
         ("off", ["dead", "soon", "late"]),
         ("protect", ["soon", "late", "dead"]),
     ):
-        c = coordinator(overload=mode, entry_margin=0.0)
+        c = coordinator(overload=mode, entry_margin=0.0, reject_at_entry=False)
         c.call_arrived(call("run", 0.0, 9.0), 0.0)
         for name, deadline_s in (("late", 50.0), ("dead", 0.5), ("soon", 20.0)):
             assert c.call_arrived(call(name, 0.0, deadline_s), 0.0) == []
@@ -95,7 +95,7 @@ def test_a_held_call_that_becomes_hopeless_takes_its_siblings_along() -> None:
 
 
 def test_later_calls_of_a_demoted_workflow_are_background_too() -> None:
-    c = coordinator(slots=4, overload="protect", entry_margin=0.0)
+    c = coordinator(slots=4, overload="protect", entry_margin=0.0, reject_at_entry=False)
     first = c.call_arrived(call("a", 0.0, 0.1, "w"), 0.0)
     c.call_finished("a", DONE, 1.0)
     second = c.call_arrived(call("b", 1.0, 500.0, "w"), 1.0)
@@ -112,7 +112,7 @@ def test_ignorance_demotes_nobody() -> None:
 
 
 def test_a_new_workflow_must_fit_behind_the_queue_but_not_one_that_has_begun() -> None:
-    c = coordinator(overload="protect", entry_margin=1.0)
+    c = coordinator(overload="protect", entry_margin=1.0, reject_at_entry=False)
     c.call_arrived(call("first", 0.0, 30.0, "begun"), 0.0)
     c.call_finished("first", DONE, 1.0)
     c.call_arrived(call("run", 1.0, 30.0), 1.0)
@@ -125,8 +125,30 @@ def test_a_new_workflow_must_fit_behind_the_queue_but_not_one_that_has_begun() -
     assert order[-1] == "new" or order.index("new") >= 8  # only its turn in ten brings it on
 
 
-def test_a_new_workflow_can_be_refused_instead() -> None:
-    c = coordinator(overload="protect", reject_at_entry=True)
+@pytest.mark.parametrize(("running", "turned_away"), [(0, False), (1, False), (3, True)])
+def test_the_fuller_the_engines_the_more_time_a_new_workflow_needs(
+    running: int, turned_away: bool
+) -> None:
+    """One second of work, 1.6 until the deadline: enough for a margin of 1.25, not of 1.75."""
+    c = coordinator(slots=4, overload="protect", entry_margin=2.0)
+    for i in range(running):
+        c.call_arrived(call(f"r{i}", 0.0, 60.0), 0.0)
+    assert bool(refused(c.call_arrived(call("new", 0.0, 1.6), 0.0))) is turned_away
+
+
+def test_a_margin_up_to_1_is_the_same_for_empty_and_full_engines() -> None:
+    assert [entry_margin(0.5, full) for full in (0.0, 1.0)] == [0.5, 0.5]
+
+
+def test_a_workflow_without_a_deadline_is_not_refused_for_the_one_it_is_given() -> None:
+    c = coordinator(slots=2, overload="protect", default_deadline_s=0.5)
+    found = c.call_arrived(Call("a", "w", 0.0, 10, expected_output_tokens=100), 0.0)
+    found += c.call_arrived(call("b", 0.0, 0.5, deadline_asked=False), 0.0)
+    assert [d.background for d in found if isinstance(d, Placement)] == [True, True]
+
+
+def test_a_new_workflow_that_would_be_late_is_refused() -> None:
+    c = coordinator(overload="protect")
     found = c.call_arrived(call("dead", 0.0, 0.5), 0.0)
     assert refused(found) == [("dead", "rejected-saturated", 429)]
     assert placed(c.call_arrived(call("fine", 0.0, 50.0), 0.0)) == ["fine"]
@@ -280,8 +302,8 @@ def _random_life(seed: int, options: dict[str, object]) -> tuple[list[Decision],
 
 
 PROTECTED = (
-    {"overload": "protect"},
-    {"overload": "protect", "reject_at_entry": True, "max_held_calls": 9, "held_timeout_s": 7.0},
+    {"overload": "protect", "reject_at_entry": False},
+    {"overload": "protect", "max_held_calls": 9, "held_timeout_s": 7.0},
     {"overload": "protect", "fair_window_tokens": 300, "max_held_tokens": 900},
 )
 
@@ -300,7 +322,7 @@ def test_no_call_is_lost(seed: int, options: dict[str, object]) -> None:
 def test_off_ignores_the_knobs_of_protect(seed: int) -> None:
     plain, _ = _random_life(seed, {})
     knobs = {"hopeless_pace": 3.0, "entry_margin": 9.0, "background_share": 0.5}
-    off, _ = _random_life(seed, {**knobs, "overload": "off", "reject_at_entry": True})
+    off, _ = _random_life(seed, {**knobs, "overload": "off"})
     assert plain == off
     due = [d.background for d in plain if isinstance(d, Placement)]
     assert not any(due)

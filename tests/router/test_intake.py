@@ -90,6 +90,20 @@ def test_a_timeout_is_an_upper_bound() -> None:
 
 
 @pytest.mark.parametrize(
+    ("headers", "asked"),
+    [
+        (ours(workflow_deadline_ms="9000"), True),
+        ({"x-litellm-timeout": "5"}, True),
+        ({"x-litellm-timeout": "600"}, False),  # the default comes first
+        ({"X-Session-ID": "chat-1"}, False),
+        ({}, False),
+    ],
+)
+def test_a_default_deadline_is_nobodys_wish(headers: dict[str, str], asked: bool) -> None:
+    assert read(headers=headers).call.deadline_asked is asked
+
+
+@pytest.mark.parametrize(
     ("endpoint", "body", "limit"),
     [
         (CHAT, {"max_completion_tokens": 5, "max_tokens": 7}, 5),

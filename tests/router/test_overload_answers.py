@@ -142,7 +142,8 @@ async def test_a_tenant_beyond_its_share_waits_for_the_others(
 
 
 async def test_protect_puts_what_is_late_anyway_behind() -> None:
-    async with queue(dispatch={"overload": "protect", "background_share": 0.0}) as one:
+    protect = {"overload": "protect", "background_share": 0.0, "reject_at_entry": False}
+    async with queue(dispatch=protect) as one:
         tasks = [
             await one.put("hopeless", {"x-hexgen-workflow-deadline-ms": "1"}),
             await one.put("in time", {"x-hexgen-workflow-deadline-ms": "3600000"}),
@@ -152,8 +153,8 @@ async def test_protect_puts_what_is_late_anyway_behind() -> None:
         assert one.order() == ["in time", "hopeless"]
 
 
-async def test_protect_may_refuse_at_the_door() -> None:
-    async with queue(dispatch={"overload": "protect", "reject_at_entry": True}) as one:
+async def test_protect_refuses_at_the_door() -> None:
+    async with queue(dispatch={"overload": "protect"}) as one:
         task = await one.put("hopeless", {"x-hexgen-workflow-deadline-ms": "1"})
         await asyncio.wait([task])
         assert refused(task, 429, "rejected-saturated")
