@@ -36,7 +36,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("bench", "kv"): ("hexgen_vllm.bench.kv", "time saving and restoring KV blocks"),
     ("bench", "report"): ("hexgen_vllm.bench.report", "compare all policies in the simulator"),
 }
-_GROUPS: Final = {"bench": "measure; every figure in the documentation comes from here"}
+_GROUPS: Final = {"bench": "measure engines, scheduler, router, simulator and KV copies"}
 
 
 class _Parser(argparse.ArgumentParser):
