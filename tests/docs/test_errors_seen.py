@@ -53,6 +53,10 @@ def engine(keys: str) -> str:
     return f"engines:\n  - {{{keys}}}\n"
 
 
+def replicas(keys: str) -> str:
+    return engine(f"name: a, model: m, ray: {keys}")
+
+
 def fleet_of(keys: str) -> str:
     return f"fleet:\n  - {{{keys}}}\narrivals: {{loads: [0.5]}}\n"
 
@@ -91,6 +95,26 @@ ROUTER = (
     router("cannot listen on …: ….", f"--worker-urls {URL} --host 192.0.2.1 --port 0"),
     router("cannot listen on …:…: ….",
            f"--worker-urls {URL} --host 192.0.2.1 --port 0 --router-workers 2"),
+    router("cannot listen on … for metrics: ….",
+           f"--worker-urls {URL} --port 0 --prometheus-host 192.0.2.1 --prometheus-port 1"),
+    router("worker_urls must name at least one engine (--worker-urls URL ...), worker_dns or "
+           "service_discovery must find them, or admin_api_key must let them be registered.", ""),
+    router("api_key and admin_api_key must not be empty.", file="api-key: ['']"),
+)  # fmt: skip
+DISCOVERY = (
+    router("worker_dns must be like NAME:PORT, or like _http._tcp.NAME for SRV records, not ….",
+           "--worker-dns http://a:1"),
+    router("worker_dns must have different services, not two ….", "--worker-dns a:1 a:1"),
+    router("worker_dns_server must be like 10.0.0.10:53, not ….",
+           "--worker-dns a:1 --worker-dns-server name"),
+    router("worker_dns_least_refresh_secs must be at most worker_dns_refresh_secs.",
+           "--worker-dns-refresh-secs 1 --worker-dns-least-refresh-secs 2"),
+    router("service_discovery and selector must be given together.", "--service-discovery"),
+    router("selector must be like KEY=VALUE, not ….", "--service-discovery --selector app"),
+    router("kubeconfig must be a file, and … is none.",
+           "--service-discovery --selector a=b --kubeconfig /none --port 0"),
+    router("kubeconfig … cannot be used: ….",
+           "--service-discovery --selector a=b --kubeconfig FILE --port 0", "x"),
 )  # fmt: skip
 CLUSTER = (
     cluster("… line …: not YAML, ….", "a: [\n"),
@@ -119,6 +143,19 @@ CLUSTER = (
             engine("name: a, model: m") + "router: {nonsense: 1}\n"),
     cluster("… does not belong among the router's other options.",
             engine("name: a, model: m") + "router: {worker-urls: [a]}\n"),
+    Mistake("… cannot be read: ….", "SERVE --cluster EMPTY"),
+)  # fmt: skip
+RAY = (
+    cluster("ray must be a mapping such as {resources: {fast: 1}}.", replicas("1")),
+    cluster("resources must be more than 0, and … is ….", replicas("{resources: {a: 0}}")),
+    cluster("… must be a mapping of names to numbers.", replicas("{resources: 1}")),
+    cluster("max_replicas must be at least min_replicas, which is …, not ….",
+            replicas("{min_replicas: 2, max_replicas: 1}")),
+    cluster("max_replicas must be given where min_replicas is 0.", replicas("{min_replicas: 0}")),
+    cluster("port does not go with several replicas.", replicas("{max_replicas: 2}, port: 1")),
+    cluster("engines must have different names, but … is a replica.",
+            replicas("{max_replicas: 2}") + "  - {name: a-0, model: m}\n"),
+    cluster("scaling must be a mapping.", engine("name: a, model: m") + "ray: {scaling: 1}\n"),
 )  # fmt: skip
 SIM = (
     scenario("'fleet' is missing.", "arrivals: {loads: [1]}\n", "--against LIVE"),
@@ -192,11 +229,12 @@ OTHERS = (
     Mistake("--… must be more than 0.", "bench soak --minutes 0"),
     Mistake("device: … is none of cpu, cuda and cuda:N.", "bench kv --device tpu"),
     Mistake("there is no scenario file in ….", "bench report --scenarios EMPTY"),
+    Mistake("there is no scenario … in ….", "bench report --only none"),
     Mistake("--workers and --workflows must be at least 1.", "bench report --workers 0"),
     Mistake("… is no installed vLLM: its _version.py tells no version.",
             "patch status --vllm EMPTY"),
 )  # fmt: skip
-MISTAKES = (*OPTIONS, *ROUTER, *CLUSTER, *SIM, *TUNE, *OTHERS)
+MISTAKES = (*OPTIONS, *ROUTER, *DISCOVERY, *CLUSTER, *RAY, *SIM, *TUNE, *OTHERS)
 
 
 def pattern(sentence: str) -> re.Pattern[str]:
