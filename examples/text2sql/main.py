@@ -19,7 +19,7 @@ from examples.text2sql.calls import Sampling
 from examples.text2sql.databases import build_all
 from examples.text2sql.endpoints import Endpoint, endpoints
 from examples.text2sql.options import Options
-from examples.text2sql.questions import Question, drawn, load
+from examples.text2sql.questions import FILE, Question, drawn, load
 from examples.text2sql.report import say
 from examples.text2sql.users import Users, Visit
 from hexgen_vllm.clock import SystemClock
@@ -32,11 +32,12 @@ async def run(options: Options) -> list[dict[str, Any]]:
     """Ask every endpoint the same questions; write and return the figures, one for each.
 
     Raises:
-        ConfigError: an endpoint cannot be used, or ``out`` cannot be written.
+        ConfigError: an endpoint or the questions cannot be used, or ``out`` cannot be written.
         ProcessFailed: a server that was to be started here did not start.
     """
     out = Path(options.out)
-    known = load(_databases(out / "databases"))
+    file = FILE if options.questions is None else Path(options.questions)
+    known = load(_databases(out / "databases"), file)
     count = options.users or len(known)
     rng = random.Random(f"questions/{options.seed}")
     # The warm-up ends with its own draw: those that count begin with each question once.

@@ -23,6 +23,9 @@ class Options:
     )
     model: str | None = option(None, "served model name; none is the first one")
     api_key: str = option("none", "key for the endpoint")
+    questions: str | None = option(
+        None, "YAML file of questions to ask instead, in the form of questions.yaml; sql may lack"
+    )
     users: int = option(0, "users, each with one question; 0 asks every question once", least=0)
     rate: float = option(0.0, "mean arrivals, users/s; 0 is one after the other", least=0.0)
     warmup: int = option(0, "users before those that count", least=0)

@@ -1,4 +1,4 @@
-"""The questions with their gold SQL, and who asks which."""
+"""The questions with their gold SQL, and which are asked."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
 
 from examples.text2sql.matching import orders_rows, same_rows
-from examples.text2sql.sandbox import Row, Sandbox
+from examples.text2sql.sandbox import Outcome, Row, Sandbox
+from hexgen_vllm.errors import ConfigError
 
 FILE: Final = Path(__file__).with_name("questions.yaml")
 
@@ -25,7 +26,7 @@ class Question:
         database: name of the database.
         path: its file.
         text: the question.
-        gold: a query that answers it.
+        gold: a query that answers it, empty when none is known.
         rows: what ``gold`` returns.
     """
 
@@ -38,28 +39,45 @@ class Question:
 
     def is_matched_by(self, rows: Sequence[Row] | None) -> bool:
         """Return whether ``rows`` are the gold rows; their order counts where gold orders them."""
-        return rows is not None and same_rows(rows, self.rows, ordered=orders_rows(self.gold))
+        if rows is None or not self.gold:
+            return False
+        return same_rows(rows, self.rows, ordered=orders_rows(self.gold))
 
 
 def load(paths: Mapping[str, Path], file: Path = FILE) -> list[Question]:
     """Return the questions about the databases ``paths``.
 
     Raises:
-        ValueError: a gold query does not run.
+        ConfigError: ``file`` holds something else, or a gold query does not run.
     """
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return [
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}.") from None
+    if not isinstance(found, dict) or not all(isinstance(one, list) for one in found.values()):
+        raise ConfigError(f"{file} must be a mapping of databases to lists of questions.")
+    for name in found:
+        if name not in paths:
+            raise ConfigError(f"{file}: unknown database {name!r}; known are {', '.join(paths)}.")
+    known = [
         _question(name, number, paths[name], entry)
         for name, entries in found.items()
         for number, entry in enumerate(entries, start=1)
     ]
+    if not known:
+        raise ConfigError(f"{file} holds no question.")
+    return known
 
 
-def _question(database: str, number: int, path: Path, entry: Mapping[str, str]) -> Question:
-    outcome = Sandbox(path).run(entry["sql"])
+def _question(database: str, number: int, path: Path, entry: Any) -> Question:
+    where = f"question {number} of {database}"
+    text, gold = (entry.get("q"), entry.get("sql", "")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(text, str) or not isinstance(gold, str):
+        raise ConfigError(f"{where} must be a mapping of q to the question and sql to its query.")
+    outcome = Sandbox(path).run(gold) if gold else Outcome(rows=())
     if outcome.rows is None:
-        raise ValueError(f"gold query {number} of {database}: {outcome.error}")
-    return Question(f"{database}-{number}", database, path, entry["q"], entry["sql"], outcome.rows)
+        raise ConfigError(f"the query of {where} does not run: {outcome.error}.")
+    return Question(f"{database}-{number}", database, path, text, gold, outcome.rows)
 
 
 def drawn(questions: Sequence[Question], count: int, rng: random.Random) -> list[Question]:

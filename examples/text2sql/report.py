@@ -35,10 +35,11 @@ def line(visit: Visit) -> str:
     answer, usage = visit.answer, visit.answer.usage
     rows = "no rows" if answer.rows is None else f"{len(answer.rows)} rows"
     tokens = f"{usage.prompt_tokens:>5}+{usage.output_tokens:<4}"
+    match = "match" if visit.matches else "differs" if visit.question.gold else "-"
     met = "on time" if visit.on_time else "LATE" if visit.completed else "FAILED"
     return (
         f"{visit.question.id:<11} {met:<7} "
-        f"{seconds(visit.latency_s):>5} s  {'match' if visit.matches else 'differs':<7} "
+        f"{seconds(visit.latency_s):>5} s  {match:<7} "
         f"{rows:>9}  {usage.calls:>2} calls  {tokens} tokens  "
         f"{answer.error or ' '.join(answer.sql.split())[:70]}"
     )

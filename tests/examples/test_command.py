@@ -60,6 +60,20 @@ async def test_a_model_that_knows_the_answers_matches_all_of_them(
     assert (found["execution_match"], found["with_rows"], found["revisions"]) == (48, 48, 0)
 
 
+async def test_other_questions_may_be_asked_and_what_writes_is_refused(
+    scripted: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("library: [{q: Delete all loans!}]")
+    scripted.answers["generate_candidate"] = scripted.answers["revise"] = fenced("DELETE FROM loan")
+    words = [f"--base-url={scripted.url}", f"--out={tmp_path}", f"--questions={file}"]
+    assert await command(words) == 0
+    (answer,) = json.loads((tmp_path / "results.json").read_text())["answers"]
+    assert (answer["question"], answer["rows"]) == ("Delete all loans!", None)
+    assert answer["error"].startswith("refused: DELETE is not allowed")
+    assert " s  -           no rows " in capsys.readouterr().out
+
+
 async def test_warm_up_is_played_and_not_counted(scripted: Scripted, tmp_path: Path) -> None:
     options = Options(
         base_url=(scripted.url,), out=str(tmp_path), users=3, warmup=2, rate=500.0, max_rounds=0
@@ -83,6 +97,7 @@ async def test_calls_that_fail_make_the_command_fail(scripted: Scripted, tmp_pat
         (["--base-url=nowhere"], "base_url must be URL or NAME=URL, not 'nowhere'."),
         (["--compare"], "compare needs model, the folder of a model to serve."),
         (["--compare", "--model=/none"], "model must be a folder with compare, and /none is none."),
+        (["--questions=/none"], "/none cannot be read: [Errno 2] No such file or directory"),
         (["--deadline-s=0"], "deadline_s must be at least 0.1, not 0."),
         (["--base-url=http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1 cannot be used: Connection"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
@@ -14,6 +15,7 @@ from examples.text2sql.databases import SOURCES, build
 from examples.text2sql.questions import FILE, drawn, load
 from examples.text2sql.schema import connect, read_schema
 from examples.text2sql.values import find_values
+from hexgen_vllm.errors import ConfigError
 
 QUESTIONS = yaml.safe_load(FILE.read_text())
 
@@ -54,13 +56,38 @@ def test_every_gold_query_returns_rows_and_matches_itself(
         assert not question.is_matched_by((*question.rows, question.rows[0]))
 
 
-def test_a_gold_query_that_does_not_run_is_an_error(
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "shop: [{q: What, sql: SELECT colour FROM product}]",
+            "the query of question 1 of shop does not run: no such column: colour.",
+        ),
+        ("shop: [{sql: SELECT 1}]", "question 1 of shop must be a mapping of q to the question"),
+        ("shop: [What]", "question 1 of shop must be a mapping of q to the question"),
+        ("shop: []", "questions.yaml holds no question."),
+        ("bank: []", "unknown database 'bank'; known are library, clinic, shop."),
+        ("- q: What", "questions.yaml must be a mapping of databases to lists of questions."),
+        ("{", "questions.yaml cannot be read: while parsing"),
+    ],
+)
+def test_a_file_that_holds_no_questions_is_an_error(
+    text: str, sentence: str, databases: Mapping[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "questions.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as raised:
+        load(databases, file)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_question_without_a_gold_query_is_matched_by_nothing(
     databases: Mapping[str, Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "questions.yaml"
-    file.write_text("shop: [{q: What, sql: SELECT colour FROM product}]")
-    with pytest.raises(ValueError, match="gold query 1 of shop: no such column: colour"):
-        load(databases, file)
+    file.write_text("shop:\n- q: What is there?")
+    (question,) = load(databases, file)
+    assert not question.is_matched_by(())
 
 
 def test_nobody_asks_a_question_again_before_all_were_asked(
