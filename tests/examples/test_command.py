@@ -71,7 +71,7 @@ async def test_other_questions_may_be_asked_and_what_writes_is_refused(
     (answer,) = json.loads((tmp_path / "results.json").read_text())["answers"]
     assert (answer["question"], answer["rows"]) == ("Delete all loans!", None)
     assert answer["error"].startswith("refused: DELETE is not allowed")
-    assert " s  -           no rows " in capsys.readouterr().out
+    assert " s  -         no rows " in capsys.readouterr().out
 
 
 async def test_warm_up_is_played_and_not_counted(scripted: Scripted, tmp_path: Path) -> None:
