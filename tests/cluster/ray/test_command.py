@@ -31,7 +31,7 @@ def cluster_file(tmp_path: Path, first: str, *, router: str = "false") -> Path:
         f"  - {{name: second, command: {json.dumps(FAKE)}}}\n"
         f"router: {router}\n"
         f"log_dir: {tmp_path / 'logs'}\n"
-        f"ray: {{local_resources: {{CPU: 1, fast: 1}}}}\n"
+        f"ray: {{local_resources: {{CPU: 1, GPU: 2, 'accelerator_type:A100': 1, fast: 1}}}}\n"
     )
     return path
 
@@ -96,7 +96,8 @@ def test_a_resource_that_no_node_has_is_one_sentence(tmp_path: Path) -> None:
     said = complaint(tmp_path, "--backend=ray", first="accelerator_type: H100")
     assert said == (
         "python -m hexgen_vllm.serve: engine first cannot be placed: no node of the Ray cluster "
-        "has 1 GPU and accelerator H100; there are nodes with 1 CPU and 1 fast."
+        "has 1 GPU and accelerator H100; there are nodes with 1 CPU and 2 GPU and accelerator A100 "
+        "and 1 fast."
     )
 
 
@@ -104,13 +105,16 @@ def test_a_resource_that_no_node_has_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quiet_ray")
 def test_what_dies_is_started_again_and_nothing_is_left_behind(tmp_path: Path) -> None:
     port = free_port()
-    path = cluster_file(tmp_path, "resources: {fast: 1}", router=f"{{port: {port}}}")
+    first = "accelerator_type: A100, resources: {fast: 1}"
+    path = cluster_file(tmp_path, first, router=f"{{port: {port}}}")
     words = ["--cluster", str(path), "--backend=ray"]
     program = Spawned("hexgen_vllm.serve", words, tmp_path / "log")
     try:
         wait_until(lambda: "ready: " in program.text(), program)
         assert states(port) == {"first": "ready", "second": "ready"}
-        [engine] = pids("fake_server", program)[:1]
+        engines = pids("fake_server", program)
+        assert sorted(map(devices, engines)) == ["", "0"], "one has a GPU, and the other none"
+        engine = engines[0]
         os.kill(engine, signal.SIGKILL)
         wait_until(lambda: program.text().count("healthy at") == 3, program)
         wait_until(lambda: set(states(port).values()) == {"ready"}, program)
@@ -125,6 +129,12 @@ def test_what_dies_is_started_again_and_nothing_is_left_behind(tmp_path: Path) -
     assert code == 0
     assert len(left) >= 4
     assert not any(map(is_alive, left))
+
+
+def devices(pid: int) -> str:
+    """Return the GPUs that a process may use."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return next((w.partition("=")[2] for w in words if w.startswith("CUDA_VISIBLE_")), "")
 
 
 def states(port: int) -> dict[str, str]:
