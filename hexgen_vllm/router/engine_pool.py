@@ -250,15 +250,17 @@ class Pool:
     def forget(self, connection: EngineConnection, address: _Address) -> None:
         """Note that a connection is gone."""
         self._open.discard(connection)
-        idle = self._idle.get(address)
-        if idle and connection in idle:
+        idle = self._idle.get(address, deque())
+        if connection in idle:
             idle.remove(connection)
+        if not idle:  # engines come and go, and addresses with them
+            self._idle.pop(address, None)
 
     def _reap(self) -> None:
         """Close connections that were idle for long."""
         loop = asyncio.get_running_loop()
         oldest_s = loop.time() - _KEEPALIVE_S
-        for idle in self._idle.values():
+        for idle in list(self._idle.values()):
             while idle and idle[0].idle_since_s <= oldest_s:
                 idle.popleft().close()
         busy = any(self._idle.values())

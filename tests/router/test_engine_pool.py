@@ -85,6 +85,7 @@ async def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> N
         await whole(pool, url)
         while pool.open:
             await asyncio.sleep(0.005)
+        assert not pool._idle, "engines come and go, and addresses with them"
         assert await whole(pool, url) == b"abc"
 
 
