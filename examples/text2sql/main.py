@@ -72,7 +72,7 @@ async def _visits(options: Options, endpoint: Endpoint, asked: Sequence[Question
             seed=options.seed if options.call_seeds else None,
         )
         warmup = f", the first {options.warmup} do not count" if options.warmup else ""
-        say(f"{endpoint.name}: {len(asked)} users{warmup}")
+        say(f"{endpoint.name}: {len(asked)} questions{warmup}")
         agent = Agent(client, sampling, options.deadline_s, options.max_rounds)
         users = Users(agent, SystemClock(), options.rate, options.seed)
         return await users.ask(asked, lambda visit: print(report.line(visit), flush=True))
