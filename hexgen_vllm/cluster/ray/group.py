@@ -36,6 +36,7 @@ class Group:
         self._make, self._roster, self._report = make, roster, report
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._farewells: set[asyncio.Task[None]] = set()
+        self._undecided: dict[str, asyncio.Task[None]] = {}  # those of engines that may stay yet
 
     @property
     def staying(self) -> list[Replica]:
@@ -45,12 +46,16 @@ class Group:
     def resize(self, count: int, load: Callable[[str], int]) -> None:
         """Have ``count`` engines stay.
 
-        A name is free again when its engine has gone, so that there may be fewer for a while.
+        Those that are leaving stay after all where more are wanted. A name is free again when its
+        engine has gone, so that there may be fewer for a while.
 
         Args:
             count: within the bounds of the entry.
             load: tells how many calls an engine has; the idlest ones leave, newest first.
         """
+        able = [name for name in self._undecided if self.replicas[name].url is not None]
+        for name in able[: max(count - len(self.staying), 0)]:
+            self._keep(name)
         free = [name for name in self.entry.replicas() if name not in self.replicas]
         for name in free[: max(count - len(self.staying), 0)]:
             self._add(name)
@@ -60,8 +65,18 @@ class Group:
         for replica in by_load[: max(spare, 0)]:
             replica.leaving = True
             farewell = asyncio.ensure_future(self._see_off(replica))
+            self._undecided[replica.name] = farewell
             self._farewells.add(farewell)
             farewell.add_done_callback(self._farewells.discard)
+
+    def _keep(self, name: str) -> None:
+        """Have an engine stay that was to leave and serves still."""
+        replica = self.replicas[name]
+        assert replica.url is not None
+        self._undecided.pop(name).cancel()
+        replica.leaving = False
+        self._roster.stay(name, replica.url)
+        self._report(f"engine {name}: stays after all")
 
     def _add(self, name: str) -> None:
         replica = self.replicas[name] = self._make(name)
@@ -70,6 +85,7 @@ class Group:
     async def _see_off(self, replica: Replica) -> None:
         self._report(f"engine {replica.name}: leaves when its calls have ended")
         await self._roster.leave(replica.name)
+        del self._undecided[replica.name]
         await self._end(replica)
         self._report(f"engine {replica.name}: gone")
 

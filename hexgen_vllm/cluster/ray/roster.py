@@ -38,6 +38,9 @@ class Unlisted:
     async def leave(self, name: str) -> None:
         """Return at once: nobody knows whether calls are open."""
 
+    def stay(self, name: str, url: str) -> None:
+        """Do nothing."""
+
 
 class Roster:
     """The engines as they should stand in the router's list.
@@ -81,6 +84,13 @@ class Roster:
         gone = self._leaving.setdefault(name, asyncio.get_running_loop().create_future())
         self._changed.set()
         await gone
+
+    def stay(self, name: str, url: str) -> None:
+        """Have an engine stay that was to leave; it may be forgotten already."""
+        self._leaving.pop(name, None)
+        self._dismissed.discard(name)
+        self._drained.add(name)  # as far as we know
+        self.serving(name, url)
 
     @property
     def settled(self) -> bool:
@@ -133,6 +143,8 @@ class Roster:
         self._drained.add(name)
 
     async def _see_off(self, name: str, gone: asyncio.Future[None], there: _Workers) -> None:
+        if self._leaving.get(name) is not gone:  # it stays after all
+            return
         if name in there:
             if name not in self._dismissed or there[name]["state"] in _TAKES_CALLS:
                 await self._tell(name, self._dismiss(name))

@@ -34,6 +34,9 @@ class FakeRoster:
     async def leave(self, name: str) -> None:
         await self.leaving.setdefault(name, asyncio.Event()).wait()
 
+    def stay(self, name: str, url: str) -> None:
+        del self.leaving[name]
+
 
 class Scene:
     def __init__(self, most: int) -> None:
@@ -77,11 +80,29 @@ async def test_one_that_does_not_serve_yet_leaves_before_one_that_does() -> None
     await scene.group.stop()
 
 
+async def test_one_that_leaves_stays_where_more_are_wanted_again() -> None:
+    scene = Scene(2)
+    scene.resize(2)
+    scene.resize(1)
+    await settle()
+    assert scene.resize(2) == ["a-0", "a-1"]
+    await settle()
+    assert scene.roster.leaving == {}
+    assert scene.said[-1] == "engine a-1: stays after all"
+    scene.resize(1)
+    await settle()
+    scene.roster.leaving["a-1"].set()
+    await settle()
+    assert set(scene.group.replicas) == {"a-0"}
+    await scene.group.stop()
+
+
 async def test_the_name_of_one_that_leaves_is_not_given_to_another() -> None:
     scene = Scene(2)
     scene.resize(2)
     scene.resize(1)
     await settle()
+    cast(Replica, scene.group.replicas["a-1"]).url = None  # it was lost
     assert scene.resize(2) == ["a-0"]
     scene.roster.leaving["a-1"].set()
     await settle()

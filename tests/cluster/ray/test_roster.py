@@ -132,6 +132,35 @@ async def test_one_that_leaves_is_forgotten_even_if_it_dies_and_serves_again() -
         await leaving
 
 
+async def test_one_that_was_to_leave_and_stays_gets_calls_again() -> None:
+    slow = FakeSettings(step_s=0.02)
+    async with FakeServer(slow) as engine, scene() as at:
+        at.roster.serving("a", engine.url)
+        await at.roster.compare()
+        async with at.stand.post(stream=True, max_tokens=20) as answer:
+            await answer.content.readline()
+            leaving = asyncio.ensure_future(at.roster.leave("a"))
+            await asyncio.sleep(0)
+            await at.roster.compare()
+            assert at.states() == {"a": EngineState.DRAINING}
+            leaving.cancel()
+            at.roster.stay("a", engine.url)
+            await at.roster.compare()
+            assert at.states() == {"a": EngineState.READY}
+            assert "[DONE]" in await answer.text()
+        at.stand.context.tick()
+        await at.roster.compare()
+        assert at.states() == {"a": EngineState.READY}
+        leaving = asyncio.ensure_future(at.roster.leave("a"))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            await at.roster.compare()
+        assert at.states() == {}
+        at.roster.stay("a", engine.url)
+        await at.roster.compare()
+        assert at.states() == {"a": EngineState.READY}
+
+
 async def test_one_that_leaves_while_it_is_being_registered_is_not_left_behind() -> None:
     async with FakeServer() as engine, scene() as at:
         add = at.router.add
