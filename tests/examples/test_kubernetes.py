@@ -237,6 +237,11 @@ async def test_probes_ask_for_pages_that_there_are(which: str) -> None:
         "liveness": "/liveness", "readiness": "/readiness",
     }  # fmt: skip
     assert {p["httpGet"]["path"] for p in probes.values()} <= pages
+    for monitor in of(which, "PodMonitor"):
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["path"] in pages
+        for workload in (router, *workloads(which, "engine")):
+            assert endpoint["port"] in {port["name"] for port in container(workload)["ports"]}
     for workload in workloads(which, "engine"):
         own = container(workload)
         for name in ("startup", "liveness", "readiness"):
