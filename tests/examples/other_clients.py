@@ -16,7 +16,7 @@ import venv
 from tests.examples.clients import ROOT, check, module
 
 HOME = ROOT / ".cache" / "clients"
-PACKAGES = ("langchain-openai>=1,<2", "llama-index-llms-openai-like>=0.5,<1")
+PACKAGES = ("langchain-openai==1.7.3", "llama-index-llms-openai-like==0.8.1")
 PROGRAMS = ("langchain_chat", "llama_index_chat")
 
 
