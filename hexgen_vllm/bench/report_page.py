@@ -133,10 +133,10 @@ def _by_load(section: Section, cell: Any) -> str:
 def _deadline(figures: Figures, policy: str, load: float) -> str:
     if not figures.runs(policy, load):
         return ""
-    mark = " ∞" if figures.collapsed(policy, load) else ""
     runs = [run["min_deadline_95_s"] for run in figures.runs(policy, load)]
-    if None in runs:
-        return f"–{mark}"
+    if None in runs:  # more than 5 % were refused
+        return "–"
+    mark = " ∞" if figures.collapsed(policy, load) else ""
     return f"{seconds(fmean(runs))} ±{seconds((max(runs) - min(runs)) / 2)}{mark}"
 
 
