@@ -35,7 +35,8 @@ def cluster_file(tmp_path: Path, model: str, port: int) -> Path:
         "defaults": {
             "model": model,
             "args": [*words, *PACED],
-            "env": {"VLLM_ENABLE_V1_MULTIPROCESSING": 0},
+            # What they log names their processes.
+            "env": {"VLLM_ENABLE_V1_MULTIPROCESSING": 0, "VLLM_LOGGING_LEVEL": "INFO"},
             "ray": {"num_cpus": 0},
         },
         "engines": [

@@ -17,6 +17,10 @@ from tests.router.discovery.dns_server import dns_server
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
 
 SERVICE = "_http._tcp.engines.llm"
+PACED = (  # so that the stream is still open when the engine is found to be gone
+    "--scheduler-cls=hexgen_vllm.engine.pace.PacedUrgencyScheduler",
+    '--additional-config={"hexgen_pace": {"step_ms": 10}}',
+)
 LONG = {"max_tokens": 900, "ignore_eos": True, "stream_options": {"include_usage": True}}
 
 
@@ -25,7 +29,7 @@ async def test_what_an_engine_has_begun_it_ends(
 ) -> None:
     """What begins in its last moments goes elsewhere; nothing is lost."""
     port = free_port()
-    argv = [tiny_model, *small_engine(port), "--shutdown-timeout=60"]
+    argv = [tiny_model, *small_engine(port), *PACED, "--shutdown-timeout=60"]
     program = forks.start("hexgen_vllm.serve", argv, tmp_path / "engine")
     await asyncio.to_thread(Server(program, port).wait_healthy)
     async with FakeServer() as other, dns_server() as dns:

@@ -91,7 +91,7 @@ def test_the_worst_call_stands_for_its_workflow() -> None:
 
 
 def test_demoted_workflows_are_at_risk_too() -> None:
-    coordinator = fleet(overload="protect")
+    coordinator = fleet(overload="protect", reject_at_entry=False)
     for one in (call("a", 30.0), call("b", 0.5)):
         coordinator.call_arrived(one, 0.0)
     (worst, _) = by_workflow(margins(coordinator, 0.0))
