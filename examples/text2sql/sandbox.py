@@ -33,7 +33,8 @@ FUNCTIONS: Final = frozenset({
     "total", "trim", "typeof", "unicode", "unixepoch", "upper",
 })  # fmt: skip
 _ACTIONS: Final = {
-    sqlite3.SQLITE_ATTACH: "ATTACH",
+    sqlite3.SQLITE_ALTER_TABLE: "changing the schema",
+    sqlite3.SQLITE_ATTACH: "ATTACH or VACUUM",
     sqlite3.SQLITE_DELETE: "DELETE",
     sqlite3.SQLITE_INSERT: "INSERT",
     sqlite3.SQLITE_PRAGMA: "PRAGMA",
@@ -41,6 +42,15 @@ _ACTIONS: Final = {
     sqlite3.SQLITE_TRANSACTION: "a transaction",
     sqlite3.SQLITE_UPDATE: "UPDATE",
 }
+# CREATE, DROP and ANALYZE write the schema's own table; so does, as an UPDATE, a SELECT from a
+# virtual table (json_each, dbstat, pragma_table_info), which SQLite 3.40 declares on its first use.
+_SCHEMA_TABLES: Final = frozenset({"sqlite_master", "sqlite_temp_master"})
+_SCHEMA_ACTIONS: Final = {
+    sqlite3.SQLITE_DELETE: "changing the schema",
+    sqlite3.SQLITE_INSERT: "changing the schema",
+    sqlite3.SQLITE_UPDATE: "a virtual table",
+}
+_UNDECLARED: Final = "vtable constructor failed: "  # SQLite's words before such a table's name
 _OPERATIONS_PER_LOOK: Final = 1000  # of SQLite's machine, between two looks at the clock
 
 
@@ -132,7 +142,9 @@ class Sandbox:
     def _explained(self, error: Exception, guard: _Guard) -> Outcome:
         said = str(error)
         if guard.denied is not None:
-            return _refusal(f"{guard.denied} is not allowed; only a SELECT on the tables may run")
+            named = said.startswith(_UNDECLARED)
+            denied = f"the table {said.removeprefix(_UNDECLARED)}" if named else guard.denied
+            return _refusal(f"{denied} is not allowed; only a SELECT on the tables may run")
         if said == "interrupted":
             return _refusal(f"the query ran longer than {self._limits.time_s:g} s")
         if "one statement" in said:
@@ -161,12 +173,13 @@ class _Guard:
             # No column: a subquery of which no column is used, such as under COUNT(*).
             if first in self._tables or (not second and not (first or "").startswith("sqlite_")):
                 return sqlite3.SQLITE_OK
-            return self._deny(f"reading {first}")
+            return self._deny(f"the table {first}")
         if action == sqlite3.SQLITE_FUNCTION:
             if (second or "").lower() in FUNCTIONS:
                 return sqlite3.SQLITE_OK
             return self._deny(f"function {second}")
-        return self._deny(_ACTIONS.get(action, "this kind of statement"))
+        known = _SCHEMA_ACTIONS if first in _SCHEMA_TABLES else _ACTIONS
+        return self._deny(known.get(action, "this kind of statement"))
 
     def _deny(self, what: str) -> int:
         self.denied = self.denied or what

@@ -71,6 +71,13 @@ def test_attempts_leave_nothing_behind(library: Path) -> None:
         ("DELETE FROM loan", "refused: DELETE is not allowed; only a SELECT on the tables may run"),
         ("SELECT 1; SELECT 2", "refused: only one statement may run"),
         ("PRAGMA user_version", "refused: PRAGMA is not allowed; only a SELECT on"),
+        ("CREATE TABLE copied AS SELECT 1", "refused: changing the schema is not allowed"),
+        ("DROP TABLE loan", "refused: changing the schema is not allowed"),
+        ("ALTER TABLE loan RENAME TO lent", "refused: changing the schema is not allowed"),
+        ("VACUUM INTO '/tmp/stolen.db'", "refused: ATTACH or VACUUM is not allowed"),
+        ("SELECT value FROM json_each('[1]')", "refused: the table json_each is not allowed;"),
+        ("SELECT b.id FROM book b, json_tree(b.title)", "refused: the table json_tree is not"),
+        ("SELECT name FROM sqlite_master", "refused: the table sqlite_master is not allowed;"),
         ("SELECT writefile('f', 'x')", "no such function: writefile"),
         ("SELECT colour FROM loan", "no such column: colour"),
         ("SELEC 1", 'near "SELEC": syntax error'),
@@ -80,6 +87,14 @@ def test_the_model_can_read_what_was_wrong(library: Path, sql: str, said: str) -
     error = Sandbox(library).run(sql).error
     assert error is not None
     assert error.startswith(said)
+
+
+@pytest.mark.parametrize("table", ["dbstat", "pragma_table_info('loan')", "sqlite_stmt"])
+def test_a_table_of_sqlite_is_refused_as_a_table(library: Path, table: str) -> None:
+    """SQLite may name it or not, and may be built without it."""
+    error = Sandbox(library).run(f"SELECT name FROM {table}").error
+    assert error is not None
+    assert " table" in error.partition(";")[0]
 
 
 def test_a_long_query_is_stopped(library: Path) -> None:
