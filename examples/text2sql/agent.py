@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from openai import AsyncOpenAI, OpenAIError
 
@@ -19,6 +20,7 @@ from examples.text2sql.schema import read_schema
 from hexgen_vllm import Workflow
 
 WORKFLOW_TYPE = "text2sql"
+End = Literal["completed", "refused", "invalid", "failed"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class Answer:
         columns: names of the result's columns.
         rows: its result, ``None`` when there is none.
         error: why there is none.
+        refused: whether that is because the sandbox refused the query.
         failed: whether that is because a call failed, and not because of the query.
         rounds: revisions of all candidates together.
-        refused: queries that the sandbox refused.
+        refused_queries: queries of all candidates that the sandbox refused.
         usage: calls and tokens.
     """
 
@@ -41,9 +44,19 @@ class Answer:
     columns: tuple[str, ...] = ()
     rows: tuple[Row, ...] | None = None
     error: str | None = None
+    refused: bool = False
     failed: bool = False
     rounds: int = 0
-    refused: int = 0
+    refused_queries: int = 0
+
+    @property
+    def end(self) -> End:
+        """How the question ended; ``invalid`` means that no query came that can run."""
+        if self.failed:
+            return "failed"
+        if self.rows is not None:
+            return "completed"
+        return "refused" if self.refused else "invalid"
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,7 @@ def _answer(usage: Usage, chosen: Candidate, candidates: Sequence[Candidate]) ->
         columns=chosen.outcome.columns,
         rows=chosen.outcome.rows,
         error=chosen.outcome.error,
+        refused=chosen.outcome.refused,
         rounds=sum(candidate.rounds for candidate in candidates),
-        refused=sum(candidate.refused for candidate in candidates),
+        refused_queries=sum(candidate.refused for candidate in candidates),
     )

@@ -91,7 +91,7 @@ async def _served(client: AsyncOpenAI, endpoint: Endpoint, wanted: str | None) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 1 when a question did not complete, 2 when it cannot run."""
+    """Run the command; returns 1 when a call failed, 2 when it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m examples.text2sql", description=__doc__)
     add_arguments(parser, Options)
     try:
@@ -103,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     print(f"\n{report.table(summaries)}\n\n{report.NOTE}\nwrote {Path(options.out)}/results.json")
-    return int(any(found["completed"] < found["questions"] for found in summaries))
+    return int(any(found["failed"] for found in summaries))

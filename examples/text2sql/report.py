@@ -7,21 +7,25 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+from examples.text2sql.agent import End
 from examples.text2sql.users import Visit
 from hexgen_vllm.bench.table import aligned, seconds
 from hexgen_vllm.metrics.summary import min_deadline, percentile
 
 SHOWN_ROWS: Final = 5
+_ENDS: Final = get_args(End)
 _COLUMNS: Final = (
-    "policy", "questions", "databases", "completed", "on time", "min deadline @95%", "P50",
-    "P95", "execution match", "with rows", "calls", "tokens out",
+    "policy", "questions", "databases", *_ENDS, "served on time", "min deadline @95%", "P50",
+    "P95", "execution match", "calls", "tokens out",
 )  # fmt: skip
 
 NOTE: Final = (
-    "times in seconds; the min deadline is the shortest that 95 % of the questions met; a match "
-    "has the rows of the gold query"
+    "completed: the query ran; refused: it may not run; invalid: no query came that can run; "
+    "failed: a call failed\nserved: no call failed, whatever came of the query; times in seconds, "
+    "of what was served; the min deadline is the shortest in which 95 % of all questions were "
+    "served\na match has the rows of the gold query"
 )
 
 
@@ -35,19 +39,24 @@ def line(visit: Visit) -> str:
     answer, usage = visit.answer, visit.answer.usage
     rows = "no rows" if answer.rows is None else f"{len(answer.rows)} rows"
     tokens = f"{usage.prompt_tokens:>5}+{usage.output_tokens:<4}"
-    match = "match" if visit.matches else "differs" if visit.question.gold else "-"
-    met = "on time" if visit.on_time else "LATE" if visit.completed else "FAILED"
+    met = "on time" if visit.on_time else "LATE" if visit.served else "FAILED"
     return (
         f"{visit.question.id:<11} {met:<7} "
-        f"{seconds(visit.latency_s):>5} s  {match:<7} "
+        f"{seconds(visit.latency_s):>5} s  {_came_of(visit):<7} "
         f"{rows:>9}  {usage.calls:>2} calls  {tokens} tokens  "
         f"{answer.error or ' '.join(answer.sql.split())[:70]}"
     )
 
 
+def _came_of(visit: Visit) -> str:
+    if visit.answer.end != "completed":
+        return visit.answer.end
+    return "match" if visit.matches else "differs" if visit.question.gold else "-"
+
+
 def summary(policy: str, visits: Sequence[Visit], rate: float) -> dict[str, Any]:
     """Return the figures of a run; counts are of questions asked, times in seconds."""
-    latencies_s = [visit.latency_s if visit.completed else None for visit in visits]
+    latencies_s = [visit.latency_s if visit.served else None for visit in visits]
     known_s = [value for value in latencies_s if value is not None]
     deadline_s = visits[0].deadline_s
     return {
@@ -55,11 +64,10 @@ def summary(policy: str, visits: Sequence[Visit], rate: float) -> dict[str, Any]
         "questions": len(visits),
         "distinct_questions": len({visit.question.id for visit in visits}),
         "databases": len({visit.question.database for visit in visits}),
-        "completed": len(known_s),
+        **{end: sum(visit.answer.end == end for visit in visits) for end in _ENDS},
         "on_time": sum(visit.on_time for visit in visits),
         "execution_match": sum(visit.matches for visit in visits),
-        "with_rows": sum(visit.answer.rows is not None for visit in visits),
-        "refused_queries": sum(visit.answer.refused for visit in visits),
+        "refused_queries": sum(visit.answer.refused_queries for visit in visits),
         "revisions": sum(visit.answer.rounds for visit in visits),
         "calls": sum(visit.answer.usage.calls for visit in visits),
         "prompt_tokens": sum(visit.answer.usage.prompt_tokens for visit in visits),
@@ -82,11 +90,10 @@ def _cells(found: Mapping[str, Any]) -> list[str]:
         str(found["policy"]),
         str(found["questions"]),
         str(found["databases"]),
-        str(found["completed"]),
+        *(str(found[end]) for end in _ENDS),
         f"{found['on_time']} ({found['on_time'] / found['questions']:.0%})",
         *(seconds(found[name]) for name in ("min_deadline_95_s", "p50_s", "p95_s")),
         str(found["execution_match"]),
-        str(found["with_rows"]),
         str(found["calls"]),
         str(found["output_tokens"]),
     ]
@@ -102,6 +109,7 @@ def answered(visit: Visit) -> dict[str, Any]:
         "columns": answer.columns,
         "rows": None if answer.rows is None else answer.rows[:SHOWN_ROWS],
         "row_count": None if answer.rows is None else len(answer.rows),
+        "end": answer.end,
         "error": answer.error,
         "execution_match": visit.matches,
         "calls": usage.calls,

@@ -29,14 +29,14 @@ class Visit:
     deadline_s: float
 
     @property
-    def completed(self) -> bool:
-        """Whether the agent came to its end: no call failed."""
+    def served(self) -> bool:
+        """Whether no call failed, whatever came of the query."""
         return not self.answer.failed
 
     @property
     def on_time(self) -> bool:
-        """Whether it did so within the deadline."""
-        return self.completed and self.latency_s <= self.deadline_s
+        """Whether it was served within the deadline."""
+        return self.served and self.latency_s <= self.deadline_s
 
     @property
     def matches(self) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from examples.text2sql.endpoints import local_cluster
 from examples.text2sql.main import main, run
 from examples.text2sql.options import Options, named_url
 from examples.text2sql.questions import FILE, Question
-from examples.text2sql.report import line, summary
+from examples.text2sql.report import line, summary, table
 from examples.text2sql.users import Visit
 from tests.examples.scripted import Scripted, fenced
 
@@ -37,7 +38,7 @@ async def test_every_question_is_asked_and_reported(
     assert await command([*words, "--rate=1000", "--max-rounds=0"]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert (found["questions"], found["databases"]) == (48, 3)
-    assert (found["completed"], found["on_time"]) == (48, 48)
+    assert (ends(found), found["on_time"]) == ((16, 0, 32, 0), 48), "only the library has books"
     assert found["execution_match"] == 1, "one library question asks for the number of books"
     assert [one["policy"] for one in found["compare"]] == ["one", scripted.url.split("/")[2]]
     assert len(found["answers"]) == len({answer["id"] for answer in found["answers"]}) == 48
@@ -57,7 +58,7 @@ async def test_a_model_that_knows_the_answers_matches_all_of_them(
         gold[body["messages"][1]["content"].rpartition("Question: ")[2]]
     )
     (found,) = await run(Options(base_url=(scripted.url,), out=str(tmp_path), rate=1000.0))
-    assert (found["execution_match"], found["with_rows"], found["revisions"]) == (48, 48, 0)
+    assert (found["execution_match"], found["completed"], found["revisions"]) == (48, 48, 0)
 
 
 async def test_other_questions_may_be_asked_and_what_writes_is_refused(
@@ -68,10 +69,13 @@ async def test_other_questions_may_be_asked_and_what_writes_is_refused(
     scripted.answers["generate_candidate"] = scripted.answers["revise"] = fenced("DELETE FROM loan")
     words = [f"--base-url={scripted.url}", f"--out={tmp_path}", f"--questions={file}"]
     assert await command(words) == 0
-    (answer,) = json.loads((tmp_path / "results.json").read_text())["answers"]
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert ends(found) == (0, 1, 0, 0), "a refused query is no answer"
+    (answer,) = found["answers"]
     assert (answer["question"], answer["rows"]) == ("Delete all loans!", None)
     assert answer["error"].startswith("refused: DELETE is not allowed")
-    assert " s  -         no rows " in capsys.readouterr().out
+    assert answer["end"] == "refused"
+    assert " s  refused   no rows " in capsys.readouterr().out
 
 
 async def test_warm_up_is_played_and_not_counted(scripted: Scripted, tmp_path: Path) -> None:
@@ -87,7 +91,8 @@ async def test_calls_that_fail_make_the_command_fail(scripted: Scripted, tmp_pat
     words = [f"--base-url={scripted.url}", f"--out={tmp_path}", "--users=2"]
     assert await command(words) == 1
     found = json.loads((tmp_path / "results.json").read_text())
-    assert (found["completed"], found["on_time"], found["min_deadline_95_s"]) == (0, 0, None)
+    assert ends(found) == (0, 0, 0, 2)
+    assert (found["on_time"], found["min_deadline_95_s"]) == (0, None)
     assert all("as asked" in answer["error"] for answer in found["answers"])
 
 
@@ -135,21 +140,41 @@ async def test_a_model_that_is_not_served_is_told(
     assert "does not serve other, but m." in capsys.readouterr().err
 
 
-def visit(latency_s: float, *, failed: bool = False, rows: int = 6) -> Visit:
+def ends(found: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(found[name] for name in ("completed", "refused", "invalid", "failed"))
+
+
+def visit(
+    latency_s: float, row: int | None = 6, *, refused: bool = False, failed: bool = False
+) -> Visit:
     question = Question("q-1", "library", Path("x"), "How many?", "SELECT 6", ((6,),))
-    answer = Answer(Usage(calls=4), "SELECT 6", ("6",), ((rows,),), failed=failed)
+    rows = None if row is None else ((row,),)
+    answer = Answer(Usage(calls=4), "SELECT 6", ("6",), rows, refused=refused, failed=failed)
     return Visit(question, answer, latency_s, 10.0)
 
 
 def test_figures_count_what_failed_as_late() -> None:
-    visits = [visit(2.0), visit(10.0), visit(10.1, rows=7), visit(1.0, failed=True)]
+    visits = [visit(2.0), visit(10.0), visit(10.1, 7), visit(1.0, None, failed=True)]
     found = summary("p", visits, 0.5)
-    assert (found["questions"], found["completed"], found["on_time"]) == (4, 3, 2)
-    assert (found["execution_match"], found["calls"], found["p50_s"]) == (3, 16, 10.0)
+    assert (found["questions"], found["on_time"], ends(found)) == (4, 2, (3, 0, 0, 1))
+    assert (found["execution_match"], found["calls"], found["p50_s"]) == (2, 16, 10.0)
     assert found["min_deadline_95_s"] is None, "a quarter never came"
     assert "LATE" in line(visits[2])
     assert "differs" in line(visits[2])
     assert "FAILED" in line(visits[3])
+
+
+def test_a_question_without_an_answer_is_not_completed() -> None:
+    visits = [visit(2.0), visit(3.0, None, refused=True), visit(4.0, None)]
+    found = summary("p", visits, 0.5)
+    assert ends(found) == (1, 1, 1, 0)
+    assert sum(ends(found)) == found["questions"]
+    assert found["on_time"] == 3, "its calls were served: what it measures is serving"
+    assert "refused" in line(visits[1])
+    assert "invalid" in line(visits[2])
+    heading, cells = table([found]).splitlines()[0::2][:2]
+    assert heading.split()[3:7] == ["completed", "refused", "invalid", "failed"]
+    assert cells.split()[3:7] == ["1", "1", "1", "0"]
 
 
 def test_urls_may_have_names() -> None:
