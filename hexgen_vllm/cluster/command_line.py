@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, NoReturn, Protocol
+from typing import Final, NoReturn
 
 from hexgen_vllm.cluster.file import load
 from hexgen_vllm.cluster.process import ProcessFailed
+from hexgen_vllm.cluster.running import Running
 from hexgen_vllm.cluster.spec import ClusterSpec
 from hexgen_vllm.cluster.supervisor import Cluster
 from hexgen_vllm.errors import ConfigError
@@ -50,25 +51,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="Ray cluster to join, or auto; without it one is started here",
     )
     return parser
-
-
-class Running(Protocol):
-    """A cluster that can be started and stopped, whoever starts its engines."""
-
-    def summary(self) -> str:
-        """Return what serves where, in one line."""
-
-    async def start(self) -> None:
-        """Start all."""
-
-    async def watch(self) -> None:
-        """Run until something that is not started again dies."""
-
-    async def stop(self) -> None:
-        """Stop all."""
-
-    def kill(self) -> None:
-        """Kill all."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import aiohttp
 
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.cluster import commands
-from hexgen_vllm.cluster.backoff import Backoff
 from hexgen_vllm.cluster.health import wait_healthy
+from hexgen_vllm.cluster.keeping import keep
 from hexgen_vllm.cluster.ports import free_ports
-from hexgen_vllm.cluster.process import Process, ProcessFailed
+from hexgen_vllm.cluster.process import Process
+from hexgen_vllm.cluster.running import Running
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
 from hexgen_vllm.errors import ConfigError
 
@@ -24,7 +25,7 @@ ROUTER_EXIT_S: Final = 3.0
 """What a router gets on top of the grace, all of which it gives to calls in flight."""
 
 
-class Cluster:
+class Cluster(Running):
     """The processes of one :class:`ClusterSpec`, as an async context manager.
 
     Entering it starts all engines at once, waits until they are healthy, then starts the router;
@@ -91,22 +92,6 @@ class Cluster:
         engines = ", ".join(f"{entry.name} {url}" for entry, url in named)
         return f"{router}; engines {engines}; logs {self.log_dir}"
 
-    async def __aenter__(self) -> Cluster:
-        try:
-            await self.start()
-        except BaseException:
-            await self.stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.stop()
-
     async def start(self) -> None:
         """Start the engines, then the router.
 
@@ -172,22 +157,12 @@ class Cluster:
         await all_or_first_error(self._keep(process) for process in self.processes)
 
     async def _keep(self, process: Process) -> None:
-        backoff = Backoff(self.spec.restart_after_s)
-        while True:
-            since = self._clock.now()
-            code = await process.wait()
-            process.kill()  # what a crashed server left in its session
-            failure = process.failed(f"died with exit code {code}")
-            if not self.spec.restart:
-                raise failure
-            delay = backoff.after(self._clock.now() - since)
-            self._report(f"{process.name}: died with exit code {code}, again in {delay:g} s")
-            await asyncio.sleep(delay)
-            try:
-                await self._bring_up(process)
-            except ProcessFailed as error:
-                self._report(str(error))
-                await process.stop(self.spec.stop_grace_s)
+        if self.spec.restart:
+            start = partial(self._bring_up, process)
+            await keep(process, start, self.spec, clock=self._clock, report=self._report)
+        code = await process.wait()
+        process.kill()  # what a crashed server left in its session
+        raise process.failed(f"died with exit code {code}")
 
     async def stop(self) -> None:
         """Stop the router, then all engines at once. May be called again."""

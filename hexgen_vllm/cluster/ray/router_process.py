@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,10 +14,10 @@ import aiohttp
 
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.cluster import commands
-from hexgen_vllm.cluster.backoff import Backoff
 from hexgen_vllm.cluster.health import wait_healthy
+from hexgen_vllm.cluster.keeping import keep
 from hexgen_vllm.cluster.ports import free_ports
-from hexgen_vllm.cluster.process import Process, ProcessFailed
+from hexgen_vllm.cluster.process import Process
 from hexgen_vllm.cluster.spec import ClusterSpec, RouterEntry
 from hexgen_vllm.cluster.supervisor import ROUTER_EXIT_S, base_url
 
@@ -77,19 +77,8 @@ class RouterProcess:
 
     async def keep(self, session: aiohttp.ClientSession) -> None:
         """Start it again whenever it dies, until cancelled."""
-        backoff = Backoff(self._spec.restart_after_s)
-        while True:
-            since_s = self._clock.now()
-            code = await self._process.wait()
-            self._process.kill()
-            delay_s = backoff.after(self._clock.now() - since_s)
-            self._report(f"router: died with exit code {code}, again in {delay_s:g} s")
-            await asyncio.sleep(delay_s)
-            try:
-                await self.start(session)
-            except ProcessFailed as error:
-                self._report(str(error))
-                await self._process.stop(self._spec.stop_grace_s)
+        start = partial(self.start, session)
+        await keep(self._process, start, self._spec, clock=self._clock, report=self._report)
 
     async def stop(self) -> None:
         """Stop it; calls in flight have the file's ``stop_grace_s`` to end."""

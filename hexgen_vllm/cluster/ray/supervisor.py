@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import aiohttp
@@ -22,6 +21,7 @@ from hexgen_vllm.cluster.ray.replica import Replica
 from hexgen_vllm.cluster.ray.roster import Roster, Unlisted
 from hexgen_vllm.cluster.ray.router_client import RouterClient
 from hexgen_vllm.cluster.ray.router_process import RouterProcess
+from hexgen_vllm.cluster.running import Running
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry
 from hexgen_vllm.cluster.supervisor import all_or_first_error
 from hexgen_vllm.errors import ConfigError
@@ -30,7 +30,7 @@ _LOOK_S: Final = 0.2
 _NODES_S: Final = 1.0
 
 
-class RayCluster:
+class RayCluster(Running):
     """The same as :class:`~hexgen_vllm.cluster.supervisor.Cluster`, with engines placed by Ray.
 
     Made in the main thread, outside of an event loop if signals are to be handled there: joining
@@ -89,22 +89,6 @@ class RayCluster:
         router = "no router" if self._router is None else f"router {self._router.url}"
         engines = ", ".join(f"{name} {url}" for name, url in self.engine_urls.items())
         return f"{router}; engines {engines}; logs {self.log_dir}; Ray {self._library.address}"
-
-    async def __aenter__(self) -> RayCluster:
-        try:
-            await self.start()
-        except BaseException:
-            await self.stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.stop()
 
     async def start(self) -> None:
         """Start the fewest engines and the router; return when the router has all of them.
