@@ -17,6 +17,18 @@ Row = Mapping[str, Any]
 # Okabe and Ito's colours: told apart with any kind of colour vision; dashes help in grey print.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
+STYLES: Final = {
+    "hexgen": 0,
+    "round_robin+fcfs": 1,
+    "least_outstanding+fcfs": 2,
+    "least_outstanding+edf": 3,
+    "slack": 4,
+    "slack protect": 5,
+    "oracle": 5,  # the evaluation draws it up to full load, and protection beyond
+    "vllm_router_program": 5,
+    "vllm_router": 6,
+}
+"""Which colour and dash a policy has in every plot."""
 POINTS: Final = 400
 SQUEEZE: Final = 8.0  # the slowest run's P99 is drawn up to this many times the fastest's
 
@@ -52,12 +64,27 @@ def draw_attainment(rows: Sequence[Row], path: Path) -> None:
         groups.setdefault(str(row["policy"]), []).append(row)
     deadlines = _deadlines(rows)
     figure, axes = plt.subplots(figsize=(8.0, 4.8), layout="constrained")
-    for index, (policy, runs) in enumerate(groups.items()):
-        _draw_policy(axes, index, policy, runs, deadlines)
+    chosen = styles(list(groups))
+    for policy, runs in groups.items():
+        _draw_policy(axes, chosen[policy], policy, runs, deadlines)
     _annotate(axes, rows, deadlines)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def styles(policies: Sequence[str]) -> dict[str, int]:
+    """Return which colour and dash each policy of one plot has.
+
+    It is its own, or that of the policy it is a variant of (``hexgen a=0.2`` of ``hexgen``), or
+    the first one left if another has that. Beyond seven policies some look alike.
+    """
+    chosen: dict[str, int] = {}
+    for policy in sorted(policies, key=lambda name: name not in STYLES):
+        free = [n for n in range(len(COLOURS)) if n not in chosen.values()]
+        own = STYLES.get(policy, STYLES.get(policy.partition(" ")[0], -1))
+        chosen[policy] = own if own in free else free[0] if free else len(chosen) % len(COLOURS)
+    return chosen
 
 
 def _deadlines(rows: Sequence[Row]) -> list[float]:
@@ -76,9 +103,9 @@ def _deadlines(rows: Sequence[Row]) -> list[float]:
 
 
 def _draw_policy(
-    axes: Axes, index: int, policy: str, runs: Sequence[Row], deadlines: Sequence[float]
+    axes: Axes, style: int, policy: str, runs: Sequence[Row], deadlines: Sequence[float]
 ) -> None:
-    colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+    colour, dash = COLOURS[style], DASHES[style]
     curves = [[100 * attainment(run["latencies_s"], d) for d in deadlines] for run in runs]
     if len(curves) > 1:
         for curve in curves:

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.bench.plot import COLOURS, DASHES, draw_attainment
+from hexgen_vllm.bench.plot import COLOURS, DASHES, STYLES, draw_attainment, styles
 from hexgen_vllm.bench.table import aligned, render, seconds
+from hexgen_vllm.demo import CONTENDERS
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.sim.scenario_file import load
+
+ROOT = Path(__file__).resolve().parents[2]
+EVALUATION = ROOT / "examples/scenarios/evaluation/text2sql-skewed-4.yaml"
 
 
 def row(policy: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -99,6 +104,42 @@ def test_a_plot_is_written_where_asked(tmp_path: Path) -> None:
 
 def test_policies_are_told_apart_without_colour() -> None:
     assert len(set(COLOURS)) == len(COLOURS) == len(set(DASHES)) == len(DASHES)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["hexgen", "round_robin+fcfs", "least_outstanding+fcfs", "least_outstanding+edf", "slack"],
+        ["round_robin+fcfs", "least_outstanding+fcfs", "hexgen", "slack"],
+        list(CONTENDERS),
+        ["slack", "another"],
+    ],
+    ids=["evaluation", "demo", "demo beside vllm-router", "own"],
+)
+def test_a_policy_looks_the_same_in_every_plot(names: list[str], tmp_path: Path) -> None:
+    found = styles(names)
+    assert {name: STYLES.get(name, 0) for name in names} == found
+    assert len(set(found.values())) == len(names)
+    draw_attainment([row(name) for name in names], tmp_path / "out.svg")
+    drawn = (tmp_path / "out.svg").read_text().lower()
+    for index, colour in enumerate(COLOURS[:6]):  # the axes are black, too
+        assert (f"stroke: {colour.lower()}" in drawn) == (index in found.values())
+
+
+def test_the_policies_of_the_evaluation_have_looks_of_their_own() -> None:
+    names = [policy.name for policy in load(EVALUATION).policies]
+    assert set(names) <= set(STYLES)
+    within, beyond = ([n for n in names if n != left] for left in ("slack protect", "oracle"))
+    for drawn in (within, beyond):
+        assert styles(drawn) == {name: STYLES[name] for name in drawn}
+    assert len(set(styles(names).values())) == len(names), "together they still differ"
+
+
+def test_variants_look_like_their_policy_while_they_can() -> None:
+    found = styles(["hexgen a=0.2", "slack", "hexgen a=0.4", "hexgen"])
+    assert found == {"hexgen": 0, "slack": 4, "hexgen a=0.2": 1, "hexgen a=0.4": 2}
+    assert styles(["round_robin+fcfs", "hexgen a=0.1"])["hexgen a=0.1"] == STYLES["hexgen"]
+    assert set(styles([f"p{n}" for n in range(9)]).values()) == set(range(7))
 
 
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
