@@ -23,7 +23,7 @@ from hexgen_vllm import config as options
 from hexgen_vllm.bench import results
 from hexgen_vllm.bench.endpoint import Endpoint, Model, find_model
 from hexgen_vllm.bench.load import Load, Progress
-from hexgen_vllm.bench.plot import draw_attainment, require_matplotlib
+from hexgen_vllm.bench.plot import check_plot, draw_attainment
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult
 from hexgen_vllm.bench.table import render
 from hexgen_vllm.bench.text import PromptSource
@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
     for path in (args.json, args.plot):
         results.check_writable(path)
     if args.plot:
-        require_matplotlib()
+        check_plot(args.plot)
     rows = list(before)
     for config in configs:
         line = _ProgressLine()

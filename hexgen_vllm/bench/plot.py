@@ -44,6 +44,17 @@ def require_matplotlib() -> None:
     mpl.use("Agg")
 
 
+def check_plot(path: Path) -> None:
+    """Raise :class:`ConfigError` if no plot can be drawn to ``path``, before anything is played."""
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix.lower()[1:] not in {"", *FigureCanvasBase.get_supported_filetypes()}:
+        raise ConfigError(
+            f"--plot must end in .png, .svg, .pdf or another format of matplotlib, not {path}."
+        )
+
+
 def draw_attainment(rows: Sequence[Row], path: Path) -> None:
     """Draw one thick line per policy, the mean of its runs, and a thin one for every run.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from hexgen_vllm.bench import results as files
-from hexgen_vllm.bench.plot import draw_attainment, require_matplotlib
+from hexgen_vllm.bench.plot import check_plot, draw_attainment
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.sim import against
 from hexgen_vllm.sim.policies import NAMES, named
@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trace", type=Path, metavar="FILE", help="draw workflows from this trace instead")
     add("--policy", nargs="+", metavar="NAME", dest="policies", help=f"of {', '.join(NAMES)}")
     add("--seed", nargs="+", type=int, dest="seeds", help="one run each")
-    add("--load", nargs="+", type=float, dest="loads", help="rates as shares of λ*")
+    add(
+        "--load",
+        nargs="+",
+        type=float,
+        dest="loads",
+        help="rates as shares of λ*, the fleet's capacity",
+    )
     add("--rate", nargs="+", type=float, dest="rates", help="rates, workflows/s")
     add("--workflows", type=int, help="workflows that count")
     add(
@@ -61,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     for path in (args.json, args.plot, args.timeline):
         files.check_writable(path)
     if args.plot:
-        require_matplotlib()
+        check_plot(args.plot)
     rows = play(scenario, _progress_line, args.timeline)
     if sys.stderr.isatty():
         print(file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hexgen_vllm.bench import results
-from hexgen_vllm.bench.plot import require_matplotlib
+from hexgen_vllm.bench.plot import check_plot
 from hexgen_vllm.config import DispatchOptions, check, from_mapping, given, option
 from hexgen_vllm.config import add_arguments as add_options
 from hexgen_vllm.errors import ConfigError
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     for path in (args.json, args.plot, args.out, args.router_out):
         results.check_writable(path)
     if args.plot:
-        require_matplotlib()
+        check_plot(args.plot)
     os.nice(args.nice)
     policy = named(options.policy, _dispatch(args.dispatch))
     knobs = _knobs(policy, options, live=args.live)

@@ -222,6 +222,8 @@ OTHERS = (
     Mistake("… cannot be used: ….", f"calibrate --url {URL}"),
     Mistake("… --url and … --policy-name do not make pairs.",
             f"bench live --url {URL} --url {URL} --policy-name a"),
+    Mistake("--plot must end in .png, .svg, .pdf or another format of matplotlib, not ….",
+            f"bench live --url {URL} --plot plot.doc"),
     Mistake("repeats must be at least 1.", "bench router --repeats 0"),
     Mistake("scale must be more than 0.", "bench router --scale 0"),
     Mistake("peer must be a program, not ….", "bench router --peer /none"),
