@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -221,4 +222,7 @@ def _words(error: BaseException) -> str:
     """Return an exception in one short line."""
     if isinstance(error, asyncio.TimeoutError):
         return "timed out"
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.strerror:
+        number = error.os_error.errno or 0  # that of a name that is not found is no errno
+        return os.strerror(number) if number > 0 else error.os_error.strerror
     return f"{type(error).__name__}: {_message(str(error))}".rstrip(".")

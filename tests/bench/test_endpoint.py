@@ -168,7 +168,9 @@ async def test_the_model_is_found(server: FakeServer, session: aiohttp.ClientSes
 
 
 async def test_endpoints_that_cannot_be_used_are_named(session: aiohttp.ClientSession) -> None:
-    with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:1 cannot be used"):
+    with pytest.raises(
+        ConfigError, match=r"http://127\.0\.0\.1:1 cannot be used: Connection refused\.$"
+    ):
         await find_model(session, "http://127.0.0.1:1", None)
 
     async def odd(_: web.Request) -> web.Response:
