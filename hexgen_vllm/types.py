@@ -2,8 +2,9 @@
 
 Times are seconds on the driver's clock (absolute unless named ``_in_s``), sizes are tokens.
 
-Nobody changes a value once it is made. Those made for every call are not frozen, though: that would
-make them three times as slow to make.
+Nobody changes a value once it is made. Those made for every call are not frozen, though: that makes
+them three times as slow to make. And they write their ``__init__`` out: one that ``dataclass``
+makes stays interpreted in compiled code (mypyc), at ten times the price.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 NO_DEADLINE = math.inf
 
 
-@dataclass(slots=True, unsafe_hash=True)
+@dataclass(init=False, slots=True, unsafe_hash=True)
 class Call:
     """One LLM call of a workflow, as every policy sees it.
 
@@ -45,20 +46,51 @@ class Call:
     workflow_id: str
     arrived_s: float
     prompt_tokens: int
-    workflow_type: str = "default"
-    stage: str = "default"
-    tenant: str = "default"
-    model: str = ""
-    deadline_s: float = NO_DEADLINE
-    expected_output_tokens: int | None = None
-    max_output_tokens: int | None = None
-    stages_left: int | None = None
-    final: bool = False
-    priority: int = 0
-    streamed: bool = True
-    prefix: tuple[int, ...] = ()
-    prefix_chunk_tokens: int = 0
-    deadline_asked: bool = True
+    workflow_type: str
+    stage: str
+    tenant: str
+    model: str
+    deadline_s: float
+    expected_output_tokens: int | None
+    max_output_tokens: int | None
+    stages_left: int | None
+    final: bool
+    priority: int
+    streamed: bool
+    prefix: tuple[int, ...]
+    prefix_chunk_tokens: int
+    deadline_asked: bool
+
+    def __init__(  # noqa: PLR0913 - one for each attribute
+        self,
+        call_id: str,
+        workflow_id: str,
+        arrived_s: float,
+        prompt_tokens: int,
+        workflow_type: str = "default",
+        stage: str = "default",
+        *,
+        tenant: str = "default",
+        model: str = "",
+        deadline_s: float = NO_DEADLINE,
+        expected_output_tokens: int | None = None,
+        max_output_tokens: int | None = None,
+        stages_left: int | None = None,
+        final: bool = False,
+        priority: int = 0,
+        streamed: bool = True,
+        prefix: tuple[int, ...] = (),
+        prefix_chunk_tokens: int = 0,
+        deadline_asked: bool = True,
+    ) -> None:
+        self.call_id, self.workflow_id = call_id, workflow_id
+        self.arrived_s, self.prompt_tokens = arrived_s, prompt_tokens
+        self.workflow_type, self.stage = workflow_type, stage
+        self.tenant, self.model, self.deadline_s = tenant, model, deadline_s
+        self.expected_output_tokens, self.stages_left = expected_output_tokens, stages_left
+        self.max_output_tokens, self.deadline_asked = max_output_tokens, deadline_asked
+        self.final, self.priority, self.streamed = final, priority, streamed
+        self.prefix, self.prefix_chunk_tokens = prefix, prefix_chunk_tokens
 
 
 class EngineKind(enum.Enum):
@@ -139,9 +171,8 @@ class StepCost:
 
     def scaled(self, factor: float) -> StepCost:
         """Return the cost of a device ``factor`` times slower."""
-        return StepCost(
-            *(factor * v for v in (self.c0, self.c1, self.c2, self.p0, self.p1, self.p2))
-        )
+        own = (self.c0, self.c1, self.c2, self.p0, self.p1, self.p2)
+        return StepCost(*(factor * v for v in own))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +206,7 @@ class Tail(NamedTuple):
     output_tokens: float
 
 
-@dataclass(slots=True, unsafe_hash=True)
+@dataclass(init=False, slots=True, unsafe_hash=True)
 class Placement:
     """Send a call to an engine now.
 
@@ -196,14 +227,34 @@ class Placement:
     call_id: str
     engine_id: str
     reason: str
-    score: float = 0.0
-    finish_s: float | None = None
-    due_s: float = NO_DEADLINE
-    deadline_s: float = NO_DEADLINE
-    tail_s: float = 0.0
-    expected_output_tokens: int = 0
-    uncached_tokens: int = 0
-    background: bool = False
+    score: float
+    finish_s: float | None
+    due_s: float
+    deadline_s: float
+    tail_s: float
+    expected_output_tokens: int
+    uncached_tokens: int
+    background: bool
+
+    def __init__(  # noqa: PLR0913 - one for each attribute
+        self,
+        call_id: str,
+        engine_id: str,
+        reason: str,
+        *,
+        score: float = 0.0,
+        finish_s: float | None = None,
+        due_s: float = NO_DEADLINE,
+        deadline_s: float = NO_DEADLINE,
+        tail_s: float = 0.0,
+        expected_output_tokens: int = 0,
+        uncached_tokens: int = 0,
+        background: bool = False,
+    ) -> None:
+        self.call_id, self.engine_id, self.reason = call_id, engine_id, reason
+        self.score, self.finish_s, self.due_s = score, finish_s, due_s
+        self.deadline_s, self.tail_s, self.background = deadline_s, tail_s, background
+        self.expected_output_tokens, self.uncached_tokens = expected_output_tokens, uncached_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +271,7 @@ class Rejection:
 Decision = Placement | Rejection
 
 
-@dataclass(slots=True, unsafe_hash=True)
+@dataclass(init=False, slots=True, unsafe_hash=True)
 class CallResult:
     """How a call ended.
 
@@ -233,35 +284,18 @@ class CallResult:
     """
 
     ok: bool
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    output_tokens: int | None = None
-    reason: str = "stop"
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+    reason: str
 
-
-@dataclass(slots=True)
-class InFlight:
-    """A placed call and what is known of its progress (mutable, owned by the coordinator)."""
-
-    call: Call
-    placement: Placement
-    placed_s: float
-    first_token_s: float | None = None
-    output_tokens: int = 0
-    batch: int = 1  # calls on the engine when it was placed, itself included
-    starts_s: float | None = None  # when its first token is predicted, if it will not be seen
-    longer: int | None = None  # output tokens expected since it outran the placement's estimate
-
-    @property
-    def started(self) -> bool:
-        """Whether the first token has come, so that its prefill is done."""
-        return self.first_token_s is not None
-
-    @property
-    def expected_tokens(self) -> int:
-        """Output tokens expected in all, as of now."""
-        return self.placement.expected_output_tokens if self.longer is None else self.longer
-
-    def output_left(self) -> int:
-        """Return output tokens still expected, at least 1."""
-        return max(self.expected_tokens - self.output_tokens, 1)
+    def __init__(
+        self,
+        ok: bool,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
+        output_tokens: int | None = None,
+        reason: str = "stop",
+    ) -> None:
+        self.ok, self.prompt_tokens, self.cached_tokens = ok, prompt_tokens, cached_tokens
+        self.output_tokens, self.reason = output_tokens, reason

@@ -25,7 +25,7 @@ ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
 
 
-@dataclass(slots=True, unsafe_hash=True)
+@dataclass(init=False, slots=True, unsafe_hash=True)
 class CallMeta:
     """What a request says about its workflow; ``None`` means not said.
 
@@ -42,16 +42,37 @@ class CallMeta:
         background: the workflow is demoted (router to engine).
     """
 
-    workflow_id: str | None = None
-    workflow_type: str | None = None
-    workflow_deadline_ms: float | None = None
-    stage: str | None = None
-    stages_left: int | None = None
-    expected_output_tokens: int | None = None
-    workflow_final: bool | None = None
-    tenant: str | None = None
-    tail_ms: float | None = None
-    background: bool | None = None
+    workflow_id: str | None
+    workflow_type: str | None
+    workflow_deadline_ms: float | None
+    stage: str | None
+    stages_left: int | None
+    expected_output_tokens: int | None
+    workflow_final: bool | None
+    tenant: str | None
+    tail_ms: float | None
+    background: bool | None
+
+    def __init__(  # noqa: PLR0913 - one for each attribute
+        self,
+        *,
+        workflow_id: str | None = None,
+        workflow_type: str | None = None,
+        workflow_deadline_ms: float | None = None,
+        stage: str | None = None,
+        stages_left: int | None = None,
+        expected_output_tokens: int | None = None,
+        workflow_final: bool | None = None,
+        tenant: str | None = None,
+        tail_ms: float | None = None,
+        background: bool | None = None,
+    ) -> None:
+        self.workflow_id, self.workflow_type = workflow_id, workflow_type
+        self.workflow_deadline_ms, self.tail_ms = workflow_deadline_ms, tail_ms
+        self.stage, self.stages_left = stage, stages_left
+        self.expected_output_tokens = expected_output_tokens
+        self.workflow_final, self.tenant = workflow_final, tenant
+        self.background = background
 
 
 def _id(value: object) -> str:
@@ -142,15 +163,14 @@ def header_name(field: str) -> str:
     return HEADER_PREFIX + field.replace("_", "-")
 
 
-def _read(source: Mapping[str, object], names: Mapping[str, str], prefix: str) -> CallMeta:
+def _read(source: Mapping[str, object], names: dict[str, str], prefix: str) -> CallMeta:
     found = CallMeta()
     for key, value in source.items():
         field = names.get(key)
         if field is None:
-            lowered = key.lower()
-            if not lowered.startswith(prefix):
+            if key[: len(prefix)].lower() != prefix:
                 continue
-            field = names.get(lowered)
+            field = names.get(key.lower())
         if field is None:
             raise BadRequest(f"{key} is not a known field.", param=key)
         try:

@@ -24,8 +24,8 @@ from hexgen_vllm.policy.dispatch import POLICIES, Choice
 from hexgen_vllm.policy.engines import Engines
 from hexgen_vllm.policy.held import HeldCalls
 from hexgen_vllm.policy.load import EngineLoad
-from hexgen_vllm.policy.overload import FairShares
 from hexgen_vllm.policy.protection import OpenCall, Protection
+from hexgen_vllm.policy.values import InFlight
 from hexgen_vllm.policy.workflow import Shapes, Workflows
 from hexgen_vllm.types import (
     NO_DEADLINE,
@@ -35,7 +35,6 @@ from hexgen_vllm.types import (
     EngineReport,
     EngineSpec,
     EngineState,
-    InFlight,
     Placement,
     Rejection,
 )
@@ -66,7 +65,8 @@ class Coordinator:
         self._open: dict[str, OpenCall] = {}
         self.open_calls: Mapping[str, OpenCall] = self._open  # for reading
         self._estimates = Estimates(options, self.workflows.shapes, self.engines)
-        self._held = HeldCalls(options.background_share, _fair_shares(options))
+        self._shares = overload.fair_shares(options)
+        self._held = HeldCalls(options.background_share, self._shares)
         self._protection = Protection(options, self._estimates, self._held, self._open)
 
     # Engines
@@ -113,6 +113,8 @@ class Coordinator:
             return [self._refused(entry, overload.unattainable(call.call_id), now)]
         if not self._holds or not self._reachable(entry):
             return [self._settled(entry, now)]
+        if (placement := self._at_once(entry, now)) is not None:
+            return [placement]
         self._protection.hold(entry, now)
         return [*self._release(now), *self._bounded(now)]
 
@@ -151,7 +153,7 @@ class Coordinator:
         entry = self._open.pop(call_id, None)
         if entry is None:
             return []
-        self._unhold(call_id)
+        self._held.discard(call_id)
         if entry.engine is not None:
             flight = entry.engine.removed(call_id)
             if flight is not None and result.ok:
@@ -168,9 +170,8 @@ class Coordinator:
         self.workflows.expire(now)
         self._engines.presume(now)
         decisions = self._release(now)
-        waited_s = self.options.held_timeout_s
         for call_id in self._protection.expired(now):
-            rejection = overload.expired(call_id, waited_s)
+            rejection = overload.expired(call_id, self.options.held_timeout_s)
             decisions.append(self._refused(self._open[call_id], rejection, now))
         return decisions
 
@@ -202,10 +203,6 @@ class Coordinator:
         self._protection.judge(entry, seen.ordinal, now)
         return entry
 
-    def _unhold(self, call_id: str) -> None:
-        if call_id in self._held:
-            self._held.remove(call_id)
-
     def _release(self, now: float) -> list[Decision]:
         """Place held calls, most urgent first, while engines have room.
 
@@ -235,12 +232,22 @@ class Coordinator:
                 break
         return decisions
 
+    def _at_once(self, entry: OpenCall, now: float) -> Placement | None:
+        """Place a call that has nobody to wait behind, as holding and releasing it would."""
+        if self._held or self._shares is not None or entry.run.background:
+            return None
+        candidates = self._candidates(entry)
+        if not candidates or not self._any_room():
+            return None
+        choice = self._dispatch.choose(entry.demand, candidates, {}, now)
+        has_room = choice.engine.room(self.options.hold_depth)
+        return self._placed(entry, choice, now) if has_room else None
+
     def _bounded(self, now: float) -> list[Decision]:
         """Refuse held calls until the queue is within its bounds."""
         decisions: list[Decision] = []
         while (call_id := self._protection.excess()) is not None:
-            rejection = overload.saturated(call_id)
-            decisions.append(self._refused(self._open[call_id], rejection, now))
+            decisions.append(self._refused(self._open[call_id], overload.saturated(call_id), now))
         return decisions
 
     def _settled(self, entry: OpenCall, now: float) -> Decision:
@@ -280,7 +287,7 @@ class Coordinator:
 
     def _refused(self, entry: OpenCall, rejection: Rejection, now: float) -> Rejection:
         call = entry.demand.call
-        self._unhold(call.call_id)
+        self._held.discard(call.call_id)
         del self._open[call.call_id]
         self.workflows.ended(call, CallResult(ok=False, reason=rejection.reason), now)
         self.log.append((now, rejection))
@@ -291,9 +298,3 @@ class Coordinator:
         if entry is None or entry.engine is None:
             return None
         return entry.engine, entry.engine.in_flight[call_id]
-
-
-def _fair_shares(options: DispatchOptions) -> FairShares | None:
-    if not options.fair_window_tokens:
-        return None
-    return FairShares(options.fair_window_tokens, options.tenant_weights)

@@ -7,8 +7,9 @@ from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.dispatch import UNMEASURED
-from hexgen_vllm.policy.load import Demand, EngineLoad
+from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
+from hexgen_vllm.policy.values import Demand
 from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost, Tail
 

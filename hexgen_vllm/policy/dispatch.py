@@ -14,11 +14,12 @@ call, given in order of their name, so that ties break the same way everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
-from typing import Final, NamedTuple, Protocol, cast
+from dataclasses import dataclass, fields
+from typing import Final, Protocol, cast
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.load import Demand, EngineLoad, Forecast
+from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.values import Demand, Forecast
 from hexgen_vllm.types import StepCost
 
 # Used where no engine has been measured: then only relative load matters, not these seconds.
@@ -27,13 +28,20 @@ UNMEASURED: Final = StepCost(c0=0.04, c1=2e-4, c2=1e-8, p0=0.0, p1=1 / 2200, p2=
 OPTIMISM: Final = 0.9
 
 
-class Choice(NamedTuple):
+@dataclass(init=False, slots=True)
+class Choice:
     """The engine chosen, why, and what is expected there."""
 
     engine: EngineLoad
     score: float
     reason: str
-    forecast: Forecast | None = None
+    forecast: Forecast | None
+
+    def __init__(
+        self, engine: EngineLoad, score: float, reason: str, forecast: Forecast | None = None
+    ) -> None:
+        self.engine, self.score, self.reason = engine, score, reason
+        self.forecast = forecast
 
     def first_token_in_s(self, demand: Demand) -> float:
         """Return the predicted seconds until the first token of ``demand``."""
@@ -78,7 +86,7 @@ def assumed_cost(engines: Sequence[EngineLoad]) -> StepCost:
 def costs(engines: Sequence[EngineLoad]) -> list[StepCost]:
     """Return what each engine's steps cost, as measured or else as assumed."""
     found = [e.cost() for e in engines]
-    if None not in found:
+    if all(cost is not None for cost in found):  # "in" would compare values
         return cast(list[StepCost], found)
     assumed = assumed_cost(engines)
     return [cost or assumed for cost in found]

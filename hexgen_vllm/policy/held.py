@@ -122,6 +122,11 @@ class HeldCalls:
             del self.models[entry.model]
         self._unqueue(entry)
 
+    def discard(self, call_id: str) -> None:
+        """Drop a call if it is held."""
+        if call_id in self._entries:
+            self.remove(call_id)
+
     def placed(self, call_id: str) -> None:
         """Drop a held call that got its place, and count it."""
         entry = self._entries[call_id]

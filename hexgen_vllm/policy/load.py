@@ -7,13 +7,13 @@ ahead of it, then decodes in a batch whose steps prefill chunks of other calls l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Final, NamedTuple
+from typing import Final
 
 from hexgen_vllm.policy.cost_model import CostFit
 from hexgen_vllm.policy.elsewhere import Elsewhere
 from hexgen_vllm.policy.prefixes import PrefixIndex
+from hexgen_vllm.policy.values import Demand, Forecast, InFlight
 from hexgen_vllm.types import (
     Call,
     CallResult,
@@ -21,54 +21,11 @@ from hexgen_vllm.types import (
     EngineReport,
     EngineSpec,
     EngineState,
-    InFlight,
     StepCost,
 )
 
 _MAX_SHARE: Final = 0.8
 _DEFAULT_SLOTS: Final = 256
-
-
-class Forecast(NamedTuple):
-    """What placing a call on an engine now would mean, all in seconds from now.
-
-    Attributes:
-        wait_s: until a sequence slot is free.
-        prefill_s: from then until its first token.
-        decode_s: from then until its last token.
-        delay_others_s: sum over the other calls there of the time it adds to them.
-        uncached_tokens: prompt tokens that need prefill.
-    """
-
-    wait_s: float
-    prefill_s: float
-    decode_s: float
-    delay_others_s: float
-    uncached_tokens: int
-
-    @property
-    def finish_in_s(self) -> float:
-        """Seconds from now to the last token."""
-        return self.wait_s + self.prefill_s + self.decode_s
-
-
-@dataclass(slots=True, unsafe_hash=True)
-class Demand:
-    """A call with what was estimated about it.
-
-    Attributes:
-        call: the call.
-        output_tokens: expected output length.
-        deadline_s: D, deadline of its workflow.
-        tail_s: R, predicted critical path after it.
-        due_s: D - R, when it must end; ``inf`` without deadline.
-    """
-
-    call: Call
-    output_tokens: int
-    deadline_s: float
-    tail_s: float
-    due_s: float
 
 
 class EngineLoad:

@@ -125,3 +125,10 @@ class FairShares:
     def forget(self, known: Iterable[str]) -> None:
         """Drop all tenants but the ``known`` ones; bounds memory."""
         self._served = {t: self._served[t] for t in known if t in self._served}
+
+
+def fair_shares(options: DispatchOptions) -> FairShares | None:
+    """Return what keeps tenants to their shares, ``None`` where nobody asked for it."""
+    if not options.fair_window_tokens:
+        return None
+    return FairShares(options.fair_window_tokens, options.tenant_weights)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.demand import Estimates
 from hexgen_vllm.policy.held import HeldCalls
-from hexgen_vllm.policy.load import Demand, EngineLoad
+from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.policy.overload import entry_margin, over_bounds
+from hexgen_vllm.policy.values import Demand
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE
 
 
-@dataclass(slots=True)
+@dataclass(init=False, slots=True)
 class OpenCall:
     """A call that has not ended.
 
@@ -28,9 +29,15 @@ class OpenCall:
 
     demand: Demand
     run: WorkflowRun
-    hopeless_after_s: float = NO_DEADLINE
-    engine: EngineLoad | None = None
-    refused_by: frozenset[str] = frozenset()
+    hopeless_after_s: float
+    engine: EngineLoad | None
+    refused_by: frozenset[str]
+
+    def __init__(self, demand: Demand, run: WorkflowRun) -> None:
+        self.demand, self.run = demand, run
+        self.hopeless_after_s = NO_DEADLINE
+        self.engine = None
+        self.refused_by = frozenset()
 
 
 class Protection:

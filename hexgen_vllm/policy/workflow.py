@@ -35,7 +35,7 @@ PREFILL_WEIGHT: Final = 0.01
 CALL_WEIGHT: Final = 2.0
 
 
-@dataclass(slots=True)
+@dataclass(init=False, slots=True)
 class SeenCall:
     """One call of a running or finished workflow."""
 
@@ -43,9 +43,15 @@ class SeenCall:
     ordinal: int
     arrived_s: float
     prompt_tokens: int
-    ended_s: float | None = None
-    uncached_tokens: int = 0
-    output_tokens: int = 0
+    ended_s: float | None
+    uncached_tokens: int
+    output_tokens: int
+
+    def __init__(self, stage: str, ordinal: int, arrived_s: float, prompt_tokens: int) -> None:
+        self.stage, self.ordinal = stage, ordinal
+        self.arrived_s, self.prompt_tokens = arrived_s, prompt_tokens
+        self.ended_s = None
+        self.uncached_tokens = self.output_tokens = 0
 
     def weight(self) -> float:
         """Return the call's work in output tokens."""
@@ -101,7 +107,8 @@ class Shapes:
             stats = self._stats[key] = _Stats()
             if len(self._stats) > self._max_keys:
                 self._stats.popitem(last=False)
-        self._stats.move_to_end(key)
+        elif len(self._stats) > self._max_keys // 2:  # long before any has to go
+            self._stats.move_to_end(key)
         return stats
 
     @staticmethod

@@ -16,7 +16,7 @@ from hexgen_vllm.types import CallResult, Placement
 _ABORTED: Final = CallResult(ok=False, reason="abort")
 
 
-@dataclass(slots=True)
+@dataclass(init=False, slots=True)
 class Job:
     """A call under way.
 
@@ -37,14 +37,23 @@ class Job:
     request: Request
     endpoint: Endpoint
     began_s: float
-    trace: CallTrace = NO_TRACE
-    first_token_s: float | None = None
-    request_id: str | None = None
-    accepted: Accepted | None = None
-    tries: int = 0
-    placement: Placement | None = None
-    outcome: str = ledger.INTERNAL
-    result: CallResult = _ABORTED
+    trace: CallTrace
+    first_token_s: float | None
+    request_id: str | None
+    accepted: Accepted | None
+    tries: int
+    placement: Placement | None
+    outcome: str
+    result: CallResult
+
+    def __init__(
+        self, request: Request, endpoint: Endpoint, began_s: float, trace: CallTrace = NO_TRACE
+    ) -> None:
+        self.request, self.endpoint = request, endpoint
+        self.began_s, self.trace = began_s, trace
+        self.first_token_s = self.request_id = self.accepted = self.placement = None
+        self.tries = 0
+        self.outcome, self.result = ledger.INTERNAL, _ABORTED
 
     def first_token(self, now: float) -> None:
         """Note the first token of a stream."""

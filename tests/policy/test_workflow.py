@@ -12,7 +12,9 @@ from hexgen_vllm.types import Call, CallResult, Tail
 
 
 def seen(stage: str, start: float, end: float, output: int, prompt: int = 0) -> SeenCall:
-    return SeenCall(stage, 0, start, prompt, end, prompt, output)
+    call = SeenCall(stage, 0, start, prompt)
+    call.ended_s, call.uncached_tokens, call.output_tokens = end, prompt, output
+    return call
 
 
 def test_tail_of_a_chain_is_what_follows() -> None:

@@ -28,7 +28,9 @@ OK = CallResult(ok=True, prompt_tokens=90, cached_tokens=64, output_tokens=5)
 
 
 def call(name: str, workflow: str = "w", **more: Any) -> Call:
-    return Call(name, workflow, 0.0, 100, "sql", "revise", "t", "m", 50.0, **more)
+    return Call(
+        name, workflow, 0.0, 100, "sql", "revise", tenant="t", model="m", deadline_s=50.0, **more
+    )
 
 
 def test_calls_become_a_workflow() -> None:

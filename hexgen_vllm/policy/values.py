@@ -1,0 +1,104 @@
+"""Values that the policies hand each other about one call.
+
+Made for every call, so they write their ``__init__`` out (see :mod:`hexgen_vllm.types`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hexgen_vllm.types import Call, Placement
+
+
+@dataclass(init=False, slots=True)
+class Forecast:
+    """What placing a call on an engine now would mean, all in seconds from now.
+
+    Attributes:
+        wait_s: until a sequence slot is free.
+        prefill_s: from then until its first token.
+        decode_s: from then until its last token.
+        delay_others_s: sum over the other calls there of the time it adds to them.
+        uncached_tokens: prompt tokens that need prefill.
+    """
+
+    wait_s: float
+    prefill_s: float
+    decode_s: float
+    delay_others_s: float
+    uncached_tokens: int
+
+    def __init__(
+        self,
+        wait_s: float,
+        prefill_s: float,
+        decode_s: float,
+        delay_others_s: float,
+        uncached_tokens: int,
+    ) -> None:
+        self.wait_s, self.prefill_s, self.decode_s = wait_s, prefill_s, decode_s
+        self.delay_others_s, self.uncached_tokens = delay_others_s, uncached_tokens
+
+    @property
+    def finish_in_s(self) -> float:
+        """Seconds from now to the last token."""
+        return self.wait_s + self.prefill_s + self.decode_s
+
+
+@dataclass(init=False, slots=True, unsafe_hash=True)
+class Demand:
+    """A call with what was estimated about it.
+
+    Attributes:
+        call: the call.
+        output_tokens: expected output length.
+        deadline_s: D, deadline of its workflow.
+        tail_s: R, predicted critical path after it.
+        due_s: D - R, when it must end; ``inf`` without deadline.
+    """
+
+    call: Call
+    output_tokens: int
+    deadline_s: float
+    tail_s: float
+    due_s: float
+
+    def __init__(
+        self, call: Call, output_tokens: int, deadline_s: float, tail_s: float, due_s: float
+    ) -> None:
+        self.call, self.output_tokens, self.deadline_s = call, output_tokens, deadline_s
+        self.tail_s, self.due_s = tail_s, due_s
+
+
+@dataclass(init=False, slots=True)
+class InFlight:
+    """A placed call and what is known of its progress (mutable, owned by the coordinator)."""
+
+    call: Call
+    placement: Placement
+    placed_s: float
+    first_token_s: float | None
+    output_tokens: int
+    batch: int  # calls on the engine when it was placed, itself included
+    starts_s: float | None  # when its first token is predicted, if it will not be seen
+    longer: int | None  # output tokens expected since it outran the placement's estimate
+
+    def __init__(self, call: Call, placement: Placement, placed_s: float, batch: int = 1) -> None:
+        self.call, self.placement = call, placement
+        self.placed_s, self.batch = placed_s, batch
+        self.first_token_s = self.starts_s = self.longer = None
+        self.output_tokens = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether the first token has come, so that its prefill is done."""
+        return self.first_token_s is not None
+
+    @property
+    def expected_tokens(self) -> int:
+        """Output tokens expected in all, as of now."""
+        return self.placement.expected_output_tokens if self.longer is None else self.longer
+
+    def output_left(self) -> int:
+        """Return output tokens still expected, at least 1."""
+        return max(self.expected_tokens - self.output_tokens, 1)
