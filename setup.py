@@ -41,9 +41,10 @@ SIMULATES = (
     "truth", "workload",
 )  # fmt: skip
 ROUTES = (
-    "answers", "attempt", "context", "conventions", "endpoints", "engine_answer", "engine_pool",
-    "fleet", "http_connection", "http_reader", "http_request", "intake", "job", "labels", "ledger",
-    "outbound", "outcomes", "passing", "prompt", "recorder", "relay", "retry", "service", "watch",
+    "answers", "app", "attempt", "context", "conventions", "endpoints", "engine_answer",
+    "engine_pool", "fleet", "http_connection", "http_reader", "http_request", "intake", "job",
+    "keys", "labels", "ledger", "logs", "metrics", "outbound", "outcomes", "passing", "prompt",
+    "recorder", "relay", "retry", "service", "targets", "timings", "usage", "watch",
 )  # fmt: skip
 COMPILED = [
     "hexgen_vllm/clock.py",

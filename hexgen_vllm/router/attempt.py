@@ -58,7 +58,7 @@ class Attempt:
         return 0 if self.answer is None else self.answer.fed
 
     def __enter__(self) -> Attempt:
-        self._task = asyncio.current_task()
+        self._task = self._request.task
         self._guard.attempts.add(self)
         return self
 
@@ -69,6 +69,8 @@ class Attempt:
         traceback: TracebackType | None,
     ) -> None:
         self._guard.attempts.discard(self)
+        if error is None:
+            return
         if isinstance(error, asyncio.CancelledError):
             if self._reason is not None and not self._client_gone():
                 _forget_cancel(self._task)

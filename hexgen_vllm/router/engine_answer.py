@@ -56,13 +56,17 @@ class Answer:
         return found.decode("latin-1")
 
     async def head(self) -> None:
-        """Wait for the head.
+        """Wait for the head; whoever is not there to take it wants none of the answer.
 
         Raises:
             EngineBroke: the connection broke first.
         """
-        while not self.status:
-            await self._wait()
+        try:
+            while not self.status:
+                await self._change()
+        except BaseException:
+            self.close()
+            raise
 
     async def body(self, most: int) -> bytes | None:
         """Return the body, or ``None`` as soon as more than ``most`` bytes of it are here.
@@ -74,7 +78,7 @@ class Answer:
             if self._size > most:
                 self.pause()
                 return None
-            await self._wait()
+            await self._change()
         return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
 
     async def pour(self, sink: Sink) -> None:
@@ -88,13 +92,14 @@ class Answer:
             sink(b"".join(pieces))
         self._sink = sink
         while not self._whole:
-            await self._wait()
+            await self._change()
 
-    async def _wait(self) -> None:
+    def _change(self) -> asyncio.Future[None]:
+        """Return what is done when something has come."""
         if self._error is not None:
             raise self._error
         self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+        return self._waiter
 
     def pause(self) -> None:
         """Take no more from the engine for now."""

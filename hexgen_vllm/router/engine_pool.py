@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Coroutine
 from ssl import SSLContext
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import httptools
 from yarl import URL
@@ -184,7 +185,7 @@ class Pool:
         """Connections there are."""
         return len(self._open)
 
-    async def send(self, url: URL, head: bytes, body: bytes) -> Answer:
+    def send(self, url: URL, head: bytes, body: bytes) -> Coroutine[Any, Any, Answer]:
         """Send a request and return the answer once its head is here.
 
         A connection that was idle may have been closed at the other end just then: the request
@@ -199,17 +200,22 @@ class Pool:
             CannotConnect: nobody listens there.
             EngineBroke: the connection broke.
         """
-        return await self._send((url.scheme, url.raw_host or "", url.port or 80), head, body)
+        return self._send((url.scheme, url.raw_host or "", url.port or 80), head, body)
 
     async def _send(self, address: _Address, head: bytes, body: bytes) -> Answer:
         connection = self._idle_one(address)
         if connection is not None:
+            answer = connection.send(head, body)
             try:
-                return await _begun(connection.send(head, body))
+                await answer.head()
             except EngineBroke:
                 if connection.heard:
                     raise
-        return await _begun((await self._connect(address)).send(head, body))
+            else:
+                return answer
+        answer = (await self._connect(address)).send(head, body)
+        await answer.head()
+        return answer
 
     def _idle_one(self, address: _Address) -> EngineConnection | None:
         idle = self._idle.get(address)
@@ -274,22 +280,12 @@ class Pool:
             connection.close()
 
 
-async def _begun(answer: Answer) -> Answer:
-    """Return ``answer`` once its head is here."""
-    try:
-        await answer.head()
-    except BaseException:
-        answer.close()
-        raise
-    return answer
-
-
 class UnixPool(Pool):
     """Connections over Unix sockets."""
 
-    async def ask(self, path: str, head: bytes, body: bytes) -> Answer:
+    def ask(self, path: str, head: bytes, body: bytes) -> Coroutine[Any, Any, Answer]:
         """Send a request to the server at ``path``, as :meth:`send` does."""
-        return await self._send(("unix", path, 0), head, body)
+        return self._send(("unix", path, 0), head, body)
 
     async def _make(self, address: _Address) -> EngineConnection:
         _, connection = await asyncio.get_running_loop().create_unix_connection(

@@ -75,6 +75,10 @@ class Engine:
         """What calls are placed on: the engine itself, or each of its ranks."""
         return {spec.engine_id: spec for spec in self.specs} or {self.name: None}
 
+    def has(self, target: str) -> bool:
+        """Whether ``target`` is one of its targets."""
+        return any(s.engine_id == target for s in self.specs) if self.specs else target == self.name
+
     @property
     def kind(self) -> EngineKind:
         """What it can order by."""
@@ -139,7 +143,7 @@ class Fleet:
             EngineFailed: it has left since.
         """
         engine = self.engines.get(worker_of(target))
-        if engine is None or target not in engine.targets:
+        if engine is None or not engine.has(target):
             raise failed(LOST, retryable=True)
         return engine
 

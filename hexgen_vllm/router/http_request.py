@@ -120,6 +120,11 @@ class Request:
         return self._connection.transport
 
     @property
+    def task(self) -> asyncio.Task[None] | None:
+        """What serves it, as long as it is served."""
+        return self._connection.task
+
+    @property
     def came_from_here(self) -> bool:
         """Whether it came over a Unix socket, from another process of this router."""
         return isinstance(self._connection.sockname, str)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from hexgen_vllm import wire
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router import conventions
@@ -21,10 +23,11 @@ from hexgen_vllm.types import NO_DEADLINE, Call
 
 MAX_REQUEST_ID_CHARS: Final = 256
 SESSION_TYPE: Final = "session"
+_DECODER: Final = msgspec.json.Decoder()
 _REQUEST_ID: Final = re.compile(rf"[\x21-\x7e]{{1,{MAX_REQUEST_ID_CHARS}}}")
 
 
-@dataclass(slots=True)
+@dataclass(init=False, slots=True)
 class Accepted:
     """A request that can be served.
 
@@ -45,6 +48,20 @@ class Accepted:
     prompt: Prompt
     session_id: str | None
     priority: int
+
+    def __init__(
+        self,
+        call: Call,
+        endpoint: Endpoint,
+        pairs: Pairs,
+        body: bytes,
+        prompt: Prompt,
+        session_id: str | None,
+        priority: int,
+    ) -> None:
+        self.call, self.endpoint, self.pairs = call, endpoint, pairs
+        self.body, self.prompt, self.session_id = body, prompt, session_id
+        self.priority = priority
 
 
 class Intake:
@@ -81,7 +98,7 @@ class Intake:
                     f"{name} must be 1 to {most} printable ASCII characters.", param=name
                 )
             return value
-        return f"{self._made_up}{next(self._numbers):08x}"
+        return f"{self._made_up}-{next(self._numbers)}"
 
     def session(self, names: Names, raw: bytes) -> str | None:
         """Return the workflow or session that a request names, as :meth:`read` does.
@@ -193,12 +210,26 @@ def decoded(raw: bytes) -> dict[str, Any]:
         BadRequest: it is not JSON, or no object.
     """
     try:
-        body = json.loads(raw)
+        body = _DECODER.decode(raw)
     except (ValueError, RecursionError):
-        raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
+        body = _in_python(raw)
     if not isinstance(body, dict):
         raise BadRequest("The body must be a JSON object.", code="invalid_json")
     return body
+
+
+def _in_python(raw: bytes) -> Any:
+    """Decode what Python's own reader takes beyond the standard: NaN, lone surrogates, UTF-16.
+
+    Engines take it, too, so it is for them to refuse.
+
+    Raises:
+        BadRequest: it is not JSON.
+    """
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
 
 
 def _model(body: Mapping[str, Any], only_model: str | None) -> str:

@@ -77,6 +77,16 @@ _FRAMING: Final = frozenset((b"connection", b"content-length", b"transfer-encodi
 _NOT_ON: Final = frozenset((b"content-encoding", b"expect", b"upgrade"))
 _PLAIN_CONNECTION: Final = (b"", b"keep-alive", b"close")
 _NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+_WORKFLOW_ID: Final = wire.header_name("workflow_id")
+_WORKFLOW_TYPE: Final = wire.header_name("workflow_type")
+_DEADLINE: Final = wire.header_name("workflow_deadline_ms")
+_STAGE: Final = wire.header_name("stage")
+_STAGES_LEFT: Final = wire.header_name("stages_left")
+_EXPECTED: Final = wire.header_name("expected_output_tokens")
+_FINAL: Final = wire.header_name("workflow_final")
+_TENANT: Final = wire.header_name("tenant")
+_TAIL: Final = wire.header_name("tail_ms")
+_BACKGROUND: Final = wire.header_name("background")
 
 
 def _kept(headers: Mapping[str, str], dropped: frozenset[str]) -> CIMultiDict[str]:
@@ -124,21 +134,21 @@ def call_head(
         extra: headers that replace the client's, by lower-case name.
     """
     said = {**extra, REQUEST_ID_HEADER: request_id}
-    if kind is EngineKind.HEXGEN:
-        said |= wire.to_headers(_meta(accepted, placement, now))
-    elif kind is EngineKind.PRIORITY:
+    if kind is EngineKind.PRIORITY:
         due_s = placement.due_s - epoch
         said[PRIORITY_HEADER] = str(stock_priority(due_s, accepted.priority))
     kept, names = _kept_lines(accepted.pairs, said)
     if accepted.session_id is not None and SESSION_HEADER not in names:
         said[SESSION_HEADER] = accepted.session_id
-    lines = "".join([f"{name}: {value}\r\n" for name, value in said.items()])
-    head = (
-        f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {url.host_port_subcomponent}\r\n{lines}"
-        f"accept-encoding: identity\r\ncontent-length: {len(accepted.body)}\r\n\r\n"
-    )
-    first, _, rest = head.encode("utf-8", "surrogateescape").partition(b"\r\n")
-    return b"".join((first, b"\r\n", *kept, rest))
+    lines = [f"{name}: {value}\r\n" for name, value in said.items()]
+    if kind is EngineKind.HEXGEN:
+        lines += _workflow_lines(accepted, placement, now)
+    lines.append("accept-encoding: identity\r\n")
+    lines.append(f"content-length: {len(accepted.body)}\r\n\r\n")
+    first = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {url.host_port_subcomponent}\r\n"
+    kept.insert(0, first.encode("utf-8", "surrogateescape"))
+    kept.append("".join(lines).encode("utf-8", "surrogateescape"))
+    return b"".join(kept)
 
 
 def _kept_lines(pairs: Pairs, said: Mapping[str, str]) -> tuple[list[bytes], set[str]]:
@@ -185,28 +195,33 @@ def stock_priority(due_in_s: float, priority: int) -> int:
     return due_ms - priority * PRIORITY_STEP
 
 
-def _meta(accepted: Accepted, placement: Placement, now: float) -> wire.CallMeta:
-    call = accepted.call
-    known = placement.deadline_s < math.inf
+def _workflow_lines(accepted: Accepted, placement: Placement, now: float) -> list[str]:
+    """Return the header lines that only our own engines get; what is not known is left out."""
+    call, deadline_s = accepted.call, placement.deadline_s
     # The wire has no negative deadline. What is overdue goes into the tail: deadline minus tail,
     # which engines order by, stays what it is.
-    overdue_s = max(now + LEAST_DEADLINE_S - placement.deadline_s, 0.0)
-    return wire.CallMeta(
-        workflow_id=accepted.session_id,
-        workflow_type=call.workflow_type,
-        workflow_deadline_ms=_ms(placement.deadline_s + overdue_s - now) if known else None,
-        stage=call.stage,
-        stages_left=call.stages_left,
-        expected_output_tokens=placement.expected_output_tokens or None,
-        workflow_final=call.final or None,
-        tenant=call.tenant,
-        tail_ms=_ms(placement.tail_s + overdue_s),
-        background=placement.background or None,
-    )
+    overdue_s = max(now + LEAST_DEADLINE_S - deadline_s, 0.0)
+    lines = [
+        f"{_WORKFLOW_TYPE}: {call.workflow_type}\r\n{_STAGE}: {call.stage}\r\n",
+        f"{_TENANT}: {call.tenant}\r\n{_TAIL}: {_ms(placement.tail_s + overdue_s)}\r\n",
+    ]
+    if accepted.session_id is not None:
+        lines.append(f"{_WORKFLOW_ID}: {accepted.session_id}\r\n")
+    if deadline_s < math.inf:
+        lines.append(f"{_DEADLINE}: {_ms(deadline_s + overdue_s - now)}\r\n")
+    if call.stages_left is not None:
+        lines.append(f"{_STAGES_LEFT}: {call.stages_left}\r\n")
+    if placement.expected_output_tokens:
+        lines.append(f"{_EXPECTED}: {placement.expected_output_tokens}\r\n")
+    if call.final:
+        lines.append(f"{_FINAL}: 1\r\n")
+    if placement.background:
+        lines.append(f"{_BACKGROUND}: 1\r\n")
+    return lines
 
 
-def _ms(seconds: float) -> float:
-    return min(seconds * 1000.0, wire.MAX_TIME_MS)
+def _ms(seconds: float) -> str:
+    return f"{min(seconds * 1000.0, wire.MAX_TIME_MS):.3f}"
 
 
 def to_client(headers: Mapping[str, str], engine: str, request_id: str) -> CIMultiDict[str]:

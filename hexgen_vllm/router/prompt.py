@@ -8,8 +8,9 @@ fixed-size chunks, as a prefix cache knows its blocks.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 CHUNK_TOKENS: Final = 256
 CHUNK_CHARS: Final = 1024
@@ -20,7 +21,8 @@ _MEDIA: Final = frozenset(("image_url", "input_audio", "video_url", "audio_url",
 _SEPARATOR: Final = "\x1f"
 
 
-class Prompt(NamedTuple):
+@dataclass(init=False, slots=True)
+class Prompt:
     """A prompt, or several of one request.
 
     Attributes:
@@ -32,6 +34,9 @@ class Prompt(NamedTuple):
     start: str | Sequence[int]
     chars: int
     ids: int
+
+    def __init__(self, start: str | Sequence[int], chars: int, ids: int) -> None:
+        self.start, self.chars, self.ids = start, chars, ids
 
 
 def read_prompt(body: Mapping[str, Any], names: Sequence[str]) -> Prompt:
@@ -48,20 +53,24 @@ def read_prompt(body: Mapping[str, Any], names: Sequence[str]) -> Prompt:
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and set(map(type, value)) == {int}
+    if not isinstance(value, list) or not value or type(value[0]) is not int:
+        return False
+    return set(map(type, value)) == {int}
 
 
-def _texts(value: object) -> Iterator[str]:
-    """Yield all strings within ``value`` in order; without recursion, nesting is the client's."""
+def _texts(value: object) -> list[str]:
+    """Return all strings within ``value`` in order; without recursion, nesting is the client's."""
+    found: list[str] = []
     stack = [value]
     while stack:
         item = stack.pop()
         if isinstance(item, str):
-            yield item
+            found.append(item)
         elif isinstance(item, list):
-            stack.extend(reversed(item))
+            stack += reversed(item)
         elif isinstance(item, dict):
-            stack.extend(v for k, v in reversed(item.items()) if k not in _MEDIA)
+            stack += [v for k, v in reversed(item.items()) if k not in _MEDIA]
+    return found
 
 
 def chain(prompt: Prompt, seed: str) -> tuple[int, ...]:

@@ -96,7 +96,8 @@ class Relay:
         context = self._context
         job.request_id = context.intake.request_id(job.request.names)
         context.check_open()
-        accepted = job.accepted = await self._read(job)
+        raw = job.request.whole or await read_body(job.request)
+        accepted = job.accepted = self._read(job, raw)
         call = accepted.call
         context.check_model(call.model)
         context.retries.call_arrived()
@@ -113,11 +114,8 @@ class Relay:
                 job.trace.try_failed(failure.reason)
                 placement = await self._elsewhere(job, call.call_id, failure)
 
-    async def _read(self, job: Job) -> Accepted:
+    def _read(self, job: Job, raw: bytes) -> Accepted:
         context, request = self._context, job.request
-        raw = request.whole
-        if raw is None:
-            raw = await read_body(request)
         only = context.fleet.only_model()
         return context.intake.read(
             job.endpoint, request.names, raw, job.began_s, only, request.pairs

@@ -65,8 +65,10 @@ class Service:
         now = self.clock.now()
         if self._recorder is not None:
             self._recorder.arrived(call, now)
-        arrived = self.coordinator.call_arrived(call, now)
-        return await self._decided(call.call_id, arrived)
+        decision = self._carry_out(self.coordinator.call_arrived(call, now), call.call_id)
+        if isinstance(decision, Placement):
+            return decision
+        return await self._decided(call.call_id, decision)
 
     async def replace(self, call_id: str) -> Placement:
         """Return where else to send a call whose engine failed before the first byte.
@@ -74,9 +76,8 @@ class Service:
         Raises:
             Refused: there is nowhere else; the call has then ended.
         """
-        return await self._decided(
-            call_id, self.coordinator.call_bounced(call_id, self.clock.now())
-        )
+        bounced = self.coordinator.call_bounced(call_id, self.clock.now())
+        return await self._decided(call_id, self._carry_out(bounced, call_id))
 
     def started(self, call_id: str) -> None:
         """Note the first token of a call."""
@@ -138,8 +139,8 @@ class Service:
         for future in self._waiting.values():
             _refuse(future, error)
 
-    async def _decided(self, call_id: str, decisions: Iterable[Decision]) -> Placement:
-        at_once = self._carry_out(decisions, call_id)
+    async def _decided(self, call_id: str, at_once: Decision | None) -> Placement:
+        """Return where to send a call, now or when it is known."""
         if isinstance(at_once, Placement):
             return at_once
         if at_once is not None:

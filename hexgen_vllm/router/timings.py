@@ -12,9 +12,9 @@ from prometheus_client.registry import Collector
 
 from hexgen_vllm.router.families import PREFIX
 
-BOUNDS_S: Final = (
+BOUNDS_S: Final = [
     0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
-)  # fmt: skip
+]  # fmt: skip
 """Upper bounds of the buckets, seconds; one more bucket holds the rest."""
 
 

@@ -6,11 +6,13 @@ unescaped quote, so that line starts and field names can be found in the bytes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
 
 from hexgen_vllm.router.endpoints import Endpoint
 
@@ -19,17 +21,29 @@ TAIL_BYTES: Final = 16 * 1024
 MAX_EVENT_BYTES: Final = 1024 * 1024
 _MARK: Final = b"\ndata:"
 _ERRORS: Final = (b'\ndata: {"error"', b"\nevent: error")
+_NAME: Final = b'"usage"'
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _TRIES: Final = 8
-_DECODER: Final = json.JSONDecoder()
+_MAX_BRACES: Final = 32  # of one object that are looked at
+_DECODER: Final = msgspec.json.Decoder(dict[str, Any])
 
 
-class Usage(NamedTuple):
+@dataclass(init=False, slots=True)
+class Usage:
     """Token counts that an engine reported; ``None`` means not said."""
 
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    output_tokens: int | None = None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+
+    def __init__(
+        self,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
+        output_tokens: int | None = None,
+    ) -> None:
+        self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens
+        self.output_tokens = output_tokens
 
 
 class StreamWatch:
@@ -102,7 +116,8 @@ class StreamWatch:
         said = find_usage(self.tail())
         if said.output_tokens is not None:
             return said
-        return said._replace(output_tokens=max(self.events - self._endpoint.extra_events, 1))
+        counted = max(self.events - self._endpoint.extra_events, 1)
+        return Usage(said.prompt_tokens, said.cached_tokens, counted)
 
 
 def _after_last_event(data: bytes) -> int:
@@ -127,15 +142,31 @@ def find_usage(data: bytes) -> Usage:
 
 def _usages(data: bytes) -> Iterator[dict[str, Any]]:
     """Yield the usage objects in ``data``, last one first."""
-    starts = [match.end() for match in _USAGE.finditer(data)]
-    for start in reversed(starts[-_TRIES:]):
-        text = data[start : start + TAIL_BYTES].decode("utf-8", "replace")
-        try:
-            found, _ = _DECODER.raw_decode(text)
-        except (ValueError, RecursionError):
+    tries, end = 0, len(data)
+    while tries < _TRIES and (end := data.rfind(_NAME, 0, end)) >= 0:
+        match = _USAGE.match(data, end)
+        if match is None:
             continue
-        if isinstance(found, dict):
+        tries += 1
+        found = _object(data, match.end())
+        if found is not None:
             yield found
+
+
+def _object(data: bytes, start: int) -> dict[str, Any] | None:
+    """Return the JSON object that begins at ``start``, ``None`` if its end is not found."""
+    end = start
+    for _ in range(_MAX_BRACES):
+        end = data.find(b"}", end) + 1
+        if not end:
+            break
+        piece = data[start:end]
+        if piece.count(b"{") == piece.count(b"}"):
+            try:
+                return _DECODER.decode(piece)
+            except (ValueError, RecursionError):  # perhaps a brace in a string
+                continue
+    return None
 
 
 def _count(usage: dict[str, Any], *names: str) -> int | None:

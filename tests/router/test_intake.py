@@ -7,11 +7,13 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router.endpoints import ENDPOINTS
-from hexgen_vllm.router.intake import Accepted, Intake
+from hexgen_vllm.router.intake import Accepted, Intake, decoded
 from hexgen_vllm.router.prompt import TokenRatios
 from hexgen_vllm.types import NO_DEADLINE
 
@@ -176,6 +178,44 @@ def test_bad_bodies(raw: bytes, param: str | None) -> None:
     with pytest.raises(BadRequest) as caught:
         read(raw=raw)
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("raw", "value"),
+    [
+        (b'{"a": NaN}', math.nan),
+        (b'{"a": 1e400}', math.inf),
+        (b'{"a": "\\ud800"}', "\ud800"),
+        (b'{"a": 123456789012345678901234567890}', 123456789012345678901234567890),
+        (b'{"a": 1, "a": 2}', 2),
+        ('{"a": "\u00e9"}'.encode("utf-16"), "\u00e9"),
+        (b'\xef\xbb\xbf{"a": 1}', 1),
+    ],
+)
+def test_what_pythons_reader_takes_is_taken(raw: bytes, value: object) -> None:
+    assert repr(decoded(raw)) == repr({"a": value})  # a NaN equals nothing
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(body=st.dictionaries(st.text(), VALUES), cut=st.integers(0, 40), put=st.binary(max_size=2))
+def test_bodies_mean_what_pythons_reader_says(body: dict[str, Any], cut: int, put: bytes) -> None:
+    raw = json.dumps(body).encode()
+    for text in (raw, raw[:cut] + put + raw[cut + len(put) :]):
+        try:
+            expected = json.loads(text)
+        except ValueError:
+            expected = None
+        if isinstance(expected, dict):
+            assert repr(decoded(text)) == repr(expected)
+        else:
+            with pytest.raises(BadRequest):
+                decoded(text)
 
 
 def test_the_only_model_needs_no_name() -> None:

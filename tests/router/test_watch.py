@@ -123,6 +123,8 @@ def usage(**fields: Any) -> bytes:
         (usage(prompt_tokens="5", completion_tokens=-2), Usage()),
         (usage(prompt_tokens=5, completion_tokens=2) + b'{"usage": null}', Usage(5, None, 2)),
         (usage(prompt_tokens=1) + usage(prompt_tokens=5), Usage(5, None, None)),
+        (usage(prompt_tokens=5, note="}{", completion_tokens=2), Usage(5, None, 2)),
+        (usage(prompt_tokens=5) + b'"usage": {"a": {"' + b"}" * 40, Usage(5)),
         (json.dumps({"text": '"usage": {"prompt_tokens": 9}'}).encode(), Usage()),
         (b'"usage": {"prompt_tokens": ', Usage()),
         (b"", Usage()),
