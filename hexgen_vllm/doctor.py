@@ -19,6 +19,18 @@ from typing import Final, NamedTuple
 from hexgen_vllm import __version__
 from hexgen_vllm.errors import HexgenError
 
+NEEDED: Final = ("aiohttp", "httptools", "numpy", "prometheus-client", "pyyaml", "uvloop")
+"""What the package cannot do without, by its name for pip."""
+EXTRAS: Final = {
+    "client": "openai",
+    "dns": "dnspython",
+    "k8s": "kubernetes-asyncio",
+    "otel": "opentelemetry-exporter-otlp",
+    "plot": "matplotlib",
+    "ray": "ray",
+}
+"""What each optional part needs, by its name for pip."""
+
 
 class Finding(NamedTuple):
     """One line of the report: ``ok``, ``absent`` (allowed) or ``broken``."""
@@ -34,7 +46,7 @@ def _python() -> Finding:
 
 
 def _router() -> Finding:
-    missing = [n for n in ("aiohttp", "uvloop", "yaml", "numpy") if util.find_spec(n) is None]
+    missing = [name for name in NEEDED if not _is_installed(name)]
     if missing:
         return Finding("router", "broken", f"missing: {', '.join(missing)}")
     return Finding("router", "ok", f"hexgen-vllm {__version__}")
@@ -66,7 +78,8 @@ def _plugin() -> Finding:
 def _kernels() -> Finding:
     if util.find_spec("torch") is None:
         return Finding("kernels", "absent", "torch is not installed")
-    return Finding("kernels", "ok", import_module("hexgen_vllm.kernels").describe())
+    described = import_module("hexgen_vllm.kernels").describe()
+    return Finding("kernels", "ok", f"KV copies on {described}")
 
 
 def _compilers() -> Finding:
@@ -76,6 +89,22 @@ def _compilers() -> Finding:
     return Finding("compilers", "ok", ", ".join(found))
 
 
+def _extras() -> Finding:
+    missing = [extra for extra, name in EXTRAS.items() if not _is_installed(name)]
+    if missing:
+        wanted = f"hexgen-vllm[{','.join(missing)}]"
+        return Finding("extras", "absent", f"{', '.join(missing)}; pip install '{wanted}'")
+    return Finding("extras", "ok", ", ".join(EXTRAS))
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 CHECKS: Final[tuple[Callable[[], Finding], ...]] = (
     _python,
     _router,
@@ -83,6 +112,7 @@ CHECKS: Final[tuple[Callable[[], Finding], ...]] = (
     _plugin,
     _kernels,
     _compilers,
+    _extras,
 )
 
 

@@ -7,11 +7,15 @@ import json
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+import tomllib
 
 import hexgen_vllm
 from hexgen_vllm import cli, doctor
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -83,8 +87,36 @@ def test_help_needs_neither_torch_nor_vllm() -> None:
 def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor", "--json")
     found = {f["subject"]: f for f in json.loads(out)}
-    assert set(found) == {"python", "router", "vllm", "plugin", "kernels", "compilers"}
+    assert list(found) == [
+        "python", "router", "vllm", "plugin", "kernels", "compilers", "extras",
+    ]  # fmt: skip
     assert code == int(any(f["verdict"] == "broken" for f in found.values()))
+
+
+def test_doctor_names_the_extras_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = (check for check in doctor.CHECKS if check.__name__ == "_extras")
+    monkeypatch.setattr(doctor, "EXTRAS", {"a": "pytest", "b": "no-such", "c": "nor-this"})
+    assert check() == ("extras", "absent", "b, c; pip install 'hexgen-vllm[b,c]'")
+    monkeypatch.setattr(doctor, "EXTRAS", {"a": "pytest"})
+    assert check() == ("extras", "ok", "a")
+
+
+def test_doctor_knows_every_extra_of_the_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    optional = {n: needs for n, needs in extras.items() if n not in {"engine", "engine-cpu", "dev"}}
+    assert list(doctor.EXTRAS) == list(optional)
+    assert all(doctor.EXTRAS[name] in needs[0] for name, needs in optional.items())
+
+
+def test_doctor_calls_the_router_broken_without_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "NEEDED", (*doctor.NEEDED, "no-such"))
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1
+    assert "router     broken  missing: no-such\n" in out
 
 
 def test_doctor_fails_when_something_is_broken(
