@@ -65,22 +65,24 @@ def read(path: Path) -> Located:
     Raises:
         ConfigError: it cannot be read, is not YAML, or has a key twice.
     """
+    lines: dict[Key, int] = {}
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = None if node is None else _decoded(node, (), lines, str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {_reason(error)}.") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path} line {line}: not YAML, {error.problem}.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {_reason(error)}.") from None
-    lines: dict[Key, int] = {}
-    value = None if node is None else _decoded(node, (), lines, str(path))
     return Located(str(path), value, lines)
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply, or within itself"
     said = error.strerror if isinstance(error, OSError) else str(error)
     return " ".join((said or type(error).__name__).split()).rstrip(".")
 
@@ -110,5 +112,7 @@ def _scalar(node: yaml.Node) -> Any:
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
+    except ValueError as error:  # looks like a date or a number, and is none
+        raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
     finally:
         loader.dispose()

@@ -115,6 +115,9 @@ ENGINE = "engines:\n  - name: a\n    model: m\n"
     [
         ("", "cluster.yaml line 1: must be a mapping."),
         ("a: [", "cluster.yaml line 1: not YAML, "),
+        ("a: 1\nb: 2026-99-99", "cluster.yaml line 2: not YAML, month must be in 1..12."),
+        ("[" * 20_000, "cluster.yaml is not YAML: it is nested too deeply, or within itself."),
+        ("&a [*a]", "cluster.yaml is not YAML: it is nested too deeply, or within itself."),
         ("router: {}", "cluster.yaml line 1: engines: must be a list of at least one engine."),
         ("engines: []", "cluster.yaml line 1: engines: must be a list of at least one engine."),
         (ENGINE + "rooter: {}", "cluster.yaml line 4: unknown key 'rooter'; known are defaults, "),
