@@ -6,7 +6,9 @@ import contextlib
 import http.client
 import json
 import sys
+import time
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,12 @@ def is_alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
+
+
+def are_gone(pids: Iterable[int]) -> bool:
+    """Tell whether no process runs, or none does soon: who is killed dies a moment later."""
+    until = time.monotonic() + 5.0
+    left = list(pids)
+    while (left := [pid for pid in left if is_alive(pid)]) and time.monotonic() < until:
+        time.sleep(0.005)
+    return not left

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.fakes import SERVER, ask, is_alive, make_die
+from tests.cluster.fakes import SERVER, are_gone, ask, is_alive, make_die
 
 ENGINE = (
     f"  - {{name: %s, command: [{sys.executable}, -S, {SERVER}, '{{host}}', '{{port}}', %s]}}\n"
@@ -56,7 +56,7 @@ async def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals)
         process.send_signal(number)
         assert await process.wait() == 0
     assert len(started) == 3
-    assert not any(map(is_alive, started))
+    assert are_gone(started)
 
 
 async def test_a_death_is_the_end_of_all_and_exit_code_1(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ async def test_a_death_is_the_end_of_all_and_exit_code_1(tmp_path: Path) -> None
     assert b"engine e0 died with exit code 7" in errors
     assert b"  asked to die" in errors
     assert b"Traceback" not in errors
-    assert not any(map(is_alive, started))
+    assert are_gone(started)
 
 
 async def test_a_death_while_starting_is_exit_code_1(tmp_path: Path) -> None:

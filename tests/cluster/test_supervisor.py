@@ -10,7 +10,7 @@ from hexgen_vllm.cluster import Cluster, ClusterSpec, EngineEntry, ProcessFailed
 from hexgen_vllm.cluster.backoff import Backoff
 from hexgen_vllm.cluster.supervisor import base_url
 from hexgen_vllm.errors import ConfigError
-from tests.cluster.fakes import ask, fake_cluster, fake_engine, is_alive, make_die
+from tests.cluster.fakes import are_gone, ask, fake_cluster, fake_engine, is_alive, make_die
 
 
 def pids(cluster: Cluster) -> list[int]:
@@ -24,7 +24,7 @@ async def test_engines_run_inside_and_are_gone_outside(tmp_path: Path) -> None:
         started = pids(cluster)
         assert words == ["x", os.environ.get("FAKE_WORD")]
         assert all(map(is_alive, started))
-    assert not any(map(is_alive, started))
+    assert are_gone(started)
     assert {path.name for path in tmp_path.iterdir()} == {"a.log", "b.log"}
 
 
@@ -76,7 +76,7 @@ async def test_who_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -
         assert len(started) == 3
         codes = cluster.processes
     assert [process.exit_code for process in codes] == [-9, -15]
-    assert not any(map(is_alive, started))
+    assert are_gone(started)
 
 
 async def test_a_death_at_run_time_ends_the_watch(tmp_path: Path) -> None:
