@@ -19,7 +19,9 @@ from typing import Final, NamedTuple
 from hexgen_vllm import __version__
 from hexgen_vllm.errors import HexgenError
 
-NEEDED: Final = ("aiohttp", "httptools", "numpy", "prometheus-client", "pyyaml", "uvloop")
+NEEDED: Final = (
+    "aiohttp", "httptools", "msgspec", "numpy", "prometheus-client", "pyyaml", "uvloop",
+)  # fmt: skip
 """What the package cannot do without, by its name for pip."""
 EXTRAS: Final = {
     "client": "openai",

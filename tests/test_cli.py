@@ -101,10 +101,10 @@ def test_doctor_names_the_extras_that_are_missing(monkeypatch: pytest.MonkeyPatc
     assert check() == ("extras", "ok", "a")
 
 
-def test_doctor_knows_every_extra_of_the_package() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+def test_doctor_knows_what_the_package_needs_and_its_extras() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert list(doctor.NEEDED) == project["dependencies"]
+    extras = project["optional-dependencies"]
     optional = {n: needs for n, needs in extras.items() if n not in {"engine", "engine-cpu", "dev"}}
     assert list(doctor.EXTRAS) == list(optional)
     assert all(doctor.EXTRAS[name] in needs[0] for name, needs in optional.items())
