@@ -83,9 +83,8 @@ class Call:
         prefix_chunk_tokens: int = 0,
         deadline_asked: bool = True,
     ) -> None:
-        self.call_id, self.workflow_id = call_id, workflow_id
-        self.arrived_s, self.prompt_tokens = arrived_s, prompt_tokens
-        self.workflow_type, self.stage = workflow_type, stage
+        self.call_id, self.workflow_id, self.arrived_s = call_id, workflow_id, arrived_s
+        self.prompt_tokens, self.workflow_type, self.stage = prompt_tokens, workflow_type, stage
         self.tenant, self.model, self.deadline_s = tenant, model, deadline_s
         self.expected_output_tokens, self.stages_left = expected_output_tokens, stages_left
         self.max_output_tokens, self.deadline_asked = max_output_tokens, deadline_asked

@@ -111,10 +111,10 @@ class Coordinator:
         entry = self._opened(call, now)
         if self._protection.turns_away(entry):
             return [self._refused(entry, overload.unattainable(call.call_id), now)]
+        if self._holds and (placement := self._at_once(entry, now)) is not None:
+            return [placement]
         if not self._holds or not self._reachable(entry):
             return [self._settled(entry, now)]
-        if (placement := self._at_once(entry, now)) is not None:
-            return [placement]
         self._protection.hold(entry, now)
         return [*self._release(now), *self._bounded(now)]
 

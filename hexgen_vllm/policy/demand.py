@@ -136,14 +136,16 @@ class Estimates:
 
     def _ready(self, model: str | None = None) -> list[EngineLoad]:
         """Return the engines at work that have ``model``, or any."""
-        ready = (e for e in self._engines.values() if e.state in _AT_WORK)
-        return [e for e in ready if model is None or e.has(model)]
+        ready = [e for e in self._engines.values() if e.state in _AT_WORK]
+        return ready if model is None else [e for e in ready if e.has(model)]
 
     def _seconds(self, tail: Tail, model: str) -> float:
         """Return the time of a path at the fleet's present pace (harmonic mean of engines).
 
         What follows a call is taken to need the call's own ``model``.
         """
+        if tail is NOTHING:
+            return 0.0
         decode_rate = prefill_rate = 0.0
         ready = self._ready(model)
         for engine in ready:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Final, Protocol, cast
+from typing import Final, Protocol
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.load import EngineLoad
@@ -85,11 +85,14 @@ def assumed_cost(engines: Sequence[EngineLoad]) -> StepCost:
 
 def costs(engines: Sequence[EngineLoad]) -> list[StepCost]:
     """Return what each engine's steps cost, as measured or else as assumed."""
-    found = [e.cost() for e in engines]
-    if all(cost is not None for cost in found):  # "in" would compare values
-        return cast(list[StepCost], found)
-    assumed = assumed_cost(engines)
-    return [cost or assumed for cost in found]
+    found = []
+    for engine in engines:
+        cost = engine.cost()
+        if cost is None:
+            assumed = assumed_cost(engines)
+            return [e.cost() or assumed for e in engines]
+        found.append(cost)
+    return found
 
 
 class RoundRobin:

@@ -114,16 +114,17 @@ class Context:
             BadRequest: none does.
             Refused: no engine has been up yet, so that nobody knows.
         """
+        if self.fleet.knows(model):
+            return
         if all(engine.spec is None for engine in self.fleet.engines.values()):
             raise Refused("No engine is ready yet.", reason="rejected-no-endpoints")
-        if not self.fleet.knows(model):
-            shown = model if len(model) <= 100 else f"{model[:100]}..."
-            raise BadRequest(
-                f"The model {shown!r} does not exist.",
-                param="model",
-                status=404,
-                code="model_not_found",
-            )
+        shown = model if len(model) <= 100 else f"{model[:100]}..."
+        raise BadRequest(
+            f"The model {shown!r} does not exist.",
+            param="model",
+            status=404,
+            code="model_not_found",
+        )
 
 
 def shutting_down() -> Refused:

@@ -91,10 +91,10 @@ def agentic_context(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def read(headers: Mapping[str, str], body: Mapping[str, Any]) -> Foreign:
     """Read every convention from ``headers`` (by lower-case name) and a decoded ``body``."""
-    if _BODY_FIELDS.isdisjoint(body) and _HEADERS.isdisjoint(headers) and not any(
-        name.endswith("-session-id") for name in headers
-    ):  # fmt: skip
-        return _NOTHING
+    if _BODY_FIELDS.isdisjoint(body) and _HEADERS.isdisjoint(headers):
+        vendors = [name for name in headers if name.endswith("-session-id")]
+        if not vendors:
+            return _NOTHING
     agent, hints = agentic_context(body), _dict(_dict(body.get("nvext")).get("agent_hints"))
     said = wire.from_agentic_context(agent)
     deadline_ms = said.workflow_deadline_ms

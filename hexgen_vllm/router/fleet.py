@@ -77,7 +77,7 @@ class Engine:
 
     def has(self, target: str) -> bool:
         """Whether ``target`` is one of its targets."""
-        return any(s.engine_id == target for s in self.specs) if self.specs else target == self.name
+        return target in [s.engine_id for s in self.specs] if self.specs else target == self.name
 
     @property
     def kind(self) -> EngineKind:
@@ -149,8 +149,7 @@ class Fleet:
 
     def ready(self) -> list[Engine]:
         """Return the engines that get calls, sorted by name."""
-        found = [e for e in self.engines.values() if e.takes_calls]
-        return sorted(found, key=lambda engine: engine.name)
+        return sorted((e for e in self.engines.values() if e.takes_calls), key=lambda e: e.name)
 
     def cards(self) -> list[dict[str, Any]]:
         """Return the model cards of all engines that were up once; the first one of a name."""
@@ -162,8 +161,10 @@ class Fleet:
 
     def knows(self, model: str) -> bool:
         """Whether an engine, up or not, serves ``model``; an engine without a list serves any."""
-        known = [e.spec.models for e in self.engines.values() if e.spec is not None]
-        return any(not models or model in models for models in known)
+        for models in [e.specs[0].models for e in self.engines.values() if e.specs]:
+            if not models or model in models:
+                return True
+        return False
 
     def only_model(self) -> str | None:
         """Return the one model there is, ``None`` when there are several or none is known."""

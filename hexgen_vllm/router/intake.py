@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -115,7 +115,7 @@ class Intake:
         headers: Mapping[str, str],
         raw: bytes,
         now: float,
-        only_model: str | None,
+        only_model: Callable[[], str | None],
         pairs: Pairs | None = None,
     ) -> Accepted:
         """Read a request.
@@ -125,7 +125,8 @@ class Intake:
             headers: case-insensitive.
             raw: its body.
             now: time of receipt.
-            only_model: model meant by a body that names none; ``None`` when there are several.
+            only_model: returns the model meant by a body that names none, ``None`` when there are
+                several.
             pairs: the headers as they came, for the engine.
 
         Raises:
@@ -232,12 +233,12 @@ def _in_python(raw: bytes) -> Any:
         raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
 
 
-def _model(body: Mapping[str, Any], only_model: str | None) -> str:
+def _model(body: Mapping[str, Any], only_model: Callable[[], str | None]) -> str:
     model = body.get("model")
     if isinstance(model, str) and model:
         return model
-    if model is None and only_model is not None:
-        return only_model
+    if model is None and (only := only_model()) is not None:
+        return only
     raise BadRequest("model must name a model.", param="model")
 
 
@@ -268,5 +269,8 @@ def _default_stage(endpoint: Endpoint) -> str:
 def _limit(endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
     if not endpoint.generates:
         return 1
-    values = (body.get(name) for name in endpoint.limit_fields)
-    return next((v for v in values if type(v) is int and v > 0), endpoint.default_limit)
+    for name in endpoint.limit_fields:
+        value = body.get(name)
+        if type(value) is int and value > 0:
+            return value
+    return endpoint.default_limit

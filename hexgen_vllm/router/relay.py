@@ -103,21 +103,22 @@ class Relay:
         context.retries.call_arrived()
         job.trace.accepted(job.request_id, call)
         placement = await context.service.place(call)
-        context.metrics.held_s.observe(context.clock.now() - job.began_s)
+        now = context.clock.now()
+        context.metrics.held_s.observe(now - job.began_s)
         while True:
             job.placement = placement
-            job.trace.placed(placement, context.clock.now())
+            job.trace.placed(placement, now)
             job.tries += 1
             try:
-                return await self._try(job, accepted, placement)
+                return await self._try(job, accepted, placement, now)
             except EngineFailed as failure:
                 job.trace.try_failed(failure.reason)
                 placement = await self._elsewhere(job, call.call_id, failure)
+                now = context.clock.now()
 
     def _read(self, job: Job, raw: bytes) -> Accepted:
-        context, request = self._context, job.request
-        only = context.fleet.only_model()
-        return context.intake.read(
+        request, only = job.request, self._context.fleet.only_model
+        return self._context.intake.read(
             job.endpoint, request.names, raw, job.began_s, only, request.pairs
         )
 
@@ -138,7 +139,9 @@ class Relay:
         context.ledger.retries[failure.reason] += 1
         return placement
 
-    async def _try(self, job: Job, accepted: Accepted, placement: Placement) -> web.StreamResponse:
+    async def _try(
+        self, job: Job, accepted: Accepted, placement: Placement, now: float
+    ) -> web.StreamResponse:
         """Send a call to the engine it was placed on, and relay the answer.
 
         Raises:
@@ -149,7 +152,7 @@ class Relay:
         attempt = Attempt(context.guard, job.request, placement.engine_id)
         try:
             with attempt:
-                answer = attempt.answer = await self._send(job, accepted, placement, engine)
+                answer = attempt.answer = await self._send(job, accepted, placement, engine, now)
             response = await self._relay(job, attempt, answer)
             context.fleet.tried(engine, attempt.target, job.outcome)
             return response
@@ -161,7 +164,7 @@ class Relay:
                 attempt.answer.close()  # nothing to close when it was read to its end
 
     async def _send(
-        self, job: Job, accepted: Accepted, placement: Placement, engine: Engine
+        self, job: Job, accepted: Accepted, placement: Placement, engine: Engine, now: float
     ) -> Answer:
         context = self._context
         extra, rank = dict(self._key), rank_of(placement.engine_id)
@@ -174,7 +177,7 @@ class Relay:
             placement,
             engine.kind,
             url=url,
-            now=context.clock.now(),
+            now=now,
             epoch=context.epoch_s,
             request_id=job.request_id or "",
             extra=extra,

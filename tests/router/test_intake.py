@@ -31,7 +31,7 @@ def read(
     intake = Intake(TokenRatios(), 60.0, ("x-request-id",))
     given = {"model": "m", **(body or {})} if isinstance(body or {}, dict) else body
     data = json.dumps(given).encode() if raw is None else raw
-    return intake.read(endpoint, CIMultiDict(headers or {}), data, NOW, only_model)
+    return intake.read(endpoint, CIMultiDict(headers or {}), data, NOW, lambda: only_model)
 
 
 def ours(**fields: str) -> dict[str, str]:
