@@ -55,7 +55,10 @@ class Engines:
         Where engines differ in the longest call they take, those that are long enough for this
         one. If none is, all: prompt lengths are estimates, and engines refuse what is too long.
         """
-        found = [e for e in self._by_name if e.serves(call) and e.engine_id not in refused_by]
+        model = call.model
+        found = [
+            e for e in self._by_name if e.open and e.has(model) and e.engine_id not in refused_by
+        ]
         if not self._lengths_differ:
             return found
         return [e for e in found if _fits(e.spec, call)] or found

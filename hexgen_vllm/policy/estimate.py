@@ -67,7 +67,7 @@ class Window(Generic[S]):
         Raises:
             IndexError: the window is empty.
         """
-        found = self._ordered()
+        found = self._ordered() if self._new else self._by_value
         return found[min(int(q * len(found)), len(found) - 1)]
 
     def above(self, floor: S, q: float) -> S | None:

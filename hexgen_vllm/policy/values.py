@@ -20,6 +20,7 @@ class Forecast:
         decode_s: from then until its last token.
         delay_others_s: sum over the other calls there of the time it adds to them.
         uncached_tokens: prompt tokens that need prefill.
+        finish_in_s: from now until its last token.
     """
 
     wait_s: float
@@ -27,6 +28,7 @@ class Forecast:
     decode_s: float
     delay_others_s: float
     uncached_tokens: int
+    finish_in_s: float
 
     def __init__(
         self,
@@ -38,11 +40,7 @@ class Forecast:
     ) -> None:
         self.wait_s, self.prefill_s, self.decode_s = wait_s, prefill_s, decode_s
         self.delay_others_s, self.uncached_tokens = delay_others_s, uncached_tokens
-
-    @property
-    def finish_in_s(self) -> float:
-        """Seconds from now to the last token."""
-        return self.wait_s + self.prefill_s + self.decode_s
+        self.finish_in_s = wait_s + prefill_s + decode_s
 
 
 @dataclass(init=False, slots=True, unsafe_hash=True)

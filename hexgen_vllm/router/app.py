@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -15,7 +16,7 @@ from hexgen_vllm.router import answers, tls
 from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.context import Context, new_context, shutting_down
 from hexgen_vllm.router.cors import Cors
-from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
+from hexgen_vllm.router.endpoints import ENDPOINTS
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.http_server import Server
 from hexgen_vllm.router.keys import Keys
@@ -218,10 +219,9 @@ class Router:
     def _all_routes(self, context: Context) -> dict[tuple[str, str], Handler]:
         relay = self._relay = Relay(context)
 
-        def generation(endpoint: Endpoint) -> Handler:
-            return lambda request: relay.answer(request, endpoint)
-
-        calls = {("POST", endpoint.path): generation(endpoint) for endpoint in ENDPOINTS}
+        calls: dict[tuple[str, str], Handler] = {
+            ("POST", endpoint.path): partial(relay.answer, endpoint) for endpoint in ENDPOINTS
+        }
         return calls | Pages(context).routes()
 
     async def _handle(self, request: Request) -> web.StreamResponse:
@@ -233,9 +233,11 @@ class Router:
             handler, admin = self._shard.load, False
         if handler is None:
             return self._cors.preflight(request) or self._no_route(request)
-        refusal = self._refusal(request, admin=admin)
-        if refusal is not None:
-            return refusal
+        # What another process passes on has been looked at there.
+        if (admin or self._keys.wanted) and not request.came_from_here:
+            refusal = self._keys.refusal(request, admin=admin)
+            if refusal is not None:
+                return refusal
         try:
             if self._shard is not None:
                 taken = await self._shard.take(request, admin=admin)
@@ -249,12 +251,6 @@ class Router:
         except Exception:
             _LOG.exception("request failed path=%s", request.path)
             return answers.from_error(HexgenError(), None)
-
-    def _refusal(self, request: Request, *, admin: bool) -> web.Response | None:
-        """Return why a request may not pass; what another process passes on has been looked at."""
-        if request.came_from_here:
-            return None
-        return self._keys.refusal(request, admin=admin)
 
     def _admin_route(self, request: Request) -> Handler | None:
         method, path = request.method, request.path

@@ -14,7 +14,6 @@ from hexgen_vllm.router.answers import EngineFailed
 from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.ledger import CLIENT_GONE
-from hexgen_vllm.router.targets import worker_of
 
 LOST: Final = "engine-lost"
 TIMEOUT: Final = "engine-timeout"
@@ -43,9 +42,9 @@ class Attempt:
         "engine", "target",
     )  # fmt: skip
 
-    def __init__(self, guard: Guard, request: Request, target: str) -> None:
+    def __init__(self, guard: Guard, request: Request, target: str, engine: str) -> None:
         self._guard, self._request = guard, request
-        self.target, self.engine = target, worker_of(target)
+        self.target, self.engine = target, engine
         self._task: asyncio.Task[object] | None = None
         self._reason: str | None = None
         self._seen, self._since_s = -1, 0.0

@@ -52,8 +52,10 @@ class Answer:
 
     def header(self, name: bytes) -> str:
         """Return the value of the header with this lower-case name, empty if there is none."""
-        found = next((value for n, value in self.pairs if n.lower() == name), b"")
-        return found.decode("latin-1")
+        for one, value in self.pairs:
+            if one.lower() == name:
+                return value.decode("latin-1")
+        return ""
 
     async def head(self) -> None:
         """Wait for the head; whoever is not there to take it wants none of the answer.
@@ -150,5 +152,6 @@ class Answer:
             self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

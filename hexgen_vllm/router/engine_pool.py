@@ -92,7 +92,8 @@ class EngineConnection(asyncio.Protocol):
         self._answer, self._ended = None, False
         answer.ended()
         if keep and self.usable() and self._all_sent():
-            self.pause(False)
+            if self._paused:
+                self.pause(False)
             self._pool.give_back(self, self._address)
         else:
             self.close()

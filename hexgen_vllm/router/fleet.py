@@ -75,10 +75,6 @@ class Engine:
         """What calls are placed on: the engine itself, or each of its ranks."""
         return {spec.engine_id: spec for spec in self.specs} or {self.name: None}
 
-    def has(self, target: str) -> bool:
-        """Whether ``target`` is one of its targets."""
-        return target in [s.engine_id for s in self.specs] if self.specs else target == self.name
-
     @property
     def kind(self) -> EngineKind:
         """What it can order by."""
@@ -142,10 +138,10 @@ class Fleet:
         Raises:
             EngineFailed: it has left since.
         """
-        engine = self.engines.get(worker_of(target))
-        if engine is None or not engine.has(target):
-            raise failed(LOST, retryable=True)
-        return engine
+        engine = self.engines.get(target) or self.engines.get(worker_of(target))
+        if engine is not None and target in [spec.engine_id for spec in engine.specs]:
+            return engine
+        raise failed(LOST, retryable=True)
 
     def ready(self) -> list[Engine]:
         """Return the engines that get calls, sorted by name."""
@@ -230,7 +226,8 @@ class Fleet:
         if outcome in _SUCCESSES:
             engine.stalled.discard(target)
             engine.breaker.succeeded()
-            self._settle(engine)
+            if engine.state is not EngineState.READY:
+                self._settle(engine)
         elif outcome in _FAILURES:
             now = self._service.clock.now()
             if engine.breaker.failed(now) and self._others(engine):

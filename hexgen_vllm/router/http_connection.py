@@ -32,6 +32,7 @@ class Connection(Reader):
         loop: its event loop.
         transport: ``None`` when it is gone.
         max_body_bytes: largest body taken.
+        marking: whether there are headers that every answer gets.
         task: serves the request under way.
         peername: address of the client.
         sockname: address it called, a path for a Unix socket.
@@ -45,6 +46,7 @@ class Connection(Reader):
         super().__init__()
         self._server, self.loop = server, loop
         self.max_body_bytes = server.max_body_bytes
+        self.marking = server.mark is not None
         self.task: asyncio.Task[None] | None = None
         self._served: Request | None = None
         self._ahead = b""
@@ -94,7 +96,7 @@ class Connection(Reader):
     def _serve_next(self) -> None:
         if self._ready:
             self._served = request = self._ready.pop(0)
-            if request.awaits_word:
+            if not request.body_complete and request.awaits_word:
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.task = self.loop.create_task(self._serve(request))
         elif self._refusal is not None:
@@ -126,8 +128,8 @@ class Connection(Reader):
         elif self._closing or not request.persists:
             self._closing = True
             self.transport.close()
-        elif not self._full:  # else when the client has read the answer
-            self._go_on()
+        elif not self._full and (self._ready or self._ahead or self._refusal):
+            self._go_on()  # if full, when the client has read the answer
 
     def _go_on(self) -> None:
         data = b""

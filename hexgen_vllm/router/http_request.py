@@ -61,6 +61,7 @@ class Request:
         persists: whether another request may follow on its connection.
         answering: whether the head of the answer has been written.
         marked: whether the answer already has the headers that every answer gets.
+        body_complete: whether all of the body is here.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Request:
         self._pieces: list[bytes | bytearray] = []
         self._size = 0
         self._whole: bytes | None = None
-        self._complete = False
+        self.body_complete = False
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -130,21 +131,16 @@ class Request:
         return isinstance(self._connection.sockname, str)
 
     @property
-    def body_complete(self) -> bool:
-        """Whether all of the body is here."""
-        return self._complete
-
-    @property
     def whole(self) -> bytes | None:
         """The body if all of it is here and it came in the clear."""
-        if self._complete and len(self._pieces) == 1 and "content-encoding" not in self.names:
+        if self.body_complete and len(self._pieces) == 1 and "content-encoding" not in self.names:
             return cast(bytes, self._pieces[0])  # the first one is never put together
         return None
 
     @property
     def awaits_word(self) -> bool:
         """Whether the client may wait to be told before it sends the body."""
-        if self._complete or self._failure is not None or not self._can_chunk:
+        if self.body_complete or self._failure is not None or not self._can_chunk:
             return False
         return self.names.get("expect", "").lower() == "100-continue"
 
@@ -155,7 +151,7 @@ class Request:
             HTTPRequestEntityTooLarge: it is too long.
             RequestPayloadError: it broke off, or is not compressed as it says.
         """
-        if not self._complete and self._failure is None:
+        if not self.body_complete and self._failure is None:
             self._waiter = self._connection.loop.create_future()
             await self._waiter
         if self._failure is not None:
@@ -172,7 +168,8 @@ class Request:
     def feed(self, piece: bytes) -> None:
         """Take in a piece of the body."""
         self._size += len(piece)
-        self.expect(self._size)
+        if self._size > self._connection.max_body_bytes:
+            self.expect(self._size)
         if self._failure is not None:
             return
         last = self._pieces[-1] if self._pieces else None
@@ -195,12 +192,13 @@ class Request:
 
     def feed_end(self) -> None:
         """Note the end of the body."""
-        self._complete = True
-        self._wake()
+        self.body_complete = True
+        if self._waiter is not None:
+            self._wake()
 
     def fail(self, failure: Exception) -> None:
         """Let :meth:`read` raise ``failure``."""
-        if not self._complete and self._failure is None:
+        if not self.body_complete and self._failure is None:
             self._failure = failure
             self._pieces.clear()
             self._wake()
@@ -260,7 +258,7 @@ class Request:
     def _head(self, status: int, head: Iterable[bytes]) -> list[bytes]:
         reason = _REASONS.get(status, "").encode()
         pieces = [b"HTTP/1.1 %d %b\r\n" % (status, reason), *head]
-        if not self.marked:
+        if self._connection.marking and not self.marked:
             pieces += self._connection.marks(self)
         if not self.persists:
             pieces.append(b"connection: close\r\n")

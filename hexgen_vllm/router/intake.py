@@ -143,7 +143,7 @@ class Intake:
             call=call,
             endpoint=endpoint,
             pairs=pairs or [],
-            body=_without_agentic_context(body, raw),
+            body=_without_agentic_context(body, raw) if "vllm_xargs" in body else raw,
             prompt=prompt,
             session_id=said.workflow_id or foreign.session_id,
             priority=foreign.priority,

@@ -24,12 +24,16 @@ OPEN: Final = frozenset(
 class Keys:
     """Checks bearer keys.
 
+    Attributes:
+        wanted: whether clients need a key.
+
     Args:
         options: the keys, and whether admin routes are open.
     """
 
     def __init__(self, options: RouterOptions) -> None:
         self._client, self._admin = _bearers(options.api_key), _bearers(options.admin_api_key)
+        self.wanted = bool(self._client)
         self._everybody = options.allow_unauthenticated_admin
         self._origins = frozenset(options.allowed_origins)
 
@@ -37,7 +41,7 @@ class Keys:
         """Return the answer to a request that may not pass, ``None`` if it may."""
         if admin:
             return self._admin_refusal(request)
-        if not self._client or request.path in OPEN:
+        if not self.wanted or request.path in OPEN:
             return None
         if _shows(request, self._client) | _shows(request, self._admin):
             return None
@@ -63,7 +67,7 @@ def _bearers(keys: Iterable[str]) -> tuple[bytes, ...]:
 
 
 def _shows(request: Request, keys: tuple[bytes, ...]) -> bool:
-    shown = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+    shown = request.names.get("authorization", "").encode("utf-8", "surrogateescape")
     # Every key is compared: the time must not tell which one came close.
     return sum(hmac.compare_digest(shown, key) for key in keys) > 0
 

@@ -54,7 +54,7 @@ class Relay:
         """Close the connections to engines."""
         self._pool.close()
 
-    async def answer(self, request: Request, endpoint: Endpoint) -> web.StreamResponse:
+    async def answer(self, endpoint: Endpoint, request: Request) -> web.StreamResponse:
         """Answer a request; every error becomes an OpenAI error object."""
         context = self._context
         trace = context.tracing.begin(endpoint.path, request.names)
@@ -149,7 +149,7 @@ class Relay:
         """
         context = self._context
         engine = context.fleet.engine(placement.engine_id)
-        attempt = Attempt(context.guard, job.request, placement.engine_id)
+        attempt = Attempt(context.guard, job.request, placement.engine_id, engine.name)
         try:
             with attempt:
                 answer = attempt.answer = await self._send(job, accepted, placement, engine, now)
@@ -167,9 +167,9 @@ class Relay:
         self, job: Job, accepted: Accepted, placement: Placement, engine: Engine, now: float
     ) -> Answer:
         context = self._context
-        extra, rank = dict(self._key), rank_of(placement.engine_id)
-        if rank is not None:
-            extra[RANK_HEADER] = rank
+        extra = dict(self._key)
+        if placement.engine_id != engine.name:
+            extra[RANK_HEADER] = rank_of(placement.engine_id)
         job.trace.sending(placement.engine_id, extra)
         url = engine.address(job.request.path_qs)
         head = outbound.call_head(

@@ -92,7 +92,9 @@ class Service:
         now = self.clock.now()
         if self._recorder is not None:
             self._recorder.ended(call_id, result, now)
-        self._carry_out(self.coordinator.call_finished(call_id, result, now))
+        decisions = self.coordinator.call_finished(call_id, result, now)
+        if decisions:
+            self._carry_out(decisions)
 
     def workflow_finished(self, workflow_id: str) -> None:
         """Note the client's word that a workflow is over."""

@@ -25,6 +25,6 @@ def worker_of(target: str) -> str:
     return target.partition(_MARK)[0]
 
 
-def rank_of(target: str) -> str | None:
-    """Return the rank of ``target`` as vLLM is told it, ``None`` where there is but one."""
-    return target.partition(_MARK)[2] or None
+def rank_of(target: str) -> str:
+    """Return the rank of ``target`` as vLLM is told it, empty where there is but one."""
+    return target.partition(_MARK)[2]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -128,20 +127,18 @@ def _after_last_event(data: bytes) -> int:
 
 def find_usage(data: bytes) -> Usage:
     """Return the last usage object in the JSON text or events ``data``, empty if there is none."""
-    for usage in _usages(data):
-        prompt = _count(usage, "prompt_tokens", "input_tokens")
-        cached = _count(usage, "cache_read_input_tokens")
-        if cached is not None and prompt is not None:
-            prompt += cached + (_count(usage, "cache_creation_input_tokens") or 0)
-        for details in ("prompt_tokens_details", "input_tokens_details"):
-            if isinstance(usage.get(details), dict):
-                cached = _count(usage[details], "cached_tokens")
-        return Usage(prompt, cached, _count(usage, "completion_tokens", "output_tokens"))
-    return Usage()
+    usage = _last_usage(data)
+    prompt = _count(usage, "prompt_tokens", "input_tokens")
+    cached = _count(usage, "cache_read_input_tokens")
+    if cached is not None and prompt is not None:
+        prompt += cached + (_count(usage, "cache_creation_input_tokens") or 0)
+    for details in ("prompt_tokens_details", "input_tokens_details"):
+        if isinstance(usage.get(details), dict):
+            cached = _count(usage[details], "cached_tokens")
+    return Usage(prompt, cached, _count(usage, "completion_tokens", "output_tokens"))
 
 
-def _usages(data: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the usage objects in ``data``, last one first."""
+def _last_usage(data: bytes) -> dict[str, Any]:
     tries, end = 0, len(data)
     while tries < _TRIES and (end := data.rfind(_NAME, 0, end)) >= 0:
         match = _USAGE.match(data, end)
@@ -150,7 +147,8 @@ def _usages(data: bytes) -> Iterator[dict[str, Any]]:
         tries += 1
         found = _object(data, match.end())
         if found is not None:
-            yield found
+            return found
+    return {}
 
 
 def _object(data: bytes, start: int) -> dict[str, Any] | None:

@@ -199,7 +199,7 @@ async def test_a_client_that_leaves_with_more_asked_for_ends_its_call(single: St
 
 
 def test_small_pieces_of_a_body_take_no_object_each() -> None:
-    server = cast(Any, SimpleNamespace(max_body_bytes=10**6))
+    server = cast(Any, SimpleNamespace(max_body_bytes=10**6, mark=None))
     read = Request(
         Connection(server, cast(Any, None)), "POST", "/", [], persists=True, can_chunk=True
     )
