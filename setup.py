@@ -6,9 +6,10 @@ The libraries are an extra: with a compiler they are built and shipped, without 
 installs all the same and uses its Python and Triton code. ``HEXGEN_BUILD_NATIVE=0`` leaves them
 out, ``HEXGEN_BUILD_NATIVE=1`` makes it an error when none can be built.
 
-``HEXGEN_COMPILE=1`` compiles what decides, what simulates and what every call passes through with
-mypyc: the same code, half of the instructions, for two minutes and more of building. ``auto`` does
-so where it can be done (a compiler, headers of Python) and leaves the rest as it is.
+What decides, what simulates and what every call passes through is compiled with mypyc where that
+can be done (a C compiler, headers of Python, mypy): the same code, less than half of the
+instructions, for two minutes and more of building. ``HEXGEN_COMPILE=0`` leaves it as it is,
+``HEXGEN_COMPILE=1`` makes it an error when it cannot be done. An editable install never is.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def mode_of(variable: str, otherwise: str) -> str:
     return mode
 
 
-COMPILE = mode_of("HEXGEN_COMPILE", "0")
+COMPILE = mode_of("HEXGEN_COMPILE", "auto")
 
 
 def load_builder() -> ModuleType:
@@ -197,5 +198,4 @@ class BdistWheel(bdist_wheel):
 setup(
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "bdist_wheel": BdistWheel},
     ext_modules=compiled(),
-    setup_requires=["mypy"] if COMPILE != "0" else [],
 )

@@ -33,7 +33,8 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "CUDA_PATH": ("build", "the same, if `CUDA_HOME` is not set"),
     "HEXGEN_COMPILE": (
         "pip install",
-        "1 compiles policies, simulator and router with mypyc, `auto` where that can be done",
+        "policies, simulator and router: `auto` compiles them with mypyc where that can be done, "
+        "`1` fails where it cannot, `0` leaves them as they are",
     ),
     "HEXGEN_BUILD_NATIVE": (
         "pip install",

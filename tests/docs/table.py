@@ -96,6 +96,7 @@ NOT_RUN: Final = (
     NotRun("make env", "it makes the environment that the tests run in", "make"),
     NotRun("make demo", "takes minutes", "make"),
     NotRun("make agent-demo", "takes minutes", "make"),
+    NotRun("make bench-router", "takes minutes", "make"),
     NotRun("make test", "it runs these tests", "make"),
     NotRun(". .venv/bin/activate", "the tests run in that environment", "make"),
     NotRun("pip install", "tests of packaging build and install it", "tests/test_packaging.py"),

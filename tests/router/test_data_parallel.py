@@ -140,7 +140,7 @@ async def test_diagnostics_and_metrics_name_ranks() -> None:
 
 
 async def test_operators_act_on_the_engine_with_all_its_ranks() -> None:
-    options = {"admin_api_key": "k", "policy": "round_robin"}
+    options = {"admin_api_key": ("k",), "policy": "round_robin"}
     admin = {"Authorization": "Bearer k"}
     async with open_stand(FakeSettings(ranks=2), FakeSettings(), **options) as stand:
         url = stand.router.url + "/workers/"
@@ -164,7 +164,7 @@ async def test_operators_act_on_the_engine_with_all_its_ranks() -> None:
 
 
 async def test_a_removal_waits_for_the_calls_of_every_rank() -> None:
-    options = {"admin_api_key": "k", "policy": "round_robin"}
+    options = {"admin_api_key": ("k",), "policy": "round_robin"}
     admin = {"Authorization": "Bearer k"}
     async with open_stand(FakeSettings(ranks=2, step_s=0.02), **options) as stand:
         await answered(stand, max_tokens=1)
