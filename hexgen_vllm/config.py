@@ -256,7 +256,7 @@ class DispatchOptions:
     )
     overload: str = option(
         "off",
-        "protect: workflows that cannot be on time come behind those that can",
+        "protect: new workflows that would be late are refused, others that will be come last",
         choices=("off", "protect"),
     )
     hopeless_quantile: float = option(

@@ -5,6 +5,8 @@ In a module of their own: a subclass of :class:`OSError` cannot be compiled.
 
 from __future__ import annotations
 
+import os
+
 
 class EngineBroke(ConnectionError):  # noqa: N818 - named after what happened
     """An engine closed the connection before the end of an answer, or does not speak HTTP."""
@@ -12,3 +14,10 @@ class EngineBroke(ConnectionError):  # noqa: N818 - named after what happened
 
 class CannotConnect(OSError):  # noqa: N818 - named after what happened
     """Nobody answers at an engine's address."""
+
+
+def why(error: OSError) -> str:
+    """Return what the system says of ``error``, without what a library put around it."""
+    if error.errno is not None and error.errno > 0:  # those of names are below
+        return os.strerror(error.errno)
+    return error.strerror or str(error)

@@ -16,7 +16,7 @@ from hexgen_vllm.router.options import RouterOptions
 OPEN: Final = frozenset(
     (
         "/health", "/readiness", "/health/readiness", "/liveness", "/health/liveness", "/ping",
-        "/version", "/metrics", "/ui",
+        "/version", "/metrics", "/", "/ui",
     )
 )  # fmt: skip
 

@@ -25,7 +25,8 @@ from hexgen_vllm.router.shard_main import CANNOT_START, Processes
 from hexgen_vllm.router.spot import Spot
 
 if TYPE_CHECKING:
-    from hexgen_vllm.router.app import Router
+    from hexgen_vllm.router.broken import why
+from hexgen_vllm.router.app import Router
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -134,7 +135,7 @@ async def _run_until(stop: asyncio.Event, now: asyncio.Event, router: Router) ->
         await router.start()
     except OSError as error:
         where = router.url.partition("://")[2]
-        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}.") from error
+        raise ConfigError(f"cannot listen on {where}: {why(error)}.") from error
     _spare_collector()
     await stop.wait()
     drained, hurried = asyncio.ensure_future(router.drain()), asyncio.ensure_future(now.wait())

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, ConfigError
 from hexgen_vllm.router import answers
+from hexgen_vllm.router.broken import why
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.http_server import Handle, Server
 
@@ -43,8 +44,8 @@ class MetricsPort:
         try:
             await site.start()
         except OSError as error:
-            where, why = f"{self._host}:{self._port}", error.strerror or error
-            raise ConfigError(f"cannot listen on {where} for metrics: {why}.") from error
+            where = f"{self._host}:{self._port}"
+            raise ConfigError(f"cannot listen on {where} for metrics: {why(error)}.") from error
 
     async def stop(self) -> None:
         """Close everything."""

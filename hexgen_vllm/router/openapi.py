@@ -96,6 +96,7 @@ def document() -> _Json:
     paths: dict[str, _Json] = {}
     for path, (text, kind) in _PLAIN.items():
         paths[path] = {"get": _operation("status", text, {"200": _content(kind)})}
+    paths["/"] = {"get": _operation("status", "Leads to /ui.", {"302": {"description": "There."}})}
     for endpoint in ENDPOINTS:
         paths[endpoint.path] = {"post": _call(endpoint)}
     for path in _PASSED_ON:

@@ -55,6 +55,7 @@ class Pages:
             "/tuning/recent": self.recent,
             "/tuning/fleet": self.engines_measured,
             "/openapi.json": self.openapi,
+            "/": self.root,
             PATH: self._ui.page,
             DATA_PATH: self._ui.data,
         }
@@ -62,6 +63,10 @@ class Pages:
         post["/finish_session"] = self.finish_session
         pages = {(method, p): h for p, h in get.items() for method in ("GET", "HEAD")}
         return pages | {("POST", p): h for p, h in post.items()}
+
+    async def root(self, request: Request) -> web.StreamResponse:
+        """Lead whoever opens the router's address in a browser to its page."""
+        return web.Response(status=302, headers={"Location": PATH})
 
     async def liveness(self, request: Request) -> web.StreamResponse:
         """Say that the process runs."""

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.router.broken import why
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.spot import Spot
 
@@ -70,8 +71,7 @@ class Processes:
             family, kind, _, _, address = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0]
             return _bound(socket.socket(family, kind), address)
         except OSError as error:
-            said = error.strerror or error
-            raise ConfigError(f"cannot listen on {where[0]}:{where[1]}: {said}.") from None
+            raise ConfigError(f"cannot listen on {where[0]}:{where[1]}: {why(error)}.") from None
 
     def _start(self, index: int, folder: str) -> None:
         spot = Spot(index, self._options.router_workers, folder)

@@ -37,6 +37,12 @@ async def page(stand: Stand) -> tuple[str, dict[str, str]]:
         return await answer.text(), dict(answer.headers)
 
 
+async def test_the_address_alone_leads_to_the_page() -> None:
+    async with open_stand(api_key=("k",)) as stand, stand.get("/") as answer:
+        assert answer.status == 200
+        assert str(answer.url).endswith("/ui")
+
+
 async def data(stand: Stand) -> dict[str, Any]:
     async with stand.get("/ui/data") as answer:
         assert answer.status == 200
