@@ -4,7 +4,8 @@ Times are seconds on the driver's clock (absolute unless named ``_in_s``), sizes
 
 Nobody changes a value once it is made. Those made for every call are not frozen, though: that makes
 them three times as slow to make. And they write their ``__init__`` out: one that ``dataclass``
-makes stays interpreted in compiled code (mypyc), at ten times the price.
+makes stays interpreted in compiled code (mypyc), at ten times the price. Compiled, those cannot be
+pickled or copied; ``dataclasses.replace`` is the way.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 NO_DEADLINE = math.inf
 
@@ -148,6 +148,10 @@ class StepCost:
     p1: float
     p2: float
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Let it be pickled, frozen and compiled as it may be."""
+        return StepCost, (self.c0, self.c1, self.c2, self.p0, self.p1, self.p2)
+
     def step_s(
         self,
         n_decode: float,
@@ -195,14 +199,6 @@ class EngineReport:
     kv_usage: float | None = None
     preemptions: int | None = None
     prefill_share: float | None = None
-
-
-class Tail(NamedTuple):
-    """Work on the critical path after a call: later calls, their prompt and output tokens."""
-
-    calls: float
-    prefill_tokens: float
-    output_tokens: float
 
 
 @dataclass(init=False, slots=True, unsafe_hash=True)

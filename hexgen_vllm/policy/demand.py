@@ -9,9 +9,9 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.dispatch import UNMEASURED
 from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
-from hexgen_vllm.policy.values import Demand
+from hexgen_vllm.policy.values import Demand, Tail
 from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun
-from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost, Tail
+from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost
 
 _LEAST_S: Final = 1e-6
 _AT_WORK: Final = (EngineState.READY, EngineState.TRIAL)

@@ -134,7 +134,7 @@ class LeastOutstanding:
         least = min(len(e.in_flight) for e in engines)
         level = [e for e in engines if len(e.in_flight) == least]
         self._turn += 1
-        return Choice(level[self._turn % len(level)], -least, "fewest_calls")
+        return Choice(level[self._turn % len(level)], -float(least), "fewest_calls")
 
 
 class HexGen:

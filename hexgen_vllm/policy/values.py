@@ -6,8 +6,17 @@ Made for every call, so they write their ``__init__`` out (see :mod:`hexgen_vllm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hexgen_vllm.types import Call, Placement
+
+
+class Tail(NamedTuple):
+    """Work on the critical path after a call: later calls, their prompt and output tokens."""
+
+    calls: float
+    prefill_tokens: float
+    output_tokens: float
 
 
 @dataclass(init=False, slots=True)

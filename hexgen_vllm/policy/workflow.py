@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from hexgen_vllm.policy.estimate import Window
-from hexgen_vllm.types import NO_DEADLINE, Call, CallResult, Tail
+from hexgen_vllm.policy.values import Tail
+from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
 
 NOTHING: Final = Tail(0.0, 0.0, 0.0)
 _ENOUGH: Final = 8
@@ -49,8 +50,7 @@ class SeenCall:
 
     def __init__(self, stage: str, ordinal: int, arrived_s: float, prompt_tokens: int) -> None:
         self.stage, self.ordinal = stage, ordinal
-        self.arrived_s, self.prompt_tokens = arrived_s, prompt_tokens
-        self.ended_s = None
+        self.arrived_s, self.prompt_tokens, self.ended_s = arrived_s, prompt_tokens, None
         self.uncached_tokens = self.output_tokens = 0
 
     def weight(self) -> float:
@@ -94,7 +94,7 @@ class Shapes:
     """What workflows of each type looked like.
 
     Args:
-        max_keys: bound on remembered (type, stage, ordinal) keys; the longest unused goes first.
+        max_keys: bound on remembered (type, stage, ordinal) keys; one long unused goes first.
     """
 
     def __init__(self, max_keys: int = _MAX_KEYS) -> None:

@@ -253,13 +253,20 @@ def _said_in_body(body: Mapping[str, Any]) -> wire.CallMeta:
 
 
 def _without_agentic_context(body: Mapping[str, Any], raw: bytes) -> bytes:
-    """Return the body's bytes without the nested object that vLLM refuses."""
+    """Return the body's bytes without the nested object that vLLM refuses.
+
+    Raises:
+        BadRequest: it is nested too deeply to be written again.
+    """
     xargs = body.get("vllm_xargs")
     if not isinstance(xargs, dict) or "agentic_context" not in xargs:
         return raw
     rest = {name: value for name, value in xargs.items() if name != "agentic_context"}
     kept = {name: value for name, value in body.items() if name != "vllm_xargs"}
-    return json.dumps({**kept, "vllm_xargs": rest} if rest else kept).encode()
+    try:
+        return json.dumps({**kept, "vllm_xargs": rest} if rest else kept).encode()
+    except RecursionError:  # nested as deeply as could just be read
+        raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
 
 
 def _default_stage(endpoint: Endpoint) -> str:

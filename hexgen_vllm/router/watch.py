@@ -6,6 +6,7 @@ unescaped quote, so that line starts and field names can be found in the bytes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _TRIES: Final = 8
 _MAX_BRACES: Final = 32  # of one object that are looked at
 _DECODER: Final = msgspec.json.Decoder(dict[str, Any])
+_ODD_DECODER: Final = json.JSONDecoder()
 
 
 @dataclass(init=False, slots=True)
@@ -152,19 +154,28 @@ def _last_usage(data: bytes) -> dict[str, Any]:
 
 
 def _object(data: bytes, start: int) -> dict[str, Any] | None:
-    """Return the JSON object that begins at ``start``, ``None`` if its end is not found."""
-    end = start
+    """Return the JSON object that begins at ``start``, ``None`` if its end is not near."""
+    end, most = start, start + TAIL_BYTES
     for _ in range(_MAX_BRACES):
-        end = data.find(b"}", end) + 1
+        end = data.find(b"}", end, most) + 1
         if not end:
             break
         piece = data[start:end]
         if piece.count(b"{") == piece.count(b"}"):
             try:
                 return _DECODER.decode(piece)
-            except (ValueError, RecursionError):  # perhaps a brace in a string
-                continue
-    return None
+            except (ValueError, RecursionError):
+                break  # a brace in a string, or nothing that is read twice
+    return _odd_object(data[start:most].decode("utf-8", "replace"))
+
+
+def _odd_object(text: str) -> dict[str, Any] | None:
+    """Return the object at the start of ``text``, by a reader that is slower and takes more."""
+    try:
+        found, _ = _ODD_DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _count(usage: dict[str, Any], *names: str) -> int | None:

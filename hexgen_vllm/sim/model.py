@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from hexgen_vllm.config import check, option
 from hexgen_vllm.types import StepCost
@@ -32,6 +32,10 @@ class EngineModel:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Let it be pickled, frozen and compiled as it may be."""
+        return EngineModel, tuple(getattr(self, one.name) for one in fields(self))
 
     @property
     def blocks(self) -> int:

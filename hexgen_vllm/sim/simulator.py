@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from hexgen_vllm.config import check, option
 from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
@@ -50,6 +50,10 @@ class SimOptions:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Let it be pickled, frozen and compiled as it may be."""
+        return SimOptions, tuple(getattr(self, one.name) for one in fields(self))
 
 
 class Simulation:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from hexgen_vllm.policy.values import Tail
 from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun, path_weight
 from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
-from hexgen_vllm.types import Tail
 
 
 class TruthShapes(Shapes):

@@ -7,8 +7,9 @@ import random
 import pytest
 
 from hexgen_vllm.policy.estimate import Window
+from hexgen_vllm.policy.values import Tail
 from hexgen_vllm.policy.workflow import NOTHING, SeenCall, Shapes, Workflows, tails
-from hexgen_vllm.types import Call, CallResult, Tail
+from hexgen_vllm.types import Call, CallResult
 
 
 def seen(stage: str, start: float, end: float, output: int, prompt: int = 0) -> SeenCall:

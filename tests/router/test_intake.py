@@ -196,6 +196,18 @@ def test_what_pythons_reader_takes_is_taken(raw: bytes, value: object) -> None:
     assert repr(decoded(raw)) == repr({"a": value})  # a NaN equals nothing
 
 
+@pytest.mark.parametrize("pair", [(b"[", b"]"), (b'{"a":', b"}")], ids=["lists", "objects"])
+def test_no_depth_of_nesting_is_the_routers_failure(pair: tuple[bytes, bytes]) -> None:
+    head = b'{"model": "m", "prompt": "x", "vllm_xargs": {"agentic_context": {}}, "x": '
+    codes = set()
+    for depth in range(800, 1005):
+        try:
+            read(raw=head + pair[0] * depth + b"1" + pair[1] * depth + b"}")
+        except BadRequest as error:
+            codes.add(error.code)
+    assert codes == {"invalid_json"}
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hexgen_vllm.router import watch
 from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
-from hexgen_vllm.router.watch import MAX_EVENT_BYTES, StreamWatch, Usage, find_usage
+from hexgen_vllm.router.watch import MAX_EVENT_BYTES, TAIL_BYTES, StreamWatch, Usage, find_usage
 from hexgen_vllm.testing import fake_answers
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES, _ = ENDPOINTS
@@ -132,6 +133,43 @@ def usage(**fields: Any) -> bytes:
 )  # fmt: skip
 def test_usage_is_found(data: bytes, expected: Usage) -> None:
     assert find_usage(data) == expected
+
+
+OLDER = usage(prompt_tokens=1, completion_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b'"note": "{"',
+        b'"note": "}"',
+        b'"tokens_per_second": NaN',
+        b'"note": "\\ud800"',
+        b'"by_rank": [' + b",".join([b'{"a": 1}'] * 40) + b"]",
+    ],
+)
+def test_an_odd_usage_is_read_and_no_older_one(more: bytes) -> None:
+    said = b'{"usage": {"prompt_tokens": 5, "completion_tokens": 2, ' + more + b"}}"
+    assert find_usage(OLDER + said) == Usage(5, None, 2)
+
+
+@pytest.mark.parametrize("size", [TAIL_BYTES, 16 * TAIL_BYTES])
+@pytest.mark.parametrize("tries", [1, 8])
+def test_a_hostile_answer_is_not_read_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, size: int, tries: int
+) -> None:
+    decoder, read = watch._DECODER, 0
+
+    class Counting:
+        def decode(self, piece: bytes) -> Any:
+            nonlocal read
+            read += len(piece)
+            return decoder.decode(piece)
+
+    monkeypatch.setattr(watch, "_DECODER", Counting())
+    nested = b'"usage":{' * tries + b'"a":[' + b"[]," * (size // 3) + b"x" + b"}" * tries
+    assert find_usage(nested + b"{}" * 40) == Usage()
+    assert read <= tries * TAIL_BYTES
 
 
 @given(st.binary(max_size=300))
