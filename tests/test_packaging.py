@@ -223,7 +223,7 @@ def _tunes_on_two_processes(tmp_path: Path) -> None:
     """What processes tell each other is pickled."""
     cost = "cost: {c0: 0.02, c1: 1.0e-4, c2: 0, p0: 0, p1: 2.0e-4, p2: 0}"
     (tmp_path / "fleet.yaml").write_text(f"fleet:\n- {{name: a, {cost}}}\n- {{name: b, {cost}}}\n")
-    argv = ["tune", "--fleet=fleet.yaml", "--workflows=20", "--warmup=0", "--budget=6", "--jobs=2"]
+    argv = ["tune", "--fleet=fleet.yaml", "--workflows=20", "--load=0.8", "--budget=6", "--jobs=2"]
     code = f"import sys, hexgen_vllm.cli\nsys.exit(hexgen_vllm.cli.main({argv}))"
     subprocess.run(
         [sys.executable, "-c", code],
