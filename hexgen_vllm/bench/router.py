@@ -229,6 +229,7 @@ def table(found: dict[str, Any]) -> str:
         shown = ["-" if cell is None else f"{cell:,.3f}".rstrip("0").rstrip(".") for cell in cells]
         lines.append(f"{title:28}" + "".join(f"{cell:>25}" for cell in shown))
     ratios = [f"{key} {value}" for key, value in found.items() if key.startswith("cpu_ratio")]
-    kind = "compiled" if found["environment"]["compiled"] else "plain Python, not compiled"
+    plain = "plain Python; pip install . compiles it, and make bench-router measures that"
+    kind = "compiled" if found["environment"]["compiled"] else plain
     lines.append(f"{sides.OURS} is {kind}.")
     return "\n".join([*lines, found.get("note") or "  ".join(ratios)])
