@@ -44,8 +44,8 @@ SIMULATES = (
 ROUTES = (
     "answers", "app", "attempt", "context", "conventions", "endpoints", "engine_answer",
     "engine_pool", "fleet", "http_connection", "http_reader", "http_request", "intake", "job",
-    "keys", "labels", "ledger", "logs", "metrics", "outbound", "outcomes", "passing", "prompt",
-    "recorder", "relay", "retry", "service", "targets", "timings", "usage", "watch",
+    "keys", "labels", "ledger", "logs", "outbound", "outcomes", "passing", "prompt", "recorder",
+    "relay", "retry", "service", "targets", "watch",
 )  # fmt: skip
 COMPILED = [
     "hexgen_vllm/clock.py",
