@@ -19,14 +19,14 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router import logs
 from hexgen_vllm.router.access_options import KEY_VARIABLES
+from hexgen_vllm.router.broken import why
 from hexgen_vllm.router.config_file import read_options
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.shard_main import CANNOT_START, Processes
 from hexgen_vllm.router.spot import Spot
 
 if TYPE_CHECKING:
-    from hexgen_vllm.router.broken import why
-from hexgen_vllm.router.app import Router
+    from hexgen_vllm.router.app import Router
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
