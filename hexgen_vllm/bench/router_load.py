@@ -22,6 +22,8 @@ PATH: Final = "/v1/chat/completions"
 PROGRAM: Final = "program"
 _PROMPT: Final = "Which of the customers ordered more than once in the last year? " * 10
 _LONGEST_S: Final = 30.0  # a call that takes longer is lost
+# Servers close what is idle (our router after 75 s); a call must not meet that on its way.
+_IDLE_S: Final = 60.0
 STAGES: Final = 4
 """Calls of a workflow."""
 
@@ -105,6 +107,7 @@ class _Connection(asyncio.Protocol):
     """One connection and the call on it."""
 
     transport: asyncio.Transport
+    idle_since_s = 0.0
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -143,6 +146,7 @@ class _Connection(asyncio.Protocol):
         call.status = self._parser.get_status_code()
         if self._parser.should_keep_alive():
             self._parser = httptools.HttpResponseParser(self)
+            self.idle_since_s = perf_counter()
             self._client.idle.append(self)
         else:
             self.transport.close()
@@ -201,9 +205,8 @@ class Client:
         self.calls += 1
         self.underway[call.seed] = call
         loop = asyncio.get_running_loop()
-        if self.idle:
-            connection = self.idle.pop()
-        else:
+        connection = self._idle_one()
+        if connection is None:
             _, connection = await loop.create_connection(
                 lambda: _Connection(self), "127.0.0.1", self._port
             )
@@ -217,6 +220,12 @@ class Client:
         self.judge(call)
         call.body.clear()
         return call
+
+    def _idle_one(self) -> _Connection | None:
+        oldest_s = perf_counter() - _IDLE_S
+        while self.idle and self.idle[0].idle_since_s < oldest_s:
+            self.idle.popleft().transport.close()
+        return self.idle.pop() if self.idle else None
 
     def close(self) -> None:
         """Close the connections that no call is on."""
