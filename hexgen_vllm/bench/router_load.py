@@ -124,6 +124,9 @@ class _Connection(asyncio.Protocol):
         call.sent_s = perf_counter()
         self.transport.write(request)
 
+    def serves(self, call: Call) -> bool:
+        return self._call is call
+
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
 
@@ -215,7 +218,8 @@ class Client:
         try:
             await asyncio.wait_for(done, patience_s)
         except asyncio.TimeoutError:
-            connection.transport.abort()
+            if connection.serves(call):  # else its answer came just now, and another call has it
+                connection.transport.abort()
         del self.underway[call.seed]
         self.judge(call)
         call.body.clear()
