@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ from hexgen_vllm import wire
 from hexgen_vllm.bench.text import PromptSource
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.router.broken import why
 from hexgen_vllm.sim.workload import CallSpec
 
 ENGINE_HEADER: Final = "x-hexgen-engine"
@@ -223,6 +223,5 @@ def _words(error: BaseException) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "timed out"
     if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.strerror:
-        number = error.os_error.errno or 0  # that of a name that is not found is no errno
-        return os.strerror(number) if number > 0 else error.os_error.strerror
+        return why(error.os_error)
     return f"{type(error).__name__}: {_message(str(error))}".rstrip(".")

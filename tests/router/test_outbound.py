@@ -106,6 +106,11 @@ def test_our_engine_gets_every_field() -> None:
     }
 
 
+def test_no_field_of_the_wire_is_left_out() -> None:
+    told = sent(EngineKind.HEXGEN, placed=replace(PLACED, background=True))
+    assert {wire.header_name(field) for field in wire.FIELDS} <= set(told)
+
+
 def test_what_is_sent_can_be_read() -> None:
     late = Placement("c1", "e1", "r", due_s=-5.0, deadline_s=-5.0, tail_s=1e12, background=True)
     meta = wire.from_headers(sent(EngineKind.HEXGEN, placed=late))
