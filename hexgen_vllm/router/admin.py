@@ -29,12 +29,10 @@ from hexgen_vllm.router.hosts import AllowedHosts
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import decoded
 from hexgen_vllm.router.options import Worker, parse_worker
-from hexgen_vllm.router.pages import Handler
 from hexgen_vllm.router.probe import Found, Unreachable
 from hexgen_vllm.router.workers import worker_view
 
 _FIELDS: Final = frozenset(("url", "name", "model", "model_id"))
-_ROOT: Final = "/workers/"
 _LOG = logging.getLogger(__name__)
 
 
@@ -46,27 +44,6 @@ class Admin:
         urls = [engine.worker.url for engine in context.fleet.engines.values()]
         self._hosts = AllowedHosts(context.options.worker_allowed_hosts, urls)
         self._numbers = itertools.count(len(urls))
-
-    def routes(self) -> dict[tuple[str, str], Handler]:
-        """Return the handlers of fixed paths."""
-        return {
-            ("POST", "/workers"): self.register,
-            ("POST", "/add_worker"): self.add_worker,
-            ("POST", "/remove_worker"): self.remove_worker,
-            ("GET", "/list_workers"): self.list_workers,
-        }
-
-    def one(self, method: str, path: str) -> Handler | None:
-        """Return the handler of a path below ``/workers/``, ``None`` if there is none."""
-        if not path.startswith(_ROOT):
-            return None
-        name, _, act = path.removeprefix(_ROOT).partition("/")
-        known: dict[tuple[str, str], Handler] = {
-            ("POST", "drain"): self.drain,
-            ("POST", "undrain"): self.undrain,
-            ("DELETE", ""): self.remove,
-        }
-        return known.get((method, act)) if name else None
 
     async def register(self, request: Request) -> web.StreamResponse:
         """Take in the engine that the body describes."""
@@ -119,8 +96,7 @@ class Admin:
         return _json({**worker_view(context, engine), "removed": gone}, 200 if gone else 202)
 
     def _named(self, request: Request) -> Engine:
-        name = request.path.removeprefix(_ROOT).partition("/")[0]
-        engine = self._context.fleet.engines.get(name)
+        engine = self._context.fleet.engines.get(request.params["name"])
         if engine is None:
             raise BadRequest("There is no such engine.", status=404, code="worker_not_found")
         return engine

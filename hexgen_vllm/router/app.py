@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -16,15 +15,15 @@ from hexgen_vllm.router import answers, tls
 from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.context import Context, new_context, shutting_down
 from hexgen_vllm.router.cors import Cors
-from hexgen_vllm.router.endpoints import ENDPOINTS
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.http_server import Server
 from hexgen_vllm.router.keys import Keys
 from hexgen_vllm.router.metrics_port import MetricsPort
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.pages import Handler, Pages
+from hexgen_vllm.router.pages import Pages
 from hexgen_vllm.router.relay import Relay
-from hexgen_vllm.router.shard import LOAD_PATH, Shard
+from hexgen_vllm.router.routes import Parts, Routes
+from hexgen_vllm.router.shard import Shard
 from hexgen_vllm.router.spot import PROCESS_HEADER, Spot
 from hexgen_vllm.router.upstream import new_session
 
@@ -43,7 +42,12 @@ class Router:
         dispatch: of placement.
         clock: for tests.
         spot: which of several processes this is; ``None`` when it is the only one.
+
+    Attributes:
+        context: its parts, once started.
     """
+
+    context: Context
 
     def __init__(
         self,
@@ -58,8 +62,6 @@ class Router:
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.ServerRunner | None = None
         self._metrics_port: MetricsPort | None = None
-        self._routes: dict[tuple[str, str], Handler] = {}
-        self._admin_routes: dict[tuple[str, str], Handler] = {}
         self._keys, self._cors = Keys(options), Cors(options)
         self._tls = tls.for_clients(options)
         self.port = options.port
@@ -85,9 +87,11 @@ class Router:
             await session.close()
             raise
         self.context = context
-        self._routes = self._all_routes(context)
-        self._admin = Admin(context)
-        self._admin_routes = self._admin.routes()
+        self._relay = Relay(context)
+        if self._spot is not None:
+            self._shard = Shard(self._spot, context)
+        parts = Parts(Pages(context), Admin(context), self._relay, self._shard)
+        self._routes = Routes(parts)
         server = Server(
             self._handle,
             max_body_bytes=self._options.max_payload_size,
@@ -109,9 +113,8 @@ class Router:
             raise
         self.port = self._runner.addresses[0][1]
         await self._open_metrics_port()
-        if self._spot is not None:
+        if self._spot is not None and self._shard is not None:
             await web.UnixSite(self._runner, self._spot.socket(), backlog=_BACKLOG).start()
-            self._shard = Shard(self._spot, context)
             self._tasks.append(asyncio.create_task(self._shard.run()))
         context.watchers.start()
         await self._look_for_engines()
@@ -216,31 +219,21 @@ class Router:
             except Exception:  # whatever it was, time must go on
                 _LOG.exception("tick failed")
 
-    def _all_routes(self, context: Context) -> dict[tuple[str, str], Handler]:
-        relay = self._relay = Relay(context)
-
-        calls: dict[tuple[str, str], Handler] = {
-            ("POST", endpoint.path): partial(relay.answer, endpoint) for endpoint in ENDPOINTS
-        }
-        return calls | Pages(context).routes()
-
     async def _handle(self, request: Request) -> web.StreamResponse:
         """Answer any request; errors become OpenAI error objects."""
-        handler, admin = self._routes.get((request.method, request.path)), False
-        if handler is None:
-            handler, admin = self._admin_route(request), True
-        if handler is None and self._shard is not None and request.path == LOAD_PATH:
-            handler, admin = self._shard.load, False
-        if handler is None:
-            return self._cors.preflight(request) or self._no_route(request)
+        found = self._routes.find(request)
+        if found is None:
+            refused = self._cors.preflight(request) or self._routes.refusal(request)
+            return refused or _no_route()
+        route, handler, request.params = found
         # What another process passes on has been looked at there.
-        if (admin or self._keys.wanted) and not request.came_from_here:
-            refusal = self._keys.refusal(request, admin=admin)
+        if not request.came_from_here:
+            refusal = self._keys.refusal(request, route.access)
             if refusal is not None:
                 return refusal
         try:
             if self._shard is not None:
-                taken = await self._shard.take(request, admin=admin)
+                taken = await self._shard.take(request, route)
                 if taken is not None:
                     return taken
             return await handler(request)
@@ -252,14 +245,6 @@ class Router:
             _LOG.exception("request failed path=%s", request.path)
             return answers.from_error(HexgenError(), None)
 
-    def _admin_route(self, request: Request) -> Handler | None:
-        method, path = request.method, request.path
-        return self._admin_routes.get((method, path)) or self._admin.one(method, path)
 
-    def _no_route(self, request: Request) -> web.Response:
-        known = (*self._routes, *self._admin_routes)
-        allowed = sorted(method for method, path in known if path == request.path)
-        if allowed:
-            headers = {"Allow": ", ".join(allowed)}
-            return answers.error_response("Method not allowed.", 405, headers=headers)
-        return answers.from_error(BadRequest("There is no such endpoint.", status=404), None)
+def _no_route() -> web.Response:
+    return answers.from_error(BadRequest("There is no such endpoint.", status=404), None)

@@ -56,6 +56,7 @@ class Request:
         method: of it.
         path_qs: path and query as they came.
         path: the path as it came, without a query.
+        params: what stands in the path for the parameters of its route.
         pairs: header names and values as they came.
         names: the same by lower-case name.
         persists: whether another request may follow on its connection.
@@ -77,6 +78,7 @@ class Request:
         self._connection = connection
         self.method, self.path_qs = method, target
         self.path = target.partition("?")[0]
+        self.params: Mapping[str, str] = {}
         self.pairs = pairs
         self.persists, self._can_chunk = persists, can_chunk
         self.names = names = Names()

@@ -1,24 +1,16 @@
-"""Who may ask for what: client keys, admin keys, and the routes that need none."""
+"""Who may ask for what: client keys and admin keys."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
-from typing import Final
 
 from aiohttp import web
 
 from hexgen_vllm.router import answers
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.options import RouterOptions
-
-# Open without a key: load balancers and scrapers have none, and the page asks for one itself.
-OPEN: Final = frozenset(
-    (
-        "/health", "/readiness", "/health/readiness", "/liveness", "/health/liveness", "/ping",
-        "/version", "/metrics", "/", "/ui",
-    )
-)  # fmt: skip
+from hexgen_vllm.router.routes import Access
 
 
 class Keys:
@@ -37,11 +29,11 @@ class Keys:
         self._everybody = options.allow_unauthenticated_admin
         self._origins = frozenset(options.allowed_origins)
 
-    def refusal(self, request: Request, *, admin: bool) -> web.Response | None:
+    def refusal(self, request: Request, access: Access) -> web.Response | None:
         """Return the answer to a request that may not pass, ``None`` if it may."""
-        if admin:
+        if access is Access.ADMIN:
             return self._admin_refusal(request)
-        if not self.wanted or request.path in OPEN:
+        if not self.wanted or access is not Access.CLIENT:
             return None
         if _shows(request, self._client) | _shows(request, self._admin):
             return None

@@ -11,8 +11,8 @@ from hexgen_vllm.router import answers
 from hexgen_vllm.router.broken import why
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.http_server import Handle, Server
+from hexgen_vllm.router.routes import monitors
 
-_SHOWN: Final = frozenset(("/metrics", "/health", "/readiness", "/liveness"))
 _MAX_BODY_BYTES: Final = 0
 _CLOSE_S: Final = 0.1
 
@@ -53,6 +53,6 @@ class MetricsPort:
             await self._runner.cleanup()
 
     async def _answer(self, request: Request) -> web.StreamResponse:
-        if request.path in _SHOWN:
+        if monitors(request.path):
             return await self._handle(request)
         return answers.from_error(BadRequest("There is no such endpoint.", status=404), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -22,47 +21,23 @@ from hexgen_vllm.router.intake import decoded
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.overview import decision
 from hexgen_vllm.router.tuning import SearchFailed, fleet_text
-from hexgen_vllm.router.ui_page import DATA_PATH, PATH, UiPage
+from hexgen_vllm.router.ui_page import PATH, UiPage
 from hexgen_vllm.router.workers import target_view, worker_view
 
-Handler = Callable[[Request], Awaitable[web.StreamResponse]]
 _DECISIONS_SHOWN: Final = 50
-_PASSED_ON: Final = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=60.0)
 
 
 class Pages:
-    """Handlers by method and path."""
+    """Handlers of what the router says of itself.
+
+    Attributes:
+        ui: handlers of the page for people.
+    """
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._ui = UiPage(context)
-
-    def routes(self) -> dict[tuple[str, str], Handler]:
-        """Return every handler."""
-        health = dict.fromkeys(("/health", "/readiness", "/health/readiness"), self.readiness)
-        live = dict.fromkeys(("/liveness", "/health/liveness", "/ping"), self.liveness)
-        get: dict[str, Handler] = {
-            **health,
-            **live,
-            "/v1/models": self.models,
-            "/version": self.version,
-            "/workers": self.workers,
-            "/load": self.load,
-            "/metrics": self.metrics,
-            "/scheduling/diagnostics": self.diagnostics,
-            "/tuning": self.tuning,
-            "/tuning/recent": self.recent,
-            "/tuning/fleet": self.engines_measured,
-            "/openapi.json": self.openapi,
-            "/": self.root,
-            PATH: self._ui.page,
-            DATA_PATH: self._ui.data,
-        }
-        post: dict[str, Handler] = dict.fromkeys(_PASSED_ON, self.pass_on)
-        post["/finish_session"] = self.finish_session
-        pages = {(method, p): h for p, h in get.items() for method in ("GET", "HEAD")}
-        return pages | {("POST", p): h for p, h in post.items()}
+        self.ui = UiPage(context)
 
     async def root(self, request: Request) -> web.StreamResponse:
         """Lead whoever opens the router's address in a browser to its page."""
@@ -94,7 +69,7 @@ class Pages:
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def openapi(self, request: Request) -> web.StreamResponse:
-        """Describe the endpoints."""
+        """Describe the routes."""
         return _json(openapi.document())
 
     async def workers(self, request: Request) -> web.StreamResponse:

@@ -22,23 +22,21 @@ from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.policy.elsewhere import Elsewhere
 from hexgen_vllm.router import answers, outbound
 from hexgen_vllm.router.context import Context, read_body
-from hexgen_vllm.router.endpoints import ENDPOINTS
 from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.engine_pool import UnixPool
 from hexgen_vllm.router.http_request import SENT, Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.overview import Overview
 from hexgen_vllm.router.overview_sum import total
+from hexgen_vllm.router.routes import LOAD_PATH, Route, Scope
 from hexgen_vllm.router.shard_metrics import merged
 from hexgen_vllm.router.spot import Spot
 from hexgen_vllm.router.ui_page import DATA_PATH, data_response
 
-LOAD_PATH: Final = "/shard/load"
 _ASK_S: Final = 0.25
 _PATIENCE_S: Final = 2.0
 _CONNECT_S: Final = 1.0
 _SMALL_BYTES: Final = 2**20
-_CALLS: Final = frozenset(endpoint.path for endpoint in ENDPOINTS)
 _LOG = logging.getLogger(__name__)
 
 
@@ -59,32 +57,35 @@ class Shard:
         self._overview = Overview(context)
         self.passing = 0
 
-    async def take(self, request: Request, *, admin: bool) -> web.StreamResponse | None:
+    async def take(self, request: Request, route: Route) -> web.StreamResponse | None:
         """Answer a request that is not only this process's; return ``None`` for all others."""
         if request.came_from_here:
             return None
-        if admin and request.method in ("POST", "DELETE"):
-            await self._tell_others(request)
-        elif request.path == "/metrics":
-            return await self._metrics()
-        elif request.path == DATA_PATH:
-            return await self._overview_of_all()
-        owner = await self._owner(request)
+        if route.scope is Scope.ALL:
+            return await self._with_others(request, route)
+        owner = await self._owner(request, route) if route.scope is Scope.OWNER else None
         if owner is None or owner == self._spot.index:
             return None
         return await self._pass_on(request, owner)
 
-    async def _owner(self, request: Request) -> int | None:
-        if request.path == "/finish_session":
+    async def _with_others(self, request: Request, route: Route) -> web.StreamResponse | None:
+        """Answer for all processes, or have each of them do what the request wants."""
+        if route.path == "/metrics":
+            return await self._metrics()
+        if route.path == DATA_PATH:
+            return await self._overview_of_all()
+        await self._tell_others(request)
+        return None
+
+    async def _owner(self, request: Request, route: Route) -> int | None:
+        if route.endpoint is None:
             session = request.query.get("session_id")
-        elif request.method == "POST" and request.path in _CALLS:
+        else:
             try:
                 body = await read_body(request)
                 session = self._context.intake.session(request.names, body)
             except BadRequest:
                 return None  # to be answered as such
-        else:
-            return None
         return None if not session else self._spot.owner(session)
 
     async def _pass_on(self, request: Request, owner: int) -> web.StreamResponse | None:
@@ -123,8 +124,6 @@ class Shard:
 
     async def load(self, request: Request) -> web.StreamResponse:
         """Say what calls this process has placed, to another one."""
-        if not request.came_from_here:
-            raise BadRequest("There is no such endpoint.", status=404)
         engines = self._context.service.coordinator.engines.items()
         return web.Response(
             body=json.dumps({name: load.own() for name, load in engines}).encode(),

@@ -30,7 +30,7 @@ from hexgen_vllm.config import DispatchOptions, EngineOptions, from_mapping
 from hexgen_vllm.router.config_file import read_options
 from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.pages import Pages
+from hexgen_vllm.router.routes import public
 from hexgen_vllm.testing.fake_server import FakeServer
 from hexgen_vllm.testing.stand import open_stand
 from tests.examples.pod_monitor import POD_MONITOR
@@ -228,9 +228,8 @@ def test_services_and_selectors_fit(which: str) -> None:
 
 
 @each_values
-async def test_probes_ask_for_pages_that_there_are(which: str) -> None:
-    async with open_stand() as stand:
-        pages = {path for _, path in Pages(stand.context).routes()}
+def test_probes_ask_for_pages_that_there_are(which: str) -> None:
+    pages = {route.path for route in public()}
     (router,) = workloads(which, "router")
     probes = {name: container(router)[f"{name}Probe"] for name in ("liveness", "readiness")}
     assert {n: p["httpGet"]["path"] for n, p in probes.items()} == {

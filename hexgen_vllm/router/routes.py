@@ -1,0 +1,288 @@
+"""The one table of what the router serves.
+
+Dispatch, keys, the port for metrics, what router processes pass on to each other, the OpenAPI
+document and the tests of the documentation all read it; a route that is added here is everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from hexgen_vllm.router import answers
+from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
+from hexgen_vllm.router.http_request import Request
+from hexgen_vllm.router.ui_page import DATA_PATH, PATH
+
+if TYPE_CHECKING:
+    from hexgen_vllm.router.admin import Admin
+    from hexgen_vllm.router.pages import Pages
+    from hexgen_vllm.router.relay import Relay
+    from hexgen_vllm.router.shard import Shard
+
+Handler = Callable[[Request], Awaitable[web.StreamResponse]]
+LOAD_PATH: Final = "/shard/load"
+_PARAM: Final = re.compile(r"\{(\w+)\}")
+_NO_PARAMS: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+class Access(Enum):
+    """Who may use a route."""
+
+    OPEN = "open"  # everybody: load balancers and scrapers have no key
+    CLIENT = "client"  # who shows a client key or an admin key, if client keys are set
+    ADMIN = "admin"  # who shows an admin key
+    PROCESS = "process"  # other processes of this router; for all others it does not exist
+
+
+class Scope(Enum):
+    """Which of several router processes answers."""
+
+    HERE = "here"  # the one that was asked
+    OWNER = "owner"  # the one that has the workflow
+    ALL = "all"  # what is shown is of all together; what is changed is changed in all
+
+
+class Group(Enum):
+    """What a route is about; the tags of the OpenAPI document."""
+
+    MONITORING = "monitoring"  # also served on the port for metrics
+    STATUS = "status"
+    CALLS = "calls"
+    ADMIN = "admin"
+
+
+class Parts(NamedTuple):
+    """What a router's routes lead to.
+
+    Attributes:
+        pages: what the router says of itself.
+        admin: what changes the engines.
+        relay: answers calls.
+        shard: this one of several processes, ``None`` when there is only one.
+    """
+
+    pages: Pages
+    admin: Admin
+    relay: Relay
+    shard: Shard | None
+
+    def need_shard(self) -> Shard:
+        """Return the shard where there is one."""
+        if self.shard is None:
+            raise LookupError
+        return self.shard
+
+
+Bind = Callable[[Parts], Handler]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One route.
+
+    Attributes:
+        method: of requests; ``GET`` stands for ``HEAD`` too.
+        path: ``{name}`` stands for one segment, which the handler finds in ``request.params``.
+        bind: returns what answers requests, of one router's parts.
+        access: who may ask.
+        scope: which process answers.
+        group: what it is about.
+        summary: one sentence for people.
+        content: type of a good answer, ``None`` if it has no body.
+        query: parameters in the query; one that ends with ``*`` must be there.
+        statuses: of good answers.
+        endpoint: what a body means, for calls.
+    """
+
+    method: str
+    path: str
+    bind: Bind
+    access: Access
+    scope: Scope
+    group: Group
+    summary: str
+    content: str | None = "application/json"
+    query: tuple[str, ...] = ()
+    statuses: tuple[int, ...] = (200,)
+    endpoint: Endpoint | None = None
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods it answers."""
+        return ("GET", "HEAD") if self.method == "GET" else (self.method,)
+
+
+def _bind_call(endpoint: Endpoint) -> Bind:
+    return lambda at: partial(at.relay.answer, endpoint)
+
+
+# fmt: off
+def _table() -> Iterator[Route]:
+    monitoring, status, calls, admin = Group
+    opened, client, operator, process = Access
+    here, owner, every = Scope
+    serves = "Whether a call that comes now would be served: 200 or 503."
+    runs = "Whether the process runs."
+    for path in ("/health", "/readiness", "/health/readiness"):
+        yield Route("GET", path, lambda at: at.pages.readiness, opened, here, monitoring, serves,
+                    content=None)
+    for path in ("/liveness", "/health/liveness", "/ping"):
+        yield Route("GET", path, lambda at: at.pages.liveness, opened, here, monitoring, runs,
+                    content=None)
+    # SageMaker asks with either method, and vLLM answers both.
+    yield Route("POST", "/ping", lambda at: at.pages.liveness, opened, here, monitoring, runs,
+                content=None)
+    yield Route("GET", "/version", lambda at: at.pages.version, opened, here, monitoring,
+                "Version of the router.")
+    yield Route("GET", "/metrics", lambda at: at.pages.metrics, opened, every, monitoring,
+                "Metrics in Prometheus' text format.", content="text/plain")
+
+    yield Route("GET", "/", lambda at: at.pages.root, opened, here, status, "Leads to /ui.",
+                content=None, statuses=(302,))
+    yield Route("GET", PATH, lambda at: at.pages.ui.page, opened, here, status,
+                "A page that shows the router live.", content="text/html")
+    yield Route("GET", DATA_PATH, lambda at: at.pages.ui.data, client, every, status,
+                "What the page shows.")
+    yield Route("GET", "/v1/models", lambda at: at.pages.models, client, here, status,
+                "The models of all engines.")
+    yield Route("GET", "/workers", lambda at: at.pages.workers, client, here, status,
+                "The engines.")
+    yield Route("GET", "/load", lambda at: at.pages.load, client, here, status,
+                "Number of open calls.")
+    yield Route("GET", "/scheduling/diagnostics", lambda at: at.pages.diagnostics, client, here,
+                status, "What decisions stand on, and the last ones.")
+    yield Route("GET", "/tuning", lambda at: at.pages.tuning, client, here, status,
+                "What tuning did and suggests.")
+    yield Route("GET", "/tuning/recent", lambda at: at.pages.recent, client, here, status,
+                "Recent workflows, one JSON object a line.", content="application/x-ndjson")
+    yield Route("GET", "/tuning/fleet", lambda at: at.pages.engines_measured, client, here, status,
+                "The measured engines, as a fleet file.", content="application/yaml")
+    yield Route("GET", "/openapi.json", lambda at: at.pages.openapi, client, here, status,
+                "This document.")
+
+    for endpoint in ENDPOINTS:
+        yield Route("POST", endpoint.path, _bind_call(endpoint), client, owner, calls,
+                    "A call, placed on an engine.", endpoint=endpoint)
+    for path in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
+        yield Route("POST", path, lambda at: at.pages.pass_on, client, here, calls,
+                    "Passed on to an engine that has the model.")
+    yield Route("POST", "/finish_session", lambda at: at.pages.finish_session, client, owner,
+                calls, "End a workflow.", query=("session_id*",))
+
+    yield Route("POST", "/workers", lambda at: at.admin.register, operator, every, admin,
+                "Take in an engine.", statuses=(201,))
+    yield Route("POST", "/workers/{name}/drain", lambda at: at.admin.drain, operator, every, admin,
+                "Give an engine no new calls.")
+    yield Route("POST", "/workers/{name}/undrain", lambda at: at.admin.undrain, operator, every,
+                admin, "Give an engine calls again.")
+    yield Route("DELETE", "/workers/{name}", lambda at: at.admin.remove, operator, every, admin,
+                "Drain an engine and forget it.", query=("force",), statuses=(200, 202))
+    yield Route("POST", "/add_worker", lambda at: at.admin.add_worker, operator, every, admin,
+                "Take in an engine.", query=("url",))
+    yield Route("POST", "/remove_worker", lambda at: at.admin.remove_worker, operator, every,
+                admin, "Drain an engine and forget it.", query=("url",), statuses=(200, 202))
+    yield Route("GET", "/list_workers", lambda at: at.admin.list_workers, operator, here, admin,
+                "Addresses of the engines.")
+
+    yield Route("GET", LOAD_PATH, lambda at: at.need_shard().load, process, here, status,
+                "What calls a process has placed.")
+
+# fmt: on
+
+
+ROUTES: Final = tuple(_table())
+"""All routes."""
+
+
+def public() -> Iterator[Route]:
+    """Return the routes that others than this router's own processes may use."""
+    return (route for route in ROUTES if route.access is not Access.PROCESS)
+
+
+class Match(NamedTuple):
+    """A route that was found for a request, what answers it, and what the path says."""
+
+    route: Route
+    handler: Handler
+    params: Mapping[str, str] = _NO_PARAMS
+
+
+class Routes:
+    """The table, bound to the handlers of one router."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._fixed: dict[tuple[str, str], Match] = {}
+        self._open: list[tuple[str, re.Pattern[str], Match]] = []
+        self._paths: dict[str, list[Route]] = {}
+        for route in ROUTES:
+            if route.access is Access.PROCESS and parts.shard is None:
+                continue
+            match = Match(route, route.bind(parts))
+            for method in route.methods:
+                if "{" in route.path:
+                    self._open.append((method, _pattern(route.path), match))
+                else:
+                    self._fixed[method, route.path] = match
+            if route.access is not Access.PROCESS:
+                self._paths.setdefault(route.path, []).append(route)
+
+    def find(self, request: Request) -> Match | None:
+        """Return the route of a request, ``None`` if there is none."""
+        found = self._found(request.method, request.path)
+        hidden = found is not None and found.route.access is Access.PROCESS
+        return None if hidden and not request.came_from_here else found
+
+    def _found(self, method: str, path: str) -> Match | None:
+        found = self._fixed.get((method, path))
+        if found is not None:
+            return found
+        for known, pattern, match in self._open:
+            at = pattern.fullmatch(path) if known == method else None
+            if at is not None:
+                said = {name: unquote(value) for name, value in at.groupdict().items()}
+                return match._replace(params=said)
+        return None
+
+    def allowed(self, path: str) -> list[str]:
+        """Return the methods with which there is a route for ``path``, in order."""
+        found = {m for route in self._paths.get(path, ()) for m in route.methods}
+        found |= {method for method, pattern, _ in self._open if pattern.fullmatch(path)}
+        return sorted(found)
+
+    def refusal(self, request: Request) -> web.Response | None:
+        """Return the answer to a request without a route whose path is nearly right.
+
+        As vLLM does it: another method is 405, one slash too many or too few at the end leads to
+        the right path.
+        """
+        path = request.path
+        allowed = self.allowed(path)
+        if allowed:
+            headers = {"Allow": ", ".join(allowed)}
+            return answers.error_response("Method not allowed.", 405, headers=headers)
+        other = path[:-1] if path.endswith("/") else f"{path}/"
+        if path != "/" and self.allowed(other):  # never to a path of the client's making
+            target = other + request.path_qs[len(path) :]
+            return web.Response(status=307, headers={"Location": target})
+        return None
+
+
+def monitors(path: str) -> bool:
+    """Whether ``path`` is served on the port for metrics."""
+    return any(route.path == path for route in ROUTES if route.group is Group.MONITORING)
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """Return what a path with parameters looks like."""
+    pieces = _PARAM.split(path)
+    texts = [f"(?P<{p}>[^/]+)" if i % 2 else re.escape(p) for i, p in enumerate(pieces)]
+    return re.compile("".join(texts))
