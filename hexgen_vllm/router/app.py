@@ -15,11 +15,12 @@ from hexgen_vllm.router import answers, tls
 from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.context import Context, new_context, shutting_down
 from hexgen_vllm.router.cors import Cors
-from hexgen_vllm.router.http_request import Request
+from hexgen_vllm.router.http_request import SENT, Request
 from hexgen_vllm.router.http_server import Server
 from hexgen_vllm.router.keys import Keys
 from hexgen_vllm.router.metrics_port import MetricsPort
 from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.outbound import REQUEST_ID_HEADER
 from hexgen_vllm.router.pages import Pages
 from hexgen_vllm.router.relay import Relay
 from hexgen_vllm.router.routes import Parts, Routes
@@ -221,6 +222,12 @@ class Router:
 
     async def _handle(self, request: Request) -> web.StreamResponse:
         """Answer any request; errors become OpenAI error objects."""
+        response = await self._answer(request)
+        if response is not SENT and REQUEST_ID_HEADER not in response.headers:
+            response.headers[REQUEST_ID_HEADER] = self.context.intake.request_id(request.names)
+        return response
+
+    async def _answer(self, request: Request) -> web.StreamResponse:
         found = self._routes.find(request)
         if found is None:
             refused = self._cors.preflight(request) or self._routes.refusal(request)

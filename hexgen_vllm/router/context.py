@@ -116,8 +116,7 @@ class Context:
         """
         if self.fleet.knows(model):
             return
-        if all(engine.spec is None for engine in self.fleet.engines.values()):
-            raise Refused("No engine is ready yet.", reason="rejected-no-endpoints")
+        self._check_known()
         shown = model if len(model) <= 100 else f"{model[:100]}..."
         raise BadRequest(
             f"The model {shown!r} does not exist.",
@@ -125,6 +124,19 @@ class Context:
             status=404,
             code="model_not_found",
         )
+
+    def default_model(self) -> str | None:
+        """Return the model that a call without one means, ``None`` when there are several.
+
+        Raises:
+            Refused: no engine has been up yet, so that nobody knows.
+        """
+        self._check_known()
+        return self.fleet.default_model()
+
+    def _check_known(self) -> None:
+        if all(engine.spec is None for engine in self.fleet.engines.values()):
+            raise Refused("No engine is ready yet.", reason="rejected-no-endpoints")
 
 
 def shutting_down() -> Refused:

@@ -162,10 +162,15 @@ class Fleet:
                 return True
         return False
 
-    def only_model(self) -> str | None:
-        """Return the one model there is, ``None`` when there are several or none is known."""
-        cards = self.cards()
-        return str(cards[0]["id"]) if len(cards) == 1 else None
+    def default_model(self) -> str | None:
+        """Return the model that every engine takes a call to mean which names none.
+
+        vLLM takes the first one of its list, whatever aliases and adapters follow. ``""`` when no
+        engine has a list; ``None`` when they would not take the same.
+        """
+        known = [engine for engine in self.engines.values() if engine.spec is not None]
+        firsts = {str(e.cards[0]["id"]) if e.cards else "" for e in known}
+        return firsts.pop() if len(firsts) == 1 else None
 
     # What health checks find
 

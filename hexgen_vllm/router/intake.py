@@ -24,7 +24,7 @@ from hexgen_vllm.types import NO_DEADLINE, Call
 MAX_REQUEST_ID_CHARS: Final = 256
 SESSION_TYPE: Final = "session"
 _DECODER: Final = msgspec.json.Decoder()
-_REQUEST_ID: Final = re.compile(rf"[\x21-\x7e]{{1,{MAX_REQUEST_ID_CHARS}}}")
+_NOT_IN_REQUEST_ID: Final = re.compile(r"[^\x21-\x7e]+")
 
 
 @dataclass(init=False, slots=True)
@@ -83,21 +83,15 @@ class Intake:
         self._made_up = f"hexgen-{secrets.token_hex(12)}"
 
     def request_id(self, headers: Mapping[str, str]) -> str:
-        """Return the client's request id, or a new one.
+        """Return the client's request id, or a new one if nothing of it can stay.
 
-        Raises:
-            BadRequest: it is too long or not printable.
+        Answers and logs repeat it: only printable ASCII stays, the first
+        :data:`MAX_REQUEST_ID_CHARS` of it.
         """
         for name in self._request_id_headers:
             value = headers.get(name)
-            if value is None:
-                continue
-            if not _REQUEST_ID.fullmatch(value):
-                most = MAX_REQUEST_ID_CHARS
-                raise BadRequest(
-                    f"{name} must be 1 to {most} printable ASCII characters.", param=name
-                )
-            return value
+            if value and (kept := _NOT_IN_REQUEST_ID.sub("", value)[:MAX_REQUEST_ID_CHARS]):
+                return kept
         return f"{self._made_up}-{next(self._numbers)}"
 
     def session(self, names: Names, raw: bytes) -> str | None:
@@ -115,7 +109,7 @@ class Intake:
         headers: Mapping[str, str],
         raw: bytes,
         now: float,
-        only_model: Callable[[], str | None],
+        default_model: Callable[[], str | None],
         pairs: Pairs | None = None,
     ) -> Accepted:
         """Read a request.
@@ -125,15 +119,15 @@ class Intake:
             headers: case-insensitive.
             raw: its body.
             now: time of receipt.
-            only_model: returns the model meant by a body that names none, ``None`` when there are
-                several.
+            default_model: returns the model meant by a body that names none, ``None`` when there
+                are several.
             pairs: the headers as they came, for the engine.
 
         Raises:
             BadRequest: the body is no JSON object, or one of our fields has a bad value.
         """
         body = decoded(raw)
-        model = _model(body, only_model)
+        model = _model(body, default_model)
         names = headers if isinstance(headers, Names) else Names.of(headers)
         said = _said(names, body)
         foreign = conventions.read(names, body)
@@ -233,12 +227,13 @@ def _in_python(raw: bytes) -> Any:
         raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
 
 
-def _model(body: Mapping[str, Any], only_model: Callable[[], str | None]) -> str:
+def _model(body: Mapping[str, Any], default_model: Callable[[], str | None]) -> str:
+    """Return the model that a body names; missing, null and empty are one, as in vLLM."""
     model = body.get("model")
     if isinstance(model, str) and model:
         return model
-    if model is None and (only := only_model()) is not None:
-        return only
+    if model in (None, "") and (default := default_model()) is not None:
+        return default
     raise BadRequest("model must name a model.", param="model")
 
 

@@ -28,6 +28,7 @@ from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import Accepted
 from hexgen_vllm.router.job import Job
+from hexgen_vllm.router.keys import KEY_HEADER
 from hexgen_vllm.router.passing import StreamPass, whole_pass
 from hexgen_vllm.router.targets import RANK_HEADER, rank_of
 from hexgen_vllm.types import Placement
@@ -41,8 +42,7 @@ class Relay:
 
     def __init__(self, context: Context) -> None:
         self._context, options = context, context.options
-        key = options.engine_api_key
-        self._key = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._engine_key = options.engine_api_key
         self._pool = Pool(options.connect_timeout_secs, tls.for_engines(options))
 
     @property
@@ -117,9 +117,9 @@ class Relay:
                 now = context.clock.now()
 
     def _read(self, job: Job, raw: bytes) -> Accepted:
-        request, only = job.request, self._context.fleet.only_model
+        request, default = job.request, self._context.default_model
         return self._context.intake.read(
-            job.endpoint, request.names, raw, job.began_s, only, request.pairs
+            job.endpoint, request.names, raw, job.began_s, default, request.pairs
         )
 
     async def _elsewhere(self, job: Job, call_id: str, failure: EngineFailed) -> Placement:
@@ -167,7 +167,7 @@ class Relay:
         self, job: Job, accepted: Accepted, placement: Placement, engine: Engine, now: float
     ) -> Answer:
         context = self._context
-        extra = dict(self._key)
+        extra = self._key_for_engine(job.request)
         if placement.engine_id != engine.name:
             extra[RANK_HEADER] = rank_of(placement.engine_id)
         job.trace.sending(placement.engine_id, extra)
@@ -199,6 +199,15 @@ class Relay:
         if answer.status == 200 and _is_stream(answer):
             return await StreamPass(job, attempt, self._context.service, head).run(answer)
         return await whole_pass(job, attempt, answer, head)
+
+    def _key_for_engine(self, request: Request) -> dict[str, str]:
+        """Return the headers that show an engine a key: vLLM knows bearers only."""
+        names, key = request.names, self._engine_key
+        if key is None:
+            shown = KEY_HEADER in names and "authorization" not in names
+            return {"authorization": f"Bearer {names[KEY_HEADER]}"} if shown else {}
+        replaced = {"authorization": f"Bearer {key}"}
+        return {**replaced, KEY_HEADER: key} if KEY_HEADER in names else replaced
 
     def _learn(self, job: Job) -> None:
         accepted, result = job.accepted, job.result

@@ -179,7 +179,7 @@ class FakeServer:
         if fault is not None and fault.after is None and fault.kind != "drip":
             await _break(request, fault.kind)
         body = json.loads(raw)
-        if body.get("model", self.settings.models[0]) not in self.settings.served:
+        if (body.get("model") or self.settings.models[0]) not in self.settings.served:
             return _status(Fault("status", status=404))
         rank = rank_of(request.headers)
         if not 0 <= rank < self.settings.ranks:

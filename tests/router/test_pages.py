@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import aiohttp
 import pytest
 
 from hexgen_vllm import __version__
 from hexgen_vllm.testing.fake_server import FakeSettings
-from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
+from hexgen_vllm.testing.stand import BODIES, CHAT, Stand, open_stand
 
 PATHS = {
     "GET": ("/v1/models", "/version", "/workers", "/load", "/metrics", "/scheduling/diagnostics",
@@ -108,7 +109,6 @@ async def test_no_such_route(stand: Stand, method: str, path: str, status: int) 
         (b'{"model": "tiny"}', {"x-hexgen-workflow-deadline-ms": "soon"}, 400,
          "x-hexgen-workflow-deadline-ms"),
         (b'{"model": "tiny"}', {"x-hexgen-workflow-id": "x" * 129}, 400, "x-hexgen-workflow-id"),
-        (b'{"model": "tiny"}', {"X-Request-ID": "x" * 300}, 400, "x-request-id"),
         (b'{"model": "tiny", "vllm_xargs": {"hexgen_stage": 7}}', {}, 400, "hexgen_stage"),
         (b'{"model": "other"}', {}, 404, "model"),
     ],
@@ -187,12 +187,73 @@ async def test_a_key_is_asked_for() -> None:
             headers = {} if shown is None else {"Authorization": shown}
             async with stand.post(headers=headers) as answer:
                 assert answer.status == status
+        for headers in ({"authorization": "bearer   k2  "}, {"Authorization": "BEARER k1"},
+                        {"x-api-key": " k1 "}, {"Authorization": "Basic x", "X-API-Key": "k2"},
+                        {"Authorization": "Bearer none", "x-api-key": "k1"}):  # fmt: skip
+            async with stand.post(headers=headers) as answer:
+                assert answer.status == 200, headers
+        for headers in ({"x-api-key": ""}, {"x-api-key": "k"}, {"x-api-key": "Bearer k1"},
+                        {"Authorization": "Bearer"}, {"Authorization": "Bearerk1"},
+                        {"Authorization": "Token k1"}):  # fmt: skip
+            async with stand.post(headers=headers) as answer:
+                assert answer.status == 401, headers
         assert {r.headers["Authorization"] for r in stand.received()} == {"Bearer inner"}
+        assert {r.headers.get("x-api-key") for r in stand.received()} == {None, "inner"}
         for path, status in (("/health", 200), ("/metrics", 200), ("/version", 200),
                              ("/v1/models", 401), ("/workers", 401),
                              ("/scheduling/diagnostics", 401)):  # fmt: skip
             async with stand.get(path) as answer:
                 assert answer.status == status
+
+
+async def test_engines_are_shown_the_clients_key_in_the_way_they_know(single: Stand) -> None:
+    for headers in ({"x-api-key": "k"}, {"Authorization": "Bearer k"}):
+        async with single.post(headers=headers) as answer:
+            assert answer.status == 200
+    assert [r.headers["Authorization"] for r in single.received()] == ["Bearer k"] * 2
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/nope", "/health", "/metrics", "/workers/x/drain"])
+async def test_every_answer_says_the_request_id(stand: Stand, path: str) -> None:
+    async with stand.client.get(stand.router.url + path, headers={"X-Request-ID": "r 1"}) as answer:
+        assert answer.headers.getall("x-request-id") == ["r1"]
+
+
+NO_MODEL: tuple[dict[str, Any], ...] = ({}, {"model": None}, {"model": ""})
+
+
+@pytest.mark.parametrize("model", NO_MODEL)
+@pytest.mark.parametrize("path", BODIES)
+async def test_without_a_model_the_first_one_is_meant(path: str, model: dict[str, Any]) -> None:
+    """As in vLLM, also where the engine has adapters and aliases."""
+    settings = FakeSettings(models=("base", "alias"), adapters=("sql",))
+    async with open_stand(settings, settings) as stand:
+        body = {**BODIES[path], **model}
+        async with stand.client.post(stand.router.url + path, json=body) as answer:
+            assert answer.status == 200
+        (got,) = stand.received()
+        assert json.loads(got.body) == body
+        assert set(stand.context.metrics.usage._used) == {("default", "base")}
+
+
+@pytest.mark.parametrize("model", NO_MODEL)
+async def test_without_a_model_several_are_too_many(model: dict[str, Any]) -> None:
+    body = {**BODIES[CHAT], **model}
+    async with (
+        open_stand(FakeSettings(models=("a",)), FakeSettings(models=("b",))) as stand,
+        stand.client.post(stand.router.url + CHAT, json=body) as answer,
+    ):
+        assert answer.status == 400
+        assert (await answer.json())["error"]["param"] == "model"
+
+
+async def test_without_a_model_before_any_engine_is_up() -> None:
+    async with (
+        open_stand(wait=False, worker_urls=("http://127.0.0.1:9",)) as stand,
+        stand.client.post(stand.router.url + CHAT, json=BODIES[CHAT]) as answer,
+    ):
+        assert answer.status == 503
+        assert answer.headers["Retry-After"]
 
 
 async def test_too_many_open_calls_are_refused() -> None:
