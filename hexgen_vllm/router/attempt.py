@@ -14,10 +14,13 @@ from hexgen_vllm.router.answers import EngineFailed
 from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.ledger import CLIENT_GONE
+from hexgen_vllm.router.watch import StreamWatch
 
 LOST: Final = "engine-lost"
 TIMEOUT: Final = "engine-timeout"
 SHUTDOWN: Final = "rejected-shutting-down"
+_UNREAD_BYTES: Final = 2**16
+_LINGER_S: Final = 1.0  # for an engine to end an answer that has said that it is at its end
 _MESSAGES: Final = {
     LOST: ("The engine failed before its answer was complete.", 502),
     TIMEOUT: ("The engine did not answer in time.", 504),
@@ -35,11 +38,12 @@ class Attempt:
         engine: name of the engine.
         answering: whether the client has been sent something.
         answer: the engine's answer, once it has begun.
+        watch: looks at it, if it is a stream.
     """
 
     __slots__ = (
         "_guard", "_reason", "_request", "_seen", "_since_s", "_task", "answer", "answering",
-        "engine", "target",
+        "engine", "target", "watch",
     )  # fmt: skip
 
     def __init__(self, guard: Guard, request: Request, target: str, engine: str) -> None:
@@ -50,11 +54,19 @@ class Attempt:
         self._seen, self._since_s = -1, 0.0
         self.answering = False
         self.answer: Answer | None = None
+        self.watch: StreamWatch | None = None
 
     @property
     def progress(self) -> int:
-        """Times that part of the answer's body came."""
+        """Times that part of the answer came; comments and white space are none of it."""
+        if self.watch is not None:
+            return self.watch.progress
         return 0 if self.answer is None else self.answer.fed
+
+    @property
+    def begun(self) -> bool:
+        """Whether a token of the answer has come, or part of a body: it is not asked for again."""
+        return self.watch.tokens_begun if self.watch is not None else self.progress > 0
 
     def __enter__(self) -> Attempt:
         self._task = self._request.task
@@ -80,7 +92,7 @@ class Attempt:
     def _failure(self, reason: str) -> Exception:
         if reason == CLIENT_GONE:
             return ClientGone()
-        return failed(reason, retryable=reason == LOST and self.progress == 0)
+        return failed(reason, retryable=reason == LOST and not self.begun)
 
     def _client_gone(self) -> bool:
         transport = self._request.transport
@@ -97,6 +109,13 @@ class Attempt:
         if self.progress != self._seen:
             self._seen, self._since_s = self.progress, now
         return now - self._since_s
+
+    def client_reads(self) -> bool:
+        """Whether the client is there and has taken most of what it was sent."""
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            return False
+        return transport.get_write_buffer_size() <= _UNREAD_BYTES
 
     def client_is_slow(self) -> bool:
         """Whether what was sent to the client still waits to be read."""
@@ -135,8 +154,12 @@ class Guard:
     def tick(self, now: float) -> None:
         """End the tries that have been silent for too long."""
         for attempt in self.attempts:
-            limit_s = self._stall_s if attempt.progress else self._first_byte_s
-            if attempt.silent_s(now) > limit_s:
+            silent_s, watch = attempt.silent_s(now), attempt.watch
+            if watch is not None and watch.complete():
+                if silent_s > _LINGER_S and attempt.answer is not None:
+                    attempt.answer.enough()
+                continue
+            if silent_s > (self._stall_s if attempt.begun else self._first_byte_s):
                 attempt.abort(CLIENT_GONE if attempt.client_is_slow() else TIMEOUT)
 
     def engine_lost(self, engine: str) -> None:

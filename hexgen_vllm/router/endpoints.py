@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
+
+_ERROR: Final = (
+    rb'data: ?\{ ?"error": ?(?!null)|data: ?\{ ?"(?:object|type)": ?"error"|event: ?error\b'
+)
+
+
+def _marks(end: bytes) -> re.Pattern[bytes]:
+    """Return a pattern for lines that begin an event after which nothing follows."""
+    return re.compile(rb"\n(?:(?P<end>" + end + rb")|(?P<error>" + _ERROR + rb"))")
+
+
+_NO_END: Final = _marks(rb"(?!)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +29,7 @@ class Endpoint:
         prompt_fields: body fields that make up the prompt, in the order the model sees them.
         limit_fields: body fields that limit the output, the first one present counts.
         default_limit: output limit of a body without them; ``None`` is the model's.
-        end_marks: lines of which one ends a complete stream.
+        marks: finds the beginnings of events that end a stream, as groups ``end`` and ``error``.
         extra_events: events of a stream that bring no token.
         generates: whether it produces tokens.
     """
@@ -26,12 +39,13 @@ class Endpoint:
     prompt_fields: tuple[str, ...]
     limit_fields: tuple[str, ...] = ()
     default_limit: int | None = None
-    end_marks: tuple[bytes, ...] = ()
+    marks: re.Pattern[bytes] = _NO_END
     extra_events: int = 0
     generates: bool = True
 
 
-_DONE: Final = (b"\ndata: [DONE]", b"\ndata:[DONE]")
+_DONE: Final = rb"data: ?\[DONE\]"
+_RESPONSE_ENDS: Final = rb"response\.(?:completed|incomplete|failed|cancelled)"
 
 ENDPOINTS: Final = (
     Endpoint(
@@ -39,7 +53,7 @@ ENDPOINTS: Final = (
         "chat",
         ("tools", "messages"),
         ("max_completion_tokens", "max_tokens"),
-        end_marks=_DONE,
+        marks=_marks(_DONE),
         extra_events=2,
     ),
     Endpoint(
@@ -48,7 +62,7 @@ ENDPOINTS: Final = (
         ("prompt",),
         ("max_tokens",),
         default_limit=16,
-        end_marks=_DONE,
+        marks=_marks(_DONE),
         extra_events=1,
     ),
     Endpoint(
@@ -56,11 +70,8 @@ ENDPOINTS: Final = (
         "responses",
         ("instructions", "tools", "input"),
         ("max_output_tokens",),
-        end_marks=(
-            b"\nevent: response.completed",
-            b"\nevent: response.incomplete",
-            b"\nevent: response.failed",
-            *_DONE,
+        marks=_marks(
+            rb'event: ?%b\b|data: ?\{ ?"type": ?"%b"|%b' % (_RESPONSE_ENDS, _RESPONSE_ENDS, _DONE)
         ),
         extra_events=8,
     ),
@@ -69,7 +80,7 @@ ENDPOINTS: Final = (
         "messages",
         ("tools", "system", "messages"),
         ("max_tokens",),
-        end_marks=(b"\nevent: message_stop",),
+        marks=_marks(rb'event: ?message_stop\b|data: ?\{ ?"type": ?"message_stop"'),
         extra_events=5,
     ),
     Endpoint("/v1/embeddings", "embeddings", ("input",), generates=False),

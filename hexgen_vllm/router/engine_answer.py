@@ -31,7 +31,7 @@ class Answer:
     Attributes:
         status: HTTP status, 0 until the head is here.
         pairs: header names and values as they came.
-        fed: pieces of the body so far.
+        fed: pieces of the body so far that are not white space.
     """
 
     __slots__ = (
@@ -56,6 +56,11 @@ class Answer:
             if one.lower() == name:
                 return value.decode("latin-1")
         return ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is here."""
+        return self._whole
 
     async def head(self) -> None:
         """Wait for the head; whoever is not there to take it wants none of the answer.
@@ -113,6 +118,12 @@ class Answer:
         if self._line is not None:
             self._line.pause(False)
 
+    def enough(self) -> None:
+        """Take for its end what came so far: :meth:`pour` returns."""
+        if self._sink is not None and not self._whole:
+            self._whole = True
+            self._wake()
+
     def close(self) -> None:
         """Want no more of it: close the connection unless the answer has ended."""
         line, self._line = self._line, None
@@ -128,7 +139,8 @@ class Answer:
 
     def feed(self, data: bytes) -> None:
         """Take in a piece of the body."""
-        self.fed += 1
+        if not data.isspace():  # some proxies send it to keep connections open
+            self.fed += 1
         if self._sink is None:
             self._pieces.append(data)
             self._size += len(data)

@@ -30,6 +30,7 @@ class Job:
         first_token_s: when a stream's first token came.
         tries: times it was sent.
         placement: the last decision about it.
+        sent: pieces of an answer that the client has been sent.
         outcome: for the ledger.
         result: for the coordinator.
     """
@@ -42,6 +43,7 @@ class Job:
     request_id: str | None
     accepted: Accepted | None
     tries: int
+    sent: int
     placement: Placement | None
     outcome: str
     result: CallResult
@@ -52,13 +54,18 @@ class Job:
         self.request, self.endpoint = request, endpoint
         self.began_s, self.trace = began_s, trace
         self.first_token_s = self.request_id = self.accepted = self.placement = None
-        self.tries = 0
+        self.tries = self.sent = 0
         self.outcome, self.result = ledger.INTERNAL, _ABORTED
 
     def first_token(self, now: float) -> None:
         """Note the first token of a stream."""
         self.first_token_s = now
         self.trace.first_token()
+
+    def client_left(self) -> None:
+        """Note that the client has gone; an answer that it had in full by then stays one."""
+        if self.outcome == ledger.INTERNAL:
+            self.outcome = ledger.CLIENT_GONE
 
     def ended(self, outcome: str, usage: Usage | None = None) -> None:
         """Note how it ended; with ``usage`` it was answered."""

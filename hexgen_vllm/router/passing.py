@@ -6,6 +6,7 @@ event loop in which it came in. When the client does not read, the engine is not
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from aiohttp import web
@@ -32,12 +33,19 @@ _REPORT_EVERY: Final = 64  # events between two reports of progress
 
 
 class StreamPass:
-    """Passes on server-sent events; the coordinator hears of their progress."""
+    """Passes on server-sent events; the coordinator hears of their progress.
+
+    Nothing is passed on before the first token, or the end: until then the call can be sent to
+    another engine. An answer counts as given when its last event has gone out, whatever the
+    client or the engine do with their connections after that.
+    """
 
     def __init__(self, job: Job, attempt: Attempt, service: Service, head: list[bytes]) -> None:
         self._job, self._attempt, self._service, self._head = job, attempt, service, head
-        self._watch = StreamWatch(job.endpoint)
+        self._watch = attempt.watch = StreamWatch(job.endpoint)
+        self._held: list[bytes] = []
         self._report_at = 1
+        self._given = False
 
     async def run(self, answer: Answer) -> web.StreamResponse:
         """Relay ``answer``; one that breaks off ends with an error event.
@@ -52,27 +60,40 @@ class StreamPass:
                 await answer.pour(self._feed)
                 self._finish()
         except EngineFailed as failure:
-            if not self._attempt.answering:
+            if self._given:
+                job.request.end()
+            elif self._attempt.answering:
+                job.ended(failure.reason)
+                job.request.end(error_event(failure, job.endpoint.path))
+            else:
                 raise
-            job.ended(failure.reason)
-            job.request.end(error_event(failure, job.endpoint.path))
         return SENT
 
     def _feed(self, data: bytes) -> None:
         watch = self._watch
+        before = watch.events
         ready = watch.feed(data)
-        if ready:
+        if not ready:
+            return
+        if self._attempt.answering or watch.tokens_begun:
             self._send(ready)
-        if watch.events >= self._report_at:
+        elif watch.events > before:
+            self._held.append(ready)
+        if watch.complete():
+            self._note_end()
+        if watch.tokens() >= self._report_at:
             self._report(self._report_at == 1)
-            self._report_at = watch.events + _REPORT_EVERY
+            self._report_at = watch.tokens() + _REPORT_EVERY
 
     def _send(self, data: bytes) -> None:
+        self._job.sent += 1
         if self._attempt.answering:
             self._job.request.send(data)
-        else:
-            self._attempt.answering = True
-            self._job.request.begin(200, self._head, None, data)
+            return
+        if self._held:
+            data = b"".join((*self._held, data))
+        self._attempt.answering = True
+        self._job.request.begin(200, self._head, None, data)
 
     def _report(self, first: bool) -> None:
         accepted = self._job.accepted
@@ -84,6 +105,22 @@ class StreamPass:
         else:
             self._service.progressed(accepted.call.call_id, self._watch.tokens())
 
+    def _note_end(self) -> None:
+        """Book the answer whose last event has gone out to a client that reads."""
+        if self._given or not self._attempt.client_reads():
+            return
+        self._given = True
+        self._book()
+
+    def _book(self) -> None:
+        watch, job = self._watch, self._job
+        if watch.failed():
+            job.ended("engine-error")
+        elif watch.cancelled():
+            job.ended(ledger.CLIENT_GONE)
+        else:
+            job.ended(ledger.ANSWERED, watch.usage())
+
     def _finish(self) -> None:
         """End a stream that the engine ended.
 
@@ -91,16 +128,14 @@ class StreamPass:
             EngineFailed: its last event is missing.
         """
         watch, attempt = self._watch, self._attempt
-        engine_failed = watch.failed()
-        if not (engine_failed or watch.complete()):
-            raise failed(LOST, retryable=attempt.progress == 0)
+        rest = watch.ended()
+        if not (watch.failed() or watch.complete()):
+            raise failed(LOST, retryable=not attempt.begun)
         if not attempt.answering:
             self._send(b"")
-        self._job.request.end(watch.rest)
-        if engine_failed:
-            self._job.ended("engine-error")
-        else:
-            self._job.ended(ledger.ANSWERED, watch.usage())
+        self._job.request.end(rest)
+        if not self._given:
+            self._book()
 
 
 async def whole_pass(
@@ -150,6 +185,10 @@ async def _large_pass(
             answer.resume()
             request.draw_from(answer)
             await answer.pour(feed)
+    except asyncio.CancelledError:
+        if answer.whole:
+            _note_end(job, answer.status, tail)
+        raise
     except EngineFailed as failure:
         job.ended(failure.reason)
         return hung_up(request)

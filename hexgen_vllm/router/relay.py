@@ -69,10 +69,10 @@ class Relay:
             job.ended(error.reason)
             return answers.from_error(error, job.request_id)
         except (ClientGone, ConnectionError):
-            job.ended(ledger.CLIENT_GONE)
+            job.client_left()
             return answers.hung_up(request)
         except asyncio.CancelledError:
-            job.ended(ledger.CLIENT_GONE)
+            job.client_left()
             raise
         except Exception:
             _LOG.exception("call failed endpoint=%s request_id=%s", endpoint.name, job.request_id)
@@ -150,16 +150,16 @@ class Relay:
         context = self._context
         engine = context.fleet.engine(placement.engine_id)
         attempt = Attempt(context.guard, job.request, placement.engine_id, engine.name)
+        outcome = ""
         try:
             with attempt:
                 answer = attempt.answer = await self._send(job, accepted, placement, engine, now)
-            response = await self._relay(job, attempt, answer)
-            context.fleet.tried(engine, attempt.target, job.outcome)
-            return response
+            return await self._relay(job, attempt, answer)
         except EngineFailed as failure:
-            context.fleet.tried(engine, attempt.target, failure.reason)
+            outcome = failure.reason
             raise
         finally:
+            context.fleet.tried(engine, attempt.target, outcome or job.outcome)
             if attempt.answer is not None:
                 attempt.answer.close()  # nothing to close when it was read to its end
 

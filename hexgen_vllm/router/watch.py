@@ -1,7 +1,13 @@
-"""Looks at an answer on its way through: whole events, their number, the usage at its end.
+"""Looks at an answer on its way through: whole events, what they are, the usage at its end.
 
 Nothing is decoded until the answer has ended. JSON strings hold no raw line feed and no
 unescaped quote, so that line starts and field names can be found in the bytes.
+
+| what comes | is |
+|---|---|
+| comments, events without data, ``ping`` | filler: no sign that the engine works |
+| a role without text, ``response.created``, ``message_start``, ... | an opening: no token yet |
+| any other event | a token |
 """
 
 from __future__ import annotations
@@ -20,7 +26,19 @@ TAIL_BYTES: Final = 16 * 1024
 # A longer event is passed on in parts: waiting for its end would only cost memory.
 MAX_EVENT_BYTES: Final = 1024 * 1024
 _MARK: Final = b"\ndata:"
-_ERRORS: Final = (b'\ndata: {"error"', b"\nevent: error")
+_SEAM_BYTES: Final = 64  # longer than what any mark matches
+_FILLER: Final = re.compile(
+    rb'\n(?:event: ?ping\r?\ndata:[^\n]*|data:[ \r]*(?=\n)|data: ?\{ ?"type": ?"ping")'
+)
+_OPENING: Final = re.compile(
+    rb"\nevent: ?(?:message_start|content_block_start|response\.(?:created|queued|in_progress"
+    rb"|output_item\.added|content_part\.added))\r?\ndata:"
+    rb'|\ndata: ?\{(?:[^\n]*"delta": ?\{"role": ?"[a-z]+"(?:, ?"[a-z_]+": ?(?:null|""|\[\]))*\}'
+    rb'(?:, ?"[a-z_]+": ?null)*\}|[^\n]{0,40}?"type": ?"(?:message_start|content_block_start'
+    rb'|response\.(?:created|queued|in_progress|output_item\.added|content_part\.added))")'
+)
+_CANCELLED: Final = b"response.cancelled"
+_FAILED: Final = b"response.failed"
 _NAME: Final = b'"usage"'
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _TRIES: Final = 8
@@ -48,69 +66,158 @@ class Usage:
 
 
 class StreamWatch:
-    """Cuts a byte stream after whole events and counts them.
+    """Cuts a byte stream after whole events and says what they are.
 
     A client gets whole events only, so that an error event can follow wherever an engine stops.
+    What is seen is remembered, not looked for in the end: an event of any length, cut anywhere,
+    counts as the same event in one piece.
 
     Attributes:
-        events: events so far, the one that ends the stream included.
+        events: events with data so far, the one that ends the stream included.
+        opened: events of these that came before the first token and bring none.
+        progress: pieces that brought more of an answer than filler.
+        between: whether what was passed on so far ends with a whole event.
     """
 
-    __slots__ = ("_endpoint", "_mark_tail", "_rest", "_tail", "_tail_bytes", "events")
+    __slots__ = (
+        "_end", "_endpoint", "_error", "_near", "_parts", "_seam", "_size", "_tail", "_tail_bytes",
+        "between", "events", "opened", "progress",
+    )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._rest = b""
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._near = b""  # the last bytes of an event that is not whole
         self._tail: deque[bytes] = deque((b"\n",))
         self._tail_bytes = 1
-        self._mark_tail = b"\n"
-        self.events = 0
+        self._seam = b"\n"
+        self._end = b""
+        self._error = False
+        self.events = self.opened = self.progress = 0
+        self.between = True
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in ``chunk``; return the bytes to pass on now, which end with a whole event."""
-        self._remember(chunk)
-        if self._rest:
-            chunk = self._rest + chunk
-        if chunk.endswith(b"\n\n"):
-            self._rest = b""
-            return chunk
-        end = _after_last_event(chunk)
-        if not end and len(chunk) >= MAX_EVENT_BYTES:
-            end = len(chunk)
-        self._rest = chunk[end:]
-        return chunk[:end]
+        if not self._parts and chunk.endswith(b"\n\n"):
+            ready, self._near = chunk, b""
+        else:
+            ready = self._joined(chunk)
+            if not ready:
+                return b""
+        self._take(ready)
+        return ready
 
-    def _remember(self, chunk: bytes) -> None:
-        seam = self._mark_tail + chunk
-        self.events += seam.count(_MARK)
-        self._mark_tail = seam[1 - len(_MARK) :]
-        self._tail.append(chunk)
-        self._tail_bytes += len(chunk)
+    def _joined(self, chunk: bytes) -> bytes:
+        """Keep ``chunk``; return what now is whole, or too long to be kept."""
+        parts, near = self._parts, self._near
+        end = _after_last_event(near + chunk) - len(near)
+        if end <= 0:
+            self._near = (near + chunk)[-2:]
+            parts.append(chunk)
+            self._size += len(chunk)
+            if self._size >= MAX_EVENT_BYTES:
+                return self._all_parts()
+            if self._is_content():
+                self.progress += 1
+            return b""
+        parts.append(chunk[:end])
+        ready = self._all_parts()
+        self._near = chunk[end:][-2:]
+        if end < len(chunk):
+            parts.append(chunk[end:])
+            self._size = len(chunk) - end
+        return ready
+
+    def _is_content(self) -> bool:
+        """Whether the event that has begun is more than a comment, as far as can be seen."""
+        if not self.between:
+            return True
+        for part in self._parts:
+            if not part.isspace():
+                return not part.lstrip().startswith(b":")
+        return False
+
+    def _all_parts(self) -> bytes:
+        ready = b"".join(self._parts)
+        self._parts.clear()
+        self._size = 0
+        return ready
+
+    def _take(self, ready: bytes) -> None:
+        """Look at what is passed on."""
+        text = self._seam + ready
+        found = text.count(_MARK) - self._seam.count(_MARK)
+        whole = text.endswith((b"\n\n", b"\n\r\n"))
+        if found:
+            fillers = _FILLER.findall(text) if self.between else ()
+            found -= len(fillers)
+            if found and self.opened == self.events:  # no token yet
+                self.opened += min(len(_OPENING.findall(text)), found)
+        if found or not self.between:
+            self.progress += 1
+        self.events += found
+        mark = self._endpoint.marks.search(text)
+        while mark is not None:
+            kind = mark.lastgroup
+            if kind == "error":
+                self._error = True
+            else:
+                self._end = mark.group()
+            mark = self._endpoint.marks.search(text, mark.end())
+        self.between = whole
+        # After a whole event a line begins; a mark that was found is not found again.
+        self._seam = b"\n" if whole else text[-_SEAM_BYTES:]
+        self._remember(ready)
+
+    def _remember(self, ready: bytes) -> None:
+        self._tail.append(ready)
+        self._tail_bytes += len(ready)
         while self._tail_bytes - len(self._tail[0]) >= TAIL_BYTES:
             self._tail_bytes -= len(self._tail.popleft())
 
     @property
     def rest(self) -> bytes:
         """Bytes kept back: the beginning of an event."""
-        return self._rest
+        return b"".join(self._parts)
 
     def tail(self) -> bytes:
-        """Return the last bytes of the stream, at least :data:`TAIL_BYTES` of a long one."""
+        """Return the last bytes passed on, at least :data:`TAIL_BYTES` of a long stream."""
         return b"".join(self._tail)
 
+    def ended(self) -> bytes:
+        """Take in that no more comes; return what is left to pass on.
+
+        A last line that lacks only the empty line after it counts.
+        """
+        rest = self.rest
+        if rest.strip() and b"data:" in rest and rest.endswith((b"\n", b"[DONE]")):
+            self._all_parts()
+            self._take(rest)
+            self.between = True
+            return rest
+        return rest
+
+    @property
+    def tokens_begun(self) -> bool:
+        """Whether a token has come, or the end without one."""
+        return self.events > self.opened
+
     def complete(self) -> bool:
-        """Whether the stream has said that it is at its end."""
-        tail = self.tail()
-        return any(mark in tail for mark in self._endpoint.end_marks)
+        """Whether the stream has said that it is at its end, with a whole event."""
+        return self.between and bool(self._end)
 
     def failed(self) -> bool:
-        """Whether the stream ended with an error event of the engine."""
-        tail = self.tail()
-        return any(mark in tail for mark in _ERRORS)
+        """Whether the engine has said that it failed."""
+        return self._error or _FAILED in self._end
+
+    def cancelled(self) -> bool:
+        """Whether the engine has said that a client had the answer stopped."""
+        return _CANCELLED in self._end
 
     def tokens(self) -> int:
         """Return the output tokens so far, taking one event for one token."""
-        return max(self.events - 1, 0)
+        return self.events - self.opened
 
     def usage(self) -> Usage:
         """Return the counts the stream ended with; output is counted where it was not said."""
@@ -123,8 +230,8 @@ class StreamWatch:
 
 def _after_last_event(data: bytes) -> int:
     """Return where the last whole event of ``data`` ends, 0 when it holds none."""
-    lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
-    return max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
+    lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\n\r\n")
+    return max(lf + 2 if lf >= 0 else 0, crlf + 3 if crlf >= 0 else 0)
 
 
 def find_usage(data: bytes) -> Usage:

@@ -105,6 +105,81 @@ def test_error_events_of_engines_are_seen(last: bytes) -> None:
     assert not fed(CHAT, [said])[0].failed()
 
 
+ENDS: dict[str, tuple[Endpoint, bytes, bool]] = {
+    "chat": (CHAT, b"data: [DONE]\n\n", False),
+    "chat without a space": (CHAT, b"data:[DONE]\n\n", False),
+    "chat with CRLF": (CHAT, b"data: [DONE]\r\n\r\n", False),
+    "chat error": (
+        CHAT, b'data: {"error": {"message": "' + b"x" * 20_000 + b'"}}\n\ndata: [DONE]\n\n', True,
+    ),
+    "old chat error": (CHAT, b'data: {"object":"error","message":"x"}\n\ndata: [DONE]\n\n', True),
+    "message": (MESSAGES, b'event: message_stop\ndata: {"type": "message_stop"}\n\n', False),
+    "message without a name": (MESSAGES, b'data: {"type":"message_stop"}\n\n', False),
+    **{
+        f"{kind}, {size}{', unnamed' * (not named)}": (
+            RESPONSES,
+            (f"event: response.{kind}\n" if named else "").encode()
+            + f'data: {{"type":"response.{kind}","text":"'.encode() + b"x" * size + b'"}\n\n',
+            kind == "failed",
+        )
+        for kind in ("completed", "incomplete", "failed", "cancelled")
+        for size in (10, 17_000)
+        for named in (True, False)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("size", [1, 2, 3, 1448, 16_383, 10**6])
+def test_an_end_is_seen_however_long_and_cut(name: str, size: int) -> None:
+    endpoint, end, failed = ENDS[name]
+    data = b'data: {"text": "a"}\n\n' + end
+    watch, out = fed(endpoint, [data[i : i + size] for i in range(0, len(data), size)])
+    assert b"".join(out) == data
+    assert watch.complete()
+    assert watch.failed() is failed
+    half = fed(endpoint, [data[i : i + size] for i in range(0, len(data) - 3, size)][:-1])[0]
+    assert not half.complete(), "an event that is not whole is no end"
+
+
+def test_a_last_event_of_any_length_is_an_end_and_little_of_it_is_kept() -> None:
+    """Longer than what is kept: passed on in parts."""
+    start = b'event: response.completed\ndata: {"type":"response.completed","text":"'
+    usage = b'","usage":{"input_tokens":3,"output_tokens":2}}\n\n'
+    data = start + b"x" * 5 * MAX_EVENT_BYTES + usage
+    for size in (65_536, 262_144):
+        watch = StreamWatch(RESPONSES)
+        for i in range(0, len(data), size):
+            assert not watch.complete()
+            watch.feed(data[i : i + size])
+            assert len(watch.tail()) + len(watch.rest) <= 2 * MAX_EVENT_BYTES + size
+        assert watch.complete()
+        assert watch.events == 1
+        assert watch.usage() == Usage(3, None, 2)
+
+
+@pytest.mark.parametrize("end", [b"data: [DONE]", b"data: [DONE]\n", b"data: [DONE]\r\n"])
+def test_a_last_line_may_lack_the_line_after_it(end: bytes) -> None:
+    watch, _ = fed(CHAT, [b'data: {"text": "a"}\n\n', end])
+    assert not watch.complete()
+    assert watch.ended() == end
+    assert watch.complete()
+
+
+@given(places=PLACES)
+def test_fillers_are_no_events(places: list[int]) -> None:
+    fillers = (b": keep-alive\n\n", b":\n\n", b"data:\n\n", b"data: \n\n",
+               b'event: ping\ndata: {"type": "ping"}\n\n',
+               b'data: {"type":"ping"}\n\n')  # fmt: skip
+    data = b"".join(fillers)
+    for endpoint in GENERATING:
+        watch, out = fed(endpoint, cut(data, places))
+        assert b"".join(out) == data
+        assert (watch.events, watch.tokens_begun) == (0, False)
+    whole = fed(MESSAGES, [data])[0]
+    assert whole.progress == 0
+
+
 def usage(**fields: Any) -> bytes:
     return json.dumps({"usage": fields}).encode()
 
