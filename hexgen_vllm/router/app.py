@@ -10,7 +10,7 @@ from aiohttp import web
 
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.errors import BadRequest, ConfigError, HexgenError
+from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router import answers, tls
 from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.context import Context, new_context, shutting_down
@@ -231,7 +231,9 @@ class Router:
         found = self._routes.find(request)
         if found is None:
             refused = self._cors.preflight(request) or self._routes.refusal(request)
-            return refused or _no_route()
+            if refused is not None:
+                return refused
+            found = self._routes.rest(request)
         route, handler, request.params = found
         # What another process passes on has been looked at there.
         if not request.came_from_here:
@@ -251,7 +253,3 @@ class Router:
         except Exception:
             _LOG.exception("request failed path=%s", request.path)
             return answers.from_error(HexgenError(), None)
-
-
-def _no_route() -> web.Response:
-    return answers.from_error(BadRequest("There is no such endpoint.", status=404), None)

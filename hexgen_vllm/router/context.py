@@ -134,6 +134,18 @@ class Context:
         self._check_known()
         return self.fleet.default_model()
 
+    def any_model(self) -> str:
+        """Return the model of an engine that gets calls, for what needs no particular one.
+
+        Raises:
+            Refused: no engine has been up yet.
+        """
+        model = self.default_model()
+        if model is None:
+            models = [str(e.cards[0]["id"]) for e in self.fleet.ready() if e.cards]
+            model = models[0] if models else ""
+        return model
+
     def _check_known(self) -> None:
         if all(engine.spec is None for engine in self.fleet.engines.values()):
             raise Refused("No engine is ready yet.", reason="rejected-no-endpoints")

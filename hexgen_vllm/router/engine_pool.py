@@ -186,7 +186,9 @@ class Pool:
         """Connections there are."""
         return len(self._open)
 
-    def send(self, url: URL, head: bytes, body: bytes) -> Coroutine[Any, Any, Answer]:
+    def send(
+        self, url: URL, head: bytes, body: bytes, *, once: bool = False
+    ) -> Coroutine[Any, Any, Answer]:
         """Send a request and return the answer once its head is here.
 
         A connection that was idle may have been closed at the other end just then: the request
@@ -196,15 +198,18 @@ class Pool:
             url: of the engine.
             head: request line and headers, up to the empty line.
             body: of the request.
+            once: do not send it again, and so not over a connection that was idle.
 
         Raises:
             CannotConnect: nobody listens there.
             EngineBroke: the connection broke.
         """
-        return self._send((url.scheme, url.raw_host or "", url.port or 80), head, body)
+        return self._send((url.scheme, url.raw_host or "", url.port or 80), head, body, once=once)
 
-    async def _send(self, address: _Address, head: bytes, body: bytes) -> Answer:
-        connection = self._idle_one(address)
+    async def _send(
+        self, address: _Address, head: bytes, body: bytes, *, once: bool = False
+    ) -> Answer:
+        connection = None if once else self._idle_one(address)
         if connection is not None:
             answer = connection.send(head, body)
             try:

@@ -9,11 +9,13 @@ trial. Its data-parallel ranks share all that; calls are placed on each of them
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from yarl import URL
 
+from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router import ledger
 from hexgen_vllm.router.attempt import LOST, TIMEOUT, Guard, failed
 from hexgen_vllm.router.breaker import Breaker, Phase
@@ -25,6 +27,7 @@ from hexgen_vllm.types import EngineKind, EngineSpec, EngineState
 
 _SUCCESSES: Final = frozenset((ledger.ANSWERED, ledger.BAD_REQUEST))
 _FAILURES: Final = frozenset((LOST, TIMEOUT, "engine-error"))
+_MOST_ADDRESSES: Final = 64  # that are remembered
 _TAKES_CALLS: Final = (EngineState.READY, EngineState.TRIAL)
 _LOG = logging.getLogger(__name__)
 
@@ -86,11 +89,18 @@ class Engine:
         return self.state in _TAKES_CALLS
 
     def address(self, path: str) -> URL:
-        """Return the URL of ``path`` (with query) on the engine."""
+        """Return the URL of ``path`` (with query) on the engine.
+
+        Raises:
+            BadRequest: there can be no such URL.
+        """
         known = self._addresses.get(path)
         if known is None:
-            known = URL(self.worker.url + path, encoded=True)
-            if "?" not in path:  # bounded: only the paths the router serves
+            try:
+                known = URL(self.worker.url + path, encoded=True)
+            except ValueError:
+                raise BadRequest("The target of the request is no path.") from None
+            if "?" not in path and len(self._addresses) < _MOST_ADDRESSES:
                 self._addresses[path] = known
         return known
 
@@ -146,6 +156,27 @@ class Fleet:
     def ready(self) -> list[Engine]:
         """Return the engines that get calls, sorted by name."""
         return sorted((e for e in self.engines.values() if e.takes_calls), key=lambda e: e.name)
+
+    def least_busy(self, model: str, without: Collection[str] = ()) -> Engine | None:
+        """Return the engine with the fewest calls of those that get calls and serve ``model``.
+
+        Args:
+            model: name of a model.
+            without: names of engines that are not asked.
+        """
+        loads = self._service.coordinator.engines
+        known = [
+            engine
+            for engine in self.ready()
+            if engine.name not in without
+            and engine.spec is not None
+            and (not engine.spec.models or model in engine.spec.models)
+        ]
+        return min(
+            known,
+            key=lambda e: sum(len(loads[t].in_flight) for t in e.targets if t in loads),
+            default=None,
+        )
 
     def cards(self) -> list[dict[str, Any]]:
         """Return the model cards of all engines that were up once; the first one of a name."""

@@ -248,11 +248,14 @@ class Request:
 
     def end(self, data: bytes = b"") -> None:
         """Send the last of an answer that has begun."""
-        last = self._framed(data) + (b"0\r\n\r\n" if self._chunked else b"")
+        chunked = self._chunked and self.method != "HEAD"
+        last = self._framed(data) + (b"0\r\n\r\n" if chunked else b"")
         if last:
             self._connection.write(last)
 
     def _framed(self, data: bytes) -> bytes:
+        if self.method == "HEAD":
+            return b""
         if self._chunked and data:
             return b"%x\r\n%b\r\n" % (len(data), data)
         return data

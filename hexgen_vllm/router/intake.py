@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -24,6 +25,9 @@ from hexgen_vllm.types import NO_DEADLINE, Call
 MAX_REQUEST_ID_CHARS: Final = 256
 SESSION_TYPE: Final = "session"
 _DECODER: Final = msgspec.json.Decoder()
+_MAX_FORM_BYTES: Final = 2**16  # of an URL-encoded form, where the model is looked for
+_BOUNDARY: Final = re.compile(r'boundary=(?:"([^"]+)"|([^\s;"]+))', re.I)
+_FIELD_NAME: Final = re.compile(rb'\bname=(?:"([^"]*)"|([^\s;"]+))', re.I)
 _NOT_IN_REQUEST_ID: Final = re.compile(r"[^\x21-\x7e]+")
 
 
@@ -94,13 +98,13 @@ class Intake:
                 return kept
         return f"{self._made_up}-{next(self._numbers)}"
 
-    def session(self, names: Names, raw: bytes) -> str | None:
+    def session(self, endpoint: Endpoint, names: Names, raw: bytes) -> str | None:
         """Return the workflow or session that a request names, as :meth:`read` does.
 
         Raises:
             BadRequest: as :meth:`read`.
         """
-        body = decoded(raw)
+        body = _read_body(endpoint, names, raw)
         return _said(names, body).workflow_id or conventions.read(names, body).session_id
 
     def read(
@@ -126,9 +130,9 @@ class Intake:
         Raises:
             BadRequest: the body is no JSON object, or one of our fields has a bad value.
         """
-        body = decoded(raw)
-        model = _model(body, default_model)
         names = headers if isinstance(headers, Names) else Names.of(headers)
+        body = _read_body(endpoint, names, raw)
+        model = _model(body, default_model)
         said = _said(names, body)
         foreign = conventions.read(names, body)
         prompt = read_prompt(body, endpoint.prompt_fields)
@@ -137,7 +141,7 @@ class Intake:
             call=call,
             endpoint=endpoint,
             pairs=pairs or [],
-            body=_without_agentic_context(body, raw) if "vllm_xargs" in body else raw,
+            body=_without_agentic_context(body, raw) if _may_refuse(endpoint, body) else raw,
             prompt=prompt,
             session_id=said.workflow_id or foreign.session_id,
             priority=foreign.priority,
@@ -196,6 +200,57 @@ class Intake:
         if foreign.timeout_s is not None:
             return now + min(foreign.timeout_s, usual)
         return now + usual if in_session else NO_DEADLINE
+
+
+def _may_refuse(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Whether an engine may refuse a body for what it says in other projects' words."""
+    return "vllm_xargs" in body and endpoint.placed and endpoint.known
+
+
+def _read_body(endpoint: Endpoint, names: Names, raw: bytes) -> dict[str, Any]:
+    """Return what is known of a body; of one that need not be JSON, the model it names.
+
+    Raises:
+        BadRequest: it is no JSON object where it must be one.
+    """
+    if endpoint.known:
+        return decoded(raw)
+    kind = names.get("content-type", "")
+    if "form" in kind.lower():
+        model = form_field(kind, raw, "model")
+        return {} if model is None else {"model": model}
+    try:
+        body = decoded(raw)
+    except BadRequest:
+        return {}
+    if not isinstance(body.get("model"), str):
+        body.pop("model", None)
+    return body
+
+
+def form_field(kind: str, raw: bytes, name: str) -> str | None:
+    """Return a field of a form, ``None`` if it has none of this name.
+
+    Args:
+        kind: content type of the form, multipart or URL-encoded.
+        raw: the form.
+        name: of the field.
+    """
+    boundary = _BOUNDARY.search(kind)
+    if boundary is None:
+        found = parse_qs(raw[:_MAX_FORM_BYTES].decode("utf-8", "replace"))
+        return found.get(name, [None])[0]
+    mark = b"--" + (boundary[1] or boundary[2]).encode("utf-8", "surrogateescape")
+    begin = raw.find(mark)
+    while begin >= 0:
+        begin += len(mark)
+        end = raw.find(mark, begin)
+        head, _, value = raw[begin : end if end >= 0 else len(raw)].partition(b"\r\n\r\n")
+        said = _FIELD_NAME.search(head)
+        if said is not None and (said[1] or said[2]).decode("utf-8", "replace") == name:
+            return value.removesuffix(b"\r\n").decode("utf-8", "replace")
+        begin = end
+    return None
 
 
 def decoded(raw: bytes) -> dict[str, Any]:
@@ -272,7 +327,9 @@ def _limit(endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
     if not endpoint.generates:
         return 1
     for name in endpoint.limit_fields:
-        value = body.get(name)
+        outer, _, inner = name.rpartition(".")
+        within = body.get(outer) if outer else body
+        value = within.get(inner) if isinstance(within, dict) else None
         if type(value) is int and value > 0:
             return value
     return endpoint.default_limit

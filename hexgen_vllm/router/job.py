@@ -13,6 +13,7 @@ from hexgen_vllm.router.tracing import NO_TRACE, CallTrace
 from hexgen_vllm.router.watch import Usage
 from hexgen_vllm.types import CallResult, Placement
 
+_ACTS: Final = ("DELETE", "PATCH", "POST", "PUT")
 _ABORTED: Final = CallResult(ok=False, reason="abort")
 
 
@@ -29,6 +30,7 @@ class Job:
         trace: of the call.
         first_token_s: when a stream's first token came.
         tries: times it was sent.
+        tried: names of engines that it was sent to past the policy.
         placement: the last decision about it.
         sent: pieces of an answer that the client has been sent.
         outcome: for the ledger.
@@ -44,6 +46,7 @@ class Job:
     accepted: Accepted | None
     tries: int
     sent: int
+    tried: list[str]
     placement: Placement | None
     outcome: str
     result: CallResult
@@ -55,7 +58,18 @@ class Job:
         self.began_s, self.trace = began_s, trace
         self.first_token_s = self.request_id = self.accepted = self.placement = None
         self.tries = self.sent = 0
+        self.tried = []
         self.outcome, self.result = ledger.INTERNAL, _ABORTED
+
+    @property
+    def placed(self) -> bool:
+        """Whether the policy places it."""
+        return self.endpoint.placed and (self.endpoint.known or self.request.method in _ACTS)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it may be sent again when an engine may have begun it."""
+        return self.endpoint.known or self.request.method not in _ACTS
 
     def first_token(self, now: float) -> None:
         """Note the first token of a stream."""

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from multidict import CIMultiDict
 from yarl import URL
 
 from hexgen_vllm import wire
@@ -89,28 +88,7 @@ _TAIL: Final = wire.header_name("tail_ms")
 _BACKGROUND: Final = wire.header_name("background")
 
 
-def _kept(headers: Mapping[str, str], dropped: frozenset[str]) -> CIMultiDict[str]:
-    named = headers.get("connection", "")
-    if "," in named or named.lower() not in ("", "keep-alive", "close"):
-        dropped = dropped | {name.strip().lower() for name in named.split(",")}
-    return CIMultiDict((k, v) for k, v in headers.items() if k.lower() not in dropped)
-
-
-def plain_to_engine(
-    headers: Mapping[str, str], request_id: str, engine_api_key: str | None
-) -> CIMultiDict[str]:
-    """Return the headers for a request that no policy sees."""
-    out = _kept(headers, _NOT_TO_ENGINE)
-    for name in [name for name in out if name.lower().startswith(wire.HEADER_PREFIX)]:
-        del out[name]
-    out[REQUEST_ID_HEADER] = request_id
-    out["Accept-Encoding"] = "identity"
-    if engine_api_key is not None:
-        out["Authorization"] = f"Bearer {engine_api_key}"
-    return out
-
-
-def call_head(
+def call_head(  # noqa: PLR0913 - what a head is made of
     accepted: Accepted,
     placement: Placement,
     kind: EngineKind,
@@ -120,6 +98,7 @@ def call_head(
     epoch: float,
     request_id: str,
     extra: Mapping[str, str] = _NOTHING,
+    method: str = "POST",
 ) -> bytes:
     """Return request line and headers of a call for its engine.
 
@@ -132,6 +111,7 @@ def call_head(
         epoch: time that stock priorities count from.
         request_id: sent as ``x-request-id``.
         extra: headers that replace the client's, by lower-case name.
+        method: of the request.
     """
     said = {**extra, REQUEST_ID_HEADER: request_id}
     if kind is EngineKind.PRIORITY:
@@ -145,7 +125,7 @@ def call_head(
         lines += _workflow_lines(accepted, placement, now)
     lines.append("accept-encoding: identity\r\n")
     lines.append(f"content-length: {len(accepted.body)}\r\n\r\n")
-    first = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {url.host_port_subcomponent}\r\n"
+    first = f"{method} {url.raw_path_qs} HTTP/1.1\r\nhost: {url.host_port_subcomponent}\r\n"
     kept.insert(0, first.encode("utf-8", "surrogateescape"))
     kept.append("".join(lines).encode("utf-8", "surrogateescape"))
     return b"".join(kept)
@@ -222,15 +202,6 @@ def _workflow_lines(accepted: Accepted, placement: Placement, now: float) -> lis
 
 def _ms(seconds: float) -> str:
     return f"{min(seconds * 1000.0, wire.MAX_TIME_MS):.3f}"
-
-
-def to_client(headers: Mapping[str, str], engine: str, request_id: str) -> CIMultiDict[str]:
-    """Return the headers of an engine's answer for the client."""
-    out = _kept(headers, _NOT_TO_CLIENT)
-    out["Server"] = SERVER
-    out[ENGINE_HEADER] = engine
-    out[REQUEST_ID_HEADER] = request_id
-    return out
 
 
 def answer_head(pairs: Pairs, engine: str, request_id: str) -> list[bytes]:

@@ -7,17 +7,14 @@ import json
 from dataclasses import asdict
 from typing import Any, Final
 
-import aiohttp
 from aiohttp import web
 
 from hexgen_vllm import __version__
-from hexgen_vllm.errors import BadRequest, Refused
-from hexgen_vllm.router import openapi, outbound, upstream
-from hexgen_vllm.router.answers import EngineFailed, refused_by_engine
-from hexgen_vllm.router.context import Context, read_body
+from hexgen_vllm.errors import BadRequest
+from hexgen_vllm.router import openapi
+from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.intake import decoded
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.overview import decision
 from hexgen_vllm.router.tuning import SearchFailed, fleet_text
@@ -25,7 +22,6 @@ from hexgen_vllm.router.ui_page import PATH, UiPage
 from hexgen_vllm.router.workers import target_view, worker_view
 
 _DECISIONS_SHOWN: Final = 50
-_TIMEOUT: Final = aiohttp.ClientTimeout(total=60.0)
 
 
 class Pages:
@@ -154,48 +150,6 @@ class Pages:
         known = self._context.service.coordinator.workflows.get(session_id) is not None
         self._context.service.workflow_finished(session_id)
         return _json({"session_id": session_id, "finished": known})
-
-    async def pass_on(self, request: Request) -> web.StreamResponse:
-        """Relay a request that costs an engine little to the first one that serves its model.
-
-        Raises:
-            BadRequest: the body is no JSON object, or the model is unknown.
-            Refused: no engine is up.
-            EngineFailed: the engine broke off.
-        """
-        context = self._context
-        raw = await read_body(request)
-        model = decoded(raw).get("model")
-        if isinstance(model, str):
-            context.check_model(model)
-        engine = self._any_engine(model)
-        request_id = context.intake.request_id(request.headers)
-        key = context.options.engine_api_key
-        headers = outbound.plain_to_engine(request.headers, request_id, key)
-        url = engine.address(request.path_qs)
-        try:
-            answer = await upstream.send(
-                context.session, "POST", url, headers, raw, timeout=_TIMEOUT
-            )
-            async with answer:
-                status, body = answer.status, await answer.read()
-                head = outbound.to_client(answer.headers, engine.name, request_id)
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            context.suspect(engine.name)
-            raise EngineFailed("The engine failed.", reason="engine-lost") from error
-        if status >= 500 or 300 <= status < 400:
-            raise EngineFailed("The engine failed.", reason="engine-error")
-        if status >= 400 and b'"error"' not in body:
-            body = refused_by_engine(status)
-            head["Content-Type"] = "application/json"
-        return web.Response(status=status, body=body, headers=head)
-
-    def _any_engine(self, model: object) -> Engine:
-        for engine in self._context.fleet.ready():
-            models = engine.spec.models if engine.spec is not None else frozenset()
-            if not models or not isinstance(model, str) or model in models:
-                return engine
-        raise Refused("No engine can take this call now.", reason="rejected-no-endpoints")
 
 
 def _json(content: Any) -> web.Response:

@@ -129,7 +129,7 @@ class StreamPass:
         """
         watch, attempt = self._watch, self._attempt
         rest = watch.ended()
-        if not (watch.failed() or watch.complete()):
+        if not (watch.failed() or watch.complete() or not self._job.endpoint.ends):
             raise failed(LOST, retryable=not attempt.begun)
         if not attempt.answering:
             self._send(b"")

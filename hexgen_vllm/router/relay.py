@@ -1,5 +1,8 @@
 """One call from its arrival to its end: placed, sent, relayed, sent again if nothing was seen.
 
+What costs an engine little, or is no call at all, goes past the policy to the least busy engine
+that serves its model, but is relayed, watched and counted alike.
+
     place ──► try an engine ──► nothing sent to the client yet ──► elsewhere, while allowed
                   │
                   └──► first bytes relayed ──► it breaks ──► error event, or a closed connection
@@ -31,7 +34,7 @@ from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.keys import KEY_HEADER
 from hexgen_vllm.router.passing import StreamPass, whole_pass
 from hexgen_vllm.router.targets import RANK_HEADER, rank_of
-from hexgen_vllm.types import Placement
+from hexgen_vllm.types import Call, Placement
 
 _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
 _LOG = logging.getLogger(__name__)
@@ -84,7 +87,8 @@ class Relay:
         context, now = self._context, self._context.clock.now()
         if job.accepted is not None:
             self._learn(job)
-            context.service.finished(job.accepted.call.call_id, job.result)
+            if job.placed:
+                context.service.finished(job.accepted.call.call_id, job.result)
         context.ledger.ended[job.endpoint.name, job.outcome] += 1
         context.metrics.ended(job, now)
         logs.call_ended(job, now)
@@ -102,7 +106,7 @@ class Relay:
         context.check_model(call.model)
         context.retries.call_arrived()
         job.trace.accepted(job.request_id, call)
-        placement = await context.service.place(call)
+        placement = await self._place(job, call)
         now = context.clock.now()
         context.metrics.held_s.observe(now - job.began_s)
         while True:
@@ -113,27 +117,51 @@ class Relay:
                 return await self._try(job, accepted, placement, now)
             except EngineFailed as failure:
                 job.trace.try_failed(failure.reason)
-                placement = await self._elsewhere(job, call.call_id, failure)
+                placement = await self._elsewhere(job, call, failure)
                 now = context.clock.now()
 
     def _read(self, job: Job, raw: bytes) -> Accepted:
-        request, default = job.request, self._context.default_model
-        return self._context.intake.read(
-            job.endpoint, request.names, raw, job.began_s, default, request.pairs
+        context, request, endpoint = self._context, job.request, job.endpoint
+        free = not (endpoint.known and endpoint.placed)
+        default = context.any_model if free else context.default_model
+        return context.intake.read(
+            endpoint, request.names, raw, job.began_s, default, request.pairs
         )
 
-    async def _elsewhere(self, job: Job, call_id: str, failure: EngineFailed) -> Placement:
+    async def _place(self, job: Job, call: Call) -> Placement:
+        """Return where to send a call first.
+
+        Raises:
+            Refused: nobody can take it.
+        """
+        return (
+            await self._context.service.place(call) if job.placed else self._least_busy(job, call)
+        )
+
+    def _least_busy(self, job: Job, call: Call) -> Placement:
+        engine = self._context.fleet.least_busy(call.model, job.tried)
+        if engine is None:
+            text = "No engine can take this call now."
+            raise Refused(text, reason="rejected-no-endpoints")
+        job.tried.append(engine.name)
+        return Placement(call.call_id, next(iter(engine.targets)), "least-busy")
+
+    async def _elsewhere(self, job: Job, call: Call, failure: EngineFailed) -> Placement:
         """Return where to send a call again.
 
         Raises:
             EngineFailed: ``failure``, when it may not be sent again or nobody else can take it.
         """
         context = self._context
-        if not failure.retryable or not context.retries.allows(job.tries):
+        repeats = failure.retryable and (job.repeats or _was_not_begun(failure))
+        if not repeats or not context.retries.allows(job.tries):
             raise failure
         await asyncio.sleep(context.retries.backoff_s(job.tries))
         try:
-            placement = await context.service.replace(call_id)
+            if job.placed:
+                placement = await context.service.replace(call.call_id)
+            else:
+                placement = self._least_busy(job, call)
         except Refused:
             raise failure from None
         context.ledger.retries[failure.reason] += 1
@@ -159,7 +187,9 @@ class Relay:
             outcome = failure.reason
             raise
         finally:
-            context.fleet.tried(engine, attempt.target, outcome or job.outcome)
+            # What nobody knows may be what no engine can do.
+            if job.endpoint.known or outcome != "engine-error":
+                context.fleet.tried(engine, attempt.target, outcome or job.outcome)
             if attempt.answer is not None:
                 attempt.answer.close()  # nothing to close when it was read to its end
 
@@ -181,9 +211,10 @@ class Relay:
             epoch=context.epoch_s,
             request_id=job.request_id or "",
             extra=extra,
+            method="GET" if job.request.method == "HEAD" else job.request.method,
         )
         try:
-            return await self._pool.send(url, head, accepted.body)
+            return await self._pool.send(url, head, accepted.body, once=not job.repeats)
         except CannotConnect:
             context.fleet.lost(engine.name, "a connection failed")
             raise
@@ -193,12 +224,24 @@ class Relay:
 
     async def _relay(self, job: Job, attempt: Attempt, answer: Answer) -> web.StreamResponse:
         # A redirect would show the client where the engine is.
-        if answer.status in _ELSEWHERE or 300 <= answer.status < 400:
+        leads = None if job.endpoint.known else self._own_path(answer, attempt.engine)
+        if answer.status in _ELSEWHERE or (300 <= answer.status < 400 and leads is None):
             raise _refused_by_engine(answer)
         head = outbound.answer_head(answer.pairs, attempt.target, job.request_id or "")
+        if leads is not None:
+            head.append(f"Location: {leads}\r\n".encode("utf-8", "surrogateescape"))
         if answer.status == 200 and _is_stream(answer):
             return await StreamPass(job, attempt, self._context.service, head).run(answer)
         return await whole_pass(job, attempt, answer, head)
+
+    def _own_path(self, answer: Answer, engine: str) -> str | None:
+        """Return where on the same engine a redirect leads, ``None`` if elsewhere or nowhere."""
+        found = self._context.fleet.engines.get(engine)
+        said = answer.header(b"location")
+        if found is None or not said:
+            return None
+        target = said.removeprefix(found.worker.url.rstrip("/"))
+        return target if target.startswith("/") and target[1:2] not in ("/", "\\") else None
 
     def _key_for_engine(self, request: Request) -> dict[str, str]:
         """Return the headers that show an engine a key: vLLM knows bearers only."""
@@ -214,6 +257,11 @@ class Relay:
         if accepted is not None and result.prompt_tokens and not accepted.prompt.ids:
             model, chars = accepted.call.model, accepted.prompt.chars
             self._context.ratios.learn(model, chars, result.prompt_tokens)
+
+
+def _was_not_begun(failure: EngineFailed) -> bool:
+    """Whether the engine surely has done nothing of a call."""
+    return failure.reason == "engine-busy" or isinstance(failure.__cause__, CannotConnect)
 
 
 def _is_stream(answer: Answer) -> bool:

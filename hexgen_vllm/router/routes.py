@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from hexgen_vllm.router import answers
-from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
+from hexgen_vllm.router.endpoints import ENDPOINTS, MORE_ENDPOINTS, OTHER, Endpoint
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.ui_page import DATA_PATH, PATH
 
@@ -169,12 +169,10 @@ def _table() -> Iterator[Route]:
     yield Route("GET", "/openapi.json", lambda at: at.pages.openapi, client, here, status,
                 "This document.")
 
-    for endpoint in ENDPOINTS:
+    for endpoint in (*ENDPOINTS, *MORE_ENDPOINTS):
         yield Route("POST", endpoint.path, _bind_call(endpoint), client, owner, calls,
-                    "A call, placed on an engine.", endpoint=endpoint)
-    for path in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
-        yield Route("POST", path, lambda at: at.pages.pass_on, client, here, calls,
-                    "Passed on to an engine that has the model.")
+                    "A call, placed on an engine." if endpoint.placed else
+                    "Passed on to an engine that has the model.", endpoint=endpoint)
     yield Route("POST", "/finish_session", lambda at: at.pages.finish_session, client, owner,
                 calls, "End a workflow.", query=("session_id*",))
 
@@ -203,6 +201,29 @@ ROUTES: Final = tuple(_table())
 """All routes."""
 
 
+_REST: Final = Route("ANY", "/{path}", _bind_call(OTHER), Access.CLIENT, Scope.OWNER, Group.CALLS,
+                     "Whatever else an engine has: passed on to one that has the model.",
+                     endpoint=OTHER)  # fmt: skip
+# What manages an engine is not for clients: vLLM's own routes, those of its development mode, and
+# what other engines and versions call such things.
+_MANAGES: Final = re.compile(
+    r"sleep|is_sleeping|wake_?up|pause|pause_.*|is_paused|resume|resume_.*|continue_generation"
+    r"|(?:start|stop)_profile|.*_rpc|(?:.*_)?weights?(?:_.*)?|(?:un)?load_lora.*|adapters"
+    r"|(?:reset|flush|clear|release|abort|scale|shutdown|configure|freeze)_.*|is_scaling_.*"
+    r"|(?:get_)?server_(?:info|args)|get_world_size|fault_tolerance|kv_event_sources"
+    r"|(?:get|set)_internal_state|hexgen"
+)
+_PASSED: Final = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"))
+
+
+def manages(path: str) -> bool:
+    """Whether a path, however it is written, is for who runs an engine."""
+    for _ in range(3):  # an engine may stand behind something that decodes, too
+        path = unquote(path)
+    segments = [s.lower() for s in re.split(r"[/\\;?]+", path) if s and s != "."]
+    return any(_MANAGES.fullmatch(segment.replace("-", "_")) for segment in segments)
+
+
 def public() -> Iterator[Route]:
     """Return the routes that others than this router's own processes may use."""
     return (route for route in ROUTES if route.access is not Access.PROCESS)
@@ -220,6 +241,8 @@ class Routes:
     """The table, bound to the handlers of one router."""
 
     def __init__(self, parts: Parts) -> None:
+        self._rest = Match(_REST, _REST.bind(parts))
+        self._refused = Match(_REST, _refuse)
         self._fixed: dict[tuple[str, str], Match] = {}
         self._open: list[tuple[str, re.Pattern[str], Match]] = []
         self._paths: dict[str, list[Route]] = {}
@@ -240,6 +263,12 @@ class Routes:
         found = self._found(request.method, request.path)
         hidden = found is not None and found.route.access is Access.PROCESS
         return None if hidden and not request.came_from_here else found
+
+    def rest(self, request: Request) -> Match:
+        """Return what passes on a request that :meth:`find` and :meth:`refusal` do not know."""
+        upgrades = request.names.get("upgrade", "").lower() == "websocket"
+        passes = request.method in _PASSED and request.path.startswith("/") and not upgrades
+        return self._rest if passes and not manages(request.path) else self._refused
 
     def _found(self, method: str, path: str) -> Match | None:
         found = self._fixed.get((method, path))
@@ -274,6 +303,16 @@ class Routes:
             target = other + request.path_qs[len(path) :]
             return web.Response(status=307, headers={"Location": target})
         return None
+
+
+async def _refuse(request: Request) -> web.StreamResponse:
+    """Say why a request is not passed on to an engine."""
+    if request.names.get("upgrade", "").lower() == "websocket":
+        return answers.error_response("WebSockets are not passed on to engines.", 501)
+    if request.method not in _PASSED or not request.path.startswith("/"):
+        return answers.error_response("There is no such method.", 501)
+    text = "This endpoint manages an engine: it is not passed on. Ask the engine itself."
+    return answers.error_response(text, 403, code="engine_endpoint")
 
 
 def monitors(path: str) -> bool:

@@ -63,7 +63,8 @@ class Shard:
             return None
         if route.scope is Scope.ALL:
             return await self._with_others(request, route)
-        owner = await self._owner(request, route) if route.scope is Scope.OWNER else None
+        asks = route.scope is Scope.OWNER and request.method != "HEAD"
+        owner = await self._owner(request, route) if asks else None
         if owner is None or owner == self._spot.index:
             return None
         return await self._pass_on(request, owner)
@@ -83,7 +84,7 @@ class Shard:
         else:
             try:
                 body = await read_body(request)
-                session = self._context.intake.session(request.names, body)
+                session = self._context.intake.session(route.endpoint, request.names, body)
             except BadRequest:
                 return None  # to be answered as such
         return None if not session else self._spot.owner(session)

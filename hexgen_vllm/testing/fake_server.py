@@ -30,6 +30,7 @@ __all__ = ["FakeServer", "FakeSettings", "Fault", "Received"]
 
 _MAX_BODY_BYTES = 2**29
 _COUNTING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
+_STREAMED = "text/event-stream"
 _ENDING = ("reset", "close", "half", "garbage")  # faults that end the connection from this side
 
 
@@ -113,6 +114,8 @@ class FakeServer:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.method == "POST" and request.path in fake_answers.PATHS:
             return await self._generate(request)
+        if request.path in self.settings.echoes:
+            return await self._echo(request)
         if request.method == "POST":
             return await self._tokenize(request)
         content = self._page(request.path)
@@ -156,6 +159,20 @@ class FakeServer:
         if self.fault is not None and self.fault.kind == "status":
             return _status(self.fault)
         return web.json_response({"count": 3, "tokens": [1, 2, 3], "prompt": "abc"})
+
+    async def _echo(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Say what came, as JSON or, if the query asks for it, as events."""
+        fault = self.faults.popleft() if self.faults else self.fault
+        body = await self._note(request)
+        if fault is not None and fault.kind == "status":
+            return _status(fault)
+        if fault is not None and fault.after is None:
+            await _break(request, fault.kind)
+        said = {"method": request.method, "path": request.path, "bytes": len(body)}
+        if "stream" not in request.query_string:
+            return web.json_response(said)
+        events = [b"data: %d\n\n" % i for i in range(self.settings.default_tokens)]
+        return await self._pieces(request, events, fault, {"Content-Type": _STREAMED})
 
     async def _note(self, request: web.BaseRequest) -> bytes:
         body = await request.read()

@@ -49,6 +49,7 @@ class FakeSettings:
         max_model_len: tokens of the longest prompt with its output; it is said, not checked.
         ranks: data-parallel ranks; the other settings are of each of them.
         metrics: whether it has any.
+        echoes: other paths, which answer any method with what they were sent.
         policy: what ``/server_info`` says of the scheduling policy; ``None`` hides it.
     """
 
@@ -64,6 +65,7 @@ class FakeSettings:
     ranks: int = 1
     metrics: bool = True
     policy: str | None = None
+    echoes: tuple[str, ...] = ()
 
     @property
     def served(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from multidict import CIMultiDict
 from yarl import URL
 
 from hexgen_vllm import wire
@@ -170,7 +169,6 @@ KEPT = {
 
 
 def test_answers_keep_their_headers() -> None:
-    assert dict(outbound.to_client(CIMultiDict(GIVEN), "fast", "r1")) == KEPT
     lines = outbound.answer_head(pairs(GIVEN), "fast", "r1")
     text = b"".join(lines).decode()
     assert dict(line.split(": ", 1) for line in text.split("\r\n")[:-1]) == KEPT
@@ -182,8 +180,6 @@ def test_an_answer_keeps_the_time_of_its_engine() -> None:
 
 @pytest.mark.parametrize("named", ["X-Custom", "x-custom , close"])
 def test_headers_named_by_connection_stay_here(named: str) -> None:
-    found = outbound.plain_to_engine(CIMultiDict({**CLIENT, "Connection": named}), "r", None)
-    assert "X-Custom" not in found
     assert "x-custom" not in sent(EngineKind.FCFS, accepted({**CLIENT, "Connection": named}))
 
 
