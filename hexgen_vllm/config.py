@@ -287,7 +287,10 @@ class DispatchOptions:
         0.0, "a call that waited this long is refused, seconds; 0 is never", least=0.0
     )
     fair_window_tokens: int = option(
-        0, "tokens that a tenant may get beyond its share while others wait; 0 is off", least=0
+        -1,
+        "tokens that a tenant may get beyond its share until calls of others go first; -1: that "
+        "of 8 average calls, and only before calls that would become late; 0 is off",
+        least=-1,
     )
     tenant_weights: Mapping[str, float] = option({}, "weights of tenants, 1 for others")
 

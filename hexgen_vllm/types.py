@@ -251,6 +251,14 @@ class Placement:
         self.deadline_s, self.tail_s, self.background = deadline_s, tail_s, background
         self.expected_output_tokens, self.uncached_tokens = expected_output_tokens, uncached_tokens
 
+    @property
+    def ordered_by_s(self) -> float:
+        """Deadline that an engine is to order by, so that deadline minus tail is ``due_s``."""
+        due_s = self.due_s
+        if due_s == self.deadline_s - self.tail_s or due_s == NO_DEADLINE:
+            return self.deadline_s
+        return due_s + self.tail_s
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:

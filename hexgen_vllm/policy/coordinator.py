@@ -19,6 +19,7 @@ from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy import overload
+from hexgen_vllm.policy.claims import credible_deadline_s
 from hexgen_vllm.policy.demand import Estimates
 from hexgen_vllm.policy.dispatch import POLICIES, Choice
 from hexgen_vllm.policy.engines import Engines
@@ -26,7 +27,7 @@ from hexgen_vllm.policy.held import HeldCalls
 from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.policy.protection import OpenCall, Protection
 from hexgen_vllm.policy.values import InFlight
-from hexgen_vllm.policy.workflow import Shapes, Workflows
+from hexgen_vllm.policy.workflow import Shapes, WorkflowRun, Workflows
 from hexgen_vllm.types import (
     NO_DEADLINE,
     Call,
@@ -156,6 +157,7 @@ class Coordinator:
         self._held.discard(call_id)
         if entry.engine is not None:
             flight = entry.engine.removed(call_id)
+            self._settle(entry, result)
             if flight is not None and result.ok:
                 entry.engine.learn(flight, result, now)
         self.workflows.ended(entry.demand.call, result, now)
@@ -196,12 +198,24 @@ class Coordinator:
     def _opened(self, call: Call, now: float) -> OpenCall:
         """Take a call into its workflow."""
         run, seen = self.workflows.arrived(call, now)
-        if run.deadline_s == NO_DEADLINE:
-            run.deadline_s = run.started_s + self.options.default_deadline_s
+        self._order(run, call, seen.ordinal, now)
         entry = OpenCall(self._estimates.demand(call, run, seen.ordinal), run)
         self._open[call.call_id] = entry
         self._protection.judge(entry, seen.ordinal, now)
         return entry
+
+    def _order(self, run: WorkflowRun, call: Call, ordinal: int, now: float) -> None:
+        """Set the deadline of a workflow, and the one that orders it, after a call of it came."""
+        default_s = run.started_s + self.options.default_deadline_s
+        if run.deadline_s == NO_DEADLINE:
+            run.deadline_s = default_s
+        if call.deadline_s != NO_DEADLINE:
+            least_s = self._estimates.least_s(call, ordinal, now)
+            run.ordered_by_s = credible_deadline_s(
+                call.deadline_s, run.ordered_by_s, default_s, now + least_s
+            )
+        elif run.ordered_by_s == NO_DEADLINE:
+            run.ordered_by_s = run.deadline_s
 
     def _release(self, now: float) -> list[Decision]:
         """Place held calls, most urgent first, while engines have room.
@@ -215,7 +229,7 @@ class Coordinator:
         self._protection.judge_held(_SCAN, now)
         claims: dict[str, int] = {}
         models = self._engines.with_room(self._held.models, self.options.hold_depth)
-        for call_id in self._held.first(_SCAN, models):
+        for call_id in self._held.first(_SCAN, models, now=now):
             entry = self._open[call_id]
             candidates = self._candidates(entry)
             if not candidates:
@@ -234,14 +248,19 @@ class Coordinator:
 
     def _at_once(self, entry: OpenCall, now: float) -> Placement | None:
         """Place a call that has nobody to wait behind, as holding and releasing it would."""
-        if self._held or self._shares is not None or entry.run.background:
+        if self._held or entry.run.background:
             return None
         candidates = self._candidates(entry)
         if not candidates or not self._any_room():
             return None
         choice = self._dispatch.choose(entry.demand, candidates, {}, now)
-        has_room = choice.engine.room(self.options.hold_depth)
-        return self._placed(entry, choice, now) if has_room else None
+        if not choice.engine.room(self.options.hold_depth):
+            return None
+        if self._shares is not None:
+            tenant = entry.demand.call.tenant
+            self._shares.waits(tenant, ())
+            self._shares.served(tenant, entry.demand.tokens)
+        return self._placed(entry, choice, now)
 
     def _bounded(self, now: float) -> list[Decision]:
         """Refuse held calls until the queue is within its bounds."""
@@ -284,6 +303,14 @@ class Coordinator:
         entry.engine = engine
         self.log.append((now, placement))
         return placement
+
+    def _settle(self, entry: OpenCall, result: CallResult) -> None:
+        """Charge a tenant what its call took beyond what was expected, or give back the rest."""
+        if self._shares is None or not result.ok or result.output_tokens is None:
+            return
+        demand = entry.demand
+        took = (result.prompt_tokens or demand.call.prompt_tokens) + result.output_tokens
+        self._shares.settled(demand.call.tenant, took - demand.tokens)
 
     def _refused(self, entry: OpenCall, rejection: Rejection, now: float) -> Rejection:
         call = entry.demand.call

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.claims import due_s
 from hexgen_vllm.policy.dispatch import UNMEASURED
 from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
@@ -14,6 +15,8 @@ from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost
 
 _LEAST_S: Final = 1e-6
+_FASTEST_S: Final = 1.0  # seconds for which the fastest step counts as known
+_MAX_FASTEST: Final = 256
 _AT_WORK: Final = (EngineState.READY, EngineState.TRIAL)
 
 
@@ -30,6 +33,8 @@ class Estimates:
         self, options: DispatchOptions, shapes: Shapes, engines: Mapping[str, EngineLoad]
     ) -> None:
         self._options, self._shapes, self._engines = options, shapes, engines
+        # By model: when it was found, and the fastest engine's step with one call in it.
+        self._fastest: dict[str, tuple[float, float]] = {}
 
     def retuned(self, options: DispatchOptions) -> None:
         """Estimate by other quantiles and defaults from now on."""
@@ -46,8 +51,41 @@ class Estimates:
         output = self.output_tokens(call)
         tail = self._tail(call, ordinal, self._options.slack_quantile, output)
         tail_s = self._seconds(tail, call.model)
-        due_s = NO_DEADLINE if run.background else run.deadline_s - tail_s
-        return Demand(call, output, run.deadline_s, tail_s, due_s)
+        due = NO_DEADLINE if run.background else due_s(run.ordered_by_s, tail_s, call.arrived_s)
+        return Demand(call, output, run.deadline_s, tail_s, due)
+
+    def least_s(self, call: Call, ordinal: int, now: float) -> float:
+        """Return T_min: seconds that a call and the path after it take at least.
+
+        Low quantiles, all of the prompt cached, on the fastest engine with nothing else to do. The
+        client's own hints make it shorter, never longer.
+        """
+        output = 1
+        q = self._options.hopeless_quantile
+        learned = self._shapes.output_tokens(call.workflow_type, call.stage, q)
+        if learned is not None:
+            most = call.max_output_tokens
+            output = learned if most is None else max(min(learned, most), 1)
+            hint = call.expected_output_tokens
+            output = output if hint is None else min(output, hint)
+        path = 0.0
+        if not call.final:
+            tail = self._shapes.tail(call.workflow_type, call.stage, ordinal, q, call.stages_left)
+            path = tail.output_tokens
+        return self._fastest_step_s(call, now) * (output + path)
+
+    def _fastest_step_s(self, call: Call, now: float) -> float:
+        known = self._fastest.get(call.model)
+        if known is not None and known[0] <= now < known[0] + _FASTEST_S:
+            return known[1]
+        steps = [
+            (e.cost() or UNMEASURED).step_s(1) for e in self._engines.values() if e.serves(call)
+        ]
+        if len(self._fastest) >= _MAX_FASTEST:
+            self._fastest.clear()
+        step_s = max(min(steps, default=0.0), 0.0)
+        self._fastest[call.model] = now, step_s
+        return step_s
 
     def output_tokens(self, call: Call, seen: int = 0, q: float | None = None) -> int:
         """Return the expected output length of a call that has ``seen`` tokens."""
@@ -111,9 +149,10 @@ class Estimates:
 
     def work_s(self, demand: Demand) -> float:
         """Return the seconds of work left on a call and the path after it."""
-        return demand.tail_s + self._own_s(demand)
+        return demand.tail_s + self.own_s(demand)
 
-    def _own_s(self, demand: Demand) -> float:
+    def own_s(self, demand: Demand) -> float:
+        """Return the seconds that a call itself takes at the fleet's present pace."""
         return self._seconds(Tail(1.0, 0.0, demand.output_tokens), demand.call.model)
 
     def _known(self, call: Call) -> bool:

@@ -1,7 +1,8 @@
 """Calls that wait for room on an engine, in the order in which they get it.
 
     1. one placement in ``1 / background_share``: the call demoted longest
-    2. calls by priority, then by due time; tenants ahead of their share behind the others
+    2. calls by priority, then by due time; with shares of tenants, before those of a tenant that
+       is ahead of its share: all calls of the others (strict), or those that would become late
     3. demoted calls, least remaining work first
 
 Starvation: a demoted call with k older ones before it is offered a place after at most
@@ -18,9 +19,10 @@ from heapq import merge
 from itertools import chain, islice, takewhile
 from typing import Final, NamedTuple
 
-from hexgen_vllm.policy.overload import FairShares
+from hexgen_vllm.policy.overload import FairShares, endangered_from
 
 _MAX_TENANTS: Final = 4096
+_LOOK: Final = 64  # calls of tenants within their share that are looked at
 _FULL_TURN: Final = 1.0 - 1e-9  # ten shares of 0.1 are one turn, whatever floats say
 
 
@@ -34,6 +36,7 @@ class _Entry(NamedTuple):
     output_tokens: int
     since_s: float
     model: str
+    endangered_s: float
 
 
 class HeldCalls:
@@ -66,7 +69,7 @@ class HeldCalls:
     def __contains__(self, call_id: object) -> bool:
         return call_id in self._entries
 
-    def add(
+    def add(  # noqa: PLR0913 - one for each fact
         self,
         call_id: str,
         key: float,
@@ -77,6 +80,7 @@ class HeldCalls:
         priority: int = 0,
         background: bool = False,
         model: str = "",
+        own_s: float = 0.0,
     ) -> None:
         """Hold a call.
 
@@ -89,11 +93,12 @@ class HeldCalls:
             priority: higher is sooner; it outranks due time, as in stock vLLM's queue.
             background: it is demoted.
             model: what it needs.
+            own_s: its own likely seconds on an engine.
         """
         self._sequence += 1
         entry = _Entry(
             0 if background else -priority, key, self._sequence, call_id, tenant, sum(tokens),
-            tokens[1], now, model,
+            tokens[1], now, model, endangered_from(key, now, own_s),
         )  # fmt: skip
         self._entries[call_id] = entry
         self.tokens += entry.tokens
@@ -108,7 +113,7 @@ class HeldCalls:
         self._unqueue(entry)
         moved = _Entry(
             0, work_s, entry.sequence, call_id, entry.tenant, entry.tokens,
-            entry.output_tokens, entry.since_s, entry.model,
+            entry.output_tokens, entry.since_s, entry.model, entry.endangered_s,
         )  # fmt: skip
         self._entries[call_id] = moved
         self._queue(moved, True)
@@ -137,9 +142,15 @@ class HeldCalls:
             self._turn = 0.0 if offered else self._turn + self._share
         self.remove(call_id)
 
-    def first(self, limit: int, models: Set[str] | None = None) -> list[str]:
-        """Return the first ``limit`` calls in order, with ``models`` only those that need one."""
-        entries: Iterator[_Entry] = chain(self._by_due(), self._background)
+    def first(self, limit: int, models: Set[str] | None = None, now: float = 0.0) -> list[str]:
+        """Return the first ``limit`` calls in order at ``now``.
+
+        Args:
+            limit: how many.
+            models: if given, only calls that need one of these.
+            now: the present moment, for shares of tenants.
+        """
+        entries: Iterator[_Entry] = chain(self._by_due(now), self._background)
         demoted: Iterator[str] = iter(self._demoted)
         if models is not None:
             entries = (entry for entry in entries if entry.model in models)
@@ -161,13 +172,21 @@ class HeldCalls:
         late = takewhile(lambda e: now - e.since_s > seconds, self._entries.values())
         return [entry.call_id for entry in late]
 
-    def _by_due(self) -> Iterator[_Entry]:
+    def _by_due(self, now: float) -> Iterator[_Entry]:
         queues = self._tenants
         if self._shares is None or len(queues) < 2:
             return merge(*queues.values()) if len(queues) > 1 else chain(*queues.values())
         ahead = self._shares.ahead(queues)
+        if not ahead:
+            return merge(*queues.values())
         within = merge(*(queue for tenant, queue in queues.items() if tenant not in ahead))
-        return chain(within, merge(*(queues[tenant] for tenant in queues if tenant in ahead)))
+        if self._shares.strict:
+            return chain(within, merge(*(queues[tenant] for tenant in queues if tenant in ahead)))
+        endangered = [e for e in islice(within, _LOOK) if e.endangered_s <= now]
+        if not endangered:
+            return merge(*queues.values())
+        ids = {entry.call_id for entry in endangered}
+        return chain(endangered, (e for e in merge(*queues.values()) if e.call_id not in ids))
 
     def _queue(self, entry: _Entry, background: bool) -> None:
         if background:

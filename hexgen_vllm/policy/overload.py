@@ -32,11 +32,14 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.types import Rejection
+from hexgen_vllm.types import NO_DEADLINE, Rejection
 
 SATURATED: Final = "rejected-saturated"
 EXPIRED: Final = "rejected-ttl-expired"
 NO_ENDPOINTS: Final = "rejected-no-endpoints"
+_WINDOW_CALLS: Final = 8
+_MEAN_WEIGHT: Final = 0.05
+_MAX_TENANTS: Final = 8192
 
 
 def hopeless_after(deadline_s: float, least_s: float, pace: float) -> float:
@@ -90,31 +93,62 @@ def over_bounds(options: DispatchOptions, calls: int, tokens: int) -> bool:
 class FairShares:
     """Tokens served per tenant over its weight, for a bounded correction of the order by due time.
 
-    A tenant is *ahead* when it got more than ``window_tokens`` (per unit of weight) beyond the
-    least served tenant that waits; its calls then come behind those of the others. Within the
-    window order stays by due time. A tenant that was away starts level with the least served, so
-    that absence earns no credit.
+    A tenant is *ahead* when it got more than the window (tokens per unit of weight) beyond the
+    least served tenant that waits. Within the window order stays by due time. A tenant that was
+    away starts level with the least served, so that absence earns no credit.
+
+    What happens to a tenant that is ahead:
+
+    * ``strict`` (a window was chosen): its calls come behind those of all others.
+    * otherwise: a call of another tenant that is *endangered* goes before them; while nobody is,
+      order stays by due time. Half of its time, and twice its own length, before it is due::
+
+          endangered from  due - max((due - since) / 2, 2 T)
+
+      So tenants that fill the engines with calls due at once, true or not, make the calls of
+      others wait, and not late; and a tenant that needs the engines at once loses nothing to one
+      that can wait.
+
+    Tokens are those expected, and when a call has ended those it took.
+
+    Cost: O(1) for a call served, O(tenants that wait) for an order. Starves nothing: tenants that
+    wait are served in turn, at the latest when each is a window behind.
 
     Args:
-        window_tokens: more than 0.
+        window_tokens: more than 0; ``None`` for that of ``_WINDOW_CALLS`` average calls.
         weights: by tenant; 1 for others.
     """
 
-    def __init__(self, window_tokens: float, weights: Mapping[str, float]) -> None:
-        self._window, self._weights = window_tokens, weights
+    def __init__(self, window_tokens: float | None, weights: Mapping[str, float]) -> None:
+        self.strict = window_tokens is not None
+        self._window = window_tokens or 0.0
+        self._weights = weights
         self._served: dict[str, float] = {}
+        self._most = 0.0
+        self._mean_tokens = 0.0
 
     def waits(self, tenant: str, waiting: Iterable[str]) -> None:
         """Note that ``tenant`` begins to wait beside the ``waiting`` ones."""
-        floor = min((self._served.get(t, 0.0) for t in waiting), default=None)
-        if floor is None:
-            floor = max(self._served.values(), default=0.0)
+        floor = min((self._served.get(t, 0.0) for t in waiting), default=self._most)
         self._served[tenant] = max(self._served.get(tenant, 0.0), floor - self._window)
 
     def served(self, tenant: str, tokens: int) -> None:
         """Note that a call of ``tenant`` was placed."""
+        if not self.strict:
+            mean = self._mean_tokens or float(tokens)
+            self._mean_tokens = mean + _MEAN_WEIGHT * (tokens - mean)
+            self._window = _WINDOW_CALLS * self._mean_tokens
+        self.settled(tenant, tokens)
+        if len(self._served) > _MAX_TENANTS:
+            most = sorted(self._served.items(), key=lambda item: (-item[1], item[0]))
+            self._served = dict(most[: _MAX_TENANTS // 2])
+
+    def settled(self, tenant: str, tokens: int) -> None:
+        """Note that a call of ``tenant`` took ``tokens`` more than were counted, or less."""
         weight = self._weights.get(tenant, 1.0)
-        self._served[tenant] = self._served.get(tenant, 0.0) + tokens / weight
+        total = self._served.get(tenant, 0.0) + tokens / weight
+        self._served[tenant] = total
+        self._most = max(self._most, total)
 
     def ahead(self, waiting: Iterable[str]) -> frozenset[str]:
         """Return those of the ``waiting`` tenants that are ahead."""
@@ -127,8 +161,22 @@ class FairShares:
         self._served = {t: self._served[t] for t in known if t in self._served}
 
 
+def endangered_from(due_s: float, since_s: float, own_s: float) -> float:
+    """Return the moment from which a call goes before those of tenants that are ahead.
+
+    Args:
+        due_s: when it must end; ``inf`` gives ``inf``.
+        since_s: when it began to wait.
+        own_s: T, its own likely seconds.
+    """
+    if due_s == NO_DEADLINE:
+        return due_s
+    return due_s - max((due_s - since_s) / 2, 2.0 * own_s)
+
+
 def fair_shares(options: DispatchOptions) -> FairShares | None:
-    """Return what keeps tenants to their shares, ``None`` where nobody asked for it."""
-    if not options.fair_window_tokens:
+    """Return what keeps tenants to their shares, ``None`` where that is switched off."""
+    window = options.fair_window_tokens
+    if not window:
         return None
-    return FairShares(options.fair_window_tokens, options.tenant_weights)
+    return FairShares(None if window < 0 else window, options.tenant_weights)

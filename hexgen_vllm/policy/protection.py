@@ -75,7 +75,7 @@ class Protection:
         """Demote the workflows of the first ``limit`` held calls that became hopeless."""
         if not self.enabled:
             return
-        for call_id in self._held.first(limit):
+        for call_id in self._held.first(limit, now=now):
             entry = self._open[call_id]
             if now > entry.hopeless_after_s and not entry.run.background:
                 self._demote(entry.run)
@@ -117,6 +117,7 @@ class Protection:
             priority=demand.call.priority,
             background=background,
             model=demand.call.model,
+            own_s=self._estimates.own_s(demand),
         )
 
     def _too_slow(self, demand: Demand, ordinal: int, now: float) -> bool:

@@ -61,7 +61,8 @@ class Demand:
         output_tokens: expected output length.
         deadline_s: D, deadline of its workflow.
         tail_s: R, predicted critical path after it.
-        due_s: D - R, when it must end; ``inf`` without deadline.
+        due_s: D - R, when it must end; ``inf`` without deadline. Where D is no credible claim,
+            or the call came after D - R, it is later (:mod:`hexgen_vllm.policy.claims`).
     """
 
     call: Call
@@ -75,6 +76,11 @@ class Demand:
     ) -> None:
         self.call, self.output_tokens, self.deadline_s = call, output_tokens, deadline_s
         self.tail_s, self.due_s = tail_s, due_s
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and expected output."""
+        return self.call.prompt_tokens + self.output_tokens
 
 
 @dataclass(init=False, slots=True)

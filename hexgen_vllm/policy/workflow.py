@@ -66,6 +66,7 @@ class WorkflowRun:
     workflow_type: str
     started_s: float
     deadline_s: float = NO_DEADLINE
+    ordered_by_s: float = NO_DEADLINE  # the deadline that orders its calls
     last_seen_s: float = 0.0
     in_flight: int = 0
     background: bool = False

@@ -177,7 +177,7 @@ def stock_priority(due_in_s: float, priority: int) -> int:
 
 def _workflow_lines(accepted: Accepted, placement: Placement, now: float) -> list[str]:
     """Return the header lines that only our own engines get; what is not known is left out."""
-    call, deadline_s = accepted.call, placement.deadline_s
+    call, deadline_s = accepted.call, placement.ordered_by_s
     # The wire has no negative deadline. What is overdue goes into the tail: deadline minus tail,
     # which engines order by, stays what it is.
     overdue_s = max(now + LEAST_DEADLINE_S - deadline_s, 0.0)

@@ -79,7 +79,7 @@ class Sequence:
         self.call_id, self.tag = placement.call_id, tag
         self.prompt_tokens = self.tokens = prompt_tokens
         self.total_tokens = prompt_tokens + output_tokens
-        self.deadline_s, self.tail_s = placement.deadline_s, placement.tail_s
+        self.deadline_s, self.tail_s = placement.ordered_by_s, placement.tail_s
         self.expected_tokens = placement.expected_output_tokens
         self.background = placement.background
         self.most_tokens = NO_LIMIT
