@@ -177,8 +177,11 @@ class EngineOptions:
     order: str = option(
         "slack", "order of waiting calls", choices=("slack", "hexgen", "edf", "fcfs")
     )
-    default_deadline_s: float = option(
-        60.0, "deadline of calls that bring none, seconds from their arrival", least=1e-3
+    default_deadline_s: float | None = option(
+        None,
+        "deadline of calls that bring none, seconds from their arrival; without it they have none "
+        "and are served, by arrival, in what calls with deadlines leave",
+        least=1e-3,
     )
     displace: bool = option(True, "let an urgent waiting call preempt running ones")
     displace_slack_s: float = option(

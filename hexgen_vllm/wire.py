@@ -20,6 +20,8 @@ HEADER_PREFIX: Final = "x-hexgen-"
 XARGS_PREFIX: Final = "hexgen_"
 MAX_ID_CHARS: Final = 128
 MAX_TIME_MS: Final = 1e12
+BATCH: Final = "batch"
+CLASSES: Final = (BATCH, "interactive")
 
 ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
@@ -40,6 +42,8 @@ class CallMeta:
         tenant: name, as ``workflow_type``.
         tail_ms: predicted milliseconds of critical path after this call, >= 0 (router to engine).
         background: the workflow is demoted (router to engine).
+        service_class: ``batch`` for a call that nobody waits for, whatever else is said of its
+            deadline; ``interactive`` for any other. Its header is ``x-hexgen-class``.
     """
 
     workflow_id: str | None
@@ -52,6 +56,7 @@ class CallMeta:
     tenant: str | None
     tail_ms: float | None
     background: bool | None
+    service_class: str | None
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -66,13 +71,14 @@ class CallMeta:
         tenant: str | None = None,
         tail_ms: float | None = None,
         background: bool | None = None,
+        service_class: str | None = None,
     ) -> None:
         self.workflow_id, self.workflow_type = workflow_id, workflow_type
         self.workflow_deadline_ms, self.tail_ms = workflow_deadline_ms, tail_ms
         self.stage, self.stages_left = stage, stages_left
         self.expected_output_tokens = expected_output_tokens
         self.workflow_final, self.tenant = workflow_final, tenant
-        self.background = background
+        self.background, self.service_class = background, service_class
 
 
 def _id(value: object) -> str:
@@ -134,6 +140,12 @@ def _flag(value: object) -> bool:
     raise ValueError("must be true or false")
 
 
+def _class(value: object) -> str:
+    if value in CLASSES:
+        return str(value)
+    raise ValueError(f"must be one of {', '.join(CLASSES)}")
+
+
 _READERS: Final[dict[str, Callable[[object], Any]]] = {
     "workflow_id": _id,
     "workflow_type": _name,
@@ -145,9 +157,10 @@ _READERS: Final[dict[str, Callable[[object], Any]]] = {
     "tenant": _name,
     "tail_ms": _tail_ms,
     "background": _flag,
+    "service_class": _class,
 }
 FIELDS: Final = tuple(f.name for f in fields(CallMeta))
-_HEADERS: Final = {HEADER_PREFIX + f.replace("_", "-"): f for f in FIELDS}
+_SPELLED: Final = {"service_class": "class"}  # what a Python name cannot be
 # What an agentic context calls our fields, and what its values are in our units.
 _AGENTIC: Final[dict[str, tuple[str, Callable[[object], object]]]] = {
     "program_id": ("workflow_id", lambda v: v),
@@ -155,12 +168,20 @@ _AGENTIC: Final[dict[str, tuple[str, Callable[[object], object]]]] = {
     "deadline_seconds": ("workflow_deadline_ms", lambda v: 1000.0 * _number(v)),
     "expected_output_length": ("expected_output_tokens", lambda v: _whole(_number(v))),
 }
-_XARGS: Final = {XARGS_PREFIX + f: f for f in FIELDS}
 
 
 def header_name(field: str) -> str:
     """Return the header that carries ``field``."""
-    return HEADER_PREFIX + field.replace("_", "-")
+    return HEADER_PREFIX + _SPELLED.get(field, field).replace("_", "-")
+
+
+def xarg_name(field: str) -> str:
+    """Return the ``vllm_xargs`` key that carries ``field``."""
+    return XARGS_PREFIX + _SPELLED.get(field, field)
+
+
+_HEADERS: Final = {header_name(f): f for f in FIELDS}
+_XARGS: Final = {xarg_name(f): f for f in FIELDS}
 
 
 def _read(source: Mapping[str, object], names: dict[str, str], prefix: str) -> CallMeta:
@@ -261,5 +282,5 @@ def to_headers(meta: CallMeta) -> dict[str, str]:
 
 def to_xargs(meta: CallMeta) -> dict[str, str | int | float]:
     """Return flat ``vllm_xargs`` (or ``SamplingParams.extra_args``) that say what ``meta`` says."""
-    values = ((XARGS_PREFIX + f, getattr(meta, f)) for f in FIELDS)
+    values = ((k, getattr(meta, f)) for k, f in _XARGS.items())
     return {k: int(v) if isinstance(v, bool) else v for k, v in values if v is not None}

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from hexgen_vllm.engine.compat import Request
 
-_KEY: Final = attrgetter("hexgen.key_s")
+_KEY: Final = attrgetter("hexgen.rank", "hexgen.key_s")
 
 
 def by_key(running: list[Request]) -> None:

@@ -59,13 +59,14 @@ require_supported(found_version())
 try:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.interface import PauseState
-    from vllm.v1.core.sched.request_queue import RequestQueue
+    from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request, RequestStatus
 except ImportError as missing:
     raise lacking(str(missing.name)) from missing
 
 __all__ = [
+    "FCFS",
     "SECOND_QUEUE",
     "AsyncScheduler",
     "PauseState",
@@ -77,6 +78,8 @@ __all__ = [
     "require_supported",
 ]
 
+
+FCFS: Final = SchedulingPolicy.FCFS
 
 SECOND_QUEUE: Final = (
     "skipped_waiting"
@@ -225,19 +228,25 @@ def is_blocked(request: Request) -> bool:
     return bool(request.num_stale_output_tokens and not request.drop_stale_output)
 
 
-def first_waiting(scheduler: Any) -> Request | None:
-    """Return the call that vLLM would admit next from its two queues.
+def place(request: Request) -> tuple[int, float]:
+    """Return where a call stands in the order: the client's priority first, then its key."""
+    return (request.hexgen.rank, request.hexgen.key_s)
 
-    ``None`` when there is none, or when a call that already holds KV goes first.
+
+def first_waiting(scheduler: Any, most: int) -> list[Request]:
+    """Return up to ``most`` calls that vLLM would admit next from its two queues, in order.
+
+    None while a call that already holds KV goes first.
     """
     waiting, second = scheduler.waiting, getattr(scheduler, SECOND_QUEUE)
-    head = waiting.peek_request() if waiting else None
+    found: list[Request] = waiting.first(most) if waiting else []
     if not second:
-        return head
-    other = second.peek_request()
-    if holds_kv(other):
-        return head if is_blocked(other) else None
-    return other if head is None or other.hexgen.key_s <= head.hexgen.key_s else head
+        return found
+    others = second.first(most)
+    if holds_kv(others[0]) and not is_blocked(others[0]):
+        return []
+    free = [request for request in others if not holds_kv(request)]
+    return sorted(found + free, key=place)[:most] if free else found
 
 
 class TwoQueues:
@@ -255,6 +264,6 @@ class TwoQueues:
         if not (waiting and skipped):
             return waiting or skipped or None
         head = skipped.peek_request()
-        if holds_kv(head) or head.hexgen.key_s <= waiting.peek_request().hexgen.key_s:
+        if holds_kv(head) or place(head) <= place(waiting.peek_request()):
             return skipped
         return waiting

@@ -4,6 +4,9 @@ Prompts are long and bodies are mostly prompt, so that a body is parsed only whe
 ``vllm_xargs`` of its own. Otherwise the member is spliced in behind the opening brace: this
 neither mends a malformed body nor breaks a well-formed one.
 
+``service_tier`` ``flex`` or ``batch`` says that nobody waits for the answer; the second is not in
+vLLM's list and goes on as the first.
+
 vllm-router passes ``vllm_xargs.agentic_context`` on as a nested object, which vLLM refuses; it is
 read and taken out, so that our scheduler works behind that router.
 """
@@ -17,6 +20,8 @@ from hexgen_vllm import wire
 
 MEMBER: Final = "vllm_xargs"
 AGENTIC: Final = "agentic_context"
+TIER: Final = "service_tier"
+_BATCH_TIERS: Final = ("flex", "batch")
 _BLANKS: Final = b" \t\r\n"
 
 
@@ -33,7 +38,8 @@ def with_fields(body: bytes, said: wire.CallMeta) -> bytes:
     Raises:
         BadRequest: a ``hexgen_*`` key of the body is unknown or has a bad value.
     """
-    if MEMBER.encode() in body or json.detect_encoding(body) != "utf-8":
+    mentions = MEMBER.encode() in body or TIER.encode() in body
+    if mentions or json.detect_encoding(body) != "utf-8":
         return _parsed(body, said)
     ours = wire.to_xargs(said)
     return _spliced(body, ours) if ours else body
@@ -61,6 +67,9 @@ def _parsed(body: bytes, said: wire.CallMeta) -> bytes:
     if not isinstance(theirs, dict):
         return body
     written = wire.from_xargs(theirs)
+    if document.get(TIER) in _BATCH_TIERS:
+        said = wire.merged(said, wire.merged(written, wire.CallMeta(service_class=wire.BATCH)))
+        document[TIER] = _BATCH_TIERS[0]
     context = theirs.get(AGENTIC)
     if isinstance(context, dict):
         theirs = {name: value for name, value in theirs.items() if name != AGENTIC}

@@ -9,7 +9,8 @@ from hexgen_vllm.policy.urgency import UrgencyHeap
 
 
 class UrgencyQueue(RequestQueue):
-    """A :class:`RequestQueue` over :class:`UrgencyHeap`, keyed by ``request.hexgen.key_s``.
+    """A :class:`RequestQueue` over :class:`UrgencyHeap`, by ``rank`` and ``key_s`` of
+    ``request.hexgen``.
 
     vLLM looks at the head, tries to place it and then pops, meaning what it looked at; so ``peek``
     pins the head until the next ``pop`` or ``peek``, whatever is queued in between. Every
@@ -24,7 +25,7 @@ class UrgencyQueue(RequestQueue):
         """Queue ``request`` at its key."""
         call = request.hexgen
         call.queued_start_s = call.latest_start_s
-        self._heap.push(request, call.key_s, call.arrived_s)
+        self._heap.push(request, call.key_s, call.arrived_s, call.rank)
 
     def peek_request(self) -> Request:
         """Return the most urgent request and pin it.
@@ -73,7 +74,11 @@ class UrgencyQueue(RequestQueue):
         if request in self._heap:
             call = request.hexgen
             call.queued_start_s = call.latest_start_s
-            self._heap.rekey(request, call.key_s)
+            self._heap.rekey(request, call.key_s, call.rank)
+
+    def first(self, most: int) -> list[Request]:
+        """Return the ``most`` most urgent requests, in order."""
+        return self._heap.first(most)
 
     def unordered(self) -> list[Request]:
         """Return what is queued, in no particular order, cheaply."""

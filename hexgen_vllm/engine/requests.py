@@ -20,7 +20,8 @@ from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine.compat import Request
 from hexgen_vllm.policy.service import ServiceRates, output_left
 from hexgen_vllm.policy.slack import hexgen_key, latest_start
-from hexgen_vllm.policy.urgency import background_key
+from hexgen_vllm.policy.urgency import LAST_RANK, background_key, batch_key
+from hexgen_vllm.types import NO_DEADLINE
 
 logger = logging.getLogger("vllm.hexgen")
 
@@ -38,11 +39,13 @@ class CallState:
     Attributes:
         workflow_id: the workflow, else the session, else the request itself.
         arrived_s: when it reached the API server.
-        deadline_s: end-to-end deadline of its workflow.
+        opened_s: when it reached this process.
+        deadline_s: end-to-end deadline of its workflow; ``inf`` for none.
         tail_s: predicted seconds of critical path after it.
         expected_tokens: output tokens expected in all.
         background: its workflow is demoted; cleared when it has waited long enough.
-        key_s: its place in the order; smaller is sooner.
+        rank: the client's priority, as vLLM has it: lower is sooner, whatever the key.
+        key_s: its place among calls of its rank; smaller is sooner.
         latest_start_s: L, credited with progress.
         queued_start_s: L when it last joined the queue.
         displacements: times it was displaced.
@@ -52,16 +55,23 @@ class CallState:
 
     workflow_id: str
     arrived_s: float
+    opened_s: float
     deadline_s: float
     tail_s: float
     expected_tokens: int
     background: bool
+    rank: int = 0
     key_s: float = 0.0
     latest_start_s: float = 0.0
     queued_start_s: float = 0.0
     displacements: int = 0
     lost_tokens: int = 0
     kept_tokens: int = 0
+
+    @property
+    def has_deadline(self) -> bool:
+        """Whether it can be late: it has a deadline, and its workflow is not demoted."""
+        return not self.background and self.deadline_s < NO_DEADLINE
 
 
 class CallBook:
@@ -84,13 +94,12 @@ class CallBook:
         meta, options = self._meta(request, now), self._options
         age_s = time.time() - request.arrival_time
         arrived_s = now - age_s if 0.0 <= age_s <= _MAX_AGE_S else now
-        deadline_ms = meta.workflow_deadline_ms
-        budget_s = options.default_deadline_s if deadline_ms is None else deadline_ms / 1000
         old: CallState | None = getattr(request, "hexgen", None)
         request.hexgen = CallState(
             workflow_id=meta.workflow_id or _session(request) or request.request_id,
             arrived_s=arrived_s,
-            deadline_s=arrived_s + budget_s,
+            opened_s=now,
+            deadline_s=arrived_s + _budget_s(request, meta, options),
             tail_s=(meta.tail_ms or 0.0) / 1000,
             expected_tokens=self._expected(request, meta.expected_output_tokens),
             background=bool(meta.background),
@@ -113,7 +122,13 @@ class CallBook:
         left = output_left(call.expected_tokens, done, request.max_tokens)
         service_s = self.rates.service_s(max(ahead, 0), left)
         if call.background:
+            call.rank = LAST_RANK
             call.key_s = call.latest_start_s = background_key(service_s + call.tail_s)
+            return
+        call.rank = request.priority
+        if call.deadline_s == NO_DEADLINE:
+            call.latest_start_s = NO_DEADLINE
+            call.key_s = batch_key(call.opened_s)
             return
         call.latest_start_s = latest_start(call.deadline_s, call.tail_s, service_s)
         call.key_s = self._key(request, call)
@@ -170,6 +185,23 @@ class CallBook:
             ", ".join(map(repr, bad))[:200],
             self.bad_metadata,
         )
+
+
+def _budget_s(request: Request, meta: wire.CallMeta, options: EngineOptions) -> float:
+    """Return the seconds from its arrival that a call has, ``inf`` for one that nobody waits for.
+
+    A priority behind the usual one says that it is one of those, unless it brings a deadline or
+    says otherwise.
+    """
+    said_ms = meta.workflow_deadline_ms
+    if meta.service_class == wire.BATCH:
+        return NO_DEADLINE
+    if said_ms is not None:
+        return said_ms / 1000
+    default_s = options.default_deadline_s
+    if default_s is None or (request.priority > 0 and meta.service_class is None):
+        return NO_DEADLINE
+    return default_s
 
 
 def _session(request: Request) -> str | None:

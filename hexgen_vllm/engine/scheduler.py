@@ -2,8 +2,9 @@
 
 vLLM's ``schedule()`` is called, never copied. Before it, the queue and the batch are put in order
 and victims are preempted; what comes out is the same kind of step with other calls in it, so that
-greedy tokens are those of stock vLLM. ``--scheduling-policy`` stays ``fcfs``: then the last of
-``running`` is vLLM's victim when the KV cache is full, and ``priority`` stays the client's.
+greedy tokens are those of stock vLLM. Inside vLLM the policy is always ``fcfs``: then the last of
+``running`` is its victim when the KV cache is full. The client's ``priority`` comes first in our
+order, with vLLM's meaning: lower is sooner.
 
 The order of the batch is that of :mod:`hexgen_vllm.engine.batch_order`.
 
@@ -70,6 +71,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         compat.check_seams()
         super().__init__(*args, **kwargs)
         compat.check_instance(self)
+        self.policy = compat.FCFS  # whatever was asked for: `running` is in our order
         stats_api.offer_utility()  # here too: vLLM's plugins may be switched off
         self.waiting = UrgencyQueue()
         setattr(self, compat.SECOND_QUEUE, UrgencyQueue())

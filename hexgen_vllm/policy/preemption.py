@@ -4,23 +4,30 @@ A stock batch never lets go: an urgent call that finds no slot or no KV block wa
 something ends. Displacement preempts the running calls that can best afford it. It costs the work
 that a victim has to do again, so it is bounded on every side.
 
-Formula. With L the latest start (:mod:`hexgen_vllm.policy.slack`), c the candidate, v a running
-call and ``redo_s`` the seconds that v needs to compute again what it would lose:
+A running call v is *below* the candidate c if its rank (vLLM's priority, lower is sooner) is
+worse, or if it has the same rank and no deadline while c has one. It is a *peer* if it has the
+same rank and both have deadlines. A call of a better rank is never displaced, nor is a call
+without deadline by another one of its rank.
+
+Formula. With L the latest start (:mod:`hexgen_vllm.policy.slack`) and ``redo_s`` the seconds that
+v needs to compute again what it would lose:
 
     gain(v) = L_v - redo_s(v) - L_c
 
-The candidate qualifies while ``-displace_late_s <= L_c - now < displace_slack_s``: with more
-slack it can wait, and once it is that late the victim would pay for nothing. Nor does it qualify
-while ``L_c - now >= wait_s``, the time after which calls that end by themselves are predicted to
-have made room for it; a prediction that proves too hopeful ends with the slack. A victim qualifies
-if ``gain > displace_gap_s`` (strict, after its own loss), it stands behind the candidate in the
-queue's order, it was displaced fewer than ``max_displacements`` times, more than
-``protect_last_tokens`` of its output are left, and its blocks can be freed now. Victims are taken
-by ``gain / (1 + tokens lost)``, largest first, until the candidate fits; those that turn out not
-to be needed are spared. If all of them together do not make enough room, nobody is displaced.
+A candidate with a deadline qualifies once ``L_c - now < displace_slack_s``: with more slack it can
+wait. One without qualifies at once. Victims below it are taken first, cheapest ``redo_s`` first;
+nothing is asked of them but that they can give way. Peers are spared when the candidate is too
+late for them to pay (``L_c - now < -displace_late_s``), and while ``L_c - now >= wait_s``, the
+time after which calls that end by themselves are predicted to have made room; a prediction that
+proves too hopeful ends with the slack. A peer qualifies if ``gain > displace_gap_s`` (strict,
+after its own loss) and it stands behind the candidate in the queue's order; peers are taken by
+``gain / (1 + tokens lost)``, largest first. Of all victims more than ``protect_last_tokens`` of
+output are left, and their blocks can be freed now. Victims are added until the candidate fits;
+those that turn out not to be needed are spared. If all of them together do not make enough room,
+nobody is displaced.
 
-Ping-pong cannot happen: a victim that comes back still has more slack than its candidate had, by
-more than the gap, so it does not qualify to displace it.
+Ping-pong cannot happen: a peer that comes back still has more slack than its candidate had, by
+more than the gap, so it does not qualify to displace it; and "below" has no circles.
 
 Inputs are plain values; :class:`RunningView` names their units. ``latest_start_s`` of a running
 call should not be credited with its progress, or calls with equal deadlines displace each other
@@ -29,8 +36,10 @@ in turn (least-laxity thrash): use the smaller of its value now and when it was 
 Cost: O(n log n) in the running calls given.
 
 What it can starve: a call loses its place at most ``max_displacements`` times; after that it
-runs to its end unless the KV cache overflows. Do not use it where recomputing is dearer than
-being late (``displace=False``), nor to shield one client from another.
+runs to its end unless the KV cache overflows. That bound does not hold for a call without deadline
+that gives way to one with a deadline: such calls advance in what the others leave, and
+``interactive_share`` bounds how little that is. Do not use displacement where recomputing is
+dearer than being late (``displace=False``), nor to shield one client from another.
 """
 
 from __future__ import annotations
@@ -53,6 +62,8 @@ class Candidate:
         slots_short: batch slots that must become free, 0 or less when there are enough.
         blocks_short: KV blocks that must become free, 0 or less when there are enough.
         wait_s: predicted seconds until there is room without displacing (:func:`wait_for_room`).
+        rank: vLLM's priority, lower is sooner.
+        has_deadline: it can be late.
     """
 
     key_s: float
@@ -60,6 +71,8 @@ class Candidate:
     slots_short: int
     blocks_short: int
     wait_s: float = math.inf
+    rank: int = 0
+    has_deadline: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +88,8 @@ class RunningView:
         output_left: output tokens it still expects to write.
         displacements: times it was displaced so far.
         can_free: its blocks become free at once.
+        rank: vLLM's priority, lower is sooner.
+        has_deadline: it can be late.
     """
 
     key_s: float
@@ -85,6 +100,8 @@ class RunningView:
     output_left: int
     displacements: int
     can_free: bool = True
+    rank: int = 0
+    has_deadline: bool = True
 
 
 class Displacement(NamedTuple):
@@ -95,8 +112,22 @@ class Displacement(NamedTuple):
 
 
 def urgent(latest_start_s: float, limits: EngineOptions, now: float) -> bool:
-    """Return whether a waiting call is urgent enough to displace, and not too late for it."""
-    return -limits.displace_late_s <= latest_start_s - now < limits.displace_slack_s
+    """Return whether a waiting call with a deadline is urgent enough to displace."""
+    return latest_start_s - now < limits.displace_slack_s
+
+
+def is_below(rank: int, has_deadline: bool, of_rank: int, of_has_deadline: bool) -> bool:
+    """Return whether a running call counts less than a waiting one of ``of_rank``, whatever
+    their slack."""
+    return rank > of_rank or (rank == of_rank and of_has_deadline and not has_deadline)
+
+
+def mercy(candidate: Candidate, limits: EngineOptions, now: float) -> str:
+    """Return why peers are spared, ``not-urgent`` or ``room-soon``; "" if they are not."""
+    slack_s = candidate.latest_start_s - now
+    if not candidate.has_deadline or slack_s < -limits.displace_late_s:
+        return "not-urgent"
+    return "room-soon" if slack_s >= candidate.wait_s else ""
 
 
 def wait_for_room(
@@ -125,28 +156,40 @@ def gain_s(candidate: Candidate, view: RunningView) -> float:
 
 
 def eligible(candidate: Candidate, view: RunningView, limits: EngineOptions) -> bool:
-    """Return whether ``view`` may be displaced for ``candidate``."""
+    """Return whether ``view`` may be displaced for ``candidate``, unless peers are spared."""
+    if not view.can_free or view.output_left <= limits.protect_last_tokens:
+        return False
+    if _below(candidate, view):
+        bounded = view.has_deadline or not candidate.has_deadline
+        return not bounded or view.displacements < limits.max_displacements
     return (
-        view.can_free
+        _peer(candidate, view)
         and view.key_s > candidate.key_s
         and view.displacements < limits.max_displacements
-        and view.output_left > limits.protect_last_tokens
         and gain_s(candidate, view) > limits.displace_gap_s
     )
+
+
+def _below(candidate: Candidate, view: RunningView) -> bool:
+    return is_below(view.rank, view.has_deadline, candidate.rank, candidate.has_deadline)
+
+
+def _peer(candidate: Candidate, view: RunningView) -> bool:
+    return view.rank == candidate.rank and view.has_deadline and candidate.has_deadline
 
 
 def refusal(candidate: Candidate, limits: EngineOptions, now: float) -> str:
     """Return why nobody is to be displaced for ``candidate``, whoever is running; "" if nothing.
 
-    It is ``off``, ``fits``, ``not-urgent`` or ``room-soon``.
+    It is ``off``, ``fits`` or ``not-urgent``.
     """
     if not limits.displace:
         return "off"
     if candidate.slots_short <= 0 and candidate.blocks_short <= 0:
         return "fits"
-    if not urgent(candidate.latest_start_s, limits, now):
+    if candidate.has_deadline and not urgent(candidate.latest_start_s, limits, now):
         return "not-urgent"
-    return "room-soon" if candidate.latest_start_s - now >= candidate.wait_s else ""
+    return ""
 
 
 def choose_victims(
@@ -154,23 +197,31 @@ def choose_victims(
 ) -> Displacement:
     """Return the running calls to displace for ``candidate``, best first, or none and why.
 
-    The reason is ``displaced``, or why not: a :func:`refusal`, ``no-victim`` (nobody qualifies)
-    or ``would-not-fit`` (all who qualify are too few).
+    The reason is ``displaced``, or why not: a :func:`refusal`, why peers are spared
+    (:func:`mercy`), ``no-victim`` (nobody qualifies) or ``would-not-fit`` (all who qualify are too
+    few).
     """
     if reason := refusal(candidate, limits, now):
         return Displacement((), reason)
-    able = [i for i, view in enumerate(running) if eligible(candidate, view, limits)]
+    spared = mercy(candidate, limits, now)
+    able = [
+        i
+        for i, view in enumerate(running)
+        if eligible(candidate, view, limits) and not (spared and _peer(candidate, view))
+    ]
     if not able:
-        return Displacement((), "no-victim")
-    able.sort(key=lambda i: (-_worth(candidate, running[i]), i))
+        return Displacement((), spared or "no-victim")
+    able.sort(key=lambda i: _order(candidate, running[i], i))
     taken = _enough(candidate, running, able)
     if not taken:
         return Displacement((), "would-not-fit")
     return Displacement(_spared(candidate, running, taken), "displaced")
 
 
-def _worth(candidate: Candidate, view: RunningView) -> float:
-    return gain_s(candidate, view) / (1 + view.lost_tokens)
+def _order(candidate: Candidate, view: RunningView, index: int) -> tuple[int, float, int]:
+    if _below(candidate, view):
+        return (0, view.redo_s, index)
+    return (1, -gain_s(candidate, view) / (1 + view.lost_tokens), index)
 
 
 def _fits(candidate: Candidate, running: Sequence[RunningView], victims: Sequence[int]) -> bool:

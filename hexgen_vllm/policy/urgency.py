@@ -1,5 +1,6 @@
 """A min-heap whose entries can be removed and re-keyed: the order of waiting calls.
 
+Rank: the client's priority as vLLM has it, a whole number, lower first; it outranks every key.
 Key: any number of :mod:`hexgen_vllm.policy.slack` (a latest start, a deadline, an arrival), in
 seconds; the smallest goes first. Ties break by arrival, then by order of insertion, so the order
 is total and the same input gives the same output.
@@ -8,7 +9,8 @@ Cost: push, pop, remove and re-key are O(log n) amortised; peek is O(1) amortise
 forgets the entry; the heap drops it when it surfaces, and is rebuilt when more than half of it is
 forgotten, so that memory stays proportional to what is queued.
 
-What it can starve: as long as keys are absolute times, a waiting key stands still while the keys
+What it can starve: a rank waits as long as calls of lower ones come, as in stock vLLM. Within one,
+as long as keys are absolute times, a waiting key stands still while the keys
 of newcomers grow with the clock, so nothing waits behind newcomers for ever. A key that is not a
 time, such as :func:`background_key`, has no such promise: its owner must age it.
 """
@@ -22,10 +24,25 @@ from typing import Final, Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
+BATCH_S: Final = 1e11
+"""Added to the key of calls without deadline; beyond any deadline, and microseconds still tell."""
+
 BACKGROUND_S: Final = 1e12
 """Added to the key of background calls; beyond any time or deadline that a call can have."""
 
+LAST_RANK: Final = 1 << 63
+"""Rank of background calls; vLLM's priorities are 64 bits wide, so it comes after all of them."""
+
 _REBUILD_LEAST: Final = 64
+
+
+def batch_key(arrived_s: float) -> float:
+    """Return the key of a call without deadline: behind all that have one, first come first served.
+
+    Args:
+        arrived_s: when it reached the engine.
+    """
+    return BATCH_S + arrived_s
 
 
 def background_key(work_s: float) -> float:
@@ -38,7 +55,7 @@ def background_key(work_s: float) -> float:
 
 
 class UrgencyHeap(Generic[T]):
-    """Items ordered by (key, arrival, insertion); each item is in it at most once.
+    """Items ordered by (rank, key, arrival, insertion); each item is in it at most once.
 
     Items are told apart by hash and equality, as in a set.
     """
@@ -46,11 +63,11 @@ class UrgencyHeap(Generic[T]):
     __slots__ = ("_entries", "_heap", "_next")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, float, int, T]] = []
-        self._entries: dict[T, tuple[float, float, int, T]] = {}
+        self._heap: list[tuple[int, float, float, int, T]] = []
+        self._entries: dict[T, tuple[int, float, float, int, T]] = {}
         self._next = 0
 
-    def push(self, item: T, key: float, arrived_s: float) -> None:
+    def push(self, item: T, key: float, arrived_s: float, rank: int = 0) -> None:
         """Add ``item``.
 
         Raises:
@@ -59,18 +76,18 @@ class UrgencyHeap(Generic[T]):
         if item in self._entries:
             raise ValueError("the item is already queued")
         self._next += 1
-        self._put(item, key, arrived_s, self._next)
+        self._put(item, rank, key, arrived_s, self._next)
 
-    def rekey(self, item: T, key: float) -> None:
-        """Move ``item`` to ``key``; its arrival and its place among ties stay.
+    def rekey(self, item: T, key: float, rank: int = 0) -> None:
+        """Move ``item`` to ``rank`` and ``key``; its arrival and its place among ties stay.
 
         Raises:
             KeyError: it is not in.
             ValueError: ``key`` is not a number.
         """
-        old, arrived_s, order, _ = self._entries[item]
-        if old != key:
-            self._put(item, key, arrived_s, order)
+        old_rank, old, arrived_s, order, _ = self._entries[item]
+        if old != key or old_rank != rank:
+            self._put(item, rank, key, arrived_s, order)
 
     def remove(self, item: T) -> None:
         """Take ``item`` out.
@@ -90,7 +107,7 @@ class UrgencyHeap(Generic[T]):
         Raises:
             IndexError: nothing is queued.
         """
-        return self._first()[3]
+        return self._first()[4]
 
     def pop(self) -> T:
         """Take out and return the first item.
@@ -98,7 +115,7 @@ class UrgencyHeap(Generic[T]):
         Raises:
             IndexError: nothing is queued.
         """
-        item = self._first()[3]
+        item = self._first()[4]
         heapq.heappop(self._heap)
         del self._entries[item]
         return item
@@ -109,7 +126,19 @@ class UrgencyHeap(Generic[T]):
         Raises:
             KeyError: it is not in.
         """
-        return self._entries[item][0]
+        return self._entries[item][1]
+
+    def first(self, most: int) -> list[T]:
+        """Return the ``most`` first items in order; O(most log n)."""
+        found: list[tuple[int, float, float, int, T]] = []
+        while self._heap and len(found) < most:
+            entry = heapq.heappop(self._heap)
+            twice = bool(found) and found[-1] == entry  # re-keyed and back again
+            if not twice and self._entries.get(entry[4]) == entry:
+                found.append(entry)
+        for entry in found:
+            heapq.heappush(self._heap, entry)
+        return [entry[4] for entry in found]
 
     def unordered(self) -> list[T]:
         """Return the items in no particular order, cheaply."""
@@ -117,7 +146,7 @@ class UrgencyHeap(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """Iterate in order over a snapshot."""
-        return (entry[3] for entry in sorted(self._entries.values(), key=lambda e: e[:3]))
+        return (entry[4] for entry in sorted(self._entries.values(), key=lambda e: e[:4]))
 
     def __contains__(self, item: object) -> bool:
         return item in self._entries
@@ -128,16 +157,16 @@ class UrgencyHeap(Generic[T]):
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def _first(self) -> tuple[float, float, int, T]:
+    def _first(self) -> tuple[int, float, float, int, T]:
         heap, entries = self._heap, self._entries
-        while heap and entries.get(heap[0][3]) != heap[0]:
+        while heap and entries.get(heap[0][4]) != heap[0]:
             heapq.heappop(heap)
         return heap[0]
 
-    def _put(self, item: T, key: float, arrived_s: float, order: int) -> None:
+    def _put(self, item: T, rank: int, key: float, arrived_s: float, order: int) -> None:
         if math.isnan(key):
             raise ValueError("the key is not a number")
-        entry = (key, arrived_s, order, item)
+        entry = (rank, key, arrived_s, order, item)
         self._entries[item] = entry
         heapq.heappush(self._heap, entry)
         if len(self._heap) > max(_REBUILD_LEAST, 2 * len(self._entries)):

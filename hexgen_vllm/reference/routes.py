@@ -53,7 +53,7 @@ def _parameters(operation: dict[str, Any]) -> str:
 
 def _headers() -> str:
     rows = [
-        (code(wire.header_name(name)), code(wire.XARGS_PREFIX + name), _form(schema), text)
+        (code(wire.header_name(name)), code(wire.xarg_name(name)), _form(schema), text)
         for name, (schema, text) in openapi.HEADERS.items()
     ]
     return table(("header", "`vllm_xargs` key", "form", "meaning"), rows)

@@ -38,10 +38,13 @@ TENANT_HEADERS: Final = (
 )
 # Seconds after which an answer is of no use to the client any more.
 TIMEOUT_HEADERS: Final = ("x-litellm-timeout", "x-stainless-read-timeout")
-MAX_PRIORITY: Final = 1000
+MAX_PRIORITY: Final = 2**62
+"""Larger ones count as this: what is sent on must fit the 64 bits of vLLM's own priority."""
 _VENDOR_SESSION: Final = re.compile(r"x-(?!parent-)[a-z0-9]+-session-id")
+_DIGITS: Final = re.compile(r"[+-]?[0-9]{1,30}")
 _CLASSES: Final = {"system": 2, "interactive": 1, "default": 0, "bulk": -1}
-_TIERS: Final = {"priority": 1, "flex": -1}
+_TIERS: Final = {"priority": 1, "flex": -1, "batch": -1}
+_BATCH_TIERS: Final = ("flex", "batch")
 
 
 _PRIORITY_HEADERS: Final = (
@@ -68,8 +71,9 @@ class Foreign(NamedTuple):
         tenant: who pays.
         timeout_s: seconds after which the answer is of no use.
         expected_output_tokens: output length.
-        priority: higher is sooner, 0 is normal, within +-1000.
+        priority: higher is sooner, 0 is normal, within :data:`MAX_PRIORITY`.
         final: nothing follows in this session.
+        batch: nobody waits for the answer.
     """
 
     session_id: str | None = None
@@ -79,6 +83,7 @@ class Foreign(NamedTuple):
     expected_output_tokens: int | None = None
     priority: int = 0
     final: bool = False
+    batch: bool = False
 
 
 _NOTHING: Final = Foreign()
@@ -107,7 +112,13 @@ def read(headers: Mapping[str, str], body: Mapping[str, Any]) -> Foreign:
         expected_output_tokens=None if osl is None else max(int(osl), 1),
         priority=_priority(headers, body, agent, hints),
         final=headers.get(FINAL_HEADER, "").lower() in ("true", "1"),
+        batch=is_batch_tier(body.get("service_tier")),
     )
+
+
+def is_batch_tier(tier: object) -> bool:
+    """Return whether a ``service_tier`` says that nobody waits for the answer."""
+    return isinstance(tier, str) and tier in _BATCH_TIERS
 
 
 def _dict(value: object) -> Mapping[str, Any]:
@@ -157,6 +168,16 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _whole(value: object) -> int | None:
+    """Return a number without its fraction; no digit of a long one is lost."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    number = _number(value)
+    return None if number is None else int(number)
+
+
 def _positive(value: object) -> float | None:
     number = _number(value)
     return number if number is not None and 0 < number <= 1e9 else None
@@ -188,9 +209,9 @@ def _priority(
     )
     for sign, values in ((1, higher_is_sooner), (-1, lower_is_sooner)):
         for value in values:
-            number = _number(value)
+            number = _whole(value)
             if number is not None:
-                return sign * int(max(-MAX_PRIORITY, min(MAX_PRIORITY, number)))
+                return sign * max(-MAX_PRIORITY, min(MAX_PRIORITY, number))
     named = _CLASSES.get(headers.get("x-smg-priority", "").lower())
     tier = body.get("service_tier")
     return named if named is not None else _TIERS.get(tier if isinstance(tier, str) else "", 0)

@@ -43,6 +43,7 @@ class Accepted:
         prompt: what the length estimate stands on.
         session_id: workflow or session the client named, ``None`` when it named none.
         priority: importance, higher is sooner.
+        service_class: ``batch`` for a call that nobody waits for, ``None`` where nothing is said.
     """
 
     call: Call
@@ -52,6 +53,7 @@ class Accepted:
     prompt: Prompt
     session_id: str | None
     priority: int
+    service_class: str | None
 
     def __init__(
         self,
@@ -62,10 +64,11 @@ class Accepted:
         prompt: Prompt,
         session_id: str | None,
         priority: int,
+        service_class: str | None = None,
     ) -> None:
         self.call, self.endpoint, self.pairs = call, endpoint, pairs
         self.body, self.prompt, self.session_id = body, prompt, session_id
-        self.priority = priority
+        self.priority, self.service_class = priority, service_class
 
 
 class Intake:
@@ -141,10 +144,11 @@ class Intake:
             call=call,
             endpoint=endpoint,
             pairs=pairs or [],
-            body=_without_agentic_context(body, raw) if _may_refuse(endpoint, body) else raw,
+            body=_for_engine(body, raw) if _may_refuse(endpoint, body) else raw,
             prompt=prompt,
             session_id=said.workflow_id or foreign.session_id,
             priority=foreign.priority,
+            service_class=said.service_class or (wire.BATCH if foreign.batch else None),
         )
 
     def _call(
@@ -204,7 +208,8 @@ class Intake:
 
 def _may_refuse(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
     """Whether an engine may refuse a body for what it says in other projects' words."""
-    return "vllm_xargs" in body and endpoint.placed and endpoint.known
+    said = "vllm_xargs" in body or "service_tier" in body
+    return said and endpoint.placed and endpoint.known
 
 
 def _read_body(endpoint: Endpoint, names: Names, raw: bytes) -> dict[str, Any]:
@@ -302,19 +307,28 @@ def _said_in_body(body: Mapping[str, Any]) -> wire.CallMeta:
     return wire.from_xargs(xargs) if isinstance(xargs, dict) else wire.CallMeta()
 
 
-def _without_agentic_context(body: Mapping[str, Any], raw: bytes) -> bytes:
-    """Return the body's bytes without the nested object that vLLM refuses.
+def _for_engine(body: Mapping[str, Any], raw: bytes) -> bytes:
+    """Return the body's bytes without what vLLM refuses.
+
+    That is the nested agentic context, and a service tier that OpenAI's list does not have.
 
     Raises:
         BadRequest: it is nested too deeply to be written again.
     """
     xargs = body.get("vllm_xargs")
-    if not isinstance(xargs, dict) or "agentic_context" not in xargs:
+    nested = isinstance(xargs, dict) and "agentic_context" in xargs
+    if not nested and body.get("service_tier") != wire.BATCH:
         return raw
-    rest = {name: value for name, value in xargs.items() if name != "agentic_context"}
-    kept = {name: value for name, value in body.items() if name != "vllm_xargs"}
+    kept = dict(body)
+    if kept.get("service_tier") == wire.BATCH:
+        kept["service_tier"] = "flex"
+    if isinstance(xargs, dict) and nested:
+        rest = {name: value for name, value in xargs.items() if name != "agentic_context"}
+        del kept["vllm_xargs"]
+        if rest:
+            kept["vllm_xargs"] = rest
     try:
-        return json.dumps({**kept, "vllm_xargs": rest} if rest else kept).encode()
+        return json.dumps(kept).encode()
     except RecursionError:  # nested as deeply as could just be read
         raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
 

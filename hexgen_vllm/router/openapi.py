@@ -29,6 +29,10 @@ HEADERS: Final[dict[str, tuple[_Json, str]]] = {
     "expected_output_tokens": ({"type": "integer", "minimum": 1}, "Answer length, if known."),
     "workflow_final": ({"type": "boolean"}, "Nothing follows this call."),
     "tenant": (_NAME, "Who pays."),
+    "service_class": (
+        {"type": "string", "pattern": "^(batch|interactive)$"},
+        "`batch` for a call that nobody waits for: served in what calls with deadlines leave.",
+    ),
 }
 _ERROR: Final[_Json] = {
     "type": "object",

@@ -3,6 +3,7 @@
 | kind of engine | is told |
 |---|---|
 | ours | every ``x-hexgen-*`` field that is known, deadline and tail as remaining milliseconds |
+| ours | ``X-Vllm-Priority``: the client's priority, whatever words it came in |
 | stock, priority scheduling | ``X-Vllm-Priority``: due time, so that it serves earliest due first |
 | stock, FCFS | nothing |
 
@@ -31,6 +32,8 @@ SESSION_HEADER: Final = "x-session-id"
 PRIORITY_HEADER: Final = "x-vllm-priority"
 # A step of client priority outranks every difference in due time: 1e12 ms are 31 years.
 PRIORITY_STEP: Final = 10**12
+_MOST_STEPS: Final = 10**6
+_INT64: Final = 2**63 - 1
 
 LEAST_DEADLINE_S: Final = 0.001
 
@@ -86,6 +89,7 @@ _FINAL: Final = wire.header_name("workflow_final")
 _TENANT: Final = wire.header_name("tenant")
 _TAIL: Final = wire.header_name("tail_ms")
 _BACKGROUND: Final = wire.header_name("background")
+_CLASS: Final = wire.header_name("service_class")
 
 
 def call_head(  # noqa: PLR0913 - what a head is made of
@@ -117,6 +121,8 @@ def call_head(  # noqa: PLR0913 - what a head is made of
     if kind is EngineKind.PRIORITY:
         due_s = placement.due_s - epoch
         said[PRIORITY_HEADER] = str(stock_priority(due_s, accepted.priority))
+    elif kind is EngineKind.HEXGEN and accepted.priority:
+        said[PRIORITY_HEADER] = str(-accepted.priority)  # vLLM's: lower is sooner
     kept, names = _kept_lines(accepted.pairs, said)
     if accepted.session_id is not None and SESSION_HEADER not in names:
         said[SESSION_HEADER] = accepted.session_id
@@ -164,12 +170,17 @@ def _named(pairs: Pairs) -> dict[str, str]:
 
 
 def stock_priority(due_in_s: float, priority: int) -> int:
-    """Return vLLM's priority number: lower is sooner.
+    """Return vLLM's priority number, 64 bits wide: lower is sooner.
 
     Args:
         due_in_s: due time since the router's epoch; ``inf`` comes last.
-        priority: the client's, higher is sooner; it outranks due time.
+        priority: the client's, higher is sooner; it outranks due time. Beyond ``+-10**6`` there is
+            no room for due times: such priorities are told apart among themselves only.
     """
+    if abs(priority) > _MOST_STEPS:
+        beyond = _MOST_STEPS * PRIORITY_STEP + PRIORITY_STEP // 2 + abs(priority) - _MOST_STEPS
+        number = min(beyond, _INT64)
+        return number if priority < 0 else -number
     half = PRIORITY_STEP // 2 - 1
     due_ms = half if math.isinf(due_in_s) else int(max(-half, min(half, due_in_s * 1000.0)))
     return due_ms - priority * PRIORITY_STEP
@@ -187,7 +198,9 @@ def _workflow_lines(accepted: Accepted, placement: Placement, now: float) -> lis
     ]
     if accepted.session_id is not None:
         lines.append(f"{_WORKFLOW_ID}: {accepted.session_id}\r\n")
-    if deadline_s < math.inf:
+    if accepted.service_class is not None:
+        lines.append(f"{_CLASS}: {accepted.service_class}\r\n")
+    if deadline_s < math.inf and accepted.service_class != wire.BATCH:
         lines.append(f"{_DEADLINE}: {_ms(deadline_s + overdue_s - now)}\r\n")
     if call.stages_left is not None:
         lines.append(f"{_STAGES_LEFT}: {call.stages_left}\r\n")

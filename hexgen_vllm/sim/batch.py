@@ -23,7 +23,7 @@ from hexgen_vllm.sim.queues import ArrivalQueue, KeyQueue, WaitingQueue
 from hexgen_vllm.sim.sequence import Sequence
 from hexgen_vllm.sim.tight import TightStep
 
-_KEY: Final = attrgetter("key_s")
+_KEY: Final = attrgetter("rank", "key_s")
 
 
 class Plan(NamedTuple):
@@ -143,7 +143,7 @@ class Batch:
             self.pricing.price(sequence, sequence.tokens, sequence.tokens - 1)
         if self._tight:
             return sorted(finished, key=_KEY)
-        return sorted(finished, key=lambda s: (s in self.chunks, s.key_s))
+        return sorted(finished, key=lambda s: (s in self.chunks, s.rank, s.key_s))
 
     # Running calls
 

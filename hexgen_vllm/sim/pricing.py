@@ -12,9 +12,9 @@ from typing import Final
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.service import ServiceRates, output_left
 from hexgen_vllm.policy.slack import hexgen_key, latest_start
-from hexgen_vllm.policy.urgency import background_key
+from hexgen_vllm.policy.urgency import LAST_RANK, background_key, batch_key
 from hexgen_vllm.sim.sequence import Sequence
-from hexgen_vllm.types import StepCost
+from hexgen_vllm.types import NO_DEADLINE, StepCost
 
 _WEIGHT: Final = 0.05  # of the newest step in the usual step, as in the live telemetry
 _RATES_MOVED: Final = 0.1
@@ -59,8 +59,13 @@ class Pricing:
         done = tokens - sequence.prompt_tokens
         left = output_left(sequence.expected_tokens, done, sequence.most_tokens)
         service_s = self.rates.service_s(tokens - computed, left)
+        sequence.rank = LAST_RANK if sequence.background else sequence.priority
         if sequence.background:
             sequence.key_s = sequence.latest_start_s = background_key(service_s + sequence.tail_s)
+            return
+        if sequence.deadline_s == NO_DEADLINE:
+            sequence.latest_start_s = NO_DEADLINE
+            sequence.key_s = batch_key(sequence.arrived_s)
             return
         start_s = latest_start(sequence.deadline_s, sequence.tail_s, service_s)
         sequence.latest_start_s = start_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import Protocol
 
 from hexgen_vllm.policy.urgency import UrgencyHeap
@@ -26,6 +27,9 @@ class WaitingQueue(Protocol):
 
     def rekey(self, sequence: Sequence) -> None:
         """Move a queued call to its present key."""
+
+    def first(self, most: int) -> list[Sequence]:
+        """Return up to ``most`` calls that are next, in order."""
 
     def unordered(self) -> list[Sequence]:
         """Return what is queued, in no particular order."""
@@ -56,6 +60,10 @@ class ArrivalQueue:
     def rekey(self, sequence: Sequence) -> None:
         """Do nothing: keys do not count."""
 
+    def first(self, most: int) -> list[Sequence]:
+        """Return up to ``most`` calls that are next."""
+        return list(islice(self._queue, most))
+
     def unordered(self) -> list[Sequence]:
         """Return what is queued."""
         return list(self._queue)
@@ -75,6 +83,10 @@ class KeyQueue:
         """Take out the next call."""
         return self._heap.pop()
 
+    def first(self, most: int) -> list[Sequence]:
+        """Return up to ``most`` calls that are next, in order."""
+        return self._heap.first(most)
+
     def unordered(self) -> list[Sequence]:
         """Return what is queued."""
         return self._heap.unordered()
@@ -82,7 +94,7 @@ class KeyQueue:
     def push(self, sequence: Sequence) -> None:
         """Add a call."""
         sequence.queued_start_s = sequence.latest_start_s
-        self._heap.push(sequence, sequence.key_s, sequence.arrived_s)
+        self._heap.push(sequence, sequence.key_s, sequence.arrived_s, sequence.rank)
 
     def push_back(self, sequence: Sequence) -> None:
         """Add a call that lost its place."""
@@ -91,4 +103,4 @@ class KeyQueue:
     def rekey(self, sequence: Sequence) -> None:
         """Move a queued call to its present key."""
         sequence.queued_start_s = sequence.latest_start_s
-        self._heap.rekey(sequence, sequence.key_s)
+        self._heap.rekey(sequence, sequence.key_s, sequence.rank)

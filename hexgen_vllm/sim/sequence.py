@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from hexgen_vllm.sim.prefix_cache import Holding, Link
-from hexgen_vllm.types import Placement
+from hexgen_vllm.types import NO_DEADLINE, Placement
 
 NO_LIMIT: Final = 1 << 30
 
@@ -22,8 +22,10 @@ class Sequence:
         total_tokens: prompt and output length together; where it ends.
         deadline_s, tail_s, expected_tokens, background: what the router said of it.
         most_tokens: output tokens that the request allows.
+        priority: the client's, as vLLM has it: lower is sooner.
         arrived_s: when it reached the engine.
-        key_s: its place in the order; smaller is sooner.
+        rank: its priority, or behind all if it is demoted.
+        key_s: its place among calls of its rank; smaller is sooner.
         latest_start_s: L, credited with progress.
         queued_start_s: L when it last joined the queue.
         tokens: prompt and output tokens so far; while it decodes, see ``base``.
@@ -58,8 +60,10 @@ class Sequence:
         "most_tokens",
         "number",
         "preemptions",
+        "priority",
         "prompt_tokens",
         "queued_start_s",
+        "rank",
         "saved_tokens",
         "tag",
         "tail_s",
@@ -83,6 +87,7 @@ class Sequence:
         self.expected_tokens = placement.expected_output_tokens
         self.background = placement.background
         self.most_tokens = NO_LIMIT
+        self.rank = self.priority = 0
         self.arrived_s = self.key_s = self.latest_start_s = self.queued_start_s = 0.0
         self.computed = self.base = self.chunk = self.number = 0
         self.displacements = self.preemptions = self.saved_tokens = 0
@@ -90,3 +95,8 @@ class Sequence:
         self.cached_tokens = -1
         self.first_token_s: float | None = None
         self.holding = Holding(chain, [])
+
+    @property
+    def has_deadline(self) -> bool:
+        """Whether it can be late: it has a deadline, and its workflow is not demoted."""
+        return not self.background and self.deadline_s < NO_DEADLINE

@@ -14,7 +14,7 @@ from hexgen_vllm.sim.sequence import Sequence
 if TYPE_CHECKING:
     from hexgen_vllm.sim.batch import Batch
 
-_KEY: Final = attrgetter("key_s")
+_KEY: Final = attrgetter("rank", "key_s")
 
 
 class TightStep:
@@ -64,7 +64,7 @@ class TightStep:
         """Return the running call that gives way first."""
         batch = self._batch
         if batch.stock and not batch.by_arrival:
-            return max(batch.running, key=lambda s: (s.key_s, s.arrived_s))
+            return max(batch.running, key=lambda s: (s.rank, s.key_s, s.arrived_s))
         return batch.running[-1]
 
     def _blocks_for(self, sequence: Sequence, budget: int) -> int:

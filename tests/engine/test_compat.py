@@ -62,10 +62,10 @@ def test_a_missing_attribute_is_named() -> None:
 class Head:
     """A queue with one request."""
 
-    def __init__(self, key_s: float, computed: int = 0) -> None:
+    def __init__(self, key_s: float, computed: int = 0, rank: int = 0) -> None:
         status = compat.RequestStatus.WAITING
         self.head = SimpleNamespace(
-            hexgen=SimpleNamespace(key_s=key_s),
+            hexgen=SimpleNamespace(rank=rank, key_s=key_s),
             num_computed_tokens=computed,
             status=status,
             num_stale_output_tokens=0,
@@ -74,6 +74,9 @@ class Head:
 
     def peek_request(self) -> Any:
         return self.head
+
+    def first(self, most: int) -> list[Any]:
+        return [self.head][:most]
 
 
 def test_of_two_queues_holders_of_kv_go_first_then_the_more_urgent() -> None:
@@ -87,6 +90,7 @@ def test_of_two_queues_holders_of_kv_go_first_then_the_more_urgent() -> None:
     assert chosen(near, far) is near
     assert chosen(far, near) is near
     assert chosen(near, holder) is holder
+    assert chosen(near, Head(9.0, rank=-1)).head.hexgen.rank == -1
     assert chosen(near, []) is near
     assert chosen([], far) is far
     assert chosen([], []) is None
@@ -95,17 +99,19 @@ def test_of_two_queues_holders_of_kv_go_first_then_the_more_urgent() -> None:
 def test_nobody_is_next_while_a_holder_of_kv_can_start() -> None:
     def first(waiting: Any, second: Any) -> Any:
         queues = {"waiting": waiting, compat.SECOND_QUEUE: second}
-        return compat.first_waiting(SimpleNamespace(**queues))
+        return compat.first_waiting(SimpleNamespace(**queues), 8)
 
     near, far, holder = Head(1.0), Head(2.0), Head(3.0, computed=16)
-    assert first(near, []) is near.head
-    assert first(near, holder) is None
+    assert first(near, []) == [near.head]
+    assert first(near, holder) == []
     holder.head.status = compat.RequestStatus.WAITING_FOR_STREAMING_REQ
-    assert first(near, holder) is near.head
-    assert first(far, near) is near.head
-    assert first(near, far) is near.head
-    assert first([], far) is far.head
-    assert first([], []) is None
+    assert first(near, holder) == [near.head]
+    assert first(far, near) == [near.head, far.head]
+    assert first(near, far) == [near.head, far.head]
+    important = Head(9.0, rank=-1)
+    assert first(near, important) == [important.head, near.head]
+    assert first([], far) == [far.head]
+    assert first([], []) == []
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,11 @@ class Waiting:
     def __init__(self, name: str, key_s: float, arrived_s: float = 0.0) -> None:
         self.name = name
         self.hexgen = SimpleNamespace(
-            key_s=key_s, arrived_s=arrived_s, latest_start_s=key_s, queued_start_s=0.0
+            rank=0,
+            key_s=key_s,
+            arrived_s=arrived_s,
+            latest_start_s=key_s,
+            queued_start_s=0.0,
         )
 
 

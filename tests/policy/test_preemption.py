@@ -80,6 +80,36 @@ def test_room_comes_as_calls_end(slots: int, blocks: int, wait_s: float) -> None
     assert wait_for_room(slots, blocks, endings) == wait_s
 
 
+BATCH = replace(
+    RICH, key_s=1e11, latest_start_s=math.inf, has_deadline=False, displacements=99, redo_s=50.0
+)
+IDLE = Candidate(1e11, math.inf, 1, 0, has_deadline=False)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "running", "victims"),
+    [
+        (URGENT, [RICH, BATCH], (1,)),
+        (URGENT, [BATCH, replace(BATCH, redo_s=1.0)], (1,)),
+        (replace(URGENT, latest_start_s=NOW - 500.0), [RICH, BATCH], (1,)),  # however late
+        (replace(URGENT, wait_s=0.1), [RICH, BATCH], (1,)),  # without waiting
+        (replace(URGENT, latest_start_s=NOW + 9.0), [BATCH], ()),  # it can wait
+        (URGENT, [replace(BATCH, rank=-1)], ()),
+        (replace(URGENT, rank=3), [BATCH], ()),  # a better priority outranks the deadline
+        (replace(URGENT, rank=-3), [replace(RICH, latest_start_s=NOW - 9, key_s=0.0)], (0,)),
+        (IDLE, [BATCH, RICH], ()),
+        (replace(IDLE, rank=-1), [RICH], (0,)),
+        (replace(IDLE, rank=-1), [replace(BATCH, displacements=3)], ()),
+        (replace(IDLE, rank=-1), [replace(RICH, displacements=3)], ()),
+        (replace(IDLE, rank=1), [RICH, BATCH], ()),
+    ],
+)
+def test_calls_without_deadline_and_of_worse_priority_give_way_first(
+    candidate: Candidate, running: list[RunningView], victims: tuple[int, ...]
+) -> None:
+    assert choose_victims(candidate, running, LIMITS, NOW).victims == victims
+
+
 def test_takes_the_most_slack_per_token_lost() -> None:
     far_but_long = at(NOW + 100, lost_tokens=5000)
     near_but_short = at(NOW + 20, lost_tokens=50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -85,13 +86,17 @@ PRIORITIES: list[tuple[dict[str, str], dict[str, Any], int]] = [
     ({"x-smg-priority": "bulk"}, {}, -1),
     ({}, {"service_tier": "priority"}, 1),
     ({}, {"service_tier": "flex"}, -1),
+    ({}, {"service_tier": "batch"}, -1),
     ({}, {"service_tier": "auto"}, 0),
     ({}, {"service_tier": 5}, 0),
     ({"X-Vllm-Priority": "soon"}, {}, 0),
     ({"X-Vllm-Priority": "nan"}, {}, 0),
-    ({"X-Vllm-Priority": "1e300"}, {}, -1000),
+    ({"X-Vllm-Priority": "1e300"}, {}, -(2**62)),
+    ({"X-Vllm-Priority": "1795400141501"}, {}, -1795400141501),
+    ({}, {"priority": 2**53 + 1}, -(2**53) - 1),
     ({}, {"priority": True}, 0),
-    ({}, {"priority": 10**400}, 0),
+    ({}, {"priority": 10**400}, -(2**62)),
+    ({}, {"priority": math.nan}, 0),
     ({}, {}, 0),
 ]
 

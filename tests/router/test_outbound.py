@@ -64,8 +64,11 @@ def pairs(headers: dict[str, str]) -> Pairs:
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-def accepted(headers: dict[str, str] = CLIENT, session: str | None = "w1") -> Accepted:
-    return Accepted(CALL, ENDPOINTS[0], pairs(headers), b"{}", Prompt("", 0, 0), session, 0)
+def accepted(
+    headers: dict[str, str] = CLIENT, session: str | None = "w1", priority: int = 0
+) -> Accepted:
+    prompt = Prompt("", 0, 0)
+    return Accepted(CALL, ENDPOINTS[0], pairs(headers), b"{}", prompt, session, priority)
 
 
 def sent(
@@ -90,6 +93,13 @@ def test_a_priority_engine_gets_the_due_time() -> None:
     assert sent(EngineKind.PRIORITY) == {**ALL, "x-vllm-priority": "120000"}
 
 
+@pytest.mark.parametrize(("priority", "told"), [(3, "-3"), (-2, "2"), (10**13, str(-(10**13)))])
+def test_our_engine_gets_the_priority_with_the_polarity_of_vllm(priority: int, told: str) -> None:
+    found = sent(EngineKind.HEXGEN, accepted({}, priority=priority))
+    assert found["x-vllm-priority"] == told
+    assert "x-vllm-priority" not in sent(EngineKind.HEXGEN, accepted({}))
+
+
 def test_our_engine_gets_every_field() -> None:
     assert sent(EngineKind.HEXGEN) == {
         **ALL,
@@ -106,8 +116,18 @@ def test_our_engine_gets_every_field() -> None:
 
 
 def test_no_field_of_the_wire_is_left_out() -> None:
-    told = sent(EngineKind.HEXGEN, placed=replace(PLACED, background=True))
+    one = accepted()
+    one.service_class = "interactive"
+    told = sent(EngineKind.HEXGEN, one, replace(PLACED, background=True))
     assert {wire.header_name(field) for field in wire.FIELDS} <= set(told)
+
+
+def test_a_batch_call_goes_to_our_engine_without_the_deadline_that_placed_it() -> None:
+    one = accepted()
+    one.service_class = "batch"
+    meta = wire.from_headers(sent(EngineKind.HEXGEN, one))
+    assert meta.service_class == "batch"
+    assert meta.workflow_deadline_ms is None
 
 
 def test_what_is_sent_can_be_read() -> None:
@@ -148,8 +168,13 @@ def test_an_engine_key_replaces_the_clients() -> None:
 def test_stock_priorities_are_in_order() -> None:
     """Client priority first, then due time; never ever goes last; all fit vLLM's int64."""
     order = [(-50.0, 1), (0.0, 1), (math.inf, 1), (-1e12, 0), (-50.0, 0), (0.001, 0), (5.0, 0),
-             (1e12, 0), (-1e12, -1), (5.0, -1), (math.inf, -1), (math.inf, -1000)]  # fmt: skip
+             (1e12, 0), (-1e12, -1), (5.0, -1), (math.inf, -1), (math.inf, -1000),
+             (math.inf, -(10**6)), (-1e12, -(10**6) - 1), (0.0, -(10**6) - 2),
+             (0.0, -1795400141501), (-1e12, -1795400141502), (-1e12, -(2**62))]  # fmt: skip
     numbers = [outbound.stock_priority(due, priority) for due, priority in order]
+    important = [(math.inf, 2**62), (0.0, 1795400141502), (5.0, 1795400141501), (9.0, 10**6 + 1),
+                 (5.0, 10**6)]  # fmt: skip
+    numbers = [outbound.stock_priority(due, priority) for due, priority in important] + numbers
     assert all(a < b for a, b in pairwise(numbers))
     assert max(map(abs, numbers)) < 2**63
 

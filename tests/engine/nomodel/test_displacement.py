@@ -83,6 +83,59 @@ def test_a_victim_waits_out_the_step_and_comes_back(build: Build) -> None:
     engine.assert_clean()
 
 
+def test_a_better_priority_displaces_whatever_the_deadlines(build: Build) -> None:
+    engine = build(max_num_seqs=2)
+    engine.add("near", [1] * 40, 60, CallMeta(workflow_deadline_ms=1.0))
+    engine.add("minor", [2] * 40, 60, CallMeta(workflow_deadline_ms=1.0), priority=2)
+    engine.steps(4)
+    engine.add("lazy", [3] * 40, 10, LAZY, priority=5)
+    engine.steps(6)
+    assert engine.displaced() == 0, "a worse priority takes nothing"
+    engine.add("major", [4] * 40, 10, priority=-10)
+    engine.step()
+    assert sorted(engine.running()) == ["major", "near"]
+    engine.run()
+    assert engine.ended == ["major", "near", "minor", "lazy"]
+    assert engine.displaced() == 1
+    engine.assert_clean()
+
+
+def test_priorities_displace_a_call_at_most_so_often(build: Build) -> None:
+    engine = build(max_num_seqs=1, hexgen={"max_displacements": 2})
+    minor = engine.add("minor", [1] * 40, 300, priority=9)
+    for i in range(6):
+        engine.steps(6)
+        engine.add(f"major{i}", [10 + i] * 20, 3, priority=-i)
+    engine.run()
+    assert minor.hexgen.displacements == 2
+    assert engine.tokens["minor"] == expected([1] * 40, 300)
+
+
+@pytest.mark.parametrize("first", ["blocked", "lora_full", "too_late"])
+def test_one_call_that_cannot_be_helped_does_not_stop_the_next(build: Build, first: str) -> None:
+    engine = build(max_num_seqs=2)
+    fill(engine, 2)
+    globals()[first](engine)
+    engine.step()
+    assert engine.displaced() == 0
+    engine.add("next", [98] * 40, 10, CallMeta(workflow_deadline_ms=350.0))
+    engine.steps(6)
+    if first == "too_late":  # it goes first, so both need a place
+        assert engine.displaced() == 2
+        assert "urgent" in engine.running()
+    assert "next" in engine.running()
+
+
+def test_several_urgent_calls_displace_in_one_step(build: Build) -> None:
+    engine = build(max_num_seqs=4)
+    fill(engine, 4)
+    for i in range(3):
+        engine.add(f"urgent{i}", [90 + i] * 40, 10, URGENT)
+    engine.step()
+    assert engine.displaced() == 3
+    assert {"urgent0", "urgent1", "urgent2"} < set(engine.running())
+
+
 def test_equal_calls_never_displace_each_other(build: Build) -> None:
     engine = build(max_num_seqs=4, hexgen={"displace_gap_s": 0.0})
     for i in range(20):  # far more than can be on time: all of them come to be in danger

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from hexgen_vllm.policy.slack import hexgen_key, latest_start
 from hexgen_vllm.policy.urgency import BACKGROUND_S
@@ -82,11 +85,60 @@ def test_without_metadata_the_order_is_first_come(build: Build) -> None:
     assert engine.ended == [f"r{i}" for i in range(5)]
 
 
-def test_the_clients_priority_is_left_alone(build: Build) -> None:
-    engine = build(max_num_seqs=1)
-    requests = [engine.add(f"r{i}", [10 + i] * 8, 3, due(9 - i), priority=i) for i in range(3)]
+@pytest.mark.parametrize("order", ["slack", "edf", "hexgen", "fcfs"])
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_priority_comes_before_every_deadline(build: Build, order: str, policy: str) -> None:
+    """Lower first, as in vLLM, and whatever word its own policy got."""
+    engine = build(max_num_seqs=1, policy=policy, hexgen={"order": order, "displace": False})
+    engine.add("first", [5] * 8, 9, due(9))
     engine.step()
-    assert [r.priority for r in requests] == [0, 1, 2]
+    engine.add("soon", [6] * 8, 3, due(0.5))
+    engine.add("later", [7] * 8, 3, due(0.1), priority=3)
+    engine.add("sooner", [8] * 8, 3, priority=-10)
+    engine.add("latest", [9] * 8, 3, due(0.1), priority=2**40)
+    engine.add("soonest", [10] * 8, 3, due(900), priority=-(2**62))
+    engine.run()
+    assert engine.ended == ["first", "soonest", "sooner", "soon", "later", "latest"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_priority_alone_gives_the_order_of_stock_vllm(build: Build, seed: int) -> None:
+    """Whoever comes from ``--scheduling-policy priority`` sees the same order and victims."""
+    rng = random.Random(seed)
+    calls = [(f"r{i}", [rng.randrange(2, 900)] * rng.randint(4, 90), rng.randint(3, 60),
+              rng.choice([-7, 0, 0, 3, 2**33])) for i in range(60)]  # fmt: skip
+
+    def play(engine: FakeEngine) -> FakeEngine:
+        for i, (name, prompt, output, priority) in enumerate(calls):
+            engine.add(name, prompt, output, priority=priority, arrival_time=float(i))
+            step_and_note(engine, 2)
+        while engine.busy():
+            step_and_note(engine, 1)
+        engine.assert_clean()
+        return engine
+
+    def step_and_note(engine: FakeEngine, count: int) -> None:
+        for _ in range(count):
+            had = len(engine.ended)
+            engine.step()
+            engine.ended[had:] = sorted(engine.ended[had:])  # of one step there is no order
+
+    tight = {"blocks": 24, "max_num_seqs": 4, "policy": "priority", "prefix_caching": False}
+    stock = play(build(AsyncScheduler, **tight))
+    ours = play(build(**tight, hexgen={"displace": False}))
+    assert ours.ended == stock.ended
+    assert ours.tokens == stock.tokens
+
+
+def test_a_full_cache_takes_from_the_least_important(build: Build) -> None:
+    engine = build(blocks=9, max_num_seqs=4, policy="priority", prefix_caching=False)
+    engine.add("minor", [1] * 40, 60, due(0.1), priority=1)
+    engine.step()
+    engine.add("major", [2] * 40, 60, due(900))
+    engine.run()
+    assert engine.ended == ["major", "minor"]
+    assert engine.scheduler.hexgen_counters.preemptions["kv"] == 1
+    engine.assert_clean()
 
 
 def test_background_is_last_and_its_shortest_work_first(build: Build) -> None:

@@ -122,3 +122,28 @@ def test_what_cannot_be_read_of_an_agentic_context_counts_as_not_said() -> None:
     context = {"program_id": "with blanks", "deadline_seconds": -1, "expected_output_length": [5]}
     body = json.dumps({"vllm_xargs": {"agentic_context": context}}).encode()
     assert json.loads(with_fields(body, NOTHING)) == {"vllm_xargs": {}}
+
+
+@pytest.mark.parametrize("tier", ["flex", "batch"])
+@pytest.mark.parametrize("xargs", [{}, {"vllm_xargs": {"theirs": 1}}])
+def test_a_tier_for_which_nobody_waits_makes_a_batch_call(tier: str, xargs: dict[str, Any]) -> None:
+    body = {"prompt": "x", "service_tier": tier, **xargs}
+    found = json.loads(with_fields(json.dumps(body).encode(), CallMeta(stage="s")))
+    assert found["service_tier"] == "flex", "the only one of the two that vLLM takes"
+    assert found["vllm_xargs"]["hexgen_class"] == "batch"
+    assert found["vllm_xargs"]["hexgen_stage"] == "s"
+
+
+def test_our_own_class_goes_before_the_tier() -> None:
+    body = json.dumps({"service_tier": "flex", "vllm_xargs": {"hexgen_class": "interactive"}})
+    said = [with_fields(body.encode(), NOTHING)]
+    tier = json.dumps({"service_tier": "batch"}).encode()
+    said.append(with_fields(tier, CallMeta(service_class="interactive")))
+    for one in said:
+        assert json.loads(one)["vllm_xargs"]["hexgen_class"] == "interactive"
+
+
+@pytest.mark.parametrize("tier", ["auto", "priority", None, ["batch"]])
+def test_other_tiers_are_left_alone(tier: Any) -> None:
+    body = json.dumps({"prompt": "x", "service_tier": tier}).encode()
+    assert with_fields(body, NOTHING) == body
