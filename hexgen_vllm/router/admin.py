@@ -27,7 +27,7 @@ from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.hosts import AllowedHosts
 from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.intake import decoded
+from hexgen_vllm.router.intake import fields
 from hexgen_vllm.router.options import Worker, parse_worker
 from hexgen_vllm.router.probe import Found, Unreachable
 from hexgen_vllm.router.workers import worker_view
@@ -47,7 +47,7 @@ class Admin:
 
     async def register(self, request: Request) -> web.StreamResponse:
         """Take in the engine that the body describes."""
-        said = _texts(decoded(await read_body(request)))
+        said = _texts(await fields(await read_body(request)))
         engine = await self._add(said, request)
         return _json(worker_view(self._context, engine), 201)
 

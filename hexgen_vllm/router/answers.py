@@ -5,7 +5,6 @@ Nothing here may name an engine's address or show a stack trace.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from typing import Any, Final
@@ -104,6 +103,5 @@ def refused_by_engine(status: int) -> bytes:
 
 def hung_up(request: Request) -> web.Response:
     """Close the client's connection and return what aiohttp wants: an answer nobody gets."""
-    if isinstance(request.transport, asyncio.Transport):
-        request.transport.abort()
+    request.hang_up()
     return web.Response(status=499)

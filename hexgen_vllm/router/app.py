@@ -96,6 +96,7 @@ class Router:
         server = Server(
             self._handle,
             max_body_bytes=self._options.max_payload_size,
+            max_buffered_bytes=self._options.max_buffered_bytes,
             mark=self._mark if self._cors.enabled or self._spot is not None else None,
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)

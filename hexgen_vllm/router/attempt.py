@@ -119,8 +119,7 @@ class Attempt:
 
     def client_is_slow(self) -> bool:
         """Whether what was sent to the client still waits to be read."""
-        transport = self._request.transport
-        return isinstance(transport, asyncio.Transport) and transport.get_write_buffer_size() > 0
+        return self._request.unsent > 0
 
 
 class ClientGone(Exception):  # noqa: N818 - not a defect

@@ -16,6 +16,7 @@ from hexgen_vllm.router.attempt import Guard
 from hexgen_vllm.router.discovery.discovery import Discovery
 from hexgen_vllm.router.discovery.metrics import DiscoveryMetrics
 from hexgen_vllm.router.fleet import Fleet
+from hexgen_vllm.router.http_body import LateBody
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import Intake
 from hexgen_vllm.router.ledger import Ledger
@@ -162,12 +163,15 @@ async def read_body(request: Request) -> bytes:
     """Return the body of a request.
 
     Raises:
-        BadRequest: it is too long, or broken.
+        BadRequest: it is too long, too late, or broken.
+        Refused: the router holds too much already.
     """
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise BadRequest("The body is too large.", status=413, code="body_too_large") from None
+    except LateBody:
+        raise BadRequest("The body came too slowly.", status=408, code="body_timeout") from None
     except web.RequestPayloadError:
         raise BadRequest("The body could not be read.", code="bad_body") from None
 

@@ -1,24 +1,54 @@
-"""Bodies of requests: what was compressed, in the clear."""
+"""Bodies of requests: put together, and what was compressed, in the clear.
+
+The event loop serves all clients, so it does nothing for one of them that takes long. Work on more
+than :data:`LARGE_BYTES` goes to :func:`aside`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import zlib
-from typing import Final
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
 
 from aiohttp import web
 
+LARGE_BYTES: Final = 64 * 1024
+"""Size from which a body is worked on beside the event loop.
+
+The worst JSON of this size, lists of nothing, takes 9 ms to decode and to look through (Python
+3.11, 2 GHz); text takes 0.1 ms. To change threads costs 0.1 ms.
+"""
+
+MOST_INFLATED: Final = 64 * 2**20
+"""Bytes that a compressed body may grow to, whatever may be sent in the clear."""
+
+_MOST_RATIO: Final = 200  # JSON of real calls has 3 to 20, of one prompt many times over 100
+_NO_RATIO_BYTES: Final = 2**20  # up to here any ratio is good
 _WINDOWS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 47}
 _RAW_DEFLATE: Final = -15
-MOST_INFLATED: Final = 64 * 2**20
-"""Bytes that a compressed body may grow to, whatever may be sent in the clear: half a megabyte of
-zeros holds a thousand times as much, and all of it would be read between two other calls."""
+# One that works while another one waits for memory; more would only take turns.
+_THREADS: Final = ThreadPoolExecutor(2, thread_name_prefix="hexgen-body")
+_Result = TypeVar("_Result")
+Pieces = Sequence[bytes | bytearray]
 
 
-def in_the_clear(raw: bytes, encoding: str, most: int) -> bytes:
-    """Return what ``raw`` holds.
+class LateBody(Exception):  # noqa: N818 - named after what happened
+    """A body did not arrive in time."""
+
+
+async def aside(work: Callable[..., _Result], *args: object) -> _Result:
+    """Return ``work(*args)``, done beside the event loop; it must touch nothing that is shared."""
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work, *args)
+
+
+async def in_the_clear(pieces: Pieces, size: int, encoding: str, most: int) -> bytes:
+    """Return the body that came in ``pieces``.
 
     Args:
-        raw: a whole body.
+        pieces: all of it.
+        size: bytes of all pieces.
         encoding: how it is compressed, as ``Content-Encoding`` says it.
         most: bytes that it may hold, up to :data:`MOST_INFLATED` if it is compressed.
 
@@ -26,12 +56,26 @@ def in_the_clear(raw: bytes, encoding: str, most: int) -> bytes:
         HTTPRequestEntityTooLarge: it holds more.
         RequestPayloadError: it is not compressed as it says.
     """
-    if encoding == "identity" or not raw:
+    if size > LARGE_BYTES:
+        return await aside(_clear, pieces, encoding, most)
+    if encoding == "identity" or not size:
+        return b"".join(pieces)
+    try:
+        return _clear(pieces, encoding, min(most, LARGE_BYTES))
+    except web.HTTPRequestEntityTooLarge:
+        if most <= LARGE_BYTES:
+            raise
+        return await aside(_clear, pieces, encoding, most)
+
+
+def _clear(pieces: Pieces, encoding: str, most: int) -> bytes:
+    raw = b"".join(pieces)
+    if encoding == "identity":
         return raw
     window = _WINDOWS.get(encoding)
     if window is None:
         raise web.RequestPayloadError(f"no such encoding: {encoding}")
-    most = min(most, MOST_INFLATED)
+    most = min(most, MOST_INFLATED, max(_MOST_RATIO * len(raw), _NO_RATIO_BYTES))
     for bits in (window, _RAW_DEFLATE) if encoding == "deflate" else (window,):
         tool = zlib.decompressobj(bits)
         try:

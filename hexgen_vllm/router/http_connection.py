@@ -20,9 +20,20 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _MAX_AHEAD_BYTES: Final = 2**20  # of requests that came too early
+SWEEP_S: Final = 5.0
+"""Seconds between two looks at a connection."""
+
 _IDLE_SWEEPS: Final = 15  # 75 s of silence
 _HEAD_SWEEPS: Final = 6  # 30 s for the head of a request
-_LINGER_S: Final = 1.0  # for a client to read an answer before it has sent its whole body
+# A body must come at a least rate, or many clients could keep much waiting with little effort. Both
+# numbers are those of Apache's mod_reqtimeout.
+_BODY_GRACE_S: Final = 20.0
+_LEAST_BYTES_PER_S: Final = 500
+_LEAST_READ_BYTES: Final = 2**14  # of an answer, within _IDLE_SWEEPS
+# What a client still sends when it has been answered is read for a while: to close a connection
+# with unread data resets it, and the client would not see the answer.
+_LINGER_S: Final = 2.0
+_MAX_LINGER_BYTES: Final = 2**24
 
 
 class Connection(Reader):
@@ -32,6 +43,7 @@ class Connection(Reader):
         loop: its event loop.
         transport: ``None`` when it is gone.
         max_body_bytes: largest body taken.
+        buffered: bytes of bodies that the server holds.
         marking: whether there are headers that every answer gets.
         task: serves the request under way.
         peername: address of the client.
@@ -45,12 +57,14 @@ class Connection(Reader):
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
         self._server, self.loop = server, loop
-        self.max_body_bytes = server.max_body_bytes
+        self.max_body_bytes, self.buffered = server.max_body_bytes, server.buffered
         self.marking = server.mark is not None
         self.task: asyncio.Task[None] | None = None
         self._served: Request | None = None
         self._ahead = b""
         self._closing = self._full = False
+        self._linger_end: asyncio.TimerHandle | None = None
+        self._dropped = 0  # bytes read while lingering
         self._unsent = 0
         self._source: Source | None = None
 
@@ -65,6 +79,12 @@ class Connection(Reader):
         """End the request under way: nobody waits for its answer any more."""
         self.transport = None
         self._server.open.discard(self)
+        if self._linger_end is not None:
+            self._linger_end.cancel()
+        for request in self._ready:
+            request.release()
+        if self._served is not None:
+            self._served.release()
         if self.task is not None:
             self.task.cancel()
 
@@ -77,6 +97,10 @@ class Connection(Reader):
     def data_received(self, data: bytes) -> None:
         """Read on, unless a request that was read is being answered, or an answer not read."""
         if self._deaf:
+            if self._linger_end is not None:
+                self._dropped += len(data)
+                if self._dropped > _MAX_LINGER_BYTES:
+                    self.abort()
             return
         if self._full if self.task is None else self._reading is not self._served:
             self._ahead += data
@@ -115,6 +139,7 @@ class Connection(Reader):
             _LOG.exception("request failed")
             self._write_response(request, answers.error_response("The router failed.", 500))
         finally:
+            request.release()
             self.task = self._served = self._source = None
         self._after(request)
 
@@ -127,7 +152,10 @@ class Connection(Reader):
             self._linger()
         elif self._closing or not request.persists:
             self._closing = True
-            self.transport.close()
+            if self._deaf or self._ahead or self._ready:
+                self._linger()
+            else:
+                self.transport.close()
         elif not self._full and (self._ready or self._ahead or self._refusal):
             self._go_on()  # if full, when the client has read the answer
 
@@ -138,19 +166,26 @@ class Connection(Reader):
         self._feed(data)
 
     def _linger(self) -> None:
-        """Close after an answer that came before its request was complete."""
+        """Close after an answer to a client that may not have sent all that it wants to."""
         self._deaf = self._closing = True
-        if self.transport is not None:
+        if self.transport is not None and self._linger_end is None:
+            self._linger_end = self.loop.call_later(_LINGER_S, self._end_linger)
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-            self.loop.call_later(_LINGER_S, self.abort)
+            else:  # TLS reads on by itself until the other side is done
+                self.transport.close()
+
+    def _end_linger(self) -> None:
+        if self.unsent:  # it reads, if slowly; the sweep ends what does not
+            self._linger_end = self.loop.call_later(_LINGER_S, self._end_linger)
+        else:
+            self.abort()
 
     def _write_refusal(self, why: str, status: int) -> None:
         self._deaf = self._closing = True
         request = Request(self, "GET", "/", [], persists=False, can_chunk=False)
         self._write_response(request, answers.error_response(why, status))
-        if self.transport is not None:
-            self.transport.close()
+        self._linger()
 
     def _write_response(self, request: Request, response: web.StreamResponse) -> None:
         if request.answering:  # too late for another answer
@@ -159,6 +194,12 @@ class Connection(Reader):
         request.reply(response.status, *http_answer.parts(response))
 
     # For requests and the server
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the client to read."""
+        # What an event loop calls a transport need not be one of asyncio's classes.
+        return 0 if self.transport is None else self.transport.get_write_buffer_size()
 
     def marks(self, request: Request) -> list[bytes]:
         """Return the header lines that every answer gets."""
@@ -196,19 +237,22 @@ class Connection(Reader):
             self._go_on()
 
     def sweep(self) -> None:
-        """Close it when it has been silent for too long; called every few seconds."""
+        """Close it when it has been silent or slow for too long; called every few seconds."""
         self._quiet += 1
-        if self._reading is not None and self._reading is self._served:
-            if self._quiet > _IDLE_SWEEPS:
+        request = self._reading
+        if request is not None and request is self._served:
+            request.sweeps += 1
+            due = (request.sweeps * SWEEP_S - _BODY_GRACE_S) * _LEAST_BYTES_PER_S
+            if self._quiet > _IDLE_SWEEPS or request.size < due:
                 self._refuse_rest("The request did not arrive in time.", 408)
         elif self.task is None and self.transport is not None:
             self._sweep_idle(self.transport)
 
     def _sweep_idle(self, transport: asyncio.Transport) -> None:
-        unsent = transport.get_write_buffer_size()
-        if unsent != self._unsent:  # the client reads, if slowly
+        unsent = self.unsent
+        if unsent > self._unsent or self._unsent - unsent >= _LEAST_READ_BYTES:
             self._unsent, self._quiet = unsent, 0
-        elif self._head_bytes and self._quiet > _HEAD_SWEEPS:
+        elif self._head_bytes and self._quiet > _HEAD_SWEEPS and not self._deaf:
             self._write_refusal("The request did not arrive in time.", 408)
         elif self._quiet > _IDLE_SWEEPS:
             self.abort() if unsent else transport.close()

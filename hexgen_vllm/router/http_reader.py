@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, cast
 import httptools
 from aiohttp import web
 
+from hexgen_vllm.router.http_body import LateBody
 from hexgen_vllm.router.http_request import Pairs, Request
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Reader(asyncio.Protocol):
         self._deaf = self._resuming = False
         self._quiet = 0  # sweeps since something of use came
         self._head_bytes = 0  # what came since the last head, piece of a body or end
+        self._field_bytes = 0  # names and values of the present head, or trailer, so far
+        self._too_long = False
         self._target, self._pairs = b"", cast(Pairs, [])
         self._parser = httptools.HttpRequestParser(self)
 
@@ -45,7 +48,10 @@ class Reader(asyncio.Protocol):
                 rest = data[upgrade.args[0] :]
                 self._stay()
         except httptools.HttpParserError:
-            self._refuse_rest("The request is not valid HTTP.", 400)
+            if self._too_long:
+                self._refuse_rest("The headers are too long.", 431)
+            else:
+                self._refuse_rest("The request is not valid HTTP.", 400)
         if self._head_bytes > _MAX_HEAD_BYTES:
             self._refuse_rest("The headers are too long.", 431)
         return rest
@@ -60,16 +66,19 @@ class Reader(asyncio.Protocol):
 
     def _refuse_rest(self, why: str, status: int) -> None:
         """Answer what was read, then refuse what cannot be read, and read no more."""
+        if self._deaf:
+            return
         self._deaf, self._refusal = True, (why, status)
         if self._reading is not None:
-            self._reading.fail(web.RequestPayloadError(why))
+            late = status == 408
+            self._reading.fail(LateBody(why) if late else web.RequestPayloadError(why))
             self._reading = None
 
     # What the parser finds
 
     def on_message_begin(self) -> None:
         """Begin a request."""
-        self._target, self._pairs = b"", []
+        self._target, self._pairs, self._field_bytes = b"", [], 0
 
     def on_url(self, url: bytes) -> None:
         """Take in a piece of the target."""
@@ -81,7 +90,10 @@ class Reader(asyncio.Protocol):
         Raises:
             ValueError: it is too long, which the parser reports as its own error.
         """
-        if len(name) + len(value) > _MAX_HEADER_BYTES:
+        size = len(name) + len(value)
+        self._field_bytes += size
+        if size > _MAX_HEADER_BYTES or self._field_bytes > _MAX_HEAD_BYTES:
+            self._too_long = True  # in one packet as in many
             raise ValueError
         self._pairs.append((name, value))
 
@@ -89,24 +101,30 @@ class Reader(asyncio.Protocol):
         """Make the request; its body may still be on the way.
 
         Raises:
-            ValueError: its end is not certain, it has too many headers, or too many requests were
-                sent ahead.
+            ValueError: its end is not certain, its target is none, its head is too long, or too
+                many requests were sent ahead.
         """
         if self._resuming:
             return
-        self._head_bytes = self._quiet = 0
+        target = self._target
+        self._too_long = len(self._pairs) > _MAX_HEADERS or len(target) > _MAX_HEAD_BYTES
+        if self._too_long:
+            raise ValueError
+        self._head_bytes = self._quiet = self._field_bytes = 0
         pairs, self._pairs = self._pairs, []
         can_chunk = self._parser.get_http_version() != "1.0"
         request = Request(
             cast("Connection", self),
             self._parser.get_method().decode("latin-1"),
-            self._target.decode("utf-8", "surrogateescape"),
+            target.decode("utf-8", "surrogateescape"),
             pairs,
             persists=self._parser.should_keep_alive(),
             can_chunk=can_chunk,
         )
+        if target[:1] != b"/" or b"%" in target or b"#" in target:
+            request.aim(httptools.parse_url(target))
         old_and_chunked = not can_chunk and "transfer-encoding" in request.names
-        if old_and_chunked or len(pairs) > _MAX_HEADERS or len(self._ready) == _MAX_READY:
+        if old_and_chunked or len(self._ready) == _MAX_READY:
             raise ValueError
         request.expect(int(request.names.get("content-length", 0)))
         self._reading = request

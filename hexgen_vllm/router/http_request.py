@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from urllib.parse import unquote
 
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy, MultiDictProxy
 from yarl import URL
 
+from hexgen_vllm.errors import Refused
 from hexgen_vllm.router.http_body import in_the_clear
 
 if TYPE_CHECKING:
@@ -39,6 +41,18 @@ class Names(dict[str, str]):
         return cls((name.lower(), headers[name]) for name in headers)
 
 
+class Buffered:
+    """Bytes of requests' bodies that a server holds at once.
+
+    Attributes:
+        size: bytes there are.
+        most: bytes there may be.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.size, self.most = 0, most
+
+
 class Source(Protocol):
     """What an answer comes from; it can be told to wait."""
 
@@ -54,8 +68,8 @@ class Request:
 
     Attributes:
         method: of it.
-        path_qs: path and query as they came.
-        path: the path as it came, without a query.
+        path_qs: path and query as they came, without what stands before or behind them.
+        path: the path in the clear, without a query.
         params: what stands in the path for the parameters of its route.
         pairs: header names and values as they came.
         names: the same by lower-case name.
@@ -63,6 +77,8 @@ class Request:
         answering: whether the head of the answer has been written.
         marked: whether the answer already has the headers that every answer gets.
         body_complete: whether all of the body is here.
+        size: bytes of the body so far.
+        sweeps: times the connection was looked at while the body was on its way.
     """
 
     def __init__(
@@ -90,7 +106,8 @@ class Request:
         self.answering = self.marked = False
         self._chunked = False
         self._pieces: list[bytes | bytearray] = []
-        self._size = 0
+        self.size = self.sweeps = 0
+        self._held = 0  # bytes that count among those of the server
         self._whole: bytes | None = None
         self.body_complete = False
         self._failure: Exception | None = None
@@ -123,6 +140,11 @@ class Request:
         return self._connection.transport
 
     @property
+    def unsent(self) -> int:
+        """Bytes of answers that the client has not read, beyond what the system keeps for it."""
+        return self._connection.unsent
+
+    @property
     def task(self) -> asyncio.Task[None] | None:
         """What serves it, as long as it is served."""
         return self._connection.task
@@ -152,6 +174,8 @@ class Request:
         Raises:
             HTTPRequestEntityTooLarge: it is too long.
             RequestPayloadError: it broke off, or is not compressed as it says.
+            LateBody: it did not arrive in time.
+            Refused: the server holds too much already.
         """
         if not self.body_complete and self._failure is None:
             self._waiter = self._connection.loop.create_future()
@@ -159,19 +183,39 @@ class Request:
         if self._failure is not None:
             raise self._failure
         if self._whole is None:
-            raw = b"".join(self._pieces)
             encoding = self.names.get("content-encoding", "identity").lower()
-            self._whole = in_the_clear(raw, encoding, self._connection.max_body_bytes)
-            self._pieces.clear()
+            pieces, most = self._pieces, self._connection.max_body_bytes
+            self._whole = whole = await in_the_clear(pieces, self.size, encoding, most)
+            self._pieces = []
+            self._hold(len(whole) - self.size)
         return self._whole
 
     # For the connection
 
+    def aim(self, url: Any) -> None:
+        """Read a target that is no plain path as uvicorn does: an absolute one, or with escapes.
+
+        Raises:
+            ValueError: it has no path.
+        """
+        if url.path is None:
+            raise ValueError
+        query = b"" if url.query is None else b"?" + url.query
+        self.path_qs = _text(url.path + query)
+        self.path = unquote(_text(url.path), errors="surrogateescape")
+        if url.host is not None:  # it outranks the header
+            self.names["host"] = _text(url.host)
+
     def feed(self, piece: bytes) -> None:
         """Take in a piece of the body."""
-        self._size += len(piece)
-        if self._size > self._connection.max_body_bytes:
-            self.expect(self._size)
+        self.size += len(piece)
+        buffered = self._connection.buffered
+        buffered.size += len(piece)
+        self._held += len(piece)
+        if buffered.size > buffered.most:
+            self.fail(_too_much())
+        if self.size > self._connection.max_body_bytes:
+            self.expect(self.size)
         if self._failure is not None:
             return
         last = self._pieces[-1] if self._pieces else None
@@ -180,6 +224,15 @@ class Request:
         else:  # an object of its own costs more than a small piece
             small = last is not None and len(piece) < _SMALL_BYTES
             self._pieces.append(bytearray(piece) if small else piece)
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._connection.buffered.size += size
+
+    def release(self) -> None:
+        """Count its body no more among what the server holds: nobody needs it now."""
+        self._connection.buffered.size -= self._held
+        self._held = 0
 
     def expect(self, size: int) -> None:
         """Fail if a body of ``size`` bytes is too long."""
@@ -253,6 +306,10 @@ class Request:
         if last:
             self._connection.write(last)
 
+    def hang_up(self) -> None:
+        """Close the client's connection now, whatever has been sent of the answer."""
+        self._connection.abort()
+
     def _framed(self, data: bytes) -> bytes:
         if self.method == "HEAD":
             return b""
@@ -270,6 +327,11 @@ class Request:
         elif not self._can_chunk:
             pieces.append(b"connection: keep-alive\r\n")
         return pieces
+
+
+def _too_much() -> Refused:
+    text = "The router holds as many bytes of requests as it may."
+    return Refused(text, reason="rejected-saturated", status=429)
 
 
 def _key(name: bytes) -> str:

@@ -11,12 +11,12 @@ from typing import Any, Final, cast
 
 from aiohttp import web
 
-from hexgen_vllm.router.http_connection import Connection
-from hexgen_vllm.router.http_request import Request
+from hexgen_vllm.router.http_connection import SWEEP_S, Connection
+from hexgen_vllm.router.http_request import Buffered, Request
 
 Handle = Callable[[Request], Awaitable[web.StreamResponse]]
 Mark = Callable[[Request, web.StreamResponse], None]
-_SWEEP_S: Final = 5.0
+_MAX_BUFFERED_BYTES: Final = 2**30
 
 
 class Server(web.Server):
@@ -26,22 +26,35 @@ class Server(web.Server):
         handle: answers a request; it has to catch its own errors.
         max_body_bytes: largest body taken.
         mark: adds headers to every answer; ``None`` adds nothing.
+        max_buffered_bytes: most bytes of bodies held at once.
+
+    Attributes:
+        open: connections there are.
+        buffered: bytes of bodies held.
     """
 
-    def __init__(self, handle: Handle, *, max_body_bytes: int, mark: Mark | None = None) -> None:
+    def __init__(
+        self,
+        handle: Handle,
+        *,
+        max_body_bytes: int,
+        mark: Mark | None = None,
+        max_buffered_bytes: int = _MAX_BUFFERED_BYTES,
+    ) -> None:
         super().__init__(cast(Any, handle))
         self.handle, self.max_body_bytes, self.mark = handle, max_body_bytes, mark
+        self.buffered = Buffered(max_buffered_bytes)
         self.open: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
     def __call__(self) -> Any:
         """Return the protocol for a new connection."""
         if self._sweeper is None:
-            self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+            self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         return Connection(self, self._loop)
 
     def _sweep(self) -> None:
-        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+        self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         for connection in list(self.open):
             connection.sweep()
 

@@ -6,9 +6,9 @@ import itertools
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
 import msgspec
@@ -18,14 +18,25 @@ from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router import conventions
 from hexgen_vllm.router.conventions import Foreign
 from hexgen_vllm.router.endpoints import Endpoint
+from hexgen_vllm.router.http_body import LARGE_BYTES, aside
 from hexgen_vllm.router.http_request import Names, Pairs
 from hexgen_vllm.router.prompt import Prompt, TokenRatios, chain, read_prompt
 from hexgen_vllm.types import NO_DEADLINE, Call
 
 MAX_REQUEST_ID_CHARS: Final = 256
 SESSION_TYPE: Final = "session"
+MAX_VALUES: Final = 2**20
+"""Commas and brackets in a body: a prompt of as many token ids is longer than any model takes."""
+
+MAX_CONTAINERS: Final = 2**17
+"""Lists and objects in a body. To make one takes ten times as long as a number, and the event loop
+waits meanwhile, whichever thread does it."""
+
+_MAX_NAMES: Final = 1024  # in an object at the top of a large body
+_MAX_DEPTH: Final = 3  # of what is read of a body besides the prompt
 _DECODER: Final = msgspec.json.Decoder()
-_MAX_FORM_BYTES: Final = 2**16  # of an URL-encoded form, where the model is looked for
+_MAX_FORM_BYTES: Final = 2**16  # of a URL-encoded form or a part, where the model is looked for
+_MAX_PARTS: Final = 1000  # of a form
 _BOUNDARY: Final = re.compile(r'boundary=(?:"([^"]+)"|([^\s;"]+))', re.I)
 _FIELD_NAME: Final = re.compile(rb'\bname=(?:"([^"]*)"|([^\s;"]+))', re.I)
 _NOT_IN_REQUEST_ID: Final = re.compile(r"[^\x21-\x7e]+")
@@ -71,6 +82,20 @@ class Accepted:
         self.priority, self.service_class = priority, service_class
 
 
+class Parsed(NamedTuple):
+    """A body that was read beside the event loop.
+
+    Attributes:
+        body: what is there besides the prompt; long or deep values are empty lists.
+        prompt: what its fields hold.
+        kept: bytes for the engine.
+    """
+
+    body: Mapping[str, Any]
+    prompt: Prompt
+    kept: bytes
+
+
 class Intake:
     """Reads requests.
 
@@ -101,13 +126,14 @@ class Intake:
                 return kept
         return f"{self._made_up}-{next(self._numbers)}"
 
-    def session(self, endpoint: Endpoint, names: Names, raw: bytes) -> str | None:
+    async def session(self, endpoint: Endpoint, names: Names, raw: bytes) -> str | None:
         """Return the workflow or session that a request names, as :meth:`read` does.
 
         Raises:
             BadRequest: as :meth:`read`.
         """
-        body = _read_body(endpoint, names, raw)
+        parsed = await parsed_aside(endpoint, names, raw)
+        body = _read_body(endpoint, names, raw) if parsed is None else parsed.body
         return _said(names, body).workflow_id or conventions.read(names, body).session_id
 
     def read(
@@ -118,6 +144,7 @@ class Intake:
         now: float,
         default_model: Callable[[], str | None],
         pairs: Pairs | None = None,
+        parsed: Parsed | None = None,
     ) -> Accepted:
         """Read a request.
 
@@ -129,22 +156,27 @@ class Intake:
             default_model: returns the model meant by a body that names none, ``None`` when there
                 are several.
             pairs: the headers as they came, for the engine.
+            parsed: what :func:`parsed_aside` made of ``raw``, which need not be decoded then.
 
         Raises:
             BadRequest: the body is no JSON object, or one of our fields has a bad value.
         """
         names = headers if isinstance(headers, Names) else Names.of(headers)
-        body = _read_body(endpoint, names, raw)
+        body = _read_body(endpoint, names, raw) if parsed is None else parsed.body
         model = _model(body, default_model)
         said = _said(names, body)
         foreign = conventions.read(names, body)
-        prompt = read_prompt(body, endpoint.prompt_fields)
+        if parsed is None:
+            prompt = read_prompt(body, endpoint.prompt_fields)
+            kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw
+        else:
+            prompt, kept = parsed.prompt, parsed.kept
         call = self._call(endpoint, model, said, foreign, prompt, body, now)
         return Accepted(
             call=call,
             endpoint=endpoint,
             pairs=pairs or [],
-            body=_for_engine(body, raw) if _may_refuse(endpoint, body) else raw,
+            body=kept,
             prompt=prompt,
             session_id=said.workflow_id or foreign.session_id,
             priority=foreign.priority,
@@ -247,10 +279,13 @@ def form_field(kind: str, raw: bytes, name: str) -> str | None:
         return found.get(name, [None])[0]
     mark = b"--" + (boundary[1] or boundary[2]).encode("utf-8", "surrogateescape")
     begin = raw.find(mark)
-    while begin >= 0:
+    for _ in range(_MAX_PARTS):
+        if begin < 0:
+            break
         begin += len(mark)
         end = raw.find(mark, begin)
-        head, _, value = raw[begin : end if end >= 0 else len(raw)].partition(b"\r\n\r\n")
+        stop = min(end if end >= 0 else len(raw), begin + _MAX_FORM_BYTES)
+        head, _, value = raw[begin:stop].partition(b"\r\n\r\n")
         said = _FIELD_NAME.search(head)
         if said is not None and (said[1] or said[2]).decode("utf-8", "replace") == name:
             return value.removesuffix(b"\r\n").decode("utf-8", "replace")
@@ -258,18 +293,91 @@ def form_field(kind: str, raw: bytes, name: str) -> str | None:
     return None
 
 
+async def parsed_aside(endpoint: Endpoint, names: Names, raw: bytes) -> Parsed | None:
+    """Return what a large body holds, read beside the event loop; ``None`` for others.
+
+    Args:
+        endpoint: where it came in.
+        names: headers of the request.
+        raw: the body.
+
+    Raises:
+        BadRequest: it is no JSON object where it must be one, or holds too much.
+    """
+    return await aside(_parse, endpoint, names, raw) if len(raw) > LARGE_BYTES else None
+
+
+async def fields(raw: bytes) -> Mapping[str, Any]:
+    """Return the JSON object in ``raw``; of a large one, what there is besides lists.
+
+    Raises:
+        BadRequest: it is no JSON object, or holds too much.
+    """
+    return await aside(_fields, raw) if len(raw) > LARGE_BYTES else decoded(raw)
+
+
+def _parse(endpoint: Endpoint, names: Names, raw: bytes) -> Parsed:
+    body = _read_body(endpoint, names, raw)
+    prompt = read_prompt(body, endpoint.prompt_fields)
+    kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw
+    # All else ends here: to free a million values takes as long as to make them.
+    return Parsed(_shallow(body, _MAX_DEPTH), prompt, kept)
+
+
+def _fields(raw: bytes) -> Mapping[str, Any]:
+    return _shallow(decoded(raw), _MAX_DEPTH)
+
+
+def _shallow(found: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """Return ``found`` with its objects as far as they are read, and no lists."""
+    kept: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, dict) and depth > 1 and len(value) <= _MAX_NAMES:
+            kept[name] = _shallow(value, depth - 1)
+        else:
+            kept[name] = [] if isinstance(value, dict | list) else value
+    return kept
+
+
+def _check_amount(raw: bytes) -> None:
+    """Return if decoding ``raw`` takes not too long.
+
+    Raises:
+        BadRequest: it holds too many values.
+    """
+    if _fits(raw):
+        return
+    # What stands in strings does not count: they may be JSON themselves, or programs.
+    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if bare.count(b'"') > 2 * MAX_VALUES or not _fits(b"".join(bare.split(b'"')[::2])):
+        raise _too_many()
+
+
+def _fits(text: bytes) -> bool:
+    containers = text.count(b"[") + text.count(b"{")
+    return containers <= MAX_CONTAINERS and containers + text.count(b",") <= MAX_VALUES
+
+
+def _too_many() -> BadRequest:
+    return BadRequest("The body holds too many values.", status=413, code="too_many_values")
+
+
 def decoded(raw: bytes) -> dict[str, Any]:
     """Return the JSON object in ``raw``.
 
     Raises:
-        BadRequest: it is not JSON, or no object.
+        BadRequest: it is not JSON, or no object, or a large one that holds too much.
     """
+    if len(raw) > LARGE_BYTES:
+        _check_amount(raw)
     try:
         body = _DECODER.decode(raw)
     except (ValueError, RecursionError):
         body = _in_python(raw)
     if not isinstance(body, dict):
         raise BadRequest("The body must be a JSON object.", code="invalid_json")
+    if len(raw) > LARGE_BYTES and len(body) > _MAX_NAMES:
+        raise _too_many()
     return body
 
 

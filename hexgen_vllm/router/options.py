@@ -97,7 +97,10 @@ class RouterOptions(HealthOptions):
     router_workers: int = option(
         1, "processes that share the port; each workflow belongs to one of them", least=1, most=64
     )
-    max_payload_size: int = option(2**29, "largest request body, bytes", least=1)
+    max_payload_size: int = option(2**26, "largest request body, bytes", least=1)
+    max_buffered_bytes: int = option(
+        2**30, "bytes of request bodies in the router at once, more are refused", least=1
+    )
     request_id_headers: tuple[str, ...] = option(
         ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"),
         "headers that may bring a request id, first one first",

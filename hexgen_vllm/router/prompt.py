@@ -16,6 +16,8 @@ CHUNK_TOKENS: Final = 256
 CHUNK_CHARS: Final = 1024
 MAX_CHUNKS: Final = 64
 CHARS_PER_TOKEN: Final = 4.0
+_MAX_IDS: Final = MAX_CHUNKS * CHUNK_TOKENS
+_MAX_CHARS: Final = MAX_CHUNKS * CHUNK_CHARS
 # Values that are long and no text of the prompt: pictures and sound are data URLs.
 _MEDIA: Final = frozenset(("image_url", "input_audio", "video_url", "audio_url", "source"))
 _SEPARATOR: Final = "\x1f"
@@ -26,7 +28,7 @@ class Prompt:
     """A prompt, or several of one request.
 
     Attributes:
-        start: text or token ids of the first one.
+        start: text or token ids of the first one, as much of them as :func:`chain` reads.
         chars: characters of all text.
         ids: token ids of all.
     """
@@ -45,17 +47,30 @@ def read_prompt(body: Mapping[str, Any], names: Sequence[str]) -> Prompt:
     if len(present) == 1 and isinstance(present[0], list):
         only = present[0]
         if _is_ids(only):
-            return Prompt(only, 0, len(only))
+            return Prompt(only[:_MAX_IDS], 0, len(only))
         if _is_ids(only[0]):
-            return Prompt(only[0], 0, sum(len(one) for one in only if isinstance(one, list)))
-    text = _SEPARATOR.join(_texts(present))
-    return Prompt(text, len(text), 0)
+            ids = sum(len(one) for one in only if isinstance(one, list))
+            return Prompt(only[0][:_MAX_IDS], 0, ids)
+    found = _texts(present)
+    chars = sum(map(len, found)) + max(len(found) - 1, 0) * len(_SEPARATOR)
+    first = found if chars <= _MAX_CHARS else _first(found)
+    return Prompt(_SEPARATOR.join(first)[:_MAX_CHARS], chars, 0)
 
 
 def _is_ids(value: object) -> bool:
     if not isinstance(value, list) or not value or type(value[0]) is not int:
         return False
     return set(map(type, value)) == {int}
+
+
+def _first(texts: list[str]) -> list[str]:
+    """Return as many of ``texts`` as :func:`chain` reads of them."""
+    size = 0
+    for i, text in enumerate(texts, 1):
+        size += len(text) + 1
+        if size > _MAX_CHARS:
+            return texts[:i]
+    return texts
 
 
 def _texts(value: object) -> list[str]:

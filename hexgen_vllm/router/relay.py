@@ -28,8 +28,9 @@ from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.engine_pool import Pool
 from hexgen_vllm.router.fleet import Engine
+from hexgen_vllm.router.http_body import LARGE_BYTES
 from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.intake import Accepted
+from hexgen_vllm.router.intake import Accepted, Parsed, parsed_aside
 from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.keys import KEY_HEADER
 from hexgen_vllm.router.passing import StreamPass, whole_pass
@@ -101,7 +102,10 @@ class Relay:
         job.request_id = context.intake.request_id(job.request.names)
         context.check_open()
         raw = job.request.whole or await read_body(job.request)
-        accepted = job.accepted = self._read(job, raw)
+        parsed = (
+            await parsed_aside(raw, job.endpoint.prompt_fields) if len(raw) > LARGE_BYTES else None
+        )
+        accepted = job.accepted = self._read(job, raw, parsed)
         call = accepted.call
         context.check_model(call.model)
         context.retries.call_arrived()
@@ -120,12 +124,12 @@ class Relay:
                 placement = await self._elsewhere(job, call, failure)
                 now = context.clock.now()
 
-    def _read(self, job: Job, raw: bytes) -> Accepted:
+    def _read(self, job: Job, raw: bytes, parsed: Parsed | None) -> Accepted:
         context, request, endpoint = self._context, job.request, job.endpoint
         free = not (endpoint.known and endpoint.placed)
         default = context.any_model if free else context.default_model
         return context.intake.read(
-            endpoint, request.names, raw, job.began_s, default, request.pairs
+            endpoint, request.names, raw, job.began_s, default, request.pairs, parsed
         )
 
     async def _place(self, job: Job, call: Call) -> Placement:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from hexgen_vllm.errors import BadRequest
+from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.policy.elsewhere import Elsewhere
 from hexgen_vllm.router import answers, outbound
 from hexgen_vllm.router.context import Context, read_body
@@ -84,8 +84,8 @@ class Shard:
         else:
             try:
                 body = await read_body(request)
-                session = self._context.intake.session(route.endpoint, request.names, body)
-            except BadRequest:
+                session = await self._context.intake.session(route.endpoint, request.names, body)
+            except HexgenError:
                 return None  # to be answered as such
         return None if not session else self._spot.owner(session)
 

@@ -13,7 +13,7 @@ from hexgen_vllm.router import outbound
 from hexgen_vllm.router.broken import EngineBroke
 from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.http_connection import Connection
-from hexgen_vllm.router.http_request import Request
+from hexgen_vllm.router.http_request import Buffered, Request
 from hexgen_vllm.testing.fake_server import Fault
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 from tests.router.test_engine_pool import HEAD, PLAIN, engine, says, whole
@@ -199,7 +199,7 @@ async def test_a_client_that_leaves_with_more_asked_for_ends_its_call(single: St
 
 
 def test_small_pieces_of_a_body_take_no_object_each() -> None:
-    server = cast(Any, SimpleNamespace(max_body_bytes=10**6, mark=None))
+    server = cast(Any, SimpleNamespace(max_body_bytes=10**6, mark=None, buffered=Buffered(10**9)))
     read = Request(
         Connection(server, cast(Any, None)), "POST", "/", [], persists=True, can_chunk=True
     )
