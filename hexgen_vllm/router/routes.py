@@ -13,7 +13,6 @@ from enum import Enum
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
-from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -277,8 +276,7 @@ class Routes:
         for known, pattern, match in self._open:
             at = pattern.fullmatch(path) if known == method else None
             if at is not None:
-                said = {name: unquote(value) for name, value in at.groupdict().items()}
-                return match._replace(params=said)
+                return match._replace(params=at.groupdict())
         return None
 
     def allowed(self, path: str) -> list[str]:
@@ -300,7 +298,8 @@ class Routes:
             return answers.error_response("Method not allowed.", 405, headers=headers)
         other = path[:-1] if path.endswith("/") else f"{path}/"
         if path != "/" and self.allowed(other):  # never to a path of the client's making
-            target = other + request.path_qs[len(path) :]
+            _, mark, query = request.path_qs.partition("?")
+            target = f"{other}{mark}{query}"
             return web.Response(status=307, headers={"Location": target})
         return None
 

@@ -90,6 +90,117 @@ async def test_many_headers_are_refused(single: Stand) -> None:
     assert (await wire.answer())[0] in (400, 431)
 
 
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /version HTTP/1.1\r\n" + b"X: %b\r\n" % (b"x" * 1000) * 100,
+        b"GET /version HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n",
+        b"GET /version HTTP/1.1\r\n" + b"a: b\r\n" * 2000,
+        b"GET /version?" + b"x" * 70_000 + b" HTTP/1.1\r\n",
+    ],
+    ids=["many", "one", "small ones", "target"],
+)
+async def test_long_heads_are_refused_alike_in_any_packets(
+    single: Stand, head: bytes, pieces: int
+) -> None:
+    """What is too long does not depend on how it comes, and the client sees the answer."""
+    wire = await Wire.to(single)
+    whole = head + b"\r\n" + PAGE
+    size = len(whole) // pieces + 1
+    for i in range(0, len(whole), size):
+        wire.writer.write(whole[i : i + size])
+        if pieces > 1:
+            await asyncio.sleep(0)
+    status, headers, _ = await wire.answer()
+    assert (status, headers["connection"]) == (431, "close")
+    assert await wire.reader.read() == b"", "what follows is not read as a request"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"\x00\x01 no HTTP\r\n\r\n",
+        b"GET /version HTTP/1.1\r\nX: " + b"x" * 70_000,
+        START + b"Content-Length: 100000000\r\n\r\n",
+        PAGE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
+    ],
+    ids=["400", "431", "413", "200"],
+)
+async def test_who_is_refused_sees_the_answer_while_it_still_sends(
+    single: Stand, start: bytes
+) -> None:
+    """To close a connection with unread data would reset it, and take the answer along."""
+    loop = asyncio.get_running_loop()
+    client = socket.create_connection(("127.0.0.1", single.router.port))
+    client.setblocking(False)
+    await loop.sock_sendall(client, start)
+    for _ in range(50):
+        await loop.sock_sendall(client, b"x" * 2**15)
+        await asyncio.sleep(0.001)
+    found = b""
+    while piece := await loop.sock_recv(client, 2**16):
+        found += piece
+    assert found.startswith(b"HTTP/1.1 ")
+    client.close()
+    await single.until(lambda: not _connections(single))
+
+
+async def test_who_is_refused_cannot_send_for_ever(single: Stand) -> None:
+    wire = await Wire.to(single)
+
+    async def send() -> None:
+        while True:
+            wire.writer.write(b"\0" * 2**16)
+            await wire.writer.drain()
+
+    with pytest.raises(ConnectionError):
+        await send()
+
+
+async def version(stand: Stand, target: bytes, host: bytes = b"a") -> tuple[int, str]:
+    wire = await Wire.to(stand)
+    wire.writer.write(PAGE.replace(b"/version", target).replace(b": a", b": " + host))
+    status, headers, _ = await wire.answer()
+    wire.writer.close()
+    return status, headers.get("location", "")
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"http://a:1/version", 200),
+        (b"HTTP://a/version?x=1", 200),
+        (b"https://u:p@a/version", 200),
+        (b"/version#part", 200),
+        (b"/%76ersion", 200),
+        (b"http://a", 400),
+        (b"http://a?x", 400),
+        (b"version", 400),
+        (b"http:///version", 400),
+        (b"http://a/nothing", 404),
+        (b"//version", 404),
+    ],
+)
+async def test_targets_are_read_as_uvicorn_does(single: Stand, target: bytes, status: int) -> None:
+    assert (await version(single, target))[0] == status
+
+
+async def test_an_absolute_target_goes_on_as_a_path(single: Stand) -> None:
+    wire = await Wire.to(single)
+    body = call(single, max_tokens=2)
+    wire.writer.write(request(body, path=f"http://elsewhere:99{CHAT}?x=%20y#z"))
+    assert (await wire.answer())[0] == 200
+    (received,) = single.received()
+    assert received.path == f"{CHAT}?x=%20y"
+    assert received.headers["Host"] == f"127.0.0.1:{single.engines[0].port}"
+
+
+async def test_a_slash_at_the_end_leads_on_with_escapes_and_query(single: Stand) -> None:
+    for target in (b"/version/?a=%2F", b"/%76ersion/?a=%2F", b"http://a/version/?a=%2F"):
+        assert await version(single, target) == (307, "/version?a=%2F")
+
+
 async def deaf(stand: Stand, asks: int) -> tuple[Wire, asyncio.ReadTransport]:
     """Ask for ``asks`` pages over small buffers, and do not read."""
     client = socket.socket()
