@@ -13,6 +13,7 @@ from enum import Enum
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
+from urllib.parse import unquote
 
 from aiohttp import web
 
