@@ -62,7 +62,8 @@ def _vllm() -> Finding:
         compat.check_seams()
     except HexgenError as error:
         return Finding("vllm", "broken", str(error))
-    return Finding("vllm", "ok", f"vLLM {compat.found_version()}, all seams found")
+    version = compat.found_version()
+    return Finding("vllm", "ok", compat.doubt(version) or f"vLLM {version}, all seams found")
 
 
 def _plugin() -> Finding:

@@ -144,6 +144,21 @@ def is_ours(scheduler_cls: Any) -> bool:
     return hasattr(scheduler_cls, "hexgen_stats")
 
 
+def take_place(vllm_config: Any, scheduler_cls: Any) -> None:
+    """Name our class in a configuration that vLLM made without it.
+
+    Raises:
+        ConfigError: vLLM has chosen a class of its own there: the model needs its rules.
+    """
+    from hexgen_vllm.engine import compat  # loads vLLM
+
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls is not None:
+        raise compat.not_ours(f"a model that vLLM schedules with {scheduler.scheduler_cls}")
+    compat.stock_class(vllm_config)
+    scheduler.scheduler_cls = scheduler_cls
+
+
 def _with_options(additional_config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(additional_config, Mapping):
         raise ConfigError("additional_config must be a mapping to carry the hexgen options.")
@@ -153,11 +168,3 @@ def _with_options(additional_config: Any, options: Mapping[str, Any]) -> dict[st
     merged = {**given_there, **options}
     from_mapping(EngineOptions, merged, where="hexgen option")
     return {**additional_config, "hexgen": merged}
-
-
-def _choose_connector(target: Any) -> None:
-    options = target.additional_config["hexgen"]
-    if options.get("host_kv_gib"):  # else without the cost of its imports
-        from hexgen_vllm.engine.swap_setup import choose_connector
-
-        choose_connector(target, options)

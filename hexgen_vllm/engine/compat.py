@@ -1,35 +1,62 @@
 """What the engine needs of vLLM, checked at start, and every difference between its versions.
 
 No other module knows a version number or a version's spelling of a thing. The scheduler interface
-is not public in vLLM, so a version outside the range that the tests run on is refused, and so is
-one in the range whose seams have changed: better one sentence at start than wrong KV later.
+is not public in vLLM, so every seam is checked, and a version whose seams have changed is refused:
+better one sentence at start than wrong KV later. A version newer than the tests run on gets a
+warning; an older one is refused, because what it lacks shows in no signature.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from hexgen_vllm.errors import UnsupportedVLLM
+from hexgen_vllm.errors import ConfigError, UnsupportedVLLM
 
 OLDEST: Final = (0, 28)
 NEWEST: Final = (0, 33)
 SUPPORTED: Final = "0.28 to 0.33"
 
 
+def _release(version: str) -> tuple[int, int] | None:
+    """Return the first two numbers of a release; ``None`` when none is known.
+
+    Without tags at hand, a build from sources calls itself 0.1.dev…, whatever it is.
+    """
+    found = re.match(r"(\d+)\.(\d+)(?![\d])", version)
+    if found is None or re.match(r"0\.[01]\.dev", version):
+        return None
+    return int(found[1]), int(found[2])
+
+
 def require_supported(version: str) -> None:
-    """Check a version of vLLM against the supported range.
+    """Check that a version of vLLM is not older than what is supported.
+
+    Newer ones may well work: :func:`check_seams` decides, and :func:`doubt` says that nobody has
+    tested them.
 
     Raises:
-        UnsupportedVLLM: it is outside, or not a release.
+        UnsupportedVLLM: it is older.
     """
-    found = re.match(r"(\d+)\.(\d+)(?:\.\d+)*(?:\.?(?:post|rc)\d+)?(?:\+.*)?$", version)
-    if found is None or not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
+    release = _release(version)
+    if release is not None and release < OLDEST:
         raise UnsupportedVLLM(
             f"hexgen_vllm supports vLLM {SUPPORTED}, but vLLM {version} is installed."
         )
+
+
+def doubt(version: str) -> str | None:
+    """Return the warning that a version of vLLM deserves, ``None`` for those tested."""
+    if OLDEST <= (_release(version) or (0, 0)) <= NEWEST and "dev" not in version:
+        return None
+    return (
+        f"hexgen_vllm is tested with vLLM {SUPPORTED}; all that it needs of vLLM "
+        f"{version or 'of unknown version'} is there, so it is used."
+    )
 
 
 def found_version() -> str:
@@ -57,8 +84,11 @@ def lacking(seam: str) -> UnsupportedVLLM:
 
 require_supported(found_version())
 try:
+    from vllm.config import SchedulerConfig
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
     from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request, RequestStatus
@@ -69,13 +99,16 @@ __all__ = [
     "FCFS",
     "SECOND_QUEUE",
     "AsyncScheduler",
+    "LikeStock",
     "PauseState",
     "Request",
     "RequestQueue",
     "RequestStatus",
+    "Scheduler",
     "check_instance",
     "check_seams",
     "require_supported",
+    "stock_class",
 ]
 
 
@@ -97,23 +130,24 @@ class Seam(NamedTuple):
     parameters: tuple[str, ...]
 
 
+_METHODS: Final = (
+    ("schedule", ("self", "throttle_prefills")),
+    ("update_from_output", ("self", "scheduler_output", "model_runner_output")),
+    ("add_request", ("self", "request")),
+    ("_preempt_request", ("self", "request", "timestamp", "drop_stale_output")),
+    ("_update_request_as_session", ("self", "session", "update")),
+    ("_connector_finished", ("self", "request")),
+    ("_request_remaining_blocks", ("self", "request")),
+    ("_is_blocked_waiting_status", ("status",)),
+    ("_free_blocks", ("self", "request")),
+    ("reset_prefix_cache", ("self", "reset_running_requests", "reset_connector")),
+)
+
 SEAMS: Final = (
-    Seam(AsyncScheduler, "schedule", ("self", "throttle_prefills")),
-    Seam(
-        AsyncScheduler,
-        "update_from_output",
-        ("self", "scheduler_output", "model_runner_output"),
-    ),
-    Seam(AsyncScheduler, "add_request", ("self", "request")),
-    Seam(AsyncScheduler, "_preempt_request", ("self", "request", "timestamp", "drop_stale_output")),
-    Seam(AsyncScheduler, "_update_request_as_session", ("self", "session", "update")),
-    Seam(AsyncScheduler, "_connector_finished", ("self", "request")),
-    Seam(AsyncScheduler, "_request_remaining_blocks", ("self", "request")),
-    Seam(AsyncScheduler, "_is_blocked_waiting_status", ("status",)),
-    Seam(
-        AsyncScheduler,
-        "reset_prefix_cache",
-        ("self", "reset_running_requests", "reset_connector"),
+    *(
+        Seam(owner, name, wanted)
+        for owner in (Scheduler, AsyncScheduler)
+        for name, wanted in _METHODS
     ),
     Seam(RequestQueue, "add_request", ("self", "request")),
     Seam(RequestQueue, "pop_request", ("self",)),
@@ -122,6 +156,61 @@ SEAMS: Final = (
     Seam(RequestQueue, "prepend_requests", ("self", "requests")),
     Seam(RequestQueue, "remove_request", ("self", "request")),
     Seam(RequestQueue, "remove_requests", ("self", "requests")),
+    Seam(SchedulerConfig, "get_scheduler_cls", ("self",)),
+)
+
+# Words and fields that we rely on.
+_NAMES: Final[tuple[tuple[Any, tuple[str, ...]], ...]] = (
+    (
+        RequestStatus,
+        (
+            "WAITING",
+            "PREEMPTED",
+            "RUNNING",
+            "WAITING_FOR_REMOTE_KVS",
+            "WAITING_FOR_STREAMING_REQ",
+            "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR",
+            "FINISHED_STOPPED",
+            "FINISHED_LENGTH_CAPPED",
+        ),
+    ),
+    (PauseState, ("UNPAUSED",)),
+    (
+        SchedulerOutput.__dataclass_fields__,
+        (
+            "scheduled_new_reqs",
+            "scheduled_cached_reqs",
+            "num_scheduled_tokens",
+            "total_num_scheduled_tokens",
+            "scheduled_spec_decode_tokens",
+        ),
+    ),
+    (
+        CachedRequestData.__dataclass_fields__,
+        ("req_ids", "resumed_req_ids", "num_computed_tokens"),
+    ),
+)
+
+# Attributes of a request that we read.
+_REQUEST: Final = (
+    "arrival_time",
+    "drop_stale_output",
+    "has_encoder_inputs",
+    "is_prefill_chunk",
+    "last_sched_seq",
+    "lora_request",
+    "max_tokens",
+    "num_computed_tokens",
+    "num_output_placeholders",
+    "num_output_tokens",
+    "num_prompt_tokens",
+    "num_stale_output_tokens",
+    "num_tokens",
+    "resumable",
+    "sampling_params",
+    "skip_reading_prefix_cache",
+    "spec_token_ids",
+    "structured_output_request",
 )
 
 # Attributes of a scheduler that we read or replace; dots go into its parts.
@@ -166,10 +255,15 @@ def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
         found = tuple(inspect.signature(method).parameters)
         if found[: len(wanted)] != wanted:
             raise lacking(f"{owner.__name__}.{name}({', '.join(wanted)})")
+    if seams is SEAMS:
+        for where, names in _NAMES:
+            for name in names:
+                if not (name in where if isinstance(where, dict) else hasattr(where, name)):
+                    raise lacking(name)
 
 
 def check_instance(scheduler: Any) -> None:
-    """Check that a constructed scheduler has every attribute that we use.
+    """Check that a constructed scheduler and its calls have every attribute that we use.
 
     Raises:
         UnsupportedVLLM: one is missing; the sentence names it.
@@ -180,6 +274,14 @@ def check_instance(scheduler: Any) -> None:
             if not hasattr(part, name):
                 raise lacking(f"scheduler attribute {path}")
             part = getattr(part, name)
+    params = SamplingParams(max_tokens=1)
+    try:
+        request = Request("", [0], params, None)
+    except TypeError as error:
+        raise lacking("Request(request_id, prompt_token_ids, sampling_params, …)") from error
+    for name in _REQUEST:
+        if not hasattr(request, name):
+            raise lacking(f"request attribute {name}")
 
 
 def max_active(scheduler: Any) -> int:
@@ -247,6 +349,65 @@ def first_waiting(scheduler: Any, most: int) -> list[Request]:
         return []
     free = [request for request in others if not holds_kv(request)]
     return sorted(found + free, key=place)[:most] if free else found
+
+
+def stock_class(vllm_config: Any) -> type:
+    """Return the class that vLLM itself would schedule this configuration with.
+
+    Raises:
+        ConfigError: it is none that ours can stand for: the model has rules of its own.
+    """
+    model = vllm_config.model_config
+    if (
+        getattr(vllm_config, "diffusion_config", None) is not None
+        or getattr(model, "is_diffusion", False) is True
+    ):
+        raise not_ours("a diffusion model")
+    if getattr(model, "is_encoder_decoder", False) is True:
+        raise not_ours("an encoder-decoder model")
+    plain = copy.copy(vllm_config.scheduler_config)
+    plain.scheduler_cls = None
+    found: type = plain.get_scheduler_cls()
+    if found not in (Scheduler, AsyncScheduler):
+        raise not_ours(f"a model that vLLM schedules with {found.__name__}")
+    return found
+
+
+def not_ours(what: str) -> ConfigError:
+    """Return the error that refuses to schedule ``what``."""
+    return ConfigError(
+        f"Urgency scheduling cannot serve {what}: start it without --scheduling-policy urgency "
+        "and without our --scheduler-cls."
+    )
+
+
+@functools.cache
+def _overlapping(cls: Any) -> Any:
+    """Return ``cls`` with AsyncScheduler between it and Scheduler."""
+    return type(cls.__name__, (cls, AsyncScheduler), {"__module__": cls.__module__})
+
+
+class LikeStock(Scheduler):
+    """Base of schedulers that stand for the class that vLLM would take.
+
+    AsyncScheduler takes it that the workers know a token before the scheduler does. Without
+    asynchronous scheduling they do not, and with steps in flight beside each other (pipeline
+    parallelism) it would schedule decodes whose input token does not exist. So an instance is
+    overlapping exactly where vLLM's own would be: it then belongs to a subclass of the class that
+    was called, with AsyncScheduler behind.
+
+    Raises:
+        ConfigError: see :func:`stock_class`.
+    """
+
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> LikeStock:
+        """Make an instance of the class for ``vllm_config``."""
+        del args, kwargs
+        made: Any = cls
+        if stock_class(vllm_config) is AsyncScheduler and not issubclass(cls, AsyncScheduler):
+            made = _overlapping(made)
+        instance: LikeStock = object.__new__(made)
+        return instance
 
 
 class TwoQueues:

@@ -57,6 +57,7 @@ class Setup:
         max_model_len: longest sequence.
         prefix_caching: whether full blocks are shared.
         async_scheduling: whether a step is scheduled before the one before it has ended.
+        pipeline: stages that a step goes through one after another.
         policy: vLLM's own scheduling policy.
         log_stats: whether events and statistics are collected, as a server does.
         v2_runner: write steps in the format of Model Runner V2.
@@ -70,6 +71,7 @@ class Setup:
     max_model_len: int = 1024
     prefix_caching: bool = True
     async_scheduling: bool = False
+    pipeline: int = 1
     policy: str = "fcfs"
     log_stats: bool = True
     v2_runner: bool = False
@@ -105,7 +107,7 @@ def vllm_config(folder: Path, setup: Setup) -> VllmConfig:
         cache_config=CacheConfig(
             block_size=setup.block_size, enable_prefix_caching=setup.prefix_caching
         ),
-        parallel_config=ParallelConfig(),
+        parallel_config=ParallelConfig(pipeline_parallel_size=setup.pipeline),
         device_config=DeviceConfig("cpu"),
         additional_config=dict(setup.additional),
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hexgen_vllm.config import check, from_mapping, option
-from hexgen_vllm.engine.compat import AsyncScheduler
+from hexgen_vllm.engine.compat import LikeStock
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
 from hexgen_vllm.engine.telemetry import step_shape
 from hexgen_vllm.errors import ConfigError
@@ -53,7 +53,7 @@ def pace_of(vllm_config: Any) -> Pace:
     return from_mapping(Pace, values, where="hexgen_pace option")
 
 
-class PaceMixin(AsyncScheduler):
+class PaceMixin(LikeStock):
     """Sleeps in ``update_from_output``; put it before the scheduler class to slow down."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -89,6 +89,16 @@ def _resolve_before_config(engine_args: Any, refusal: str | None) -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments.resolve(self, refusal=refusal)
         stats_api.offer_utility()
-        return original(self, *args, **kwargs)
+        ours = getattr(self, "scheduler_cls", None)
+        if refusal is not None or not arguments.is_ours(ours):
+            return original(self, *args, **kwargs)
+        # Not named, our class leaves vLLM free to choose its own, which tells whether it has one.
+        self.scheduler_cls = None
+        try:
+            config = original(self, *args, **kwargs)
+        finally:
+            self.scheduler_cls = ours
+        arguments.take_place(config, ours)
+        return config
 
     engine_args.create_engine_config = create_engine_config

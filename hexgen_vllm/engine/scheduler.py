@@ -14,6 +14,7 @@ in each step; when the fitted step cost has moved, so are the waiting ones, a fe
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,13 +24,15 @@ from typing import Any, Final
 from hexgen_vllm.config import EngineOptions, from_mapping
 from hexgen_vllm.engine import compat, stats_api
 from hexgen_vllm.engine.batch_order import arrange
-from hexgen_vllm.engine.compat import AsyncScheduler, Request, RequestStatus
+from hexgen_vllm.engine.compat import Request, RequestStatus
 from hexgen_vllm.engine.displacement import Displacer
 from hexgen_vllm.engine.request_queue import UrgencyQueue
 from hexgen_vllm.engine.requests import CallBook
 from hexgen_vllm.engine.swap_setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
 from hexgen_vllm.errors import ConfigError
+
+logger = logging.getLogger("vllm.hexgen")
 
 _REKEY_EVERY_STEPS: Final = 64
 _REKEY_WAITING: Final = 32
@@ -51,7 +54,7 @@ def options_of(vllm_config: Any) -> EngineOptions:
     return from_mapping(EngineOptions, values, where="hexgen option")
 
 
-class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
+class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
     """Orders calls by how soon they must start for their workflow to be on time.
 
     Use it as ``--scheduler-cls hexgen_vllm.UrgencyScheduler`` with options in
@@ -61,7 +64,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
 
     Raises:
         UnsupportedVLLM: this vLLM cannot be driven.
-        ConfigError: an option is wrong.
+        ConfigError: an option is wrong, or the model is one that vLLM schedules by other rules.
     """
 
     hexgen_clock: Callable[[], float] = staticmethod(time.monotonic)
@@ -72,6 +75,9 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         super().__init__(*args, **kwargs)
         compat.check_instance(self)
         self.policy = compat.FCFS  # whatever was asked for: `running` is in our order
+        doubt = compat.doubt(compat.found_version())
+        if doubt is not None:
+            logger.warning("%s", doubt)
         stats_api.offer_utility()  # here too: vLLM's plugins may be switched off
         self.waiting = UrgencyQueue()
         setattr(self, compat.SECOND_QUEUE, UrgencyQueue())
@@ -129,7 +135,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
         request.hexgen.lost_tokens = request.num_computed_tokens
         request.hexgen.kept_tokens = self._keep_kv(request)
         self.hexgen_book.price(request, computed=0)  # before vLLM queues it by its key
-        super()._preempt_request(request, timestamp, drop_stale_output)
+        super()._preempt_request(request, timestamp, drop_stale_output=drop_stale_output)
 
     def _keep_kv(self, request: Request) -> int:
         """Have the KV of a call copied to host memory if that pays; return its tokens."""
@@ -172,7 +178,7 @@ class UrgencyScheduler(compat.TwoQueues, AsyncScheduler):
             for victim in victims:
                 self.running.remove(victim)
                 victim.hexgen.displacements += 1
-                self._preempt_request(victim, now, self.requires_kv_delivery)
+                self._preempt_request(victim, now, drop_stale_output=self.requires_kv_delivery)
                 self.waiting.remove_request(victim)
         return victims
 

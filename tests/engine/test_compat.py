@@ -16,12 +16,25 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize(
     "version", ["0.28.0", "0.28.1", "0.30.0+cpu", "0.32.0", "0.33.0", "0.33.0.post1", "0.31.0rc2"]
 )
-def test_supported(version: str) -> None:
+def test_tested_versions_are_used_without_a_word(version: str) -> None:
     compat.require_supported(version)
+    assert compat.doubt(version) is None
 
 
-@pytest.mark.parametrize("version", ["0.27.1", "0.34.0", "1.0.0", "0.9.2", "dev", "", "0.32"[:2]])
-def test_unsupported_names_both_versions(version: str) -> None:
+@pytest.mark.parametrize(
+    "version",
+    ["0.34.0", "0.34.0rc1", "1.0.0", "0.33.1.dev7+g1234", "0.1.dev1+gabc", "dev", "", "0.100.2"],
+)
+def test_untested_versions_are_tried_with_a_warning(version: str) -> None:
+    compat.require_supported(version)
+    said = compat.doubt(version)
+    assert said is not None
+    assert version in said
+    assert "0.28 to 0.33" in said
+
+
+@pytest.mark.parametrize("version", ["0.27.1", "0.9.2", "0.3", "0.27.2.dev3+gabc"])
+def test_older_versions_are_refused_in_one_sentence(version: str) -> None:
     with pytest.raises(UnsupportedVLLM) as error:
         compat.require_supported(version)
     assert str(error.value) == (
@@ -57,6 +70,29 @@ def test_a_changed_seam_is_named(seam: compat.Seam, named: str) -> None:
 def test_a_missing_attribute_is_named() -> None:
     with pytest.raises(UnsupportedVLLM, match="scheduler attribute waiting"):
         compat.check_instance(SimpleNamespace())
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "is_prefill_chunk", "skip_reading_prefix_cache"])
+def test_a_request_that_lost_an_attribute_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class Without(compat.Request):
+        def __getattribute__(self, asked: str) -> Any:
+            if asked == name:
+                raise AttributeError(asked)
+            return super().__getattribute__(asked)
+
+    monkeypatch.setattr(compat, "_ATTRIBUTES", ())
+    monkeypatch.setattr(compat, "Request", Without)
+    scheduler = SimpleNamespace(**{compat.SECOND_QUEUE: ()})
+    with pytest.raises(UnsupportedVLLM, match=rf"\b{name}\b"):
+        compat.check_instance(scheduler)
+
+
+def test_a_status_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "_NAMES", ((compat.RequestStatus, ("GONE",)),))
+    with pytest.raises(UnsupportedVLLM, match=r"\bGONE\b"):
+        compat.check_seams()
 
 
 class Head:

@@ -55,6 +55,7 @@ class FakeWorker:
 
     blocks: int
     block_size: int
+    told_tokens: bool = False  # what was sampled comes back from the scheduler: it is not kept here
     errors: list[str] = field(default_factory=list)
     computed_tokens: int = 0
 
@@ -96,6 +97,9 @@ class FakeWorker:
             elif blocks is not None:
                 sequence.blocks += blocks[0]
             sequence.computed = cached.num_computed_tokens[i]
+            if self.told_tokens:
+                told = cached.new_token_ids[i]
+                sequence.tokens += told[len(sequence.tokens) - sequence.computed :]
 
     def _run(self, request_id: str, count: int) -> list[int]:
         sequence = self.sequences[request_id]
@@ -106,13 +110,17 @@ class FakeWorker:
             if self.kv[self.slot(sequence, position)] != kv:
                 self.errors.append(f"{request_id}: KV of position {position} of {start} is wrong")
                 break
+        if start + count > len(sequence.tokens):
+            self.errors.append(f"{request_id}: position {start + count} has no token yet")
+            return []
         for position in range(start, start + count):
             kv = chain(kv, position, sequence.tokens[position])
             self.kv[self.slot(sequence, position)] = kv
         if start + count < len(sequence.tokens):
             return []
-        sequence.tokens.append(next_token(kv))
-        return [sequence.tokens[-1]]
+        if not self.told_tokens:
+            sequence.tokens.append(next_token(kv))
+        return [next_token(kv)]
 
 
 class Clock:
@@ -141,9 +149,10 @@ class FakeEngine:
         self.clock = Clock()
         self.scheduler = build_scheduler(scheduler_class, folder, setup)
         self.scheduler.hexgen_clock = self.clock
-        self.worker = FakeWorker(setup.blocks, setup.block_size)
+        told = setup.pipeline > 1 and not setup.async_scheduling
+        self.worker = FakeWorker(setup.blocks, setup.block_size, told)
         self.hasher = block_hasher(setup.block_size)
-        self.depth = 2 if setup.async_scheduling else 1
+        self.depth = setup.pipeline + setup.async_scheduling
         self.in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
         self.tokens: dict[str, list[int]] = {}
         self.ended: list[str] = []

@@ -78,7 +78,11 @@ class Load:
             assert got[name] == self.want[name][: len(got[name])]
 
 
-STOCK = [(Scheduler, {}), (AsyncScheduler, {"async_scheduling": True})]
+STOCK: list[tuple[type, dict[str, Any]]] = [
+    (Scheduler, {}),
+    (Scheduler, {"pipeline": 2}),
+    (AsyncScheduler, {"async_scheduling": True}),
+]
 
 
 @pytest.mark.parametrize(("scheduler_class", "setup"), STOCK)
@@ -98,6 +102,10 @@ SETUPS: dict[str, dict[str, Any]] = {
     "sync-v2-runner": {"v2_runner": True},
     "async-v2-runner": {"async_scheduling": True, "v2_runner": True},
     "async-policy-priority": {"async_scheduling": True, "policy": "priority"},
+    "pipeline": {"pipeline": 2},
+    "long-pipeline": {"pipeline": 4, "prefix_caching": False},
+    "pipeline-small-budget": {"pipeline": 2, "max_batched_tokens": 48},
+    "async-pipeline": {"pipeline": 2, "async_scheduling": True, "v2_runner": True},
     "small-budget": {"async_scheduling": True, "max_batched_tokens": 48},
     "roomy": {"async_scheduling": True, "blocks": 120, "max_num_seqs": 4},
 }

@@ -13,10 +13,12 @@ import pytest
 
 from hexgen_vllm.engine import serve
 
-IN_THE_FUTURE = """
+OTHER_VLLM = """
 import contextlib, io, json, logging, sys
 import vllm.version
-vllm.version.__version__ = "0.99.0"
+vllm.version.__version__ = "{version}"
+import vllm.v1.core.sched.scheduler as theirs
+{change}
 logged = io.StringIO()
 logging.getLogger("hexgen_vllm").addHandler(logging.StreamHandler(logged))
 
@@ -32,34 +34,66 @@ def attempt(run):
             code = run()
         except SystemExit as end:
             code = end.code
-    return {"code": code, "said": said.getvalue()}
+    return {{"code": code, "said": said.getvalue()}}
 
 plugin.register()
 plugin.register()
 parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
 plain = parser.parse_args([])
-print(json.dumps({
+print(json.dumps({{
     "logged": logged.getvalue(),
     "plain": [plain.scheduling_policy, plain.scheduler_cls, plain.additional_config],
-    "asked": attempt(lambda: parser.parse_args(["--scheduling-policy=urgency"])),
-    "drop_in": attempt(lambda: serve.main(["model"])),
-}))
+    "asked": attempt(lambda: parser.parse_args(["--scheduling-policy=urgency"]) and 0),
+    "drop_in": attempt(lambda: serve.main(["--version"])),
+}}))
 """
-SENTENCE = "hexgen_vllm supports vLLM 0.28 to 0.33, but vLLM 0.99.0 is installed."
+
+
+def behaviour(version: str, change: str = "") -> dict[str, object]:
+    script = OTHER_VLLM.format(version=version, change=change)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_a_vllm_of_the_future_is_refused_only_to_who_asks() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", IN_THE_FUTURE], capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == {
-        "logged": f"{SENTENCE}\n",
+@pytest.mark.parametrize(
+    ("version", "change", "sentence"),
+    [
+        (
+            "0.27.1",
+            "",
+            "hexgen_vllm supports vLLM 0.28 to 0.33, but vLLM 0.27.1 is installed.",
+        ),
+        (
+            "0.99.0",
+            "theirs.Scheduler._request_remaining_blocks = lambda self: 0",
+            "vLLM 0.99.0 has no Scheduler._request_remaining_blocks(self, request) as hexgen_vllm "
+            "needs it; supported is vLLM 0.28 to 0.33.",
+        ),
+    ],
+)
+def test_a_vllm_that_cannot_be_driven_is_refused_only_to_who_asks(
+    version: str, change: str, sentence: str
+) -> None:
+    assert behaviour(version, change) == {
+        "logged": f"{sentence}\n",
         "plain": ["fcfs", None, {}],
-        "asked": {"code": 2, "said": f"vllm: {SENTENCE}\n"},
-        "drop_in": {"code": 2, "said": f"{SENTENCE}\n"},
+        "asked": {"code": 2, "said": f"vllm: {sentence}\n"},
+        "drop_in": {"code": 2, "said": f"{sentence}\n"},
     }
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_newer_vllm_with_every_seam_is_used() -> None:
+    found = behaviour("0.99.0")
+    assert found["logged"] == ""
+    assert found["plain"] == ["fcfs", None, {}]
+    assert found["asked"] == {"code": 0, "said": ""}
 
 
 @pytest.mark.parametrize(
@@ -128,3 +162,45 @@ def test_what_a_file_switches_off_is_off(
     Path("list.yaml").write_text("- 1")
     Path("bad.yaml").write_text("a: [")
     assert serve.with_switched_off(args) == expected
+
+
+CHOICE = """
+import json, pathlib, sys, tempfile
+from hexgen_vllm.engine import headless, plugin
+plugin.register()
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+folder = tempfile.mkdtemp()
+pathlib.Path(folder, "config.json").write_text(json.dumps(headless._MODEL))
+
+def config():
+    return EngineArgs(
+        model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=512,
+        scheduler_cls="hexgen_vllm.UrgencyScheduler",
+    ).create_engine_config()
+
+print(">", config().scheduler_config.scheduler_cls)
+init = VllmConfig.__post_init__
+def as_for_a_model_with_rules(self, *args):
+    init(self, *args)
+    if self.scheduler_config.scheduler_cls is None:
+        self.scheduler_config.scheduler_cls = "vllm.rules.OfItsOwn"
+VllmConfig.__post_init__ = as_for_a_model_with_rules
+try:
+    print(">", config().scheduler_config.scheduler_cls)
+except Exception as error:
+    print(">", type(error).__name__, error)
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_model_that_vllm_schedules_itself_is_refused_and_no_other() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHOICE], capture_output=True, text=True, check=True
+    )
+    ours, refused = (w[2:] for w in done.stdout.splitlines() if w.startswith("> "))
+    assert ours == "hexgen_vllm.UrgencyScheduler"
+    assert refused.startswith("ConfigError Urgency scheduling cannot serve")
+    assert "vllm.rules.OfItsOwn" in refused
