@@ -96,7 +96,7 @@ class Coordinator:
 
     def engine_reported(self, engine_id: str, report: EngineReport) -> None:
         """Take in telemetry."""
-        self.engines[engine_id].report = report
+        self.engines[engine_id].reported(report)
 
     def retune(self, options: DispatchOptions, now: float) -> list[Decision]:
         """Turn the knobs of the policy in force; ``options`` differ in nothing else."""

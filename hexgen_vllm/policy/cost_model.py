@@ -8,9 +8,9 @@ contains. They are the non-negative, weighted, regularised least squares over wh
 
 with t the measured time of a step, m its predicted one (so that errors count relative to the
 step), w a Huber weight, z_i what a nominal device would need for part i of the step, u_i how many
-times longer this one needs, v_i what that was by the solution before, s the time over the nominal one in
-all, and g_i the prior: a device of nominal shape. Both regularisers are tiny: they decide only
-what steps leave open, first the prior, later what was known before.
+times longer this one needs, v_i what that was by the solution before, s the time over the nominal
+one in all, and g_i the prior: a device of nominal shape. Both regularisers are tiny: they decide
+only what steps leave open, first the prior, later what was known before.
 
 **What is remembered.** Steps are sorted into cells by what they contain: how many sequences decode,
 how long they are, how large the prefill is. Each cell keeps decaying sums of products over about
@@ -171,6 +171,54 @@ class _Cell:
         self.mass = 0.0
         self.seen = 0
 
+    def grow(self) -> float:
+        """Let the next step weigh more than the last; return how much."""
+        self.gain *= _GROWTH
+        if self.gain > _MOST_GROWN:
+            self.sums = [v / self.gain for v in self.sums]
+            self.mass /= self.gain
+            self.gain = 1.0
+        return self.gain
+
+    def add(self, weight: float, z0: float, z1: float, z2: float, seconds: float, m: float) -> None:
+        """Add what a step has without prefill: its parts, its time, the time to judge it by."""
+        s, weight = self.sums, weight * self.gain
+        self.mass += weight
+        weight /= m * m
+        w0, w1, w2 = weight * z0, weight * z1, weight * z2
+        s[0] += w0 * z0
+        s[1] += w0 * z1
+        s[2] += w0 * z2
+        s[3] += w1 * z1
+        s[4] += w1 * z2
+        s[5] += w2 * z2
+        s[6] += w0 * seconds
+        s[7] += w1 * seconds
+        s[8] += w2 * seconds
+
+    def add_prefill(
+        self, weight: float, parts: tuple[float, ...], seconds: float, m: float
+    ) -> None:
+        """Add what prefill adds to a step, of which all parts are given."""
+        s, at = self.sums, 9
+        weight *= self.gain / (m * m)
+        z0, z1, z2, z3, z4, z5 = parts
+        w3, w4, w5 = weight * z3, weight * z4, weight * z5
+        for z in (z0, z1, z2):
+            s[at] += w3 * z
+            s[at + 1] += w4 * z
+            s[at + 2] += w5 * z
+            at += 3
+        s[18] += w3 * z3
+        s[19] += w3 * z4
+        s[20] += w3 * z5
+        s[21] += w4 * z4
+        s[22] += w4 * z5
+        s[23] += w5 * z5
+        s[24] += w3 * seconds
+        s[25] += w4 * seconds
+        s[26] += w5 * seconds
+
     def scale(self, ratio: float, kept: float) -> None:
         """Let all steps have taken ``ratio`` times as long, and weigh ``kept`` times as much."""
         square, times = kept / (ratio * ratio), kept / ratio
@@ -317,9 +365,7 @@ class CostFit:
         seconds: float,
     ) -> None:
         """Learn as :meth:`observe` does, of a mean over steps, too."""
-        self._take(
-            n_decode, ctx_decode, 1.0 if n_prefill else 0.0, n_prefill, prefill_ctx, seconds
-        )
+        self._take(n_decode, ctx_decode, 1.0 if n_prefill else 0.0, n_prefill, prefill_ctx, seconds)
 
     def observe_call(
         self, output_tokens: int, n_decode: float, context: float, uncached: int, seconds: float
@@ -394,9 +440,8 @@ class CostFit:
     def _learn_anew(self, raw: list[tuple[float, float, float, float, float, float]]) -> None:
         """Fit to the first observations: to all, then to those that fit, until that stands."""
         ratios = []
-        for n, ctx, first, prefill, area, seconds in raw:
-            parts = _C0 + _C1 * n + _C2 * ctx + _P1 * prefill
-            ratios.append(seconds / parts)
+        for n, ctx, _, prefill, _, seconds in raw:
+            ratios.append(seconds / (_C0 + _C1 * n + _C2 * ctx + _P1 * prefill))
         scale = median(ratios)
         self._u = [scale * g for g in _PRIOR]
         self._plain.spread = self._mixed.spread = _MOST_SPREAD
@@ -441,7 +486,7 @@ class CostFit:
         if cell is None:
             cell = self._cells[key] = _Cell()
         cell.seen = self.steps
-        cell.gain = gain = cell.gain * _GROWTH
+        gain = cell.grow()
         if judge and cell.mass >= _ESTABLISHED * gain:
             others = (self._mixed if errors is self._plain else self._plain).count
             change = errors.changed(off, seconds, others)
@@ -452,44 +497,9 @@ class CostFit:
                 self._refine((z0, z1, z2, z3, z4, z5), seconds)
         # A step that took far longer than predicted is taken relative to what it took.
         m = max(likely_s, seconds / 8)
-        weight *= gain
-        cell.mass += weight
-        weight /= m * m
-        s = cell.sums
-        w0, w1, w2 = weight * z0, weight * z1, weight * z2
-        s[0] += w0 * z0
-        s[1] += w0 * z1
-        s[2] += w0 * z2
-        s[3] += w1 * z1
-        s[4] += w1 * z2
-        s[5] += w2 * z2
-        s[6] += w0 * seconds
-        s[7] += w1 * seconds
-        s[8] += w2 * seconds
+        cell.add(weight, z0, z1, z2, seconds, m)
         if first:
-            w3, w4, w5 = weight * z3, weight * z4, weight * z5
-            s[9] += w0 * z3
-            s[10] += w0 * z4
-            s[11] += w0 * z5
-            s[12] += w1 * z3
-            s[13] += w1 * z4
-            s[14] += w1 * z5
-            s[15] += w2 * z3
-            s[16] += w2 * z4
-            s[17] += w2 * z5
-            s[18] += w3 * z3
-            s[19] += w3 * z4
-            s[20] += w3 * z5
-            s[21] += w4 * z4
-            s[22] += w4 * z5
-            s[23] += w5 * z5
-            s[24] += w3 * seconds
-            s[25] += w4 * seconds
-            s[26] += w5 * seconds
-        if gain > _MOST_GROWN:
-            cell.sums = [v / gain for v in s]
-            cell.mass /= gain
-            cell.gain = 1.0
+            cell.add_prefill(weight, (z0, z1, z2, z3, z4, z5), seconds, m)
 
     def _rescale(self, errors: _Errors, shift: float, steps: int, began: int) -> None:
         """Scale what is remembered by a change of speed.

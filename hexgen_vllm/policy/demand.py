@@ -102,14 +102,17 @@ class Estimates:
     def hopeless_after_s(self, call: Call, deadline_s: float, ordinal: int) -> float:
         """Return the moment after which the workflow is late whatever is done.
 
-        Low quantiles of length and tail, on the fastest engine with nothing else to do. What was
-        never seen counts as nothing, so that ignorance demotes nobody.
+        Low quantiles of length and tail, on the fastest engine with nothing else to do, each
+        engine as fast as its error allows. What was never seen counts as nothing, an engine whose
+        cost is unknown as one that takes no time, so that ignorance demotes nobody.
         """
         q = self._options.hopeless_quantile
         output = self.output_tokens(call, q=q) if self._known(call) else 1
         tail = self._tail(call, ordinal, q, output)
         times = [
-            _alone_s(e.cost() or UNMEASURED, tail, output, self._uncached(e, call))
+            0.0
+            if (cost := e.least_cost()) is None
+            else _alone_s(cost, tail, output, self._uncached(e, call))
             for e in self._engines.values()
             if e.serves(call)
         ]
@@ -119,6 +122,10 @@ class Estimates:
     def predicted_s(self, demand: Demand, ordinal: int, held_output_tokens: int) -> float:
         """Return the likely time of a whole workflow from its first call on, at today's pace.
 
+        Each engine is as fast as its error allows. 0 when it cannot be told: where the cost of
+        an engine that could serve the call is unknown, for the workflow might be on time there.
+        A call of unknown length counts as one token.
+
         Args:
             demand: of the call.
             ordinal: calls of the same stage before it.
@@ -127,15 +134,18 @@ class Estimates:
         ready = self._ready()
         if not ready:
             return 0.0
-        token_s = [max(e.token_s(e.cost() or UNMEASURED), _LEAST_S) for e in ready]
+        call = demand.call
+        able = [e.has(call.model) for e in ready]
+        if any(has and e.least_cost() is None for e, has in zip(ready, able, strict=True)):
+            return 0.0
+        token_s = [max(e.token_s(e.least_cost() or UNMEASURED), _LEAST_S) for e in ready]
         # Sums start at 0.0: compiled code takes a sum that starts at 0 for an integer.
         rate = sum(
             (min(e.slots, len(e.in_flight) + 1) / t for e, t in zip(ready, token_s, strict=True)),
             0.0,
         )
-        tail = self._tail(demand.call, ordinal, 0.5, demand.output_tokens)
-        output = demand.output_tokens + tail.output_tokens
-        able = [e.has(demand.call.model) for e in ready]
+        own = demand.output_tokens if self._known(call) else 1
+        output = own + self._tail(call, ordinal, 0.5, own).output_tokens
         own_s = [t for t, has in zip(token_s, able, strict=True) if has] or token_s
         pace_s = len(own_s) / sum((1.0 / t for t in own_s), 0.0)
         return held_output_tokens / rate + output * pace_s

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Final, Protocol
 
 from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.cost_model import trusted_cost
 from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.policy.values import Demand, Forecast
 from hexgen_vllm.types import StepCost
@@ -76,7 +77,7 @@ def assumed_cost(engines: Sequence[EngineLoad]) -> StepCost:
 
     The optimism matters: at the mean exactly, ties could keep an engine unmeasured forever.
     """
-    known = [c for e in engines if (c := e.cost()) is not None]
+    known = [c for e in engines if not e.doubted and (c := e.cost()) is not None]
     if not known:
         return UNMEASURED
     n = len(known) / OPTIMISM
@@ -84,15 +85,25 @@ def assumed_cost(engines: Sequence[EngineLoad]) -> StepCost:
 
 
 def costs(engines: Sequence[EngineLoad]) -> list[StepCost]:
-    """Return what each engine's steps cost, as measured or else as assumed."""
+    """Return what each engine's steps cost, as measured so far as that is trusted, else as assumed.
+
+    Assumed is :func:`assumed_cost`: from the engines whose rates are trusted, else nominal.
+    """
     found = []
     for engine in engines:
         cost = engine.cost()
-        if cost is None:
+        if cost is None or engine.doubted:
             assumed = assumed_cost(engines)
-            return [e.cost() or assumed for e in engines]
+            return [_cost_or(e, assumed) for e in engines]
         found.append(cost)
     return found
+
+
+def _cost_or(engine: EngineLoad, assumed: StepCost) -> StepCost:
+    cost = engine.cost()
+    if cost is None:
+        return assumed
+    return trusted_cost(cost, engine.error, assumed) if engine.doubted else cost
 
 
 class RoundRobin:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from typing import Final
 
-from hexgen_vllm.policy.cost_model import CostFit
+from hexgen_vllm.policy.cost_model import CostFit, trust, trusted_cost
 from hexgen_vllm.policy.elsewhere import Elsewhere
 from hexgen_vllm.policy.prefixes import PrefixIndex
 from hexgen_vllm.policy.values import Demand, Forecast, InFlight
@@ -36,7 +36,9 @@ class EngineLoad:
         engine_id: its name.
         slots: sequences it runs at once.
         state: whether it gets calls.
-        report: its latest telemetry.
+        report: its latest telemetry; set by :meth:`reported`.
+        error: how far its steps are from what was measured of it, ``None`` when that is unknown.
+        doubted: its rates are not to be believed in full, and there are no earlier ones that were.
         prefixes: what its prefix cache probably holds.
         in_flight: calls placed on it, by id.
         elsewhere: what others have placed on it.
@@ -55,6 +57,10 @@ class EngineLoad:
         self.elsewhere = Elsewhere()
         self.assigned_s = 0.0
         self.traffic_fit = CostFit(min_steps=12)
+        self.error: float | None = None
+        self.doubted = False
+        self._cost: StepCost | None = None
+        self._believed: StepCost | None = None  # the last cost that could be trusted in full
         self._queued_prefill = 0
         self._context = 0
         self._waiting: dict[str, InFlight] = {}  # no first token yet
@@ -83,8 +89,47 @@ class EngineLoad:
         return not self.spec.models or model in self.spec.models
 
     def cost(self) -> StepCost | None:
-        """Return the measured step cost: telemetry first, own traffic second, else unknown."""
-        return self.report.cost or self.traffic_fit.cost()
+        """Return the step cost to reckon with, ``None`` when nothing is known.
+
+        What was measured, as far as its error allows (:func:`trusted_cost`), telemetry first, own
+        traffic second; for the rest what was measured when it could be trusted. A cost that was
+        never believed even in part is unknown; of one that is believed in part only, without an
+        earlier one, :attr:`doubted` says so, and who knows other engines can correct it.
+        """
+        return self._cost
+
+    def least_cost(self) -> StepCost | None:
+        """Return the step cost if it is as low as its error allows, ``None`` when unknown."""
+        cost, error = self._cost, self.error
+        if cost is None or error is None or trust(error) >= 1.0:
+            return cost
+        return cost.scaled(1.0 / (1.0 + error))
+
+    def reported(self, report: EngineReport) -> None:
+        """Take in telemetry."""
+        self.report = report
+        self._judge()
+
+    def _judge(self) -> None:
+        """Decide which cost to reckon with."""
+        fit, error = self.report.cost, self.report.fit_error
+        if fit is None:
+            fit, error = self.traffic_fit.cost(), self.traffic_fit.error()
+        if fit is not None and not fit.step_s(1) > 0.0:
+            fit = None  # a step that takes no time was not measured
+        self.error = None if fit is None else error
+        believed, share = self._believed, trust(error)
+        self.doubted = False
+        if fit is None:
+            self._cost = believed = None
+        elif share >= 1.0:
+            self._cost = believed = fit
+        elif believed is not None:
+            self._cost = trusted_cost(fit, error, believed)
+        else:
+            self.doubted = share > 0.0
+            self._cost = fit if share > 0.0 else None
+        self._believed = believed
 
     def restarted(self, spec: EngineSpec, state: EngineState) -> None:
         """Forget what a restart makes untrue; calls in flight stay until their driver ends them."""
@@ -94,6 +139,8 @@ class EngineLoad:
         self.report = EngineReport()
         self.prefixes = PrefixIndex(spec.kv_tokens)
         self.traffic_fit = CostFit(min_steps=12)
+        self._believed = None
+        self._judge()
 
     def placed(self, entry: InFlight) -> None:
         """Account for a call sent here."""
@@ -153,7 +200,10 @@ class EngineLoad:
             uncached = max(prompt - result.cached_tokens, 1)
         context = prompt + result.output_tokens / 2
         seconds = now - entry.placed_s
+        before = self.traffic_fit.cost()
         self.traffic_fit.observe_call(result.output_tokens, batch, context, uncached, seconds)
+        if self.traffic_fit.cost() is not before:
+            self._judge()
 
     def outstanding_tokens(self) -> int:
         """Return prompt tokens to prefill plus output tokens to come."""

@@ -163,9 +163,7 @@ def never_without_prefill(rng: random.Random) -> StepShape:
     return StepShape(n, 700 * n, chunk, chunk * rng.uniform(0, 2000))
 
 
-@pytest.mark.parametrize(
-    "draw", [batches_of_one, slowly_growing, collinear, never_without_prefill]
-)
+@pytest.mark.parametrize("draw", [batches_of_one, slowly_growing, collinear, never_without_prefill])
 def test_poor_steps_teach_nothing_wrong_and_unlearn_nothing(
     draw: Callable[[random.Random], StepShape],
 ) -> None:
