@@ -16,7 +16,10 @@ CLUSTER_FLAG = "--cluster"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve one model, or a cluster; return the exit code."""
+    from hexgen_vllm import descriptors
+
     args = list(sys.argv[1:] if argv is None else argv)
+    descriptors.raise_limit()
     if any(arg == CLUSTER_FLAG or arg.startswith(f"{CLUSTER_FLAG}=") for arg in args):
         from hexgen_vllm.cluster import command_line
 

@@ -16,6 +16,8 @@ from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.outbound import REQUEST_ID_HEADER, SERVER
 
 REASON_HEADER: Final = "x-llm-d-request-dropped-reason"
+OUT_OF_CONNECTIONS: Final = "rejected-out-of-connections"
+"""Reason of a refusal because the router cannot have more connections."""
 
 
 class EngineFailed(HexgenError):  # noqa: N818 - an answer, not a defect

@@ -8,6 +8,7 @@ from typing import Final
 
 from aiohttp import web
 
+from hexgen_vllm import descriptors
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
@@ -97,6 +98,7 @@ class Router:
             self._handle,
             max_body_bytes=self._options.max_payload_size,
             max_buffered_bytes=self._options.max_buffered_bytes,
+            max_connections=self._max_connections(),
             mark=self._mark if self._cors.enabled or self._spot is not None else None,
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
@@ -125,6 +127,14 @@ class Router:
             self._tasks.append(asyncio.create_task(context.tuning.run()))
         engines = ",".join(context.fleet.engines)
         _LOG.info("listening url=%s policy=%s engines=%s", self.url, self._dispatch.policy, engines)
+
+    def _max_connections(self) -> int:
+        """Return how many clients may be connected."""
+        most = descriptors.connections_for(descriptors.raise_limit())
+        wanted = self._options.max_connections
+        if wanted > most:
+            _LOG.warning("max_connections=%d needs more file descriptors (ulimit -n)", wanted)
+        return wanted or most
 
     async def _look_for_engines(self) -> None:
         try:

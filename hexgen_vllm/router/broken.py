@@ -5,7 +5,17 @@ In a module of their own: a subclass of :class:`OSError` cannot be compiled.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import socket
+from typing import Final
+
+_ERRNO: Final = re.compile(r"\[Errno (-?\d+)\]")
+_SHORT: Final = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EAGAIN)
+)
+_UNRESOLVED: Final = frozenset((socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM))
 
 
 class EngineBroke(ConnectionError):  # noqa: N818 - named after what happened
@@ -14,6 +24,31 @@ class EngineBroke(ConnectionError):  # noqa: N818 - named after what happened
 
 class CannotConnect(OSError):  # noqa: N818 - named after what happened
     """Nobody answers at an engine's address."""
+
+
+class RouterShort(OSError):  # noqa: N818 - named after what happened
+    """This machine has no descriptor, port or memory left; no engine is to blame."""
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether a connection failed for want of something on this side, not on the other one.
+
+    Descriptors of the process (``EMFILE``) and of the system (``ENFILE``), memory of the kernel
+    (``ENOBUFS``, ``ENOMEM``), local ports (``EADDRNOTAVAIL``, ``EAGAIN``), and a resolver that
+    cannot answer now.
+    """
+    if isinstance(error, MemoryError | RouterShort):
+        return True
+    if not isinstance(error, OSError):
+        return False
+    if isinstance(error, socket.gaierror):
+        return error.errno in _UNRESOLVED
+    inner = getattr(error, "os_error", None)  # what aiohttp puts its own error around
+    if isinstance(inner, OSError) and inner is not error:
+        return is_short(inner)
+    # Errors of several addresses come as one, with their numbers in its text.
+    numbers = [error.errno] if error.errno else map(int, _ERRNO.findall(str(error)))
+    return any(number in _SHORT for number in numbers)
 
 
 def why(error: OSError) -> str:

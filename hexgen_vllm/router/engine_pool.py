@@ -11,13 +11,17 @@ from typing import Any, Final, cast
 import httptools
 from yarl import URL
 
-from hexgen_vllm.router.broken import CannotConnect, EngineBroke
+from hexgen_vllm.router.broken import CannotConnect, EngineBroke, RouterShort, is_short
 from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.http_request import Pairs
 
 # uvicorn closes idle connections after 5 s; one that it is about to close must not be used.
 _KEEPALIVE_S: Final = 4.0
 _LARGE_BODY_BYTES: Final = 64 * 1024
+# What an engine may send that is no body: heads, also of 1xx, trailers, sizes of chunks.
+_MAX_HEAD_BYTES: Final = 64 * 1024
+_MAX_HEADERS: Final = 512
+_HEAD_S: Final = 30.0  # from the first byte of a head to its last
 _LENGTHS: Final = frozenset((b"content-length", b"transfer-encoding"))
 _Address = tuple[str, str, int]
 
@@ -38,6 +42,9 @@ class EngineConnection(asyncio.Protocol):
         self._pairs: Pairs = []
         self._pieces: list[bytes] = []
         self._ended = self._keep = self._paused = False
+        self._in_head = False
+        self._head_end: asyncio.TimerHandle | None = None
+        self._head_bytes = 0  # what came since the last piece of a body or end of an answer
         self.idle_since_s = 0.0
         self.heard = False
 
@@ -80,16 +87,30 @@ class EngineConnection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             sound = False
         pieces = self._pieces
+        if not pieces and not self._ended:
+            sound = sound and self._is_bounded(len(data))
         if pieces:
-            self._pieces = []
+            self._pieces, self._head_bytes = [], 0
             answer.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         if self._ended:
             self._finish(answer, sound and self._keep)
         elif not sound:
             self._break()
 
+    def _is_bounded(self, size: int) -> bool:
+        """Note that ``size`` bytes came and no body; return whether that may go on."""
+        self._head_bytes += size
+        if self._in_head and self._head_end is None:
+            loop = asyncio.get_running_loop()
+            self._head_end = loop.call_later(_HEAD_S, self._head_is_late)
+        return self._head_bytes <= _MAX_HEAD_BYTES
+
+    def _head_is_late(self) -> None:
+        self._head_end = None
+        self._break()
+
     def _finish(self, answer: Answer, keep: bool) -> None:
-        self._answer, self._ended = None, False
+        self._answer, self._ended, self._head_bytes = None, False, 0
         answer.ended()
         if keep and self.usable() and self._all_sent():
             if self._paused:
@@ -106,6 +127,8 @@ class EngineConnection(asyncio.Protocol):
         """End the answer under way; without a length the end of the connection is its end."""
         self._transport = None
         self._pool.forget(self, self._address)
+        if self._head_end is not None:
+            self._head_end.cancel()
         answer = self._answer
         if answer is None:
             return
@@ -143,15 +166,31 @@ class EngineConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """Begin an answer; a second one to the same request is nothing that was asked for."""
         self.heard, self._keep = True, not self._ended
-        self._pairs = []
+        self._in_head, self._pairs = True, []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take in a header, or one that follows a body, which nobody gets."""
+        """Take in a header, or one that follows a body, which nobody gets.
+
+        Raises:
+            ValueError: there are too many, which the parser reports as its own error.
+        """
         self._pairs.append((name, value))
+        if len(self._pairs) > _MAX_HEADERS:
+            raise ValueError
 
     def on_headers_complete(self) -> None:
-        """Hand the head on; those of 1xx only announce another one."""
+        """Hand the head on; those of 1xx only announce another one.
+
+        Raises:
+            ValueError: it is too long.
+        """
         pairs, self._pairs = self._pairs, []
+        self._in_head = False
+        if self._head_end is not None:
+            self._head_end.cancel()
+            self._head_end = None
+        if sum(len(name) + len(value) for name, value in pairs) > _MAX_HEAD_BYTES:
+            raise ValueError
         status = self._parser.get_status_code()
         if status >= 200 and self._answer is not None and not self._ended:
             self._answer.began(status, pairs)
@@ -202,6 +241,7 @@ class Pool:
 
         Raises:
             CannotConnect: nobody listens there.
+            RouterShort: there is nothing left here to connect with.
             EngineBroke: the connection broke.
         """
         return self._send((url.scheme, url.raw_host or "", url.port or 80), head, body, once=once)
@@ -237,6 +277,8 @@ class Pool:
         try:
             connection = await asyncio.wait_for(self._make(address), self._connect_s)
         except (OSError, asyncio.TimeoutError) as error:
+            if is_short(error):
+                raise RouterShort(str(error)) from None
             raise CannotConnect(str(error)) from None
         self._open.add(connection)
         return connection

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from aiohttp import web
 
+from hexgen_vllm.errors import Refused
 from hexgen_vllm.router import answers, http_answer
 from hexgen_vllm.router.http_reader import Reader
 from hexgen_vllm.router.http_request import SENT, Request, Source
@@ -34,6 +35,7 @@ _LEAST_READ_BYTES: Final = 2**14  # of an answer, within _IDLE_SWEEPS
 # with unread data resets it, and the client would not see the answer.
 _LINGER_S: Final = 2.0
 _MAX_LINGER_BYTES: Final = 2**24
+_MAX_TOLD: Final = 16  # clients that are told at once why they are turned away
 
 
 class Connection(Reader):
@@ -73,7 +75,24 @@ class Connection(Reader):
         self.transport = cast(asyncio.Transport, transport)
         self.peername = transport.get_extra_info("peername")
         self.sockname = transport.get_extra_info("sockname")
-        self._server.open.add(self)
+        server = self._server
+        server.open.add(self)
+        # Other processes of this router must get through.
+        if len(server.open) > server.max_connections and not isinstance(self.sockname, str):
+            self._refuse(server)
+
+    def _refuse(self, server: Server) -> None:
+        """Turn a client away that is one too many."""
+        server.refused += 1
+        if len(server.open) > server.max_connections + _MAX_TOLD:
+            self.abort()
+            return
+        self._deaf = self._closing = True
+        request = Request(self, "GET", "/", [], persists=False, can_chunk=False)
+        text = "The router has as many connections as it may."
+        refused = Refused(text, reason=answers.OUT_OF_CONNECTIONS)
+        self._write_response(request, answers.from_error(refused, None))
+        self._linger()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the request under way: nobody waits for its answer any more."""

@@ -17,6 +17,7 @@ from hexgen_vllm.router.http_request import Buffered, Request
 Handle = Callable[[Request], Awaitable[web.StreamResponse]]
 Mark = Callable[[Request, web.StreamResponse], None]
 _MAX_BUFFERED_BYTES: Final = 2**30
+_MAX_CONNECTIONS: Final = 64  # enough for who only reads metrics
 
 
 class Server(web.Server):
@@ -27,9 +28,11 @@ class Server(web.Server):
         max_body_bytes: largest body taken.
         mark: adds headers to every answer; ``None`` adds nothing.
         max_buffered_bytes: most bytes of bodies held at once.
+        max_connections: most clients connected at once; more are told so and turned away.
 
     Attributes:
         open: connections there are.
+        refused: connections that were one too many.
         buffered: bytes of bodies held.
     """
 
@@ -40,10 +43,12 @@ class Server(web.Server):
         max_body_bytes: int,
         mark: Mark | None = None,
         max_buffered_bytes: int = _MAX_BUFFERED_BYTES,
+        max_connections: int = _MAX_CONNECTIONS,
     ) -> None:
         super().__init__(cast(Any, handle))
         self.handle, self.max_body_bytes, self.mark = handle, max_body_bytes, mark
         self.buffered = Buffered(max_buffered_bytes)
+        self.max_connections, self.refused = max_connections, 0
         self.open: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 

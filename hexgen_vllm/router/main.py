@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hexgen_vllm import config
+from hexgen_vllm import config, descriptors
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router import logs
@@ -59,6 +59,7 @@ def main(args: argparse.Namespace) -> int:
             "service_discovery must find them, or admin_api_key must let them be registered."
         )
     logs.set_up(options.log_level, options.log_format)
+    descriptors.raise_limit()
     loop = uvloop.new_event_loop()
     try:
         if options.router_workers > 1:

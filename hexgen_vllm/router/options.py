@@ -98,6 +98,12 @@ class RouterOptions(HealthOptions):
         1, "processes that share the port; each workflow belongs to one of them", least=1, most=64
     )
     max_payload_size: int = option(2**26, "largest request body, bytes", least=1)
+    max_connections: int = option(
+        0,
+        "clients connected at once to a process, more get 503; 0 for as many as its limit of file "
+        "descriptors allows",
+        least=0,
+    )
     max_buffered_bytes: int = option(
         2**30, "bytes of request bodies in the router at once, more are refused", least=1
     )

@@ -12,23 +12,30 @@ import aiohttp
 
 from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.router import reports
+from hexgen_vllm.router.broken import is_short
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.router.reports import Telemetry
 from hexgen_vllm.router.targets import targets_of
 from hexgen_vllm.types import EngineKind, EngineReport, EngineSpec
 
 STATS_PATH: Final = "/hexgen/stats"
+_SHORT: Final = "the router has nothing left to connect with"
 MAX_ANSWER_BYTES: Final = 16 * 2**20
 _UNKNOWN: Final = Telemetry(EngineReport())
 _STOCK: Final = {"fcfs": EngineKind.FCFS, "priority": EngineKind.PRIORITY}
 
 
 class Unreachable(HexgenError):  # noqa: N818 - an answer, not a defect
-    """The engine cannot be asked now; ``refused`` says that nobody listens there."""
+    """The engine cannot be asked now.
 
-    def __init__(self, message: str, *, refused: bool = False) -> None:
+    Attributes:
+        refused: nobody listens there.
+        short: there is nothing left here to connect with, which says nothing of the engine.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False, short: bool = False) -> None:
         super().__init__(message)
-        self.refused = refused
+        self.refused, self.short = refused, short
 
 
 class Found(NamedTuple):
@@ -161,9 +168,17 @@ class Probe:
                 allow_redirects=False,  # it could lead anywhere
             ) as answer:
                 return answer.status, await _limited(answer)
-        except aiohttp.ClientConnectorError:
+        except aiohttp.ClientConnectorError as error:
+            if is_short(error):
+                raise Unreachable(
+                    "the router has nothing left to connect with", short=True
+                ) from None
             raise Unreachable("nobody listens there", refused=True) from None
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, MemoryError) as error:
+            if is_short(error):
+                raise Unreachable(
+                    "the router has nothing left to connect with", short=True
+                ) from None
             raise Unreachable(f"it does not answer ({type(error).__name__})") from None
 
 

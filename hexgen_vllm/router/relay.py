@@ -20,9 +20,9 @@ from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
 from hexgen_vllm.router import answers, ledger, logs, outbound, tls
-from hexgen_vllm.router.answers import EngineFailed
+from hexgen_vllm.router.answers import OUT_OF_CONNECTIONS, EngineFailed
 from hexgen_vllm.router.attempt import Attempt, ClientGone
-from hexgen_vllm.router.broken import CannotConnect
+from hexgen_vllm.router.broken import CannotConnect, RouterShort
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.engine_answer import Answer
@@ -219,6 +219,10 @@ class Relay:
         )
         try:
             return await self._pool.send(url, head, accepted.body, once=not job.repeats)
+        except RouterShort:
+            _LOG.error("nothing left to connect with engine=%s", engine.name)
+            text = "The router has nothing left to connect to an engine with."
+            raise Refused(text, reason=OUT_OF_CONNECTIONS) from None
         except CannotConnect:
             context.fleet.lost(engine.name, "a connection failed")
             raise

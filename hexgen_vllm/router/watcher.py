@@ -126,6 +126,8 @@ class Watcher:
             self._failed = 0
             await self._list_models()
         except Unreachable as why:
+            if why.short:
+                return
             self._failed += 1
             threshold = self._options.health_failure_threshold
             if self._is_there() and (why.refused or self._failed >= threshold):
@@ -146,8 +148,10 @@ class Watcher:
             if readings and len(readings) != len(self._engine.targets):  # it was scaled
                 found = await self._probe.find(self._engine.worker)
                 self._fleet.described(self._engine.name, found)
-        except Unreachable:
+        except Unreachable as why:
             readings = ()
+            if why.short:  # steps that nobody could read are not steps that were not made
+                self._engine.steps = {}
             self._check_at_s = 0.0  # telemetry may be slow; the health check decides
         now = self._clock.now()
         targets = self._engine.targets
