@@ -175,7 +175,7 @@ class EngineOptions:
     """Options of the engine's scheduler (``additional_config["hexgen"]``, ``--hexgen-…``)."""
 
     order: str = option(
-        "slack", "order of waiting calls", choices=("slack", "hexgen", "edf", "fcfs")
+        "slack", "order of waiting calls", choices=("slack", "hexgen", "edf", "fcfs", "priority")
     )
     default_deadline_s: float | None = option(
         None,
@@ -226,7 +226,21 @@ class DispatchOptions:
     policy: str = option(
         "slack",
         "how calls are placed",
-        choices=("round_robin", "least_outstanding", "hexgen", "slack"),
+        choices=(
+            "slack",
+            "hexgen",
+            "round_robin",
+            "least_outstanding",
+            "earliest_finish",
+            "weighted_round_robin",
+            "weighted_least",
+            "power_of_two",
+            "sticky",
+            "wlcaff",
+            "llm_d",
+            "cache_aware",
+            "dynamo",
+        ),
     )
     alpha: float = option(0.2, "hexgen: weight of device speed against load", least=0.0, most=1.0)
     hexgen_form: str = option(
@@ -234,10 +248,22 @@ class DispatchOptions:
     )
     beta: float = option(1.0, "hexgen, paper form: seconds squared that scale 1/t_queue", least=0.0)
     externality: float = option(
-        0.12, "slack: weight of the delay a call causes to others on the engine", least=0.0
+        1.0, "slack: weight of the time a call adds to others on the engine", least=0.0
     )
-    lateness: float = option(
-        1.0, "slack: extra weight of the part of a call's time that makes it late", least=0.0
+    stretch: float = option(
+        3.0,
+        "slack: power by which workflows weigh that are long against their deadline; 0 is equal",
+        least=0.0,
+        most=10.0,
+    )
+    priority_by: str = option(
+        "deadline",
+        "what stock engines with priorities are told: the deadline, the workflow's work so far "
+        "(PLAS) or its work left (SRPT); least first",
+        choices=("deadline", "attained", "remaining"),
+    )
+    affinity_tokens: float = option(
+        200.0, "wlcaff: uncached prompt tokens that count as one call", least=1.0
     )
     prefix_affinity: bool = option(
         True, "slack: count the prefill that an engine's prefix cache saves"

@@ -121,6 +121,7 @@ class EngineSpec:
         kv_tokens: tokens its KV cache holds, ``None`` when unknown.
         max_num_batched_tokens: tokens of a step, ``None`` when unknown.
         max_model_len: tokens of the longest prompt with its output, ``None`` when unknown.
+        speed: relative speed for rules that weigh by it, ``None`` to go by what is measured.
     """
 
     engine_id: str
@@ -130,6 +131,7 @@ class EngineSpec:
     kv_tokens: int | None = None
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
+    speed: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +219,7 @@ class Placement:
         expected_output_tokens: output length the decision stands on.
         uncached_tokens: prompt tokens expected to need prefill there.
         background: the workflow is demoted.
+        priority_key: what an engine that takes one number orders by, the smallest first.
     """
 
     call_id: str
@@ -230,6 +233,7 @@ class Placement:
     expected_output_tokens: int
     uncached_tokens: int
     background: bool
+    priority_key: float
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -245,8 +249,10 @@ class Placement:
         expected_output_tokens: int = 0,
         uncached_tokens: int = 0,
         background: bool = False,
+        priority_key: float = NO_DEADLINE,
     ) -> None:
         self.call_id, self.engine_id, self.reason = call_id, engine_id, reason
+        self.priority_key = priority_key
         self.score, self.finish_s, self.due_s = score, finish_s, due_s
         self.deadline_s, self.tail_s, self.background = deadline_s, tail_s, background
         self.expected_output_tokens, self.uncached_tokens = expected_output_tokens, uncached_tokens

@@ -21,10 +21,11 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy import overload
 from hexgen_vllm.policy.claims import credible_deadline_s
 from hexgen_vllm.policy.demand import Estimates
-from hexgen_vllm.policy.dispatch import POLICIES, Choice
+from hexgen_vllm.policy.dispatch import Choice
 from hexgen_vllm.policy.engines import Engines
 from hexgen_vllm.policy.held import HeldCalls
 from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.placements import PLACEMENTS
 from hexgen_vllm.policy.protection import OpenCall, Protection
 from hexgen_vllm.policy.values import InFlight
 from hexgen_vllm.policy.workflow import Shapes, WorkflowRun, Workflows
@@ -42,6 +43,7 @@ from hexgen_vllm.types import (
 
 _SCAN: Final = 32  # held calls looked at per event; bounds the cost of one event
 _LOG: Final = 1024
+HOLDING: Final = ("slack", "earliest_finish")
 
 
 class Coordinator:
@@ -61,8 +63,8 @@ class Coordinator:
         self.engines = self._engines.loads
         self.workflows = Workflows(shapes or Shapes())
         self.log: deque[tuple[float, Decision]] = deque(maxlen=_LOG)
-        self._dispatch = POLICIES[options.policy](options)
-        self._holds = options.policy == "slack" and options.hold_depth >= 0
+        self._dispatch = PLACEMENTS[options.policy](options)
+        self._holds = options.policy in HOLDING and options.hold_depth >= 0
         self._open: dict[str, OpenCall] = {}
         self.open_calls: Mapping[str, OpenCall] = self._open  # for reading
         self._estimates = Estimates(options, self.workflows.shapes, self.engines)
@@ -101,7 +103,7 @@ class Coordinator:
     def retune(self, options: DispatchOptions, now: float) -> list[Decision]:
         """Turn the knobs of the policy in force; ``options`` differ in nothing else."""
         self.options = options
-        self._dispatch = POLICIES[options.policy](options)
+        self._dispatch = PLACEMENTS[options.policy](options)
         self._estimates.retuned(options)
         return self._release(now)
 
@@ -294,7 +296,9 @@ class Coordinator:
             expected_output_tokens=demand.output_tokens,
             uncached_tokens=max(demand.call.prompt_tokens - cached, 1),
             background=entry.run.background,
+            priority_key=self._priority_key(entry),
         )
+        self._dispatch.placed(demand, choice, now)
         entry.run.begun = True
         flight = InFlight(demand.call, placement, now, batch=len(engine.in_flight) + 1)
         if not demand.call.streamed:
@@ -311,6 +315,14 @@ class Coordinator:
         demand = entry.demand
         took = (result.prompt_tokens or demand.call.prompt_tokens) + result.output_tokens
         self._shares.settled(demand.call.tenant, took - demand.tokens)
+
+    def _priority_key(self, entry: OpenCall) -> float:
+        """Return what an engine that takes one number orders the call by."""
+        if self.options.priority_by == "attained":  # PLAS (Autellix, arXiv 2502.13965)
+            return entry.run.attained
+        if self.options.priority_by == "remaining":  # SRPT by what was learned
+            return self._estimates.work_s(entry.demand)
+        return entry.demand.deadline_s
 
     def _refused(self, entry: OpenCall, rejection: Rejection, now: float) -> Rejection:
         call = entry.demand.call

@@ -52,7 +52,7 @@ class Estimates:
         tail = self._tail(call, ordinal, self._options.slack_quantile, output)
         tail_s = self._seconds(tail, call.model)
         due = NO_DEADLINE if run.background else due_s(run.ordered_by_s, tail_s, call.arrived_s)
-        return Demand(call, output, run.deadline_s, tail_s, due)
+        return Demand(call, output, run.deadline_s, tail_s, due, run.started_s)
 
     def least_s(self, call: Call, ordinal: int, now: float) -> float:
         """Return T_min: seconds that a call and the path after it take at least.

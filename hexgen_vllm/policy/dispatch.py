@@ -13,9 +13,9 @@ call, given in order of their name, so that ties break the same way everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Final, Protocol
+from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.cost_model import trusted_cost
@@ -27,6 +27,7 @@ from hexgen_vllm.types import StepCost
 # Rates of a mid-range device with a 70B model (published batch-1 latencies of an L40S).
 UNMEASURED: Final = StepCost(c0=0.04, c1=2e-4, c2=1e-8, p0=0.0, p1=1 / 2200, p2=0.0)
 OPTIMISM: Final = 0.9
+_DELAY_WEIGHT: Final = 0.12
 
 
 @dataclass(init=False, slots=True)
@@ -51,8 +52,12 @@ class Choice:
         return forecast.wait_s + forecast.prefill_s
 
 
-class Dispatch(Protocol):
-    """A placement policy. It may keep counters; it never reads a clock."""
+class Dispatch:
+    """A placement policy. It may keep counters; it never reads a clock.
+
+    The coordinator calls :meth:`choose`, several times for a call that finds no room, and
+    :meth:`placed` once when the call is sent.
+    """
 
     def choose(
         self,
@@ -69,7 +74,10 @@ class Dispatch(Protocol):
             claims: per engine, more urgent calls that wait for it outside; may be ignored.
             now: the present moment, for slack.
         """
-        ...
+        raise NotImplementedError
+
+    def placed(self, demand: Demand, choice: Choice, now: float) -> None:
+        """Note that a call was sent where :meth:`choose` said last."""
 
 
 def assumed_cost(engines: Sequence[EngineLoad]) -> StepCost:
@@ -106,7 +114,7 @@ def _cost_or(engine: EngineLoad, assumed: StepCost) -> StepCost:
     return trusted_cost(cost, engine.error, assumed) if engine.doubted else cost
 
 
-class RoundRobin:
+class RoundRobin(Dispatch):
     """Engines in turn, as a plain load balancer does."""
 
     def __init__(self, options: DispatchOptions) -> None:
@@ -125,7 +133,7 @@ class RoundRobin:
         return Choice(engine, 0.0, "turn")
 
 
-class LeastOutstanding:
+class LeastOutstanding(Dispatch):
     """The engine with the fewest calls in flight, as most routers do.
 
     Ties go round, so that idle engines share the first calls.
@@ -148,7 +156,7 @@ class LeastOutstanding:
         return Choice(level[self._turn % len(level)], -float(least), "fewest_calls")
 
 
-class HexGen:
+class HexGen(Dispatch):
     """The dispatcher of HEXGEN-TEXT2SQL (arXiv 2505.05286).
 
     Form ``code`` (the public simulator, base = the first engine)::
@@ -199,12 +207,12 @@ class HexGen:
         ]
 
 
-class EarliestFinish:
+class EarliestFinish(Dispatch):
     """Ours: smallest predicted finish plus the delay the call causes to others.
 
     In seconds; lower is better::
 
-        score = finish + externality * delay_others + lateness * max(0, now + finish - due)
+        score = finish + 0.12 * delay_others + max(0, now + finish - due)
 
     Uncached prefill, slots, batch interference and measured rates are all in the forecast, so
     affinity to a prefix is worth exactly the seconds of prefill it saves. The last term gives the
@@ -231,18 +239,10 @@ class EarliestFinish:
                 demand, cost, waiting, affinity=self._options.prefix_affinity
             )
             finish_s = forecast.finish_in_s
-            score = finish_s + self._options.externality * forecast.delay_others_s
-            score += self._options.lateness * max(0.0, now + finish_s - demand.due_s)
+            score = finish_s + _DELAY_WEIGHT * forecast.delay_others_s
+            score += max(0.0, now + finish_s - demand.due_s)
             if best is None or score < best.score:
                 best = Choice(engine, score, "finish", forecast)
         if best is None:
             raise ValueError("no engines to choose from")
         return best
-
-
-POLICIES: Final[dict[str, Callable[[DispatchOptions], Dispatch]]] = {
-    "round_robin": RoundRobin,
-    "least_outstanding": LeastOutstanding,
-    "hexgen": HexGen,
-    "slack": EarliestFinish,
-}

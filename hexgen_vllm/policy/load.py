@@ -205,6 +205,11 @@ class EngineLoad:
         if self.traffic_fit.cost() is not before:
             self._judge()
 
+    @property
+    def calls(self) -> int:
+        """Calls in flight here, of this coordinator and others."""
+        return len(self.in_flight) + self.elsewhere.calls
+
     def outstanding_tokens(self) -> int:
         """Return prompt tokens to prefill plus output tokens to come."""
         return self._queued_prefill + self._left_sum
@@ -213,6 +218,10 @@ class EngineLoad:
         """Return what is placed here, for those to whom it is elsewhere."""
         tokens = self._queued_prefill, self._context, self._left_sum
         return Elsewhere(len(self.in_flight), *tokens)
+
+    def context_tokens(self) -> int:
+        """Return prompt tokens of all calls here."""
+        return self._context + self.elsewhere.context_tokens
 
     def queued_prefill_tokens(self) -> int:
         """Return prompt tokens of calls whose first token has not come."""

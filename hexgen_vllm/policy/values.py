@@ -63,6 +63,7 @@ class Demand:
         tail_s: R, predicted critical path after it.
         due_s: D - R, when it must end; ``inf`` without deadline. Where D is no credible claim,
             or the call came after D - R, it is later (:mod:`hexgen_vllm.policy.claims`).
+        started_s: when its workflow began.
     """
 
     call: Call
@@ -70,12 +71,19 @@ class Demand:
     deadline_s: float
     tail_s: float
     due_s: float
+    started_s: float
 
     def __init__(
-        self, call: Call, output_tokens: int, deadline_s: float, tail_s: float, due_s: float
+        self,
+        call: Call,
+        output_tokens: int,
+        deadline_s: float,
+        tail_s: float,
+        due_s: float,
+        started_s: float,
     ) -> None:
         self.call, self.output_tokens, self.deadline_s = call, output_tokens, deadline_s
-        self.tail_s, self.due_s = tail_s, due_s
+        self.tail_s, self.due_s, self.started_s = tail_s, due_s, started_s
 
     @property
     def tokens(self) -> int:

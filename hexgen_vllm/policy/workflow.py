@@ -72,6 +72,7 @@ class WorkflowRun:
     background: bool = False
     begun: bool = False  # one of its calls was placed
     failed: bool = False  # the call that ended last was not answered
+    attained: float = 0.0  # work of its calls that ended, in output tokens
     calls: dict[str, SeenCall] = field(default_factory=dict)
     stage_counts: dict[str, int] = field(default_factory=dict)
 
@@ -274,6 +275,7 @@ class Workflows:
                 seen.ended_s, seen.output_tokens = now, result.output_tokens
                 prompt = result.prompt_tokens or seen.prompt_tokens
                 seen.uncached_tokens = max(prompt - (result.cached_tokens or 0), 0)
+                run.attained += seen.weight()
         else:
             run.calls.pop(call.call_id, None)
         if call.final and run.in_flight == 0:

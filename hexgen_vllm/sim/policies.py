@@ -17,6 +17,7 @@ from typing import Final
 
 from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.policy.placements import PLACEMENTS
 from hexgen_vllm.types import EngineKind
 
 
@@ -39,16 +40,21 @@ class Policy:
     oracle: bool = False
 
 
-# name: (dispatch policy, engine order, engine kind)
-_PARTS: Final[dict[str, tuple[str, str, EngineKind]]] = {
-    "round_robin+fcfs": ("round_robin", "fcfs", EngineKind.FCFS),
-    "least_outstanding+fcfs": ("least_outstanding", "fcfs", EngineKind.FCFS),
-    "least_outstanding+edf": ("least_outstanding", "edf", EngineKind.PRIORITY),
-    "hexgen": ("hexgen", "hexgen", EngineKind.HEXGEN),
-    "slack": ("slack", "slack", EngineKind.HEXGEN),
-    "oracle": ("slack", "slack", EngineKind.HEXGEN),
+# order in the engine: (order, kind of engine, what the router tells an engine with priorities)
+_ORDERS: Final[dict[str, tuple[str, EngineKind, str]]] = {
+    "fcfs": ("fcfs", EngineKind.FCFS, "deadline"),
+    "edf": ("edf", EngineKind.PRIORITY, "deadline"),
+    "plas": ("priority", EngineKind.PRIORITY, "attained"),
+    "srpt": ("priority", EngineKind.PRIORITY, "remaining"),
+    "slack": ("slack", EngineKind.HEXGEN, "deadline"),
+    "hexgen": ("hexgen", EngineKind.HEXGEN, "deadline"),
 }
-NAMES: Final = tuple(_PARTS)
+_OURS: Final = {"hexgen": "hexgen", "slack": "slack", "earliest_finish": "slack", "oracle": "slack"}
+_STOCK: Final = tuple(name for name in PLACEMENTS if name not in _OURS)
+NAMES: Final = (
+    *_OURS,
+    *(f"{name}+{order}" for name in _STOCK for order in ("fcfs", "edf", "plas", "srpt")),
+)
 
 
 def named(
@@ -59,13 +65,16 @@ def named(
     Raises:
         ConfigError: there is no such policy.
     """
-    if name not in _PARTS:
+    if name not in NAMES:
         raise ConfigError(f"policy must be one of {', '.join(NAMES)}, not {name!r}.")
-    placement, order, kind = _PARTS[name]
+    placement, _, order = name.partition("+")
+    in_engine, kind, told = _ORDERS[order or _OURS[name]]
+    if name == "oracle":
+        placement = "slack"
     return Policy(
         name,
-        replace(dispatch or DispatchOptions(), policy=placement),
-        replace(engine or EngineOptions(), order=order),
+        replace(dispatch or DispatchOptions(), policy=placement, priority_by=told),
+        replace(engine or EngineOptions(), order=in_engine),
         kind,
         oracle=name == "oracle",
     )

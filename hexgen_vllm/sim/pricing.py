@@ -74,6 +74,8 @@ class Pricing:
     def _key(self, sequence: Sequence) -> float:
         if self._order == "edf":
             return sequence.deadline_s
+        if self._order == "priority":
+            return sequence.priority_key
         if self._order == "fcfs":
             return sequence.arrived_s
         whole_s = self.rates.service_s(sequence.prompt_tokens, sequence.expected_tokens)

@@ -61,6 +61,7 @@ class Sequence:
         "number",
         "preemptions",
         "priority",
+        "priority_key",
         "prompt_tokens",
         "queued_start_s",
         "rank",
@@ -84,6 +85,7 @@ class Sequence:
         self.prompt_tokens = self.tokens = prompt_tokens
         self.total_tokens = prompt_tokens + output_tokens
         self.deadline_s, self.tail_s = placement.ordered_by_s, placement.tail_s
+        self.priority_key = placement.priority_key
         self.expected_tokens = placement.expected_output_tokens
         self.background = placement.background
         self.most_tokens = NO_LIMIT

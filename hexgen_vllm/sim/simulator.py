@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from hexgen_vllm.config import check, option
 from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
 from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.rivals import solo_speed
 from hexgen_vllm.sim.engine import Engine, StepObserver
 from hexgen_vllm.sim.loop import ARRIVAL, DELIVERY, STEP_END, TICK, EventLoop
 from hexgen_vllm.sim.model import EngineModel
@@ -140,6 +141,7 @@ class Simulation:
             kind=self._policy.kind,
             max_num_seqs=model.max_num_seqs,
             kv_tokens=model.kv_tokens,
+            speed=solo_speed(model.cost),
         )
 
     # Workflows

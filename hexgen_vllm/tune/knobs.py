@@ -57,7 +57,8 @@ class Knob:
 KNOBS: Final = (
     Knob("alpha", "dispatch", 0.0, 1.0, ("hexgen",)),
     Knob("externality", "dispatch", 0.0, 2.0, ("slack",)),
-    Knob("lateness", "dispatch", 0.0, 4.0, ("slack",)),
+    Knob("stretch", "dispatch", 0.0, 6.0, ("slack",)),
+    Knob("affinity_tokens", "dispatch", 50.0, 2000.0, ("wlcaff",), log=True),
     Knob("hold_depth", "dispatch", 0, 16, ("slack",), whole=True),
     Knob("length_quantile", "dispatch", 0.3, 0.95, ("slack",)),
     Knob("slack_quantile", "dispatch", 0.3, 0.95, ("slack", "hexgen")),

@@ -1,0 +1,152 @@
+"""Placement by marginal cost: what a call adds to every call it meets, late workflows first.
+
+In seconds; the engine with the lowest score gets the call::
+
+    score  = w * finish + x * n * (own + row)
+
+    finish = wait + prefill + (output + FIRST) * step      step: one token at n + 1 calls
+    own    = p1 * sum over uncached prefix chunks of tokens / (1 + asked / engines)
+    row    = (c1 + c2 * (prompt + output / 2)) * output
+    w      = clip((rho / mean rho) ** c, W_LEAST, W_MOST)
+    rho    = (elapsed + mean finish over engines + R) / (D - start)
+
+- ``x * n * (own + row)``: seconds that the call adds to the n calls of the engine over its whole
+  length. A call of them that ends is followed by another, so all of its length counts. x = 1
+  minimises the mean latency; x = 0 sends each call to its own earliest finish, which fills fast
+  engines until they are as slow as the others.
+- ``own``: a prefix that the fleet asks for often is an investment that its users share: the call
+  that brings it to an engine is charged its part of the others' wait. ``asked`` counts the recent
+  calls with the chunk, decayed over ``WINDOW`` calls; ``finish`` has the whole prefill.
+- ``w``: a workflow that is long against its deadline, compared with the others of now, gets more
+  of the fast engines. Only ratios matter, so that deadlines that are loose or hopeless for all
+  change nothing. Workflows without deadline weigh 1.
+
+Needs: measured step costs. Starves: nothing; a workflow weighs at least ``W_LEAST``.
+Cost: O(engines * log chunks of the prompt), and O(chunks) once per call placed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.dispatch import Choice, Dispatch, costs
+from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.values import Demand
+from hexgen_vllm.types import Call
+
+FIRST: Final = 1.5
+"""Steps of a call besides its output tokens: it joins within a step, and hears of the last."""
+WINDOW: Final = 1000.0
+W_LEAST: Final = 0.2
+W_MOST: Final = 5.0
+_RHO_WEIGHT: Final = 0.01  # of the newest call in mean rho
+_MAX_CHUNKS: Final = 50_000
+_LEAST_S: Final = 1e-6
+
+
+class MarginalCost(Dispatch):
+    """See the module.
+
+    Args:
+        options: x is ``externality``, c is ``stretch``.
+    """
+
+    def __init__(self, options: DispatchOptions) -> None:
+        self._x, self._c = options.externality, options.stretch
+        self._asked = AskedPrefixes()
+        self._mean_rho = 0.0
+        self._rho = 0.0  # of the call chosen for last
+
+    def choose(
+        self,
+        demand: Demand,
+        engines: Sequence[EngineLoad],
+        claims: Mapping[str, int],
+        now: float,
+    ) -> Choice:
+        """Return the engine with the lowest score."""
+        call, output = demand.call, demand.output_tokens
+        found = []
+        total_s = 0.0
+        for engine, cost in zip(engines, costs(engines), strict=True):
+            forecast = engine.forecast(demand, cost, claims.get(engine.engine_id, 0))
+            forecast.finish_in_s += FIRST * engine.token_s(cost)
+            total_s += forecast.finish_in_s
+            found.append((engine, cost, forecast))
+        weight = self._weight(demand, total_s / len(found), now)
+        best: Choice | None = None
+        for engine, cost, forecast in found:
+            score = weight * forecast.finish_in_s
+            others = engine.calls
+            if others:
+                shared = self._asked.shared(call, forecast.uncached_tokens, len(engines))
+                row_s = (cost.c1 + cost.c2 * (call.prompt_tokens + output / 2)) * output
+                score += self._x * others * (cost.p1 * shared + row_s)
+            if best is None or score < best.score:
+                best = Choice(engine, score, "marginal_cost", forecast)
+        if best is None:
+            raise ValueError("no engines to choose from")
+        return best
+
+    def placed(self, demand: Demand, choice: Choice, now: float) -> None:
+        """Count what was asked for, and how long workflows are against their deadlines."""
+        self._asked.add(demand.call)
+        if self._rho > 0.0:
+            before = self._mean_rho or self._rho
+            self._mean_rho = before + _RHO_WEIGHT * (self._rho - before)
+
+    def _weight(self, demand: Demand, finish_s: float, now: float) -> float:
+        self._rho = 0.0
+        if not self._c or not math.isfinite(demand.deadline_s):
+            return 1.0
+        has_s = max(demand.deadline_s - demand.started_s, _LEAST_S)
+        needs_s = now - demand.started_s + finish_s + demand.tail_s
+        self._rho = rho = max(needs_s, _LEAST_S) / has_s
+        mean = self._mean_rho or rho
+        # Clipped as a ratio first: a power of what is huge would overflow.
+        ratio = min(max(rho / mean, W_LEAST ** (1.0 / self._c)), W_MOST ** (1.0 / self._c))
+        return float(ratio**self._c)
+
+
+class AskedPrefixes:
+    """How often the fleet was lately asked for each prompt chunk, decayed over ``WINDOW`` calls."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[int, tuple[float, int]] = OrderedDict()  # count, at which call
+        self._calls = 0
+
+    def add(self, call: Call) -> None:
+        """Note that a call with these chunks was placed."""
+        self._calls = number = self._calls + 1
+        seen = self._seen
+        for key in call.prefix:
+            count, at = seen.get(key, (0.0, number))
+            seen[key] = (count * math.exp((at - number) / WINDOW) + 1.0, number)
+            seen.move_to_end(key)
+        while len(seen) > _MAX_CHUNKS:
+            seen.popitem(last=False)
+
+    def shared(self, call: Call, uncached: int, engines: int) -> float:
+        """Return the uncached prompt tokens of a call, those of asked-for chunks at their share.
+
+        Args:
+            call: whose prompt.
+            uncached: tokens that the engine would have to compute.
+            engines: among which the chunk's users are spread.
+        """
+        size, prefix, seen = call.prefix_chunk_tokens, call.prefix, self._seen
+        if not size or not prefix:
+            return float(uncached)
+        first = (call.prompt_tokens - uncached) // size
+        tokens = float(call.prompt_tokens - len(prefix) * size)
+        for key in prefix[first:]:
+            known = seen.get(key)
+            if known is None:  # nor was anything that follows it
+                tokens += size
+                continue
+            tokens += size / (1.0 + known[0] / engines)
+        return min(tokens, float(uncached))
