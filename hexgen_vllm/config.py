@@ -219,28 +219,31 @@ class EngineOptions:
         check(self)
 
 
+PLACEMENT_NAMES: Final = (
+    "slack",
+    "hexgen",
+    "round_robin",
+    "least_outstanding",
+    "earliest_finish",
+    "weighted_round_robin",
+    "weighted_least",
+    "power_of_two",
+    "sticky",
+    "wlcaff",
+    "llm_d",
+    "cache_aware",
+    "dynamo",
+)
+
+
 @dataclass(frozen=True)
 class DispatchOptions:
     """Options of placement (the router and the simulator)."""
 
     policy: str = option(
         "slack",
-        "how calls are placed",
-        choices=(
-            "slack",
-            "hexgen",
-            "round_robin",
-            "least_outstanding",
-            "earliest_finish",
-            "weighted_round_robin",
-            "weighted_least",
-            "power_of_two",
-            "sticky",
-            "wlcaff",
-            "llm_d",
-            "cache_aware",
-            "dynamo",
-        ),
+        "how calls are placed: slack (ours), hexgen (the paper's), another of "
+        "docs/policies.md, or FILE.py:Class",
     )
     alpha: float = option(0.2, "hexgen: weight of device speed against load", least=0.0, most=1.0)
     hexgen_form: str = option(
@@ -325,6 +328,11 @@ class DispatchOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.policy not in PLACEMENT_NAMES and ".py:" not in self.policy:
+            names = ", ".join(PLACEMENT_NAMES)
+            raise ConfigError(
+                f"policy must be one of {names} or FILE.py:Class, not {self.policy!r}."
+            )
         for tenant, weight in self.tenant_weights.items():
             if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
                 raise ConfigError(f"tenant_weights of {tenant} must be a number above 0.")

@@ -25,7 +25,7 @@ from hexgen_vllm.policy.dispatch import Choice
 from hexgen_vllm.policy.engines import Engines
 from hexgen_vllm.policy.held import HeldCalls
 from hexgen_vllm.policy.load import EngineLoad
-from hexgen_vllm.policy.placements import PLACEMENTS
+from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.policy.protection import OpenCall, Protection
 from hexgen_vllm.policy.values import InFlight
 from hexgen_vllm.policy.workflow import Shapes, WorkflowRun, Workflows
@@ -43,7 +43,6 @@ from hexgen_vllm.types import (
 
 _SCAN: Final = 32  # held calls looked at per event; bounds the cost of one event
 _LOG: Final = 1024
-HOLDING: Final = ("slack", "earliest_finish")
 
 
 class Coordinator:
@@ -63,8 +62,8 @@ class Coordinator:
         self.engines = self._engines.loads
         self.workflows = Workflows(shapes or Shapes())
         self.log: deque[tuple[float, Decision]] = deque(maxlen=_LOG)
-        self._dispatch = PLACEMENTS[options.policy](options)
-        self._holds = options.policy in HOLDING and options.hold_depth >= 0
+        self._dispatch = placement(options)
+        self._holds = self._dispatch.holds and options.hold_depth >= 0
         self._open: dict[str, OpenCall] = {}
         self.open_calls: Mapping[str, OpenCall] = self._open  # for reading
         self._estimates = Estimates(options, self.workflows.shapes, self.engines)
@@ -103,7 +102,7 @@ class Coordinator:
     def retune(self, options: DispatchOptions, now: float) -> list[Decision]:
         """Turn the knobs of the policy in force; ``options`` differ in nothing else."""
         self.options = options
-        self._dispatch = PLACEMENTS[options.policy](options)
+        self._dispatch.retuned(options)
         self._estimates.retuned(options)
         return self._release(now)
 

@@ -7,8 +7,7 @@ from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.claims import due_s
-from hexgen_vllm.policy.dispatch import UNMEASURED
-from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.load import UNMEASURED, EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
 from hexgen_vllm.policy.values import Demand, Tail
 from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun

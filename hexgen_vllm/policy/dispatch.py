@@ -19,13 +19,10 @@ from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.cost_model import trusted_cost
-from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.load import UNMEASURED, EngineLoad
 from hexgen_vllm.policy.values import Demand, Forecast
 from hexgen_vllm.types import StepCost
 
-# Used where no engine has been measured: then only relative load matters, not these seconds.
-# Rates of a mid-range device with a 70B model (published batch-1 latencies of an L40S).
-UNMEASURED: Final = StepCost(c0=0.04, c1=2e-4, c2=1e-8, p0=0.0, p1=1 / 2200, p2=0.0)
 OPTIMISM: Final = 0.9
 _DELAY_WEIGHT: Final = 0.12
 
@@ -57,7 +54,13 @@ class Dispatch:
 
     The coordinator calls :meth:`choose`, several times for a call that finds no room, and
     :meth:`placed` once when the call is sent.
+
+    Attributes:
+        holds: calls wait outside while engines are full, so that they are placed when more is
+            known; otherwise each is placed when it comes.
     """
+
+    holds: bool = False
 
     def choose(
         self,
@@ -78,6 +81,9 @@ class Dispatch:
 
     def placed(self, demand: Demand, choice: Choice, now: float) -> None:
         """Note that a call was sent where :meth:`choose` said last."""
+
+    def retuned(self, options: DispatchOptions) -> None:
+        """Take other knobs from now on; what was learned stays."""
 
 
 def assumed_cost(engines: Sequence[EngineLoad]) -> StepCost:
@@ -175,6 +181,10 @@ class HexGen(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         self._options = options
 
+    def retuned(self, options: DispatchOptions) -> None:
+        """Take other knobs from now on."""
+        self._options = options
+
     def choose(
         self,
         demand: Demand,
@@ -223,6 +233,7 @@ class EarliestFinish(Dispatch):
 
     def __init__(self, options: DispatchOptions) -> None:
         self._options = options
+        self.holds = True
 
     def choose(
         self,

@@ -24,8 +24,18 @@ from hexgen_vllm.types import (
     StepCost,
 )
 
+# Used where no engine has been measured: then only relative load matters, not these seconds.
+# Rates of a mid-range device with a 70B model (published batch-1 latencies of an L40S).
+UNMEASURED: Final = StepCost(c0=0.04, c1=2e-4, c2=1e-8, p0=0.0, p1=1 / 2200, p2=0.0)
+_USUAL_PROMPT: Final = 2500
+_USUAL_OUTPUT: Final = 110
 _MAX_SHARE: Final = 0.8
 _DEFAULT_SLOTS: Final = 256
+
+
+def solo_speed(cost: StepCost) -> float:
+    """Return usual calls of text-to-SQL per second, one at a time, that ``cost`` allows."""
+    return 1.0 / (cost.prefill_s(_USUAL_PROMPT) + _USUAL_OUTPUT * cost.step_s(1))
 
 
 class EngineLoad:
@@ -204,6 +214,11 @@ class EngineLoad:
         self.traffic_fit.observe_call(result.output_tokens, batch, context, uncached, seconds)
         if self.traffic_fit.cost() is not before:
             self._judge()
+
+    def speed(self) -> float:
+        """Return usual calls per second, one at a time: as configured, else by measured cost."""
+        told = self.spec.speed
+        return solo_speed(self.cost() or UNMEASURED) if told is None else told
 
     @property
     def calls(self) -> int:

@@ -56,7 +56,8 @@ class MarginalCost(Dispatch):
     """
 
     def __init__(self, options: DispatchOptions) -> None:
-        self._x, self._c = options.externality, options.stretch
+        self.holds = True
+        self._options = options
         self._asked = AskedPrefixes()
         self._mean_rho = 0.0
         self._rho = 0.0  # of the call chosen for last
@@ -70,10 +71,12 @@ class MarginalCost(Dispatch):
     ) -> Choice:
         """Return the engine with the lowest score."""
         call, output = demand.call, demand.output_tokens
+        x, affinity = self._options.externality, self._options.prefix_affinity
         found = []
         total_s = 0.0
         for engine, cost in zip(engines, costs(engines), strict=True):
-            forecast = engine.forecast(demand, cost, claims.get(engine.engine_id, 0))
+            waiting = claims.get(engine.engine_id, 0)
+            forecast = engine.forecast(demand, cost, waiting, affinity=affinity)
             forecast.finish_in_s += FIRST * engine.token_s(cost)
             total_s += forecast.finish_in_s
             found.append((engine, cost, forecast))
@@ -85,7 +88,7 @@ class MarginalCost(Dispatch):
             if others:
                 shared = self._asked.shared(call, forecast.uncached_tokens, len(engines))
                 row_s = (cost.c1 + cost.c2 * (call.prompt_tokens + output / 2)) * output
-                score += self._x * others * (cost.p1 * shared + row_s)
+                score += x * others * (cost.p1 * shared + row_s)
             if best is None or score < best.score:
                 best = Choice(engine, score, "marginal_cost", forecast)
         if best is None:
@@ -99,17 +102,22 @@ class MarginalCost(Dispatch):
             before = self._mean_rho or self._rho
             self._mean_rho = before + _RHO_WEIGHT * (self._rho - before)
 
+    def retuned(self, options: DispatchOptions) -> None:
+        """Take other x and c from now on."""
+        self._options = options
+
     def _weight(self, demand: Demand, finish_s: float, now: float) -> float:
         self._rho = 0.0
-        if not self._c or not math.isfinite(demand.deadline_s):
+        c = self._options.stretch
+        if not c or not math.isfinite(demand.deadline_s):
             return 1.0
         has_s = max(demand.deadline_s - demand.started_s, _LEAST_S)
         needs_s = now - demand.started_s + finish_s + demand.tail_s
         self._rho = rho = max(needs_s, _LEAST_S) / has_s
         mean = self._mean_rho or rho
         # Clipped as a ratio first: a power of what is huge would overflow.
-        ratio = min(max(rho / mean, W_LEAST ** (1.0 / self._c)), W_MOST ** (1.0 / self._c))
-        return float(ratio**self._c)
+        ratio = min(max(rho / mean, W_LEAST ** (1.0 / c)), W_MOST ** (1.0 / c))
+        return float(ratio**c)
 
 
 class AskedPrefixes:

@@ -11,8 +11,8 @@
 | ``cache_aware`` | longest prefix, unless loads differ | prefixes | slow engines' users |
 | ``dynamo`` | uncached prompt blocks + active blocks | prefixes | slow engines' users |
 
-Speeds are usual calls per second, one at a time (:func:`speed`): what an operator would measure
-once. Rules that weigh by speed get the truth in the simulator.
+Speeds are usual calls per second, one at a time (:meth:`EngineLoad.speed`): what an operator would
+measure once. Rules that weigh by speed get the truth in the simulator.
 """
 
 from __future__ import annotations
@@ -23,26 +23,12 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.dispatch import UNMEASURED, Choice, Dispatch
+from hexgen_vllm.policy.dispatch import Choice, Dispatch
 from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.policy.values import Demand
-from hexgen_vllm.types import StepCost
 
 _BLOCK_TOKENS: Final = 16
 _MAX_WORKFLOWS: Final = 100_000
-_USUAL_PROMPT: Final = 2500
-_USUAL_OUTPUT: Final = 110
-
-
-def solo_speed(cost: StepCost) -> float:
-    """Return usual calls of text-to-SQL per second, one at a time, that ``cost`` allows."""
-    return 1.0 / (cost.prefill_s(_USUAL_PROMPT) + _USUAL_OUTPUT * cost.step_s(1))
-
-
-def speed(engine: EngineLoad) -> float:
-    """Return an engine's speed: as configured, or else as measured now."""
-    told = engine.spec.speed
-    return solo_speed(engine.cost() or UNMEASURED) if told is None else told
 
 
 def uncached_share(engine: EngineLoad, demand: Demand) -> float:
@@ -55,7 +41,7 @@ def least_weighted(engines: Sequence[EngineLoad]) -> EngineLoad:
     """Return the engine with the fewest calls for its speed, the faster of equals."""
     best, least, fastest = engines[0], float("inf"), 0.0
     for engine in engines:
-        v = speed(engine)
+        v = engine.speed()
         load = (engine.calls + 1) / v
         if load < least or (load == least and v > fastest):
             best, least, fastest = engine, load, v
@@ -78,7 +64,7 @@ class WeightedRoundRobin(Dispatch):
         """Return the engine that is owed most."""
         credit, total, best = self._credit, 0.0, engines[0]
         for engine in engines:
-            v = speed(engine)
+            v = engine.speed()
             total += v
             credit[engine.engine_id] = credit.get(engine.engine_id, 0.0) + v
             if credit[engine.engine_id] > credit[best.engine_id]:
@@ -102,7 +88,7 @@ class WeightedLeast(Dispatch):
     ) -> Choice:
         """Return the engine with the fewest calls for its speed."""
         engine = least_weighted(engines)
-        return Choice(engine, -(engine.calls + 1) / speed(engine), "fewest_calls")
+        return Choice(engine, -(engine.calls + 1) / engine.speed(), "fewest_calls")
 
 
 class PowerOfTwo(Dispatch):
@@ -180,7 +166,7 @@ class WlcAff(Dispatch):
         best, least = engines[0], float("inf")
         for engine in engines:
             own = max(demand.call.prompt_tokens - engine.prefixes.match(demand.call), 1)
-            load = (engine.calls + 1 + own / self._tokens) / speed(engine)
+            load = (engine.calls + 1 + own / self._tokens) / engine.speed()
             if load < least:
                 best, least = engine, load
         return Choice(best, -least, "fewest_calls")

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hexgen_vllm import config, descriptors
+from hexgen_vllm import config, descriptors, policy_file
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router import logs
@@ -101,10 +101,9 @@ def options_from(
             router[name] = key if name == "engine_api_key" else (key,)
     router |= config.given(args, RouterOptions)
     dispatch |= config.given(args, DispatchOptions)
-    return (
-        config.from_mapping(RouterOptions, router),
-        config.from_mapping(DispatchOptions, dispatch),
-    )
+    placing = config.from_mapping(DispatchOptions, dispatch)
+    policy_file.load(placing.policy)
+    return config.from_mapping(RouterOptions, router), placing
 
 
 async def _serve(

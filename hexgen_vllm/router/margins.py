@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.dispatch import UNMEASURED
+from hexgen_vllm.policy.load import UNMEASURED
 from hexgen_vllm.policy.protection import OpenCall
 
 SLACK_BOUNDS_S: Final = (-60.0, -10.0, -5.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)

@@ -18,8 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.dispatch import UNMEASURED
-from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.load import UNMEASURED, EngineLoad
 from hexgen_vllm.router.attempt import TIMEOUT, Attempt, Guard
 from hexgen_vllm.router.fleet import Engine, Fleet
 from hexgen_vllm.router.options import RouterOptions

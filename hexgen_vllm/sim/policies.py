@@ -1,13 +1,12 @@
 """The policies that every run can compare, by name: placement together with order in the engine.
 
-| name | placement | engine order |
-|---|---|---|
-| ``round_robin+fcfs`` | in turn | stock vLLM, first come first served |
-| ``least_outstanding+fcfs`` | fewest calls | stock vLLM, first come first served |
-| ``least_outstanding+edf`` | fewest calls | stock vLLM, priority = deadline |
-| ``hexgen`` | the paper's score | the paper's urgency |
-| ``slack`` | earliest finish | slack |
-| ``oracle`` | earliest finish | slack; all estimates are the truth |
+``slack``, ``hexgen`` (the paper's) and ``earliest_finish`` come with our engine and their own order
+in it; ``oracle`` is ``slack`` with true lengths and paths as its estimates. All others are
+``PLACEMENT+ORDER`` on stock vLLM, with a placement of :mod:`hexgen_vllm.policy.placements` and an
+order: ``fcfs``, or with vLLM's priorities ``edf`` (the deadline), ``plas`` (least attained service
+of the workflow first, Autellix, arXiv 2502.13965) or ``srpt`` (least remaining work first, by what
+was learned). A placement may also be ``FILE.py:Class``, with the order ``slack`` unless it says
+another.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Final
 from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.placements import PLACEMENTS
+from hexgen_vllm.policy_file import is_policy_file, load
 from hexgen_vllm.types import EngineKind
 
 
@@ -41,7 +41,7 @@ class Policy:
 
 
 # order in the engine: (order, kind of engine, what the router tells an engine with priorities)
-_ORDERS: Final[dict[str, tuple[str, EngineKind, str]]] = {
+ORDERS: Final[dict[str, tuple[str, EngineKind, str]]] = {
     "fcfs": ("fcfs", EngineKind.FCFS, "deadline"),
     "edf": ("edf", EngineKind.PRIORITY, "deadline"),
     "plas": ("priority", EngineKind.PRIORITY, "attained"),
@@ -65,15 +65,23 @@ def named(
     Raises:
         ConfigError: there is no such policy.
     """
-    if name not in NAMES:
-        raise ConfigError(f"policy must be one of {', '.join(NAMES)}, not {name!r}.")
     placement, _, order = name.partition("+")
-    in_engine, kind, told = _ORDERS[order or _OURS[name]]
-    if name == "oracle":
-        placement = "slack"
+    outside = is_policy_file(placement)
+    if outside:
+        load(placement)
+    elif name not in NAMES:
+        raise ConfigError(f"policy must be one of {', '.join(NAMES)}, not {name!r}.")
+    order = order or _OURS.get(placement, "slack")
+    if order not in ORDERS:
+        raise ConfigError(f"the order in the engine must be one of {', '.join(ORDERS)}.")
+    in_engine, kind, told = ORDERS[order]
     return Policy(
         name,
-        replace(dispatch or DispatchOptions(), policy=placement, priority_by=told),
+        replace(
+            dispatch or DispatchOptions(),
+            policy="slack" if name == "oracle" else placement,
+            priority_by=told,
+        ),
         replace(engine or EngineOptions(), order=in_engine),
         kind,
         oracle=name == "oracle",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from hexgen_vllm.config import check, option
 from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.rivals import solo_speed
+from hexgen_vllm.policy.load import solo_speed
 from hexgen_vllm.sim.engine import Engine, StepObserver
 from hexgen_vllm.sim.loop import ARRIVAL, DELIVERY, STEP_END, TICK, EventLoop
 from hexgen_vllm.sim.model import EngineModel

@@ -161,7 +161,7 @@ def test_the_due_time_allows_for_what_follows() -> None:
 def test_faster_engine_gets_the_call_and_slower_one_the_overflow() -> None:
     c = coordinator(engines=2)
     first = placements(c.call_arrived(call("a", 0.0), 0.0))[0]
-    assert (first.engine_id, first.reason) == ("e0", "finish")
+    assert (first.engine_id, first.reason) == ("e0", "marginal_cost")
     engines = [first.engine_id]
     for i in range(40):
         found = c.call_arrived(call(f"b{i}", 0.0), 0.0)

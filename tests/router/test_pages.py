@@ -52,7 +52,7 @@ async def test_diagnostics_say_why(stand: Stand) -> None:
     assert shown["open_workflows"] == 1
     assert shown["stages"] == {"t": {"s": 1}}
     assert shown["decisions"][0]["engine"] == engine
-    assert shown["decisions"][0]["reason"] == "finish"
+    assert shown["decisions"][0]["reason"] == "marginal_cost"
     assert {e["name"] for e in shown["engines"]} == {"engine-0", "engine-1"}
 
 

@@ -78,7 +78,7 @@ async def test_a_call_with_room_is_placed_at_once() -> None:
     desk = Desk()
     placement = await desk.service.place(desk.call("a"))
     assert placement.engine_id == "e0"
-    assert desk.ledger.placements == {("e0", "finish"): 1}
+    assert desk.ledger.placements == {("e0", "marginal_cost"): 1}
     desk.service.finished("a", done())
     desk.assert_empty()
 

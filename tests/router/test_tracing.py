@@ -105,7 +105,7 @@ async def test_spans_say_what_was_decided(spans: Spans) -> None:
     assert root["outcome"] == "answered"
     assert root["gen_ai.usage.output_tokens"] == 8
     assert placement["engine"] == "engine-0"
-    assert (placement["policy"], placement["reason"]) == ("slack", "finish")
+    assert (placement["policy"], placement["reason"]) == ("slack", "marginal_cost")
     assert 0 < placement["slack_s"] < 60
     assert shown(found["upstream"][0]) == {"engine": "engine-0", "try": 1}
 

@@ -1,0 +1,74 @@
+"""Placement policies from a file of one's own: ``FILE.py:Class``.
+
+The class is made with the :class:`~hexgen_vllm.config.DispatchOptions` and has one method::
+
+    def choose(self, demand, engines, claims, now):
+        return the engine for demand, one of engines
+
+as :meth:`hexgen_vllm.policy.dispatch.Dispatch.choose` describes it. It may also have
+``placed(demand, choice, now)``, called once when a call is sent, and a true ``holds``: then calls
+wait in the router while engines are full, as they do under ``slack``. It runs in the simulator,
+the tuner and the router as it is. It must not read a clock or draw from an unseeded generator,
+and must not change what it is given; ``hexgen-vllm check-policy`` finds out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Final
+
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.policy.placements import Placer, register
+
+_MARK: Final = ".py:"
+
+
+def is_policy_file(name: str) -> bool:
+    """Return whether ``name`` has the form ``FILE.py:Class``."""
+    return _MARK in name
+
+
+def load(name: str) -> None:
+    """Make the policy ``FILE.py:Class`` known by that name; others are left alone.
+
+    Raises:
+        ConfigError: there is no such file or class, or the file cannot be run.
+    """
+    if is_policy_file(name):
+        register(name, policy_class(name))
+
+
+def policy_class(name: str) -> Placer:
+    """Return the class that ``FILE.py:Class`` names.
+
+    Raises:
+        ConfigError: there is no such file or class, or the file cannot be run.
+    """
+    file, _, class_name = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"policy file {file} does not exist.")
+    module_name = f"hexgen_policy_{abs(hash(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"policy file {file} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"policy file {file} fails with {_said(error)}") from error
+    found = getattr(module, class_name, None)
+    if not callable(found):
+        raise ConfigError(f"policy file {file} has no class {class_name!r}.")
+    if not callable(getattr(found, "choose", None)):
+        raise ConfigError(f"{class_name} of {file} has no method choose(demand, engines, ...).")
+    made: Placer = found
+    return made
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text.rstrip('.')}."

@@ -1,0 +1,351 @@
+"""Placements: every term of the marginal cost, the rivals' formulas, policies from outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hexgen_vllm import check_policy
+from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
+from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.policy.dispatch import Dispatch
+from hexgen_vllm.policy.load import EngineLoad, solo_speed
+from hexgen_vllm.policy.marginal_cost import FIRST, AskedPrefixes
+from hexgen_vllm.policy.placements import PLACEMENTS, placement, register
+from hexgen_vllm.policy.values import Demand, InFlight
+from hexgen_vllm.policy_file import load
+from hexgen_vllm.sim.fleet import fleet
+from hexgen_vllm.sim.policies import named
+from hexgen_vllm.sim.simulator import SimOptions, Simulation
+from hexgen_vllm.sim.text2sql import text2sql
+from hexgen_vllm.sim.workload import timed
+from hexgen_vllm.types import Call, EngineReport, EngineSpec, Placement, StepCost
+
+COST = StepCost(c0=0.02, c1=1e-3, c2=1e-7, p0=0.0, p1=1 / 4000, p2=0.0)
+NO_PREFIX: tuple[int, ...] = ()
+
+
+def engine(name: str, factor: float = 1.0, **report: float) -> EngineLoad:
+    made = EngineLoad(EngineSpec(name, max_num_seqs=64, kv_tokens=1_000_000))
+    made.report = EngineReport(cost=COST.scaled(factor), **report)  # type: ignore[arg-type]
+    return made
+
+
+def demand(
+    name: str = "c",
+    prompt: int = 4000,
+    output: int = 100,
+    *,
+    workflow: str = "w",
+    prefix: tuple[int, ...] = NO_PREFIX,
+    deadline_s: float = math.inf,
+    started_s: float = 0.0,
+    tail_s: float = 0.0,
+) -> Demand:
+    call = Call(name, workflow, 0.0, prompt, prefix=prefix, prefix_chunk_tokens=1000)
+    return Demand(call, output, deadline_s, tail_s, deadline_s - tail_s, started_s)
+
+
+def fill(one: EngineLoad, calls: int, uncached: int = 1, prompt: int = 10) -> None:
+    for number in range(len(one.in_flight), len(one.in_flight) + calls):
+        call = Call(f"{one.engine_id}-{number}", "other", 0.0, prompt)
+        at = Placement(call.call_id, one.engine_id, "", uncached_tokens=uncached)
+        flight = InFlight(call, at, 0.0)
+        one.placed(flight)
+        flight.first_token_s = 0.0
+        one.started(flight)
+
+
+def chosen(policy: Dispatch, call: Demand, *engines: EngineLoad, now: float = 0.0) -> str:
+    choice = policy.choose(call, engines, {}, now)
+    policy.placed(call, choice, now)
+    return choice.engine.engine_id
+
+
+def score(options: DispatchOptions, call: Demand, one: EngineLoad) -> float:
+    return placement(options).choose(call, [one], {}, 0.0).score
+
+
+def test_every_placement_has_a_name_that_options_take() -> None:
+    assert set(PLACEMENTS) == set(PLACEMENT_NAMES)
+    with pytest.raises(ConfigError, match="wlcaff"):
+        DispatchOptions(policy="nonsense")
+
+
+# Marginal cost, term by term
+
+
+def test_the_score_is_its_formula() -> None:
+    one = engine("a")
+    fill(one, 3)
+    step = COST.step_s(4, one.context_tokens())
+    finish = COST.p1 * 4000 + (100 + FIRST) * step
+    own = COST.p1 * 4000
+    row = (COST.c1 + COST.c2 * (4000 + 50)) * 100
+    for x in (0.0, 0.5, 1.0):
+        found = score(DispatchOptions(externality=x), demand(), one)
+        assert found == pytest.approx(finish + x * 3 * (own + row), rel=1e-9)
+
+
+def test_the_delay_counts_every_call_of_the_engine_and_the_whole_output() -> None:
+    options = DispatchOptions()
+    grows = []
+    for output in (100, 200):
+        alone, beside = engine("a"), engine("a")
+        fill(beside, 8)
+        free = DispatchOptions(externality=0.0)
+        delay = score(options, demand(output=output), beside)
+        delay -= score(free, demand(output=output), beside)
+        grows.append(delay)
+        assert score(options, demand(output=output), alone) == pytest.approx(
+            score(free, demand(output=output), alone)
+        )
+    row = COST.c1 * 100 + COST.c2 * (4100 * 200 - 4050 * 100)
+    assert grows[1] - grows[0] == pytest.approx(8 * row)
+
+
+def test_a_chunk_that_the_fleet_asks_for_is_charged_by_its_share() -> None:
+    asked = AskedPrefixes()
+    cold = demand(prompt=5000, prefix=(1, 2, 3)).call
+    assert asked.shared(cold, 5000, 2) == 5000
+    for _ in range(4):
+        asked.add(Call("x", "w", 0.0, 3000, prefix=(1, 2), prefix_chunk_tokens=1000))
+    count = sum(math.exp(-age / 1000.0) for age in range(4))
+    own = 2000 + 1000 + 2 * 1000 / (1 + count / 2)
+    assert asked.shared(cold, 5000, 2) == pytest.approx(own, rel=1e-6)
+    assert asked.shared(cold, 3000, 2) == 3000, "what is cached is not charged"
+
+
+def test_asked_prefixes_are_bounded_and_fade() -> None:
+    asked = AskedPrefixes()
+    asked.add(Call("x", "w", 0.0, 1000, prefix=(1,), prefix_chunk_tokens=1000))
+    call = Call("y", "w", 0.0, 1000, prefix=(1,), prefix_chunk_tokens=1000)
+    fresh = asked.shared(call, 1000, 1)
+    for number in range(60_000):
+        asked.add(Call("z", "w", 0.0, 1000, prefix=(number + 2,), prefix_chunk_tokens=1000))
+    assert fresh == pytest.approx(500)
+    assert asked.shared(call, 1000, 1) == 1000
+    assert len(asked._seen) <= 50_000
+
+
+def test_a_workflow_that_is_long_against_its_deadline_gets_the_fast_engine() -> None:
+    def where(tail_s: float, stretch: float) -> str:
+        policy = placement(DispatchOptions(stretch=stretch))
+        fast, slow = engine("fast"), engine("slow", 2.0)
+        for number in range(200):  # usual workflows need half of what they have
+            usual = demand(f"u{number}", deadline_s=100.0, tail_s=45.0)
+            policy.placed(usual, policy.choose(usual, [fast, slow], {}, 0.0), 0.0)
+        fill(fast, 7)
+        return chosen(policy, demand(deadline_s=100.0, tail_s=tail_s), fast, slow)
+
+    assert where(45.0, 3.0) == "slow"
+    assert where(85.0, 3.0) == "fast"
+    assert where(85.0, 0.0) == "slow"
+
+
+@pytest.mark.parametrize("deadline_s", [-1e9, 0.0, 1e-9, 1e18, math.inf])
+def test_the_weight_is_bounded_whatever_the_deadline(deadline_s: float) -> None:
+    policy, fast = placement(DispatchOptions()), engine("a")
+    usual = demand(deadline_s=100.0, tail_s=45.0)
+    policy.placed(usual, policy.choose(usual, [fast], {}, 0.0), 0.0)
+    base = score(DispatchOptions(stretch=0.0), demand(), fast)
+    odd = policy.choose(demand(deadline_s=deadline_s, tail_s=1.0), [fast], {}, 0.0).score
+    assert 0.2 * base * (1 - 1e-9) <= odd <= 5.0 * base * (1 + 1e-9)
+
+
+def test_new_knobs_leave_what_was_learned() -> None:
+    policy = placement(DispatchOptions())
+    one = engine("a")
+    fill(one, 2)
+    call = demand(prompt=3000, prefix=(1, 2, 3))
+    policy.placed(call, policy.choose(call, [one], {}, 0.0), 0.0)
+    before = policy.choose(call, [one], {}, 0.0).score
+    policy.retuned(DispatchOptions(externality=0.0))
+    assert policy.choose(call, [one], {}, 0.0).score < before
+    policy.retuned(DispatchOptions())
+    assert policy.choose(call, [one], {}, 0.0).score == pytest.approx(before)
+
+
+# Rivals
+
+
+def test_weighted_round_robin_takes_turns_by_speed() -> None:
+    policy = placement(DispatchOptions(policy="weighted_round_robin"))
+    fast, slow = engine("a"), engine("b", 3.0)
+    went = [chosen(policy, demand(), fast, slow) for _ in range(8)]
+    assert went.count("a") == 6
+    assert went[:4] != ["a", "a", "a", "b"] or went[4:] == went[:4]
+
+
+def test_weighted_least_counts_calls_against_speed() -> None:
+    policy = placement(DispatchOptions(policy="weighted_least"))
+    fast, slow = engine("fast"), engine("slow", 3.0)
+    fill(fast, 1)
+    assert chosen(policy, demand(), fast, slow) == "fast"  # 2 calls at 3 < 1 call at 1
+    fill(fast, 2)
+    assert chosen(policy, demand(), fast, slow) == "slow"  # 4 calls at 3 > 1 call at 1
+
+
+def test_sticky_keeps_a_workflow_until_its_engine_is_gone() -> None:
+    policy = placement(DispatchOptions(policy="sticky"))
+    fast, slow = engine("fast"), engine("slow", 3.0)
+    assert chosen(policy, demand(workflow="w"), fast, slow) == "fast"
+    fill(fast, 30)
+    assert chosen(policy, demand(workflow="w"), fast, slow) == "fast"
+    assert chosen(policy, demand(workflow="v"), fast, slow) == "slow"
+    assert chosen(policy, demand(workflow="w"), slow) == "slow"
+    assert chosen(policy, demand(workflow="w"), fast, slow) == "slow"
+
+
+@pytest.mark.parametrize(("tokens", "goes"), [(100.0, "holds"), (10_000.0, "empty")])
+def test_wlcaff_weighs_uncached_tokens_as_calls(tokens: float, goes: str) -> None:
+    policy = placement(DispatchOptions(policy="wlcaff", affinity_tokens=tokens))
+    holds, empty = engine("holds"), engine("empty")
+    holds.prefixes.add(demand(prompt=4000, prefix=(1, 2, 3)).call)
+    fill(holds, 5)
+    assert chosen(policy, demand(prompt=4000, prefix=(1, 2, 3)), holds, empty) == goes
+
+
+def test_llm_d_adds_its_three_scores() -> None:
+    policy = placement(DispatchOptions(policy="llm_d"))
+    holds = engine("holds", waiting=4, kv_usage=0.5)
+    empty = engine("empty", waiting=0, kv_usage=0.0)
+    holds.prefixes.add(demand(prompt=4000, prefix=(1, 2, 3)).call)
+    whole = demand(prompt=3000, prefix=(1, 2, 3))
+    # 3 x 1 + 2 x 0 + 2 x 0.5 against 2 x 1 + 2 x 1: a tie but for the last uncached token
+    assert chosen(policy, whole, holds, empty) == "empty"
+    holds.report = EngineReport(cost=COST, waiting=4, kv_usage=0.4)
+    assert chosen(policy, whole, holds, empty) == "holds"
+
+
+def test_cache_aware_follows_the_prefix_until_loads_differ() -> None:
+    policy = placement(DispatchOptions(policy="cache_aware"))
+    holds, empty = engine("holds"), engine("empty")
+    holds.prefixes.add(demand(prompt=4000, prefix=(1, 2, 3)).call)
+    fill(holds, 60)
+    shared = demand(prompt=4000, prefix=(1, 2, 3))
+    assert chosen(policy, shared, holds, empty) == "holds"
+    fill(holds, 5)
+    assert chosen(policy, shared, holds, empty) == "empty"
+
+
+def test_dynamo_counts_blocks_to_compute_and_active_ones() -> None:
+    policy = placement(DispatchOptions(policy="dynamo"))
+    holds, empty = engine("holds"), engine("empty")
+    holds.prefixes.add(demand(prompt=4000, prefix=(1, 2, 3)).call)
+    shared = demand(prompt=4000, prefix=(1, 2, 3))
+    fill(holds, 1, prompt=2900)
+    assert chosen(policy, shared, holds, empty) == "holds"  # 1000 + 2900 against 4000
+    holds.placed(InFlight(Call("q", "w", 0.0, 200), Placement("q", "holds", ""), 0.0))
+    assert chosen(policy, shared, holds, empty) == "empty"
+
+
+def test_power_of_two_prefers_fewer_tokens_and_is_reproducible() -> None:
+    one, other = engine("a"), engine("b")
+    fill(one, 4, uncached=500)
+    policy = placement(DispatchOptions(policy="power_of_two"))
+    assert {chosen(policy, demand(), one, other) for _ in range(20)} == {"b"}
+
+
+def test_speed_is_as_configured_or_else_as_measured() -> None:
+    assert engine("a").speed() == solo_speed(COST)
+    told = EngineLoad(EngineSpec("a", speed=7.0))
+    told.report = EngineReport(cost=COST)
+    assert told.speed() == 7.0
+
+
+# What an engine with priorities is told
+
+
+@pytest.mark.parametrize("order", ["fcfs", "edf", "plas", "srpt"])
+def test_every_order_plays(order: str) -> None:
+    simulation = Simulation(fleet("reference-4"), named(f"wlcaff+{order}"), lambda _: 60.0)
+    simulation.run(timed(text2sql(20, seed=1), [2.0 * i for i in range(20)]))
+    assert all(w.error is None for w in simulation.workflows)
+
+
+# Policies from outside
+
+STRANGER = "examples/policies/wlcaff.py:Wlcaff"
+
+
+def latencies(name: str) -> list[float | None]:
+    simulation = Simulation(
+        fleet("reference-4"), named(name), lambda _: 60.0, SimOptions(record_calls=False)
+    )
+    simulation.run(timed(text2sql(60, seed=3), [3.0 * i for i in range(60)]))
+    return [w.latency_s for w in simulation.workflows]
+
+
+def test_a_policy_from_outside_gives_the_same_as_the_built_in() -> None:
+    assert latencies(f"{STRANGER}+fcfs") == latencies("wlcaff+fcfs")
+    assert latencies(f"{STRANGER}+fcfs") != latencies("sticky+fcfs")
+
+
+@pytest.mark.parametrize("name", [*PLACEMENT_NAMES, STRANGER])
+def test_policies_conform(name: str) -> None:
+    load(name)
+    said = {check_policy.title(c): check_policy.run(c, name) for c in check_policy.CHECKS}
+    assert {title: wrong for title, wrong in said.items() if wrong is not None} == {}
+
+
+class Wrong:
+    def __init__(self, options: DispatchOptions) -> None:
+        self.calls = 0
+
+
+class Stranger(Wrong):
+    def choose(self, demand: object, engines: list[object], *_: object) -> object:
+        return object()
+
+
+class Spoiler(Wrong):
+    def choose(self, demand: object, engines: list[EngineLoad], *_: object) -> object:
+        engines[0].slots += 1
+        return engines[0]
+
+
+class Raises(Wrong):
+    def choose(self, demand: Demand, engines: list[EngineLoad], *_: object) -> object:
+        return engines[int(demand.deadline_s) % len(engines)]
+
+
+@pytest.mark.parametrize(
+    ("made", "check"),
+    [
+        (Stranger, check_policy.one_engine),
+        (Spoiler, check_policy.changes_nothing),
+        (Raises, check_policy.bare_calls),
+    ],
+)
+def test_what_a_policy_does_wrong_is_found(made: type[Wrong], check: Callable[[str], None]) -> None:
+    register(f"{made.__name__}.py:{made.__name__}", made)
+    assert check_policy.run(check, f"{made.__name__}.py:{made.__name__}")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (None, "missing.py:A"),
+        ("class B: pass", "file.py:A"),
+        ("class A: pass", "file.py:A"),
+        ("raise ValueError('no')", "file.py:A"),
+        ("def broken(:", "file.py:A"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_said_in_one_sentence(
+    tmp_path: Path, text: str | None, name: str
+) -> None:
+    if text is not None:
+        (tmp_path / "file.py").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load(str(tmp_path / name))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_policy_that_was_not_loaded_says_so() -> None:
+    with pytest.raises(HexgenError, match="not loaded"):
+        placement(DispatchOptions(policy="never.py:Loaded"))
