@@ -16,13 +16,12 @@ from typing import Any, Final
 from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.dispatch import Choice
 from hexgen_vllm.policy.load import EngineLoad
 from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.policy.values import Demand, InFlight
 from hexgen_vllm.policy_file import is_policy_file, load
 from hexgen_vllm.sim.fleet import fleet
-from hexgen_vllm.sim.policies import named
+from hexgen_vllm.sim.policies import NAMES, named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
 from hexgen_vllm.sim.text2sql import text2sql
 from hexgen_vllm.sim.workload import timed
@@ -111,7 +110,7 @@ def _play(name: str, engines: Sequence[EngineLoad], demands: Sequence[Demand]) -
     went = []
     for number, demand in enumerate(demands):
         choice = policy.choose(demand, engines, {}, float(number))
-        if not isinstance(choice, Choice) or not any(choice.engine is e for e in engines):
+        if not any(choice.engine is e for e in engines):
             raise PolicyError("it chose something that is none of the engines.")
         policy.placed(demand, choice, float(number))
         at = Placement(demand.call.call_id, choice.engine.engine_id, "", uncached_tokens=100)
@@ -221,11 +220,8 @@ def in_the_coordinator(name: str) -> None:
 
 def in_the_simulator(name: str) -> None:
     """A simulated fleet of four answers every call of forty workflows."""
-    policy = named(
-        f"{name}+fcfs"
-        if is_policy_file(name) or name not in ("slack", "hexgen", "earliest_finish")
-        else name
-    )
+    stock = f"{name}+fcfs"
+    policy = named(stock if is_policy_file(name) or stock in NAMES else name)
     simulation = Simulation(fleet("reference-4"), policy, lambda spec: 120.0, SimOptions())
     simulation.run(timed(text2sql(40, seed=0), [4.0 * i for i in range(40)]))
     failed = [w for w in simulation.workflows if w.error is not None]

@@ -18,7 +18,7 @@ class Wlcaff:
     def choose(self, demand: Any, engines: Any, claims: Any, now: float) -> Any:
         call = demand.call
 
-        def load(engine: Any) -> float:
+        def load(engine: Any) -> Any:
             own = max(call.prompt_tokens - engine.prefixes.match(call), 1)
             return (engine.calls + 1 + own / 200) / engine.speed()
 

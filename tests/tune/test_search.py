@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.metrics.events import WorkflowRecord
-from hexgen_vllm.sim.policies import named
+from hexgen_vllm.sim.policies import NAMES, named
 from hexgen_vllm.tune.knobs import KNOBS, Knob, applied, defaults, knobs_for
 from hexgen_vllm.tune.objective import chosen
 from hexgen_vllm.tune.search import Search, Task, Trial, latin_hypercube
@@ -90,7 +90,9 @@ def test_every_value_of_a_knob_is_a_legal_option(knob: Knob, share: float) -> No
     value = knob.at(share)
     assert knob.low <= value <= knob.high
     assert knob.share(value) == pytest.approx(share, abs=0.5 / 16 + 1e-3)
-    policy = applied(named(knob.policies[0]), {knob.name: value})  # options check themselves
+    placed = knob.policies[0]
+    name = placed if placed in NAMES else f"{placed}+fcfs"
+    policy = applied(named(name), {knob.name: value})  # options check themselves
     assert defaults(policy, [knob]) == {knob.name: value}
 
 
