@@ -109,9 +109,11 @@ class MarginalCost(Dispatch):
     def _weight(self, demand: Demand, finish_s: float, now: float) -> float:
         self._rho = 0.0
         c = self._options.stretch
-        if not c or not math.isfinite(demand.deadline_s):
+        # Not the deadline as claimed: what cannot be true must not make a call weigh more.
+        deadline_s = demand.due_s + demand.tail_s
+        if not c or not math.isfinite(deadline_s):
             return 1.0
-        has_s = max(demand.deadline_s - demand.started_s, _LEAST_S)
+        has_s = max(deadline_s - demand.started_s, _LEAST_S)
         needs_s = now - demand.started_s + finish_s + demand.tail_s
         self._rho = rho = max(needs_s, _LEAST_S) / has_s
         mean = self._mean_rho or rho

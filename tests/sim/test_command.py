@@ -58,8 +58,8 @@ def test_every_policy_can_be_compared(scenario: Path, capsys: pytest.CaptureFixt
         assert {"horizon_95_s", "capacity_per_s", "min_deadline_95_x"} <= set(row)
     captured = capsys.readouterr()
     assert all(name in captured.out for name in NAMES)
-    last = f"{len(NAMES)}/{len(NAMES)}: {NAMES[-1]} at load 0.80, seed 1"
-    assert last in captured.err  # progress
+    first = f"1/{len(NAMES)}: {NAMES[0]} at load 0.80, seed 1"
+    assert first in captured.err  # progress
 
 
 @pytest.mark.parametrize(
