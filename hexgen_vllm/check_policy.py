@@ -92,7 +92,8 @@ def _engines(count: int, *, measured: bool = True) -> list[EngineLoad]:
         engine = EngineLoad(EngineSpec(f"engine-{index:04d}", max_num_seqs=8, kv_tokens=100_000))
         if measured:
             cost = _COST.scaled(1.0 + index % 4)
-            engine.report = EngineReport(cost=cost, running=0, waiting=0, kv_usage=0.1)
+            report = EngineReport(cost=cost, fit_error=0.0, running=0, waiting=0, kv_usage=0.1)
+            engine.reported(report)
         found.append(engine)
     return found
 

@@ -30,7 +30,7 @@ NO_PREFIX: tuple[int, ...] = ()
 
 def engine(name: str, factor: float = 1.0, **report: float) -> EngineLoad:
     made = EngineLoad(EngineSpec(name, max_num_seqs=64, kv_tokens=1_000_000))
-    made.report = EngineReport(cost=COST.scaled(factor), **report)  # type: ignore[arg-type]
+    made.reported(EngineReport(cost=COST.scaled(factor), fit_error=0.0, **report))  # type: ignore[arg-type]
     return made
 
 
@@ -217,7 +217,7 @@ def test_llm_d_adds_its_three_scores() -> None:
     whole = demand(prompt=3000, prefix=(1, 2, 3))
     # 3 x 1 + 2 x 0 + 2 x 0.5 against 2 x 1 + 2 x 1: a tie but for the last uncached token
     assert chosen(policy, whole, holds, empty) == "empty"
-    holds.report = EngineReport(cost=COST, waiting=4, kv_usage=0.4)
+    holds.reported(EngineReport(cost=COST, fit_error=0.0, waiting=4, kv_usage=0.4))
     assert chosen(policy, whole, holds, empty) == "holds"
 
 
@@ -253,7 +253,7 @@ def test_power_of_two_prefers_fewer_tokens_and_is_reproducible() -> None:
 def test_speed_is_as_configured_or_else_as_measured() -> None:
     assert engine("a").speed() == solo_speed(COST)
     told = EngineLoad(EngineSpec("a", speed=7.0))
-    told.report = EngineReport(cost=COST)
+    told.reported(EngineReport(cost=COST, fit_error=0.0))
     assert told.speed() == 7.0
 
 
