@@ -231,6 +231,8 @@ _ATTRIBUTES: Final = (
     "scheduler_reserve_full_isl",
     "defer_block_free",
     "processed_step_seq",
+    "finished_recving_kv_req_ids",
+    "failed_recving_kv_req_ids",
     "kv_cache_config.kv_cache_groups",
     "kv_cache_config.num_blocks",
     "kv_cache_manager.enable_caching",
@@ -313,6 +315,20 @@ def holds_kv(request: Request) -> bool:
     return bool(
         request.num_computed_tokens > 0 or request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
     )
+
+
+def is_loaded(request: Request) -> bool:
+    """Return whether a waiting call was admitted before, for its KV to be loaded."""
+    return holds_kv(request) and request.status != RequestStatus.WAITING_FOR_STREAMING_REQ
+
+
+def forget_load(scheduler: Any, request: Request) -> None:
+    """Take a waiting call out of vLLM's books of loads."""
+    scheduler.finished_recving_kv_req_ids.discard(request.request_id)
+    scheduler.failed_recving_kv_req_ids.discard(request.request_id)
+    getattr(scheduler, "deferred_waiting", set()).discard(request)  # since 0.31
+    if hasattr(scheduler, "_set_kv_fetch_stage"):  # since 0.32
+        scheduler._set_kv_fetch_stage(request, None)
 
 
 def is_blocked(request: Request) -> bool:

@@ -45,6 +45,9 @@ class Copier(Protocol):
         after the answer was true does, and until then nothing else may use the blocks.
         """
 
+    def fence(self) -> None:
+        """Have work submitted later wait for all loads ``beside``."""
+
     def wait(self) -> None:
         """Return when all copies are done."""
 
@@ -80,6 +83,9 @@ class HostCopier:
         del beside
         scatter_blocks(self._layout, block_ids, records)
         return lambda: True
+
+    def fence(self) -> None:
+        """See :class:`Copier`."""
 
     def wait(self) -> None:
         """See :class:`Copier`."""
@@ -125,6 +131,10 @@ class DeviceCopier:
             self._staged.restore(block_ids, records)
         done: Callable[[], bool] = stream.record_event().query
         return done
+
+    def fence(self) -> None:
+        """See :class:`Copier`."""
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
 
     def wait(self) -> None:
         """See :class:`Copier`."""

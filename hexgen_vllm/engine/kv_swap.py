@@ -53,6 +53,7 @@ _SEAMS: Final = (
     Seam(KVConnectorBase_V1, "build_connector_meta", ("self", "scheduler_output")),
     Seam(KVConnectorBase_V1, "update_connector_output", ("self", "connector_output")),
     Seam(KVConnectorBase_V1, "request_finished", ("self", "request", "block_ids")),
+    Seam(KVConnectorBase_V1, "has_pending_push_work", ("self",)),
     Seam(KVConnectorBase_V1, "reset_cache", ("self",)),
     Seam(KVConnectorBase_V1, "shutdown", ("self",)),
 )
@@ -123,7 +124,13 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
         return self._planner().end_step()
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Learn how fast the workers copied."""
+        """Learn how fast the workers copied, and which loads are done.
+
+        Those that nobody waits for any more are taken out: vLLM looks up the request of each.
+        """
+        if connector_output.finished_recving:
+            wanted = self._planner().loaded(set(connector_output.finished_recving))
+            connector_output.finished_recving = wanted
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, SwapReport):
             self._planner().ledger.reported(report)
@@ -141,6 +148,14 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Drop the copy of a call that is over, however it ended."""
         return self.request_finished(request, block_ids[0])
+
+    def has_pending_push_work(self) -> bool:
+        """Return whether the engine must go on stepping: loads are under way.
+
+        A paused engine steps until there are none. Only then is a pause complete, and may the
+        cache's memory be given up.
+        """
+        return self._planner().loads_under_way()
 
     def reset_cache(self) -> bool:
         """Drop all copies."""
@@ -161,6 +176,8 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Save before blocks are written by this step."""
         meta: SwapMeta = kv_connector_metadata
+        if meta.fence:
+            self._worker().fence()
         if meta.saves or meta.loads:
             self._worker().save(meta.saves)
 

@@ -68,6 +68,10 @@ class SwapWorker:
             self._report.in_bytes += copied
             self._report.in_s += perf_counter() - start
 
+    def fence(self) -> None:
+        """Have everything submitted later wait for the loads beside earlier forward passes."""
+        self._copier.fence()
+
     def finished(self) -> set[str]:
         """Return the requests whose loads beside the forward pass are done since the last call."""
         done = {name for name, parts in self._pending.items() if all(part() for part in parts)}

@@ -28,6 +28,7 @@ from hexgen_vllm.engine.compat import Request, RequestStatus
 from hexgen_vllm.engine.displacement import Displacer
 from hexgen_vllm.engine.request_queue import UrgencyQueue
 from hexgen_vllm.engine.requests import CallBook
+from hexgen_vllm.engine.swap_planner import SwapPlanner
 from hexgen_vllm.engine.swap_setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
 from hexgen_vllm.errors import ConfigError
@@ -158,12 +159,37 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         finally:
             self._preemption_cause = "kv"
 
-    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
         """Empty the prefix cache; see vLLM. Copies in host memory go too: weights may be new."""
         if self.hexgen_keeper is not None:
             self.hexgen_keeper.forget_all("reset")
+            if reset_running_requests:
+                self._take_back_loads(self.hexgen_keeper)
         with self._preempting("reset"):
-            return bool(super().reset_prefix_cache(*args, **kwargs))
+            return bool(
+                super().reset_prefix_cache(
+                    reset_running_requests=reset_running_requests, reset_connector=reset_connector
+                )
+            )
+
+    def _take_back_loads(self, keeper: SwapPlanner) -> None:
+        """Have calls that were admitted to be loaded reset like running ones, with their blocks.
+
+        vLLM looks at running calls only: the others' blocks would keep the cache from being
+        emptied, and what is loaded there is from before the reset.
+        """
+        for request_id in keeper.abandon_loads():
+            request = self.requests.get(request_id)
+            if request is not None and request.is_finished():
+                self._free_blocks(request)  # it was kept for its load alone
+        for queue in (self.waiting, getattr(self, compat.SECOND_QUEUE)):
+            for request in [r for r in queue if compat.is_loaded(r)]:
+                queue.remove_request(request)
+                compat.forget_load(self, request)
+                request.status = RequestStatus.RUNNING
+                self.running.append(request)
 
     def _displace(self, now: float) -> list[Request]:
         """Preempt running calls for the most urgent waiting one; return them, out of the queue.

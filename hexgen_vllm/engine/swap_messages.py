@@ -34,10 +34,14 @@ class Load(NamedTuple):
 
 @dataclass
 class SwapMeta(KVConnectorMetadata):
-    """What a step copies: saves come before its forward pass and before its loads."""
+    """What a step copies: saves come before its forward pass and before its loads.
+
+    ``fence``: all of it comes after the loads beside earlier forward passes.
+    """
 
     saves: list[Save] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+    fence: bool = False
 
 
 @dataclass

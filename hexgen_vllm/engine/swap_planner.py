@@ -49,6 +49,9 @@ class SwapPlanner:
         self._block_size, self._block_bytes, self._keep = block_size, block_bytes, keep
         self._saves: dict[str, Save] = {}
         self._loads: list[Load] = []
+        self._beside: set[str] = set()  # loads beside the forward pass that are under way
+        self._abandoned: set[str] = set()  # of these, those that nobody waits for any more
+        self._fence = False
 
     # Asked by the scheduler.
 
@@ -131,7 +134,7 @@ class SwapPlanner:
             self.ledger.headless(copy)
             return 0, False
         tokens = min(copy.tokens, request.num_tokens - 1) - local
-        return (tokens, self._runs_beside(tokens)) if tokens > 0 else (0, False)
+        return (tokens, self._runs_beside(copy.request_id, tokens)) if tokens > 0 else (0, False)
 
     def allocated(self, request: Any, block_ids: Sequence[int], tokens: int) -> None:
         """Plan the load of ``tokens`` tokens into the blocks of a call; its copy ends here."""
@@ -145,7 +148,9 @@ class SwapPlanner:
         copy.owner.kept_tokens = 0
         if last > first:
             ids, extents = tuple(block_ids[first:last]), tuple(copy.records(first, last))
-            beside = self._runs_beside(tokens)
+            beside = self._runs_beside(copy.request_id, tokens)
+            if beside:
+                self._beside.add(copy.request_id)
             self._loads.append(Load(request.request_id, ids, extents, beside))
         self.pool.load(request.request_id)
 
@@ -161,10 +166,35 @@ class SwapPlanner:
         for request_id in list(self.pool.copies):
             self.forget(request_id, why)
 
+    def loads_under_way(self) -> bool:
+        """Return whether workers still load beside the forward pass, as far as they have said."""
+        return bool(self._beside)
+
+    def loaded(self, request_ids: set[str]) -> set[str]:
+        """Note that loads beside the forward pass are done; return those that are waited for."""
+        self._beside -= request_ids
+        wanted = request_ids - self._abandoned
+        self._abandoned -= request_ids
+        return wanted
+
+    def abandon_loads(self) -> set[str]:
+        """Let go of loads that are under way: their blocks may be given away at once.
+
+        They cannot be stopped. So the next step begins, on the workers' side, when they are over,
+        and nobody is told.
+
+        Returns:
+            The requests that they were for.
+        """
+        given_up = self._beside - self._abandoned
+        self._abandoned |= given_up
+        self._fence |= bool(given_up)
+        return given_up
+
     def end_step(self) -> SwapMeta:
         """Return what this step copies; the next one starts empty."""
-        meta = SwapMeta(list(self._saves.values()), self._loads)
-        self._saves, self._loads = {}, []
+        meta = SwapMeta(list(self._saves.values()), self._loads, self._fence)
+        self._saves, self._loads, self._fence = {}, [], False
         self.pool.step_ends()
         return meta
 
@@ -187,8 +217,9 @@ class SwapPlanner:
         ledger = self.ledger
         return CopyRates(ledger.out.rate(), ledger.back.rate(), self.beside_from_s is not None)
 
-    def _runs_beside(self, tokens: int) -> bool:
-        if self.beside_from_s is None:
+    def _runs_beside(self, request_id: str, tokens: int) -> bool:
+        # Workers name a load by its request: while one is under way, there is no second.
+        if self.beside_from_s is None or request_id in self._beside:
             return False
         num_bytes = self._blocks(tokens) * self._block_bytes
         rates = CopyRates(in_bytes_per_s=self.ledger.back.rate())

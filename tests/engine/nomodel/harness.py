@@ -30,9 +30,9 @@ def next_token(kv: int) -> int:
     return 2 + kv % 997
 
 
-def expected(prompt: list[int], count: int) -> list[int]:
+def expected(prompt: list[int], count: int, weights: int = 0) -> list[int]:
     """The tokens that an undisturbed run writes."""
-    kv = 0
+    kv = weights
     for position, token in enumerate(prompt):
         kv = chain(kv, position, token)
     out: list[int] = []
@@ -51,11 +51,15 @@ class Sequence:
 
 @dataclass
 class FakeWorker:
-    """What a GPU worker would hold: block tables, tokens, and the KV cache itself."""
+    """What a GPU worker would hold: block tables, tokens, and the KV cache itself.
+
+    ``weights`` may change between steps: KV from before is wrong from then on.
+    """
 
     blocks: int
     block_size: int
     told_tokens: bool = False  # what was sampled comes back from the scheduler: it is not kept here
+    weights: int = 0
     errors: list[str] = field(default_factory=list)
     computed_tokens: int = 0
 
@@ -104,7 +108,7 @@ class FakeWorker:
     def _run(self, request_id: str, count: int) -> list[int]:
         sequence = self.sequences[request_id]
         self.computed_tokens += count
-        kv, start = 0, sequence.computed
+        kv, start = self.weights, sequence.computed
         for position in range(start):
             kv = chain(kv, position, sequence.tokens[position])
             if self.kv[self.slot(sequence, position)] != kv:

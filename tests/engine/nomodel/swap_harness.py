@@ -15,6 +15,7 @@ from hexgen_vllm.engine.kv_copier import HostCopier
 from hexgen_vllm.engine.kv_swap import HostKVConnector
 from hexgen_vllm.engine.kv_swap_worker import SwapWorker
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
+from hexgen_vllm.kernels import BlockLayout
 from tests.engine.nomodel.harness import FakeEngine, FakeWorker
 
 BLOCK_BYTES = 128
@@ -72,6 +73,10 @@ class LateCopier(HostCopier):
 
     ASKED = 3
 
+    def __init__(self, layout: BlockLayout) -> None:
+        super().__init__(layout)
+        self._under_way: list[Callable[[], None]] = []
+
     def load(
         self, block_ids: Sequence[int], records: torch.Tensor, *, beside: bool
     ) -> Callable[[], bool]:
@@ -80,14 +85,23 @@ class LateCopier(HostCopier):
         asked = 0
         content = records.clone()
 
+        def arrive() -> None:
+            self._under_way.remove(arrive)
+            HostCopier.load(self, block_ids, content, beside=False)
+
         def done() -> bool:
             nonlocal asked
             asked += 1
-            if asked == self.ASKED:
-                HostCopier.load(self, block_ids, content, beside=False)
+            if asked == self.ASKED and arrive in self._under_way:
+                arrive()
             return asked >= self.ASKED
 
+        self._under_way.append(arrive)
         return done
+
+    def fence(self) -> None:
+        for arrive in list(self._under_way):
+            arrive()
 
 
 class SwapEngine(FakeEngine):

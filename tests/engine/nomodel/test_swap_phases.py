@@ -154,11 +154,8 @@ def test_a_reset_drops_the_copy(folder: Path, mode: str, phase: Phase, running: 
     engine = displaced(folder, mode)
     phase(engine)
     request = engine.scheduler.requests["lazy"]
-    if running and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
-        with pytest.raises(RuntimeError, match="waiting for remote KV transfer"):  # vLLM's limit
-            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
-    else:
-        engine.scheduler.reset_prefix_cache(reset_running_requests=running, reset_connector=True)
+    done = engine.scheduler.reset_prefix_cache(reset_running_requests=running, reset_connector=True)
+    assert done or not running
     assert engine.keeper.pool.used == 0
     assert request.hexgen.kept_tokens == 0
     finish(engine, "lazy")
