@@ -39,6 +39,11 @@ class AccessOptions(OnlineOptions):
         "hosts that engines may be registered and discovered on: names with * and ?, addresses, "
         "networks; by default those of --worker-urls and this machine, and wherever discovered",
     )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names that clients may call a router by (Host) that needs no key and listens on this "
+        "machine only, with * and ?; addresses and local names always may",
+    )
     ssl_certfile: str | None = option(None, "serve HTTPS with this certificate chain, PEM")
     ssl_keyfile: str | None = option(None, "private key of --ssl-certfile, PEM")
     ssl_ca_certs: str | None = option(
@@ -59,6 +64,8 @@ class AccessOptions(OnlineOptions):
             ConfigError: it does not.
         """
         check_patterns(self.worker_allowed_hosts)
+        if any("/" in name or ":" in name or not name for name in self.allowed_hosts):
+            raise ConfigError("allowed_hosts must be names without scheme, port and path.")
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
             raise ConfigError("ssl_certfile must be given with ssl_keyfile and ssl_ca_certs.")
         if self.allow_credentials and "*" in self.allowed_origins:

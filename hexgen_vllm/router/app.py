@@ -16,6 +16,7 @@ from hexgen_vllm.router import answers, tls
 from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.context import Context, new_context, shutting_down
 from hexgen_vllm.router.cors import Cors
+from hexgen_vllm.router.hosts import ServedHosts, is_loopback
 from hexgen_vllm.router.http_request import SENT, Request
 from hexgen_vllm.router.http_server import Server
 from hexgen_vllm.router.keys import Keys
@@ -66,6 +67,9 @@ class Router:
         self._metrics_port: MetricsPort | None = None
         self._keys, self._cors = Keys(options), Cors(options)
         self._tls = tls.for_clients(options)
+        # A browser would not take our certificate for another name, nor show it a key.
+        open_here = self._tls is None and not options.api_key and is_loopback(options.host)
+        self._hosts = ServedHosts(options.allowed_hosts) if open_here else None
         self.port = options.port
 
     @property
@@ -239,6 +243,11 @@ class Router:
         return response
 
     async def _answer(self, request: Request) -> web.StreamResponse:
+        hosts = self._hosts
+        if hosts is not None:
+            host = request.names.get("host", "")
+            if host not in hosts.known and not hosts.allow(host):
+                return _wrong_host()
         found = self._routes.find(request)
         if found is None:
             refused = self._cors.preflight(request) or self._routes.refusal(request)
@@ -264,3 +273,8 @@ class Router:
         except Exception:
             _LOG.exception("request failed path=%s", request.path)
             return answers.from_error(HexgenError(), None)
+
+
+def _wrong_host() -> web.Response:
+    text = "This router does not go by that name; --allowed-hosts can allow it."
+    return answers.error_response(text, 403, code="host_not_allowed")

@@ -1,4 +1,4 @@
-"""Hosts that engines may be registered on.
+"""Hosts that engines may be registered on, and names that clients may call the router by.
 
 Who may register an engine makes the router connect to it, so an admin key alone must not reach
 every address that the router can. Names are compared as written: a pattern for a name trusts
@@ -8,6 +8,7 @@ whoever controls its DNS entry, and a network admits only addresses written as s
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Final
@@ -15,6 +16,9 @@ from urllib.parse import urlsplit
 
 from hexgen_vllm.errors import ConfigError
 
+_LOCAL_USE: Final = (".localhost", ".local", ".internal", ".home.arpa")  # RFC 6761, 6762, 8375
+_PORT: Final = re.compile(r":\d*$")
+_MOST_KNOWN: Final = 256
 LOOPBACK: Final = ("localhost", "127.0.0.0/8", "::1")
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -44,6 +48,47 @@ class AllowedHosts:
         if address is not None:
             return any(address in network for network in self._networks)
         return any(fnmatchcase(host, name) for name in self._names)
+
+
+class ServedHosts:
+    """Decides whether a router without keys, on this machine only, may be called by a name.
+
+    A web page can have its own name lead to 127.0.0.1 (DNS rebinding): the browser then lets it
+    call the router, and read the answers, as if they came from its own site. What it cannot change
+    is the name that the browser sends. So names that anybody can register are refused unless they
+    were allowed; addresses, names without a dot and those reserved for local use are nobody's site.
+
+    Attributes:
+        known: values of ``Host`` that were found to be good, a bounded number.
+
+    Args:
+        patterns: names that are allowed besides, with ``*`` and ``?``.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._patterns = tuple(pattern.lower().rstrip(".") for pattern in patterns)
+        self.known: set[str] = set()
+
+    def allow(self, value: str) -> bool:
+        """Return whether ``value`` is a good ``Host``; a client without one is no browser."""
+        good = self._is_good(value)
+        if good and len(self.known) < _MOST_KNOWN:
+            self.known.add(value)
+        return good
+
+    def _is_good(self, value: str) -> bool:
+        name = _PORT.sub("", value.strip().lower()).rstrip(".")
+        if _address(name.removeprefix("[").removesuffix("]")) is not None or "." not in name:
+            return True
+        if name.endswith(_LOCAL_USE):
+            return True
+        return any(fnmatchcase(name, pattern) for pattern in self._patterns)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what listens on ``host`` can be reached from this machine only."""
+    address = _address(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
 
 
 def host_of(url: str) -> str:

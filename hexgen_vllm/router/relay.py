@@ -103,7 +103,9 @@ class Relay:
         context.check_open()
         raw = job.request.whole or await read_body(job.request)
         parsed = (
-            await parsed_aside(raw, job.endpoint.prompt_fields) if len(raw) > LARGE_BYTES else None
+            await parsed_aside(job.endpoint, job.request.names, raw)
+            if len(raw) > LARGE_BYTES
+            else None
         )
         accepted = job.accepted = self._read(job, raw, parsed)
         call = accepted.call
