@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, Final
+from enum import Enum
+from typing import Any, Final, NamedTuple
 
 from aiohttp import web
 
@@ -16,15 +17,133 @@ from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.outbound import REQUEST_ID_HEADER, SERVER
 
 REASON_HEADER: Final = "x-llm-d-request-dropped-reason"
-OUT_OF_CONNECTIONS: Final = "rejected-out-of-connections"
 """Reason of a refusal because the router cannot have more connections."""
+
+
+class Fault(Enum):
+    """Who caused that a call ended as it did."""
+
+    NOBODY = "nobody"
+    CLIENT = "client"
+    LOAD = "load"
+    ENGINE = "engine"
+    OPERATOR = "operator"
+    ROUTER = "router"
+
+
+class Outcome(str, Enum):
+    """How a call can end: the word for metrics, logs, traces and the code of the error object.
+
+    What follows from each is in :data:`ENDINGS`.
+    """
+
+    ANSWERED = "answered"
+    BAD_REQUEST = "bad-request"
+    CLIENT_GONE = "rejected-context-cancelled"
+    SATURATED = "rejected-saturated"
+    NO_ENDPOINTS = "rejected-no-endpoints"
+    EXPIRED = "rejected-ttl-expired"
+    OUT_OF_CONNECTIONS = "rejected-out-of-connections"
+    SHUTTING_DOWN = "rejected-shutting-down"
+    REFUSED = "rejected-by-policy"
+    BUSY = "engine-busy"
+    ERROR = "engine-error"
+    LOST = "engine-lost"
+    TIMEOUT = "engine-timeout"
+    INTERNAL = "internal-error"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    @property
+    def ending(self) -> Ending:
+        """What it means and becomes."""
+        return ENDINGS[self]
+
+    @classmethod
+    def of(cls, reason: str) -> Outcome:
+        """Return the outcome of a call that was refused or failed for ``reason``."""
+        try:
+            return cls(reason)
+        except ValueError:  # a word of a policy's own
+            return cls.REFUSED
+
+
+class Ending(NamedTuple):
+    """What an outcome means, and the error object that it becomes.
+
+    Attributes:
+        status: of the answer; where others know better, what is usual.
+        message: of the error object.
+        fault: who caused it.
+        meaning: in words, for the documentation.
+        engine_is_well: what it says of the engine, ``None`` for nothing.
+    """
+
+    status: int
+    message: str
+    fault: Fault
+    meaning: str
+    engine_is_well: bool | None = None
+
+
+ENDINGS: Final[dict[Outcome, Ending]] = {
+    Outcome.ANSWERED: Ending(200, "", Fault.NOBODY, "answered in full", True),
+    Outcome.BAD_REQUEST: Ending(
+        400, "The request is wrong.", Fault.CLIENT, "wrong, says the router or an engine", True
+    ),
+    Outcome.CLIENT_GONE: Ending(
+        499, "The client is gone.", Fault.CLIENT, "the client left, or does not read"
+    ),
+    Outcome.SATURATED: Ending(
+        429, "Too many calls are open.", Fault.LOAD, "too many calls or tokens wait or are open"
+    ),
+    Outcome.NO_ENDPOINTS: Ending(
+        503, "No engine can take this call now.", Fault.LOAD, "no engine with the model gets calls"
+    ),
+    Outcome.EXPIRED: Ending(
+        504, "No engine had room for this call in time.", Fault.LOAD, "waited too long for room"
+    ),
+    Outcome.OUT_OF_CONNECTIONS: Ending(
+        503,
+        "The router has no connections left.",
+        Fault.ROUTER,
+        "no descriptor, port or memory is left for a connection",
+    ),
+    Outcome.SHUTTING_DOWN: Ending(
+        503, "The router is shutting down.", Fault.OPERATOR, "the router stops"
+    ),
+    Outcome.REFUSED: Ending(
+        503, "The call was refused.", Fault.LOAD, "refused by a policy for a reason of its own"
+    ),
+    Outcome.BUSY: Ending(
+        503, "The engine is too busy.", Fault.ENGINE, "every engine that was asked refused it"
+    ),
+    Outcome.ERROR: Ending(
+        502, "The engine failed.", Fault.ENGINE, "an engine answered 5xx or nonsense", False
+    ),
+    Outcome.LOST: Ending(
+        502,
+        "The engine failed before its answer was complete.",
+        Fault.ENGINE,
+        "the connection to an engine broke",
+        False,
+    ),
+    Outcome.TIMEOUT: Ending(
+        504, "The engine did not answer in time.", Fault.ENGINE, "an engine was silent", False
+    ),
+    Outcome.INTERNAL: Ending(
+        500, "The router failed.", Fault.ROUTER, "a defect of the router; its log says where"
+    ),
+}
+"""Every outcome."""
 
 
 class EngineFailed(HexgenError):  # noqa: N818 - an answer, not a defect
     """An engine did not answer a call in full.
 
     Attributes:
-        reason: one word for metrics and the error's code.
+        reason: how the call ends if nobody else answers it.
         status: HTTP status for the client.
         retry_after_s: hint for the client, seconds; ``None`` gives none.
         retryable: another engine may answer the call.
@@ -32,18 +151,24 @@ class EngineFailed(HexgenError):  # noqa: N818 - an answer, not a defect
 
     def __init__(
         self,
-        message: str,
+        reason: Outcome,
         *,
-        reason: str,
-        status: int = 502,
+        status: int | None = None,
         retry_after_s: float | None = None,
         retryable: bool = False,
     ) -> None:
-        super().__init__(message)
+        super().__init__(reason.ending.message)
         self.retryable = retryable
         self.reason = reason
-        self.status = status
+        self.status = reason.ending.status if status is None else status
         self.retry_after_s = retry_after_s
+
+
+def refused(outcome: Outcome, message: str | None = None, *, retry_after_s: float = 1.0) -> Refused:
+    """Return the refusal of a call that ends with ``outcome``."""
+    ending = outcome.ending
+    text = ending.message if message is None else message
+    return Refused(text, reason=outcome.value, status=ending.status, retry_after_s=retry_after_s)
 
 
 def _kind(status: int) -> str:
@@ -84,13 +209,14 @@ def from_error(error: HexgenError, request_id: str | None) -> web.Response:
     if isinstance(error, Refused | EngineFailed):
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-        return error_response(str(error), error.status, code=error.reason, headers=headers)
-    return error_response("The router failed.", 500, code="internal_error", headers=headers)
+        return error_response(str(error), error.status, code=str(error.reason), headers=headers)
+    failed = Outcome.INTERNAL.ending
+    return error_response(failed.message, failed.status, code="internal_error", headers=headers)
 
 
 def error_event(error: EngineFailed, path: str) -> bytes:
     """Return the event that ends a stream which broke, in the form of the endpoint ``path``."""
-    content = error_object(str(error), error.status, code=error.reason)
+    content = error_object(str(error), error.status, code=str(error.reason))
     if path in ("/v1/messages", "/v1/responses"):
         named = json.dumps({"type": "error", **content})
         return f"event: error\ndata: {named}\n\n".encode()

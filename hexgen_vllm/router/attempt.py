@@ -10,22 +10,13 @@ import asyncio
 from types import TracebackType
 from typing import Final
 
-from hexgen_vllm.router.answers import EngineFailed
+from hexgen_vllm.router.answers import EngineFailed, Outcome
 from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.ledger import CLIENT_GONE
 from hexgen_vllm.router.watch import StreamWatch
 
-LOST: Final = "engine-lost"
-TIMEOUT: Final = "engine-timeout"
-SHUTDOWN: Final = "rejected-shutting-down"
 _UNREAD_BYTES: Final = 2**16
 _LINGER_S: Final = 1.0  # for an engine to end an answer that has said that it is at its end
-_MESSAGES: Final = {
-    LOST: ("The engine failed before its answer was complete.", 502),
-    TIMEOUT: ("The engine did not answer in time.", 504),
-    SHUTDOWN: ("The router is shutting down.", 503),
-}
 
 
 class Attempt:
@@ -50,7 +41,7 @@ class Attempt:
         self._guard, self._request = guard, request
         self.target, self.engine = target, engine
         self._task: asyncio.Task[object] | None = None
-        self._reason: str | None = None
+        self._reason: Outcome | None = None
         self._seen, self._since_s = -1, 0.0
         self.answering = False
         self.answer: Answer | None = None
@@ -87,18 +78,21 @@ class Attempt:
                 _forget_cancel(self._task)
                 raise self._failure(self._reason) from None
         elif isinstance(error, OSError | asyncio.TimeoutError):
-            raise self._failure(CLIENT_GONE if self._client_gone() else LOST) from error
+            raise self._failure(
+                Outcome.CLIENT_GONE if self._client_gone() else Outcome.LOST
+            ) from error
 
-    def _failure(self, reason: str) -> Exception:
-        if reason == CLIENT_GONE:
+    def _failure(self, reason: Outcome) -> Exception:
+        if reason is Outcome.CLIENT_GONE:
             return ClientGone()
-        return failed(reason, retryable=reason == LOST and not self.begun)
+        repeats = reason is Outcome.LOST and not self.begun
+        return EngineFailed(reason, retryable=repeats)
 
     def _client_gone(self) -> bool:
         transport = self._request.transport
         return transport is None or transport.is_closing()
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: Outcome) -> None:
         """End it from outside for ``reason``; who notices it from within knows already."""
         if self._task not in (None, asyncio.current_task()) and self._reason is None:
             self._reason = reason
@@ -124,12 +118,6 @@ class Attempt:
 
 class ClientGone(Exception):  # noqa: N818 - not a defect
     """The client closed its connection, or does not read from it."""
-
-
-def failed(reason: str, *, retryable: bool = False) -> EngineFailed:
-    """Return the error for a try that ended for ``reason``."""
-    message, status = _MESSAGES[reason]
-    return EngineFailed(message, reason=reason, status=status, retryable=retryable)
 
 
 def _forget_cancel(task: asyncio.Task[object] | None) -> None:
@@ -159,15 +147,15 @@ class Guard:
                     attempt.answer.enough()
                 continue
             if silent_s > (self._stall_s if attempt.begun else self._first_byte_s):
-                attempt.abort(CLIENT_GONE if attempt.client_is_slow() else TIMEOUT)
+                attempt.abort(Outcome.CLIENT_GONE if attempt.client_is_slow() else Outcome.TIMEOUT)
 
     def engine_lost(self, engine: str) -> None:
         """End the tries on an engine that is down, where the client has not seen anything yet."""
         for attempt in self.attempts:
             if attempt.engine == engine and not attempt.answering:
-                attempt.abort(LOST)
+                attempt.abort(Outcome.LOST)
 
     def end_all(self) -> None:
         """End all tries: the router stops."""
         for attempt in self.attempts:
-            attempt.abort(SHUTDOWN)
+            attempt.abort(Outcome.SHUTTING_DOWN)

@@ -12,6 +12,7 @@ from hexgen_vllm.clock import Clock
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import BadRequest, Refused
 from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.router.answers import Outcome, refused
 from hexgen_vllm.router.attempt import Guard
 from hexgen_vllm.router.discovery.discovery import Discovery
 from hexgen_vllm.router.discovery.metrics import DiscoveryMetrics
@@ -106,7 +107,7 @@ class Context:
             raise shutting_down()
         most = self.options.max_concurrent_requests
         if 0 < most < self.ledger.open:
-            raise Refused("Too many calls are open.", reason="rejected-saturated", status=429)
+            raise refused(Outcome.SATURATED)
 
     def check_model(self, model: str) -> None:
         """Return if some engine serves ``model``, up or not.
@@ -149,14 +150,12 @@ class Context:
 
     def _check_known(self) -> None:
         if all(engine.spec is None for engine in self.fleet.engines.values()):
-            raise Refused("No engine is ready yet.", reason="rejected-no-endpoints")
+            raise refused(Outcome.NO_ENDPOINTS, "No engine is ready yet.")
 
 
 def shutting_down() -> Refused:
     """Return the refusal of calls that come or wait while the router stops."""
-    return Refused(
-        "The router is shutting down.", reason="rejected-shutting-down", retry_after_s=5.0
-    )
+    return refused(Outcome.SHUTTING_DOWN, retry_after_s=5.0)
 
 
 async def read_body(request: Request) -> bytes:

@@ -16,8 +16,8 @@ from typing import Any, Final
 from yarl import URL
 
 from hexgen_vllm.errors import BadRequest
-from hexgen_vllm.router import ledger
-from hexgen_vllm.router.attempt import LOST, TIMEOUT, Guard, failed
+from hexgen_vllm.router.answers import EngineFailed, Outcome
+from hexgen_vllm.router.attempt import Guard
 from hexgen_vllm.router.breaker import Breaker, Phase
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.router.probe import Found, names
@@ -25,8 +25,6 @@ from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.targets import worker_of
 from hexgen_vllm.types import EngineKind, EngineSpec, EngineState
 
-_SUCCESSES: Final = frozenset((ledger.ANSWERED, ledger.BAD_REQUEST))
-_FAILURES: Final = frozenset((LOST, TIMEOUT, "engine-error"))
 _MOST_ADDRESSES: Final = 64  # that are remembered
 _TAKES_CALLS: Final = (EngineState.READY, EngineState.TRIAL)
 _LOG = logging.getLogger(__name__)
@@ -151,7 +149,7 @@ class Fleet:
         engine = self.engines.get(target) or self.engines.get(worker_of(target))
         if engine is not None and target in [spec.engine_id for spec in engine.specs]:
             return engine
-        raise failed(LOST, retryable=True)
+        raise EngineFailed(Outcome.LOST, retryable=True)
 
     def ready(self) -> list[Engine]:
         """Return the engines that get calls, sorted by name."""
@@ -257,14 +255,15 @@ class Fleet:
 
     # What calls find
 
-    def tried(self, engine: Engine, target: str, outcome: str) -> None:
-        """Note how a call on an engine ended, in words of the ledger; others do not count."""
-        if outcome in _SUCCESSES:
+    def tried(self, engine: Engine, target: str, outcome: Outcome) -> None:
+        """Note how a call on an engine ended."""
+        well = outcome.ending.engine_is_well
+        if well:
             engine.stalled.discard(target)
             engine.breaker.succeeded()
             if engine.state is not EngineState.READY:
                 self._settle(engine)
-        elif outcome in _FAILURES:
+        elif well is False:
             now = self._service.clock.now()
             if engine.breaker.failed(now) and self._others(engine):
                 engine.breaker.open(now)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from aiohttp import web
 
-from hexgen_vllm.errors import Refused
 from hexgen_vllm.router import answers, http_answer
 from hexgen_vllm.router.http_reader import Reader
 from hexgen_vllm.router.http_request import SENT, Request, Source
@@ -90,7 +89,7 @@ class Connection(Reader):
         self._deaf = self._closing = True
         request = Request(self, "GET", "/", [], persists=False, can_chunk=False)
         text = "The router has as many connections as it may."
-        refused = Refused(text, reason=answers.OUT_OF_CONNECTIONS)
+        refused = answers.refused(answers.Outcome.OUT_OF_CONNECTIONS, text)
         self._write_response(request, answers.from_error(refused, None))
         self._linger()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from hexgen_vllm.router import ledger
+from hexgen_vllm.router.answers import Outcome
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import Accepted
@@ -48,7 +48,7 @@ class Job:
     sent: int
     tried: list[str]
     placement: Placement | None
-    outcome: str
+    outcome: Outcome
     result: CallResult
 
     def __init__(
@@ -59,7 +59,7 @@ class Job:
         self.first_token_s = self.request_id = self.accepted = self.placement = None
         self.tries = self.sent = 0
         self.tried = []
-        self.outcome, self.result = ledger.INTERNAL, _ABORTED
+        self.outcome, self.result = Outcome.INTERNAL, _ABORTED
 
     @property
     def placed(self) -> bool:
@@ -78,10 +78,10 @@ class Job:
 
     def client_left(self) -> None:
         """Note that the client has gone; an answer that it had in full by then stays one."""
-        if self.outcome == ledger.INTERNAL:
-            self.outcome = ledger.CLIENT_GONE
+        if self.outcome == Outcome.INTERNAL:
+            self.outcome = Outcome.CLIENT_GONE
 
-    def ended(self, outcome: str, usage: Usage | None = None) -> None:
+    def ended(self, outcome: Outcome, usage: Usage | None = None) -> None:
         """Note how it ended; with ``usage`` it was answered."""
         self.outcome = outcome
         if usage is not None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
-ANSWERED: Final = "answered"
-# Why calls fail, besides the reasons of Refused (rejected-*) and EngineFailed (engine-*).
-BAD_REQUEST: Final = "bad-request"
-CLIENT_GONE: Final = "rejected-context-cancelled"
-INTERNAL: Final = "internal-error"
+from hexgen_vllm.router.answers import Outcome
+
 GONE: Final = "gone"
 """Stands for all engines that have left, of which there may be any number."""
 
@@ -44,12 +41,12 @@ class Ledger:
 
     def answered(self) -> int:
         """Return the calls that were answered in full."""
-        return sum(n for (_, outcome), n in self.ended.items() if outcome == ANSWERED)
+        return sum(n for (_, outcome), n in self.ended.items() if outcome == Outcome.ANSWERED)
 
     def failed(self) -> dict[str, int]:
         """Return the calls that failed, by reason."""
         found: Counter[str] = Counter()
         for (_, outcome), n in self.ended.items():
-            if outcome != ANSWERED:
+            if outcome != Outcome.ANSWERED:
                 found[outcome] += n
         return dict(found)

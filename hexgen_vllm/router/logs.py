@@ -11,6 +11,7 @@ import logging
 import re
 from typing import Any, Final
 
+from hexgen_vllm.router.answers import Fault
 from hexgen_vllm.router.job import Job
 
 FORMATS: Final = ("text", "json")
@@ -63,7 +64,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 def call_ended(job: Job, now: float) -> None:
     """Log the end of a call: at level info when an engine or the router failed, else at debug."""
-    failed = job.outcome.startswith(("engine-", "internal-"))
+    failed = job.outcome.ending.fault in (Fault.ENGINE, Fault.ROUTER)
     level = logging.INFO if failed else logging.DEBUG
     if not _LOG.isEnabledFor(level):
         return

@@ -22,7 +22,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from hexgen_vllm import __version__
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.ledger import ANSWERED
+from hexgen_vllm.router.answers import Outcome
 from hexgen_vllm.router.tracing import CallTrace, Tracing
 from hexgen_vllm.types import Call, CallResult, Placement
 
@@ -130,7 +130,7 @@ class _OtelTrace(CallTrace):
         }
         known = {name: n for name, n in counts.items() if n is not None}
         _say(self._root, {"hexgen.outcome": outcome, **known})
-        if outcome != ANSWERED:
+        if outcome != Outcome.ANSWERED:
             for failed in filter(None, (self._root, self._upstream)):
                 failed.set_status(Status(StatusCode.ERROR, outcome))
         for span in (self._queue, self._upstream, self._root):

@@ -11,14 +11,14 @@ from typing import Final
 
 from aiohttp import web
 
-from hexgen_vllm.router import ledger
 from hexgen_vllm.router.answers import (
     EngineFailed,
+    Outcome,
     error_event,
     hung_up,
     refused_by_engine,
 )
-from hexgen_vllm.router.attempt import LOST, Attempt, failed
+from hexgen_vllm.router.attempt import Attempt
 from hexgen_vllm.router.engine_answer import Answer
 from hexgen_vllm.router.http_request import SENT
 from hexgen_vllm.router.job import Job
@@ -115,11 +115,11 @@ class StreamPass:
     def _book(self) -> None:
         watch, job = self._watch, self._job
         if watch.failed():
-            job.ended("engine-error")
+            job.ended(Outcome.ERROR)
         elif watch.cancelled():
-            job.ended(ledger.CLIENT_GONE)
+            job.ended(Outcome.CLIENT_GONE)
         else:
-            job.ended(ledger.ANSWERED, watch.usage())
+            job.ended(Outcome.ANSWERED, watch.usage())
 
     def _finish(self) -> None:
         """End a stream that the engine ended.
@@ -130,7 +130,7 @@ class StreamPass:
         watch, attempt = self._watch, self._attempt
         rest = watch.ended()
         if not (watch.failed() or watch.complete() or not self._job.endpoint.ends):
-            raise failed(LOST, retryable=not attempt.begun)
+            raise EngineFailed(Outcome.LOST, retryable=not attempt.begun)
         if not attempt.answering:
             self._send(b"")
         self._job.request.end(rest)
@@ -161,9 +161,9 @@ async def whole_pass(
 
 def _note_end(job: Job, status: int, tail: bytes) -> None:
     if status < 400:
-        job.ended(ledger.ANSWERED, find_usage(tail))
+        job.ended(Outcome.ANSWERED, find_usage(tail))
     else:
-        job.ended(ledger.BAD_REQUEST if status < 500 else "engine-error")
+        job.ended(Outcome.BAD_REQUEST if status < 500 else Outcome.ERROR)
 
 
 async def _large_pass(

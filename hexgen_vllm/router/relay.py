@@ -19,8 +19,8 @@ from typing import Final
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
-from hexgen_vllm.router import answers, ledger, logs, outbound, tls
-from hexgen_vllm.router.answers import OUT_OF_CONNECTIONS, EngineFailed
+from hexgen_vllm.router import answers, logs, outbound, tls
+from hexgen_vllm.router.answers import EngineFailed, Outcome, refused
 from hexgen_vllm.router.attempt import Attempt, ClientGone
 from hexgen_vllm.router.broken import CannotConnect, RouterShort
 from hexgen_vllm.router.context import Context, read_body
@@ -67,10 +67,10 @@ class Relay:
         try:
             return await self._serve(job)
         except BadRequest as error:
-            job.ended(ledger.BAD_REQUEST)
+            job.ended(Outcome.BAD_REQUEST)
             return answers.from_error(error, job.request_id)
         except (Refused, EngineFailed) as error:
-            job.ended(error.reason)
+            job.ended(Outcome.of(error.reason))
             return answers.from_error(error, job.request_id)
         except (ClientGone, ConnectionError):
             job.client_left()
@@ -147,8 +147,7 @@ class Relay:
     def _least_busy(self, job: Job, call: Call) -> Placement:
         engine = self._context.fleet.least_busy(call.model, job.tried)
         if engine is None:
-            text = "No engine can take this call now."
-            raise Refused(text, reason="rejected-no-endpoints")
+            raise refused(Outcome.NO_ENDPOINTS)
         job.tried.append(engine.name)
         return Placement(call.call_id, next(iter(engine.targets)), "least-busy")
 
@@ -184,7 +183,7 @@ class Relay:
         context = self._context
         engine = context.fleet.engine(placement.engine_id)
         attempt = Attempt(context.guard, job.request, placement.engine_id, engine.name)
-        outcome = ""
+        outcome: Outcome | None = None
         try:
             with attempt:
                 answer = attempt.answer = await self._send(job, accepted, placement, engine, now)
@@ -194,7 +193,7 @@ class Relay:
             raise
         finally:
             # What nobody knows may be what no engine can do.
-            if job.endpoint.known or outcome != "engine-error":
+            if job.endpoint.known or outcome is not Outcome.ERROR:
                 context.fleet.tried(engine, attempt.target, outcome or job.outcome)
             if attempt.answer is not None:
                 attempt.answer.close()  # nothing to close when it was read to its end
@@ -224,7 +223,7 @@ class Relay:
         except RouterShort:
             _LOG.error("nothing left to connect with engine=%s", engine.name)
             text = "The router has nothing left to connect to an engine with."
-            raise Refused(text, reason=OUT_OF_CONNECTIONS) from None
+            raise refused(Outcome.OUT_OF_CONNECTIONS, text) from None
         except CannotConnect:
             context.fleet.lost(engine.name, "a connection failed")
             raise
@@ -271,7 +270,7 @@ class Relay:
 
 def _was_not_begun(failure: EngineFailed) -> bool:
     """Whether the engine surely has done nothing of a call."""
-    return failure.reason == "engine-busy" or isinstance(failure.__cause__, CannotConnect)
+    return failure.reason is Outcome.BUSY or isinstance(failure.__cause__, CannotConnect)
 
 
 def _is_stream(answer: Answer) -> bool:
@@ -284,10 +283,9 @@ def _refused_by_engine(answer: Answer) -> EngineFailed:
     if answer.status in (429, 503):
         wait = answer.header(b"retry-after")
         return EngineFailed(
-            "The engine is too busy.",
-            reason="engine-busy",
+            Outcome.BUSY,
             status=answer.status,
             retry_after_s=float(wait) if wait.isdecimal() and len(wait) < 6 else 1.0,
             retryable=True,
         )
-    return EngineFailed("The engine failed.", reason="engine-error", status=502, retryable=True)
+    return EngineFailed(Outcome.ERROR, retryable=True)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.load import UNMEASURED, EngineLoad
-from hexgen_vllm.router.attempt import TIMEOUT, Attempt, Guard
+from hexgen_vllm.router.answers import Outcome
+from hexgen_vllm.router.attempt import Attempt, Guard
 from hexgen_vllm.router.fleet import Engine, Fleet
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.targets import worker_of
@@ -107,4 +108,4 @@ class Stalls:
 def _end_silent(attempts: Iterable[Attempt], limit_s: float, now: float) -> None:
     for attempt in attempts:
         if attempt.silent_s(now) > limit_s:
-            attempt.abort(TIMEOUT)
+            attempt.abort(Outcome.TIMEOUT)
