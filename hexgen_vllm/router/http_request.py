@@ -322,6 +322,8 @@ class Request:
         pieces = [b"HTTP/1.1 %d %b\r\n" % (status, reason), *head]
         if self._connection.marking and not self.marked:
             pieces += self._connection.marks(self)
+        if not self.body_complete:
+            self.persists = False  # nobody reads the rest
         if not self.persists:
             pieces.append(b"connection: close\r\n")
         elif not self._can_chunk:

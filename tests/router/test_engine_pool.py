@@ -195,3 +195,73 @@ async def test_the_router_uses_its_connections_again(single: Stand) -> None:
         async with single.post(max_tokens=1) as answer:
             await answer.read()
     assert single.router.engine_connections == 1
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize("size", [2**8, 2**20])
+@pytest.mark.parametrize(
+    "text",
+    [
+        OK + b"X-A: bcd\r\n" * 1000,
+        OK + b"X: " + b"x" * 100_000,
+        OK + b"X: %b\r\n" % (b"x" * 1000) * 100 + b"Content-Length: 0\r\n\r\n",
+        b"HTTP/1.1 102 Processing\r\n\r\n" * 10_000,
+        b"HTTP/1.1 200 " + b"x" * 100_000,
+        OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n" + b"X-A: b\r\n" * 20_000,
+        OK + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 200_000,
+    ],
+    ids=["many", "one", "long ones", "announced", "reason", "trailers", "size of a chunk"],
+)
+async def test_what_an_engine_sends_besides_bodies_is_bounded(text: bytes, size: int) -> None:
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    async with engine(says(*pieces)) as (pool, url, _):
+        with pytest.raises(EngineBroke):
+            await whole(pool, url)
+        while pool.open:
+            await asyncio.sleep(0)
+
+
+async def test_a_head_of_ordinary_length_may_come_in_any_pieces() -> None:
+    text = OK + b"X-A: %b\r\n" % (b"x" * 100) * 100 + b"Content-Length: 3\r\n\r\nabc"
+    for size in (1, 100, len(text)):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        async with engine(says(*pieces)) as (pool, url, _):
+            assert await whole(pool, url) == b"abc"
+
+
+async def test_a_long_body_in_one_packet_with_its_head_is_no_long_head() -> None:
+    body = b"x" * 300_000
+    text = OK + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    async with engine(says(text)) as (pool, url, _):
+        for _ in range(3):
+            assert await whole(pool, url) == body
+
+
+async def test_a_head_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slowly it drips, and whatever announced it; nothing of a head may take for ever."""
+    monkeypatch.setattr(engine_pool, "_HEAD_S", 0.05)
+
+    async def drip(writer: asyncio.StreamWriter, _: int) -> None:
+        writer.write(b"HTTP/1.1 102 Processing\r\n\r\n" + OK + b"X: ")
+        while True:
+            writer.write(b"x")
+            await asyncio.sleep(0.005)
+
+    async with engine(drip) as (pool, url, _):
+        with pytest.raises(EngineBroke):
+            await whole(pool, url)
+
+
+async def test_an_engine_may_announce_its_answer_and_think(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_pool, "_HEAD_S", 0.02)
+
+    async def think(writer: asyncio.StreamWriter, _: int) -> None:
+        writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        await asyncio.sleep(0.1)
+        writer.write(PLAIN)
+
+    async with engine(think) as (pool, url, _):
+        for _ in range(2):
+            assert await whole(pool, url) == b"abc"
