@@ -261,7 +261,8 @@ class Placement:
     def ordered_by_s(self) -> float:
         """Deadline that an engine is to order by, so that deadline minus tail is ``due_s``."""
         due_s = self.due_s
-        if due_s == self.deadline_s - self.tail_s or due_s == NO_DEADLINE:
+        plain = self.background or due_s == NO_DEADLINE
+        if plain or due_s == self.deadline_s - self.tail_s:
             return self.deadline_s
         return due_s + self.tail_s
 

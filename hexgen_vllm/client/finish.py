@@ -13,6 +13,8 @@ from inspect import iscoroutinefunction
 from typing import Any, Final, cast
 from urllib.parse import quote
 
+from hexgen_vllm import wire
+
 TIMEOUT_S: Final = 2.0
 
 
@@ -22,7 +24,7 @@ def finish_url(base_url: str, workflow_id: str) -> str:
     return f"{root}/finish_session?session_id={quote(workflow_id, safe='')}"
 
 
-def finish(client: object, workflow_id: str) -> None:
+def finish(client: object, workflow_id: str, tenant: str | None = None) -> None:
     """End the workflow through a synchronous client; never raises for what the server does.
 
     An asynchronous client cannot be awaited here: then nothing is sent.
@@ -30,20 +32,27 @@ def finish(client: object, workflow_id: str) -> None:
     with suppress(Exception):
         post = _post(client)
         if not iscoroutinefunction(post):
-            post(finish_url(_base_url(client), workflow_id), cast_to=object)
+            post(finish_url(_base_url(client), workflow_id), **_said(tenant))
 
 
-async def finish_async(client: object, workflow_id: str) -> None:
+async def finish_async(client: object, workflow_id: str, tenant: str | None = None) -> None:
     """End the workflow through a client of either kind; never raises for what the server does."""
     with suppress(Exception):
         post = _post(client)
         if not iscoroutinefunction(post):
-            await asyncio.to_thread(finish, client, workflow_id)
+            await asyncio.to_thread(finish, client, workflow_id, tenant)
             return
         await cast(
             "Awaitable[object]",
-            post(finish_url(_base_url(client), workflow_id), cast_to=object),
+            post(finish_url(_base_url(client), workflow_id), **_said(tenant)),
         )
+
+
+def _said(tenant: str | None) -> dict[str, Any]:
+    """Return the arguments of the request: a workflow is its tenant's."""
+    if tenant is None:
+        return {"cast_to": object}
+    return {"cast_to": object, "options": {"headers": {wire.header_name("tenant"): tenant}}}
 
 
 def _base_url(client: object) -> str:

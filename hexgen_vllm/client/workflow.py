@@ -126,7 +126,7 @@ class Workflow(Generic[ClientT]):
 
     def __exit__(self, *_: object) -> None:
         if workflow_id := self._leave():
-            finish(self._client, workflow_id)
+            finish(self._client, workflow_id, self._entered().tenant)
 
     async def __aenter__(self: WorkflowT) -> WorkflowT:
         self._enter()
@@ -134,7 +134,7 @@ class Workflow(Generic[ClientT]):
 
     async def __aexit__(self, *_: object) -> None:
         if workflow_id := self._leave():
-            await finish_async(self._client, workflow_id)
+            await finish_async(self._client, workflow_id, self._entered().tenant)
 
     def _enter(self) -> None:
         if self._scope is not None:

@@ -33,8 +33,9 @@ from typing import Final, NamedTuple
 
 from hexgen_vllm.types import NO_DEADLINE
 
-MAX_PRIORITY: Final = 1000
-"""Priorities of clients lie within this, both ways."""
+MAX_PRIORITY: Final = 2**62
+"""Priorities of clients lie within this, both ways: what is sent on must fit the 64 bits of
+vLLM's own."""
 
 
 class Ceiling(NamedTuple):

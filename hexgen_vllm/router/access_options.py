@@ -8,7 +8,9 @@ from typing import Final
 
 from hexgen_vllm.config import option
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.policy.claims import MAX_PRIORITY
 from hexgen_vllm.router.hosts import check_patterns
+from hexgen_vllm.router.tenants import read_keys
 from hexgen_vllm.tune.online import OnlineOptions
 
 KEY_VARIABLES: Final = {
@@ -28,6 +30,19 @@ class AccessOptions(OnlineOptions):
     )
     admin_api_key: tuple[str, ...] = option(
         (), f"keys for admin routes, closed without (or ${KEY_VARIABLES['admin_api_key']})"
+    )
+    api_keys: str | None = option(
+        None, "YAML file of keys: whose each is, and the most that its clients can claim"
+    )
+    max_priority: int | None = option(
+        None,
+        "highest priority that counts of clients without a key or with one of --api-key; without "
+        "limit by default, 0 where there are several keys",
+        least=-MAX_PRIORITY,
+        most=MAX_PRIORITY,
+    )
+    min_deadline_ms: float = option(
+        0.0, "shortest deadline that counts of those clients, ms", least=0.0
     )
     allow_unauthenticated_admin: bool = option(False, "open admin routes to everybody")
     engine_api_key: str | None = option(
@@ -72,6 +87,8 @@ class AccessOptions(OnlineOptions):
             raise ConfigError("allowed_origins must name origins when allow_credentials is set.")
         if any(not key for key in (*self.api_key, *self.admin_api_key)):
             raise ConfigError("api_key and admin_api_key must not be empty.")
+        if self.api_keys is not None:
+            read_keys(Path(self.api_keys))
         for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "engine_ssl_ca_certs"):
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Final
 
 from aiohttp import web
@@ -20,6 +21,7 @@ from hexgen_vllm.router.hosts import ServedHosts, is_loopback
 from hexgen_vllm.router.http_request import SENT, Request
 from hexgen_vllm.router.http_server import Server
 from hexgen_vllm.router.keys import Keys
+from hexgen_vllm.router.metrics import without_tenants
 from hexgen_vllm.router.metrics_port import MetricsPort
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.outbound import REQUEST_ID_HEADER
@@ -28,13 +30,22 @@ from hexgen_vllm.router.relay import Relay
 from hexgen_vllm.router.routes import Parts, Routes
 from hexgen_vllm.router.shard import Shard
 from hexgen_vllm.router.spot import PROCESS_HEADER, Spot
+from hexgen_vllm.router.tenants import ANYBODY
 from hexgen_vllm.router.upstream import new_session
 
 _LOG = logging.getLogger(__name__)
+METRICS_PATH: Final = "/metrics"
 _TICK_S: Final = 0.5
 _BACKLOG: Final = 2048  # a full one makes kernels reset connections
 _CLOSE_S: Final = 0.5  # 0 would mean for ever
 _LAST_WORDS_S: Final = 1.0  # for telling clients that their calls were cut off
+
+
+def _for_everybody(response: web.StreamResponse) -> web.StreamResponse:
+    """Return metrics as those see them who have no key of an admin."""
+    if isinstance(response, web.Response) and isinstance(response.body, bytes):
+        response.body = without_tenants(response.body)
+    return response
 
 
 class Router:
@@ -59,13 +70,15 @@ class Router:
         clock: Clock | None = None,
         spot: Spot | None = None,
     ) -> None:
-        self._options, self._dispatch, self._spot = options, dispatch, spot
+        self._keys, self._cors = Keys(options), Cors(options)
+        weights = {**self._keys.weights, **dispatch.tenant_weights}
+        self._dispatch = replace(dispatch, tenant_weights=weights)
+        self._options, self._spot = options, spot
         self._shard: Shard | None = None
         self._clock = clock or SystemClock()
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.ServerRunner | None = None
         self._metrics_port: MetricsPort | None = None
-        self._keys, self._cors = Keys(options), Cors(options)
         self._tls = tls.for_clients(options)
         # A browser would not take our certificate for another name, nor show it a key.
         open_here = self._tls is None and not options.api_key and is_loopback(options.host)
@@ -238,6 +251,8 @@ class Router:
     async def _handle(self, request: Request) -> web.StreamResponse:
         """Answer any request; errors become OpenAI error objects."""
         response = await self._answer(request)
+        if request.path == METRICS_PATH and not (request.client.sees_all or request.came_from_here):
+            response = _for_everybody(response)
         if response is not SENT and REQUEST_ID_HEADER not in response.headers:
             response.headers[REQUEST_ID_HEADER] = self.context.intake.request_id(request.names)
         return response
@@ -255,9 +270,11 @@ class Router:
                 return refused
             found = self._routes.rest(request)
         route, handler, request.params = found
+        if request.client is ANYBODY:
+            request.client = self._keys.client(request)
         # What another process passes on has been looked at there.
         if not request.came_from_here:
-            refusal = self._keys.refusal(request, route.access)
+            refusal = self._keys.refusal(request, route)
             if refusal is not None:
                 return refusal
         try:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from hexgen_vllm import wire
+from hexgen_vllm.policy.claims import MAX_PRIORITY
 
 SESSION_HEADERS: Final = (
     "x-session-id",
@@ -38,11 +39,9 @@ TENANT_HEADERS: Final = (
 )
 # Seconds after which an answer is of no use to the client any more.
 TIMEOUT_HEADERS: Final = ("x-litellm-timeout", "x-stainless-read-timeout")
-MAX_PRIORITY: Final = 2**62
-"""Larger ones count as this: what is sent on must fit the 64 bits of vLLM's own priority."""
 _VENDOR_SESSION: Final = re.compile(r"x-(?!parent-)[a-z0-9]+-session-id")
 _DIGITS: Final = re.compile(r"[+-]?[0-9]{1,30}")
-_CLASSES: Final = {"system": 2, "interactive": 1, "default": 0, "bulk": -1}
+CLASSES: Final = {"system": 2, "interactive": 1, "default": 0, "bulk": -1}
 _TIERS: Final = {"priority": 1, "flex": -1, "batch": -1}
 _BATCH_TIERS: Final = ("flex", "batch")
 
@@ -138,14 +137,14 @@ def _session(
     found = next((value for value in in_body if isinstance(value, str) and value), None)
     if found is None:
         found = next((v for k, v in headers.items() if _is_vendor_session(k) and v), None)
-    return None if found is None else _as_id(found)
+    return None if found is None else as_id(found)
 
 
 def _is_vendor_session(name: str) -> bool:
     return name.endswith("-session-id") and _VENDOR_SESSION.fullmatch(name) is not None
 
 
-def _as_id(text: str) -> str:
+def as_id(text: str) -> str:
     """Return ``text``, or a digest of it when it is not legal as a workflow id."""
     if wire.ID.fullmatch(text):
         return text
@@ -212,6 +211,6 @@ def _priority(
             number = _whole(value)
             if number is not None:
                 return sign * max(-MAX_PRIORITY, min(MAX_PRIORITY, number))
-    named = _CLASSES.get(headers.get("x-smg-priority", "").lower())
+    named = CLASSES.get(headers.get("x-smg-priority", "").lower())
     tier = body.get("service_tier")
     return named if named is not None else _TIERS.get(tier if isinstance(tier, str) else "", 0)

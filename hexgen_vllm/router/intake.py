@@ -7,7 +7,8 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
@@ -15,12 +16,14 @@ import msgspec
 
 from hexgen_vllm import wire
 from hexgen_vllm.errors import BadRequest
+from hexgen_vllm.policy.claims import MAX_PRIORITY
 from hexgen_vllm.router import conventions
 from hexgen_vllm.router.conventions import Foreign
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.http_body import LARGE_BYTES, aside
 from hexgen_vllm.router.http_request import Names, Pairs
 from hexgen_vllm.router.prompt import Prompt, TokenRatios, chain, read_prompt
+from hexgen_vllm.router.tenants import ANYBODY, Client
 from hexgen_vllm.types import NO_DEADLINE, Call
 
 MAX_REQUEST_ID_CHARS: Final = 256
@@ -34,6 +37,10 @@ waits meanwhile, whichever thread does it."""
 
 _MAX_NAMES: Final = 1024  # in an object at the top of a large body
 _MAX_DEPTH: Final = 3  # of what is read of a body besides the prompt
+SESSION_HEADER: Final = "x-session-id"
+PRIORITY_HEADER: Final = "x-vllm-priority"
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+_NONE: Final[tuple[str, ...]] = ()
 _DECODER: Final = msgspec.json.Decoder()
 _MAX_FORM_BYTES: Final = 2**16  # of a URL-encoded form or a part, where the model is looked for
 _MAX_PARTS: Final = 1000  # of a form
@@ -55,6 +62,8 @@ class Accepted:
         session_id: workflow or session the client named, ``None`` when it named none.
         priority: importance, higher is sooner.
         service_class: ``batch`` for a call that nobody waits for, ``None`` where nothing is said.
+        said: headers that replace the client's, by lower-case name.
+        clamped: what the client claimed beyond its ceiling.
     """
 
     call: Call
@@ -65,8 +74,10 @@ class Accepted:
     session_id: str | None
     priority: int
     service_class: str | None
+    said: Mapping[str, str]
+    clamped: tuple[str, ...]
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one for each attribute
         self,
         call: Call,
         endpoint: Endpoint,
@@ -76,10 +87,14 @@ class Accepted:
         session_id: str | None,
         priority: int,
         service_class: str | None = None,
+        *,
+        said: Mapping[str, str] = _NOTHING,
+        clamped: tuple[str, ...] = (),
     ) -> None:
         self.call, self.endpoint, self.pairs = call, endpoint, pairs
         self.body, self.prompt, self.session_id = body, prompt, session_id
         self.priority, self.service_class = priority, service_class
+        self.said, self.clamped = said, clamped
 
 
 class Parsed(NamedTuple):
@@ -145,6 +160,7 @@ class Intake:
         default_model: Callable[[], str | None],
         pairs: Pairs | None = None,
         parsed: Parsed | None = None,
+        client: Client = ANYBODY,
     ) -> Accepted:
         """Read a request.
 
@@ -157,6 +173,7 @@ class Intake:
                 are several.
             pairs: the headers as they came, for the engine.
             parsed: what :func:`parsed_aside` made of ``raw``, which need not be decoded then.
+            client: who asks.
 
         Raises:
             BadRequest: the body is no JSON object, or one of our fields has a bad value.
@@ -172,16 +189,33 @@ class Intake:
         else:
             prompt, kept = parsed.prompt, parsed.kept
         call = self._call(endpoint, model, said, foreign, prompt, body, now)
+        session_id = said.workflow_id or foreign.session_id
+        clamped, headers_said = _NONE, _NOTHING
+        if client is not ANYBODY:
+            call, clamped = _held_to(client, call, session_id, said.tenant or foreign.tenant, now)
+            headers_said = _said_for(client, call, session_id, names, body)
+            if session_id is not None:
+                session_id = client.engine_id(call.tenant, session_id)
         return Accepted(
             call=call,
             endpoint=endpoint,
             pairs=pairs or [],
             body=kept,
             prompt=prompt,
-            session_id=said.workflow_id or foreign.session_id,
-            priority=foreign.priority,
+            session_id=session_id,
+            priority=call.priority,
             service_class=said.service_class or (wire.BATCH if foreign.batch else None),
+            said=headers_said,
+            clamped=clamped,
         )
+
+    def tenant(self, names: Names) -> str | None:
+        """Return the tenant that the headers of a request name.
+
+        Raises:
+            BadRequest: one of our headers has a bad value.
+        """
+        return wire.from_headers(names).tenant or conventions.read(names, {}).tenant
 
     def _call(
         self,
@@ -236,6 +270,48 @@ class Intake:
         if foreign.timeout_s is not None:
             return now + min(foreign.timeout_s, usual)
         return now + usual if in_session else NO_DEADLINE
+
+
+def _held_to(
+    client: Client, call: Call, session_id: str | None, tenant: str | None, now: float
+) -> tuple[Call, tuple[str, ...]]:
+    """Return what is left of a call when its client's ceiling holds, and what was too much.
+
+    Args:
+        client: who asks.
+        call: as claimed.
+        session_id: the workflow or session that it names.
+        tenant: that it names.
+        now: time of receipt.
+    """
+    ceiling, owner = client.ceiling, client.acts_for(tenant)
+    priority = ceiling.priority(call.priority)
+    deadline_s = ceiling.deadline_s(call.deadline_s, now)
+    claims = (
+        ("priority", priority != call.priority),
+        ("deadline", deadline_s != call.deadline_s),
+        ("tenant", tenant is not None and owner != tenant),
+    )
+    clamped = tuple(name for name, too_much in claims if too_much)
+    owned = session_id is not None and client.scoped
+    if not clamped and not owned and owner == call.tenant:
+        return call, clamped
+    own_id = call.workflow_id if session_id is None else client.own_id(owner, session_id)
+    held = replace(call, tenant=owner, priority=priority, deadline_s=deadline_s, workflow_id=own_id)
+    return held, clamped
+
+
+def _said_for(
+    client: Client, call: Call, session_id: str | None, names: Names, body: Mapping[str, Any]
+) -> Mapping[str, str]:
+    """Return the headers that engines get in place of the client's own."""
+    said: dict[str, str] = {}
+    if client.scoped and session_id is not None:
+        said[SESSION_HEADER] = client.engine_id(call.tenant, session_id)
+    limited = client.ceiling.max_priority < MAX_PRIORITY
+    if limited and (PRIORITY_HEADER in names or "priority" in body):
+        said[PRIORITY_HEADER] = str(-call.priority)  # vLLM takes the header before the body
+    return said
 
 
 def _may_refuse(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:

@@ -6,51 +6,108 @@ key, or as Anthropic's SDKs do, ``x-api-key: KEY``.
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
+from hexgen_vllm.policy.claims import MAX_PRIORITY, Ceiling
 from hexgen_vllm.router import answers
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.routes import Access
+from hexgen_vllm.router.routes import Access, Route
+from hexgen_vllm.router.tenants import (
+    ALL_TENANTS,
+    ANYBODY,
+    DEFAULT_TENANT,
+    Client,
+    digest,
+    read_keys,
+)
 
 KEY_HEADER: Final = "x-api-key"
 
 
 class Keys:
-    """Checks keys.
+    """Checks keys, and says whose they are.
+
+    Only digests of keys are kept, and looked up by digest: how long that takes tells nothing of a
+    key that came close.
 
     Attributes:
         wanted: whether clients need a key.
+        weights: of tenants, as the file of keys gives them.
 
     Args:
         options: the keys, and whether admin routes are open.
+
+    Raises:
+        ConfigError: the file of keys cannot be read, or is wrong.
     """
 
     def __init__(self, options: RouterOptions) -> None:
-        self._client, self._admin = _encoded(options.api_key), _encoded(options.admin_api_key)
-        self.wanted = bool(self._client)
+        entries = () if options.api_keys is None else read_keys(Path(options.api_keys)).keys
+        plain = sorted({digest(key) for key in options.api_key})
+        alone = len(plain) <= 1 and not entries
+        self.wanted = bool(plain or entries)
+        self._operator = Client(
+            DEFAULT_TENANT, frozenset((ALL_TENANTS,)), admin=True, scoped=not alone
+        )
+        self._clients: dict[bytes, Client] = {
+            one: self._plain(one, alone, options) for one in plain
+        }
+        self._clients |= {one.digest(): one.client() for one in entries}
+        self._clients |= dict.fromkeys(map(digest, options.admin_api_key), self._operator)
+        tenants = {one.tenant for one in self._clients.values() if not one.admin}
+        self._shared = bool(entries) or len(tenants) > 1
+        self._anybody = Client(
+            ceiling=_ceiling(options, MAX_PRIORITY),
+            sees_all=not self._shared or options.allow_unauthenticated_admin,
+        )
+        if self._anybody == ANYBODY:
+            self._anybody = ANYBODY
+        self._has_admin = any(one.admin for one in self._clients.values())
+        self.weights: Mapping[str, float] = {
+            one.tenant: one.weight for one in entries if one.weight is not None
+        }
         self._everybody = options.allow_unauthenticated_admin
         self._origins = frozenset(options.allowed_origins)
 
-    def refusal(self, request: Request, access: Access) -> web.Response | None:
+    @staticmethod
+    def _plain(key: bytes, alone: bool, options: RouterOptions) -> Client:
+        """Return who shows a key of the plain list."""
+        if alone:
+            return Client(DEFAULT_TENANT, ceiling=_ceiling(options, MAX_PRIORITY))
+        name, most = f"key-{key.hex()[:8]}", _ceiling(options, 0)
+        return Client(name, ceiling=most, sees_all=False, scoped=True)
+
+    def client(self, request: Request) -> Client:
+        """Return who asks; whoever shows no known key is anybody."""
+        if not self._clients:
+            return self._anybody
+        return self._known(request) or self._anybody
+
+    def refusal(self, request: Request, route: Route) -> web.Response | None:
         """Return the answer to a request that may not pass, ``None`` if it may."""
-        if access is Access.ADMIN:
+        if route.access is Access.ADMIN:
             return self._admin_refusal(request)
-        if not self.wanted or access is not Access.CLIENT:
+        if not self.wanted or route.access is not Access.CLIENT:
             return None
-        shown = shown_keys(request.names)
-        if _one_of(shown, self._client) | _one_of(shown, self._admin):
-            return None
-        return _no_key("A valid API key is needed.")
+        if self._known(request) is None:
+            return _no_key("A valid API key is needed.")
+        return self._admin_refusal(request) if route.shows_tenants and self._shared else None
+
+    def _known(self, request: Request) -> Client | None:
+        found = (self._clients.get(digest(key)) for key in shown_keys(request.names))
+        known = [one for one in found if one is not None]
+        return next((one for one in known if one.admin), known[0]) if known else None
 
     def _admin_refusal(self, request: Request) -> web.Response | None:
-        if self._admin:
-            known = _one_of(shown_keys(request.names), self._admin)
-            return None if known else _no_key("A valid admin API key is needed.")
+        if self._has_admin:
+            known = self._known(request)
+            admin = known is not None and known.admin
+            return None if admin else _no_key("A valid admin API key is needed.")
         if not self._everybody:
             text = "Admin endpoints are off: the router has no admin API key."
             return answers.error_response(text, 403, code="admin_disabled")
@@ -62,22 +119,17 @@ class Keys:
         return None
 
 
+def _ceiling(options: RouterOptions, max_priority: int) -> Ceiling:
+    most = options.max_priority
+    return Ceiling(max_priority if most is None else most, options.min_deadline_ms / 1000.0)
+
+
 def shown_keys(names: Mapping[str, str]) -> list[str]:
     """Return the keys that a request shows, from its headers by lower-case name."""
     scheme, _, key = names.get("authorization", "").strip().partition(" ")
     shown = [key.strip()] if scheme.lower() == "bearer" else []
     other = names.get(KEY_HEADER, "").strip()
     return [key for key in (*shown, other) if key]
-
-
-def _encoded(keys: Iterable[str]) -> tuple[bytes, ...]:
-    return tuple(key.encode() for key in keys)
-
-
-def _one_of(shown: Iterable[str], keys: tuple[bytes, ...]) -> bool:
-    # Every key is compared: the time must not tell which one came close.
-    pairs = [(one.encode("utf-8", "surrogateescape"), key) for one in shown for key in keys]
-    return sum(hmac.compare_digest(one, key) for one, key in pairs) > 0
 
 
 def _no_key(text: str) -> web.Response:

@@ -7,6 +7,7 @@ from typing import Final
 
 from hexgen_vllm.router.answers import Outcome
 
+CLAIMS: Final = ("deadline", "priority", "tenant")
 GONE: Final = "gone"
 """Stands for all engines that have left, of which there may be any number."""
 
@@ -20,6 +21,7 @@ class Ledger:
         retries: times a call was sent again, by reason.
         placements: times a call was placed, by engine and the policy's reason.
         overdue: calls answered after they were due.
+        clamped: claims of clients beyond their ceiling, by what was claimed.
     """
 
     def __init__(self) -> None:
@@ -28,6 +30,7 @@ class Ledger:
         self.retries: Counter[str] = Counter()
         self.placements: Counter[tuple[str, str]] = Counter()
         self.overdue = 0
+        self.clamped = Counter(dict.fromkeys(CLAIMS, 0))
 
     @property
     def open(self) -> int:

@@ -8,6 +8,7 @@ the first ones; never workflows or requests.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -28,7 +29,13 @@ from hexgen_vllm.router.timings import Timings
 from hexgen_vllm.router.usage import Usages
 from hexgen_vllm.tune.online import OnlineTuner
 
+_NAMES_TENANT: Final = re.compile(rb'[a-z_]+\{(?:[^}]*,)?(?:tenant|type)="')
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def without_tenants(text: bytes) -> bytes:
+    """Return an exposition without samples that name tenants or their types of workflows."""
+    return b"".join(line for line in text.splitlines(True) if not _NAMES_TENANT.match(line))
 
 
 class Metrics:
@@ -109,6 +116,8 @@ class _State(Collector):
         yield counter("placements", "Calls placed", ("engine", "reason"), book.placements.items())
         yield counter("overdue_calls", "Calls answered after they were due", (),
                        (((), book.overdue),))  # fmt: skip
+        yield counter("clamped_claims", "Claims beyond a ceiling, by what was claimed",
+                       ("claim",), (((name,), n) for name, n in book.clamped.items()))  # fmt: skip
         yield gauge("open_calls", "Calls that have not ended", (), (((), book.open),))
         yield gauge("held_calls", "Calls waiting in the router", (), (((), coordinator.held),))
         about = (__version__, coordinator.options.policy)

@@ -12,9 +12,11 @@ from hexgen_vllm.router.broken import why
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.http_server import Handle, Server
 from hexgen_vllm.router.routes import monitors
+from hexgen_vllm.router.tenants import DEFAULT_TENANT, Client
 
 _MAX_BODY_BYTES: Final = 0
 _CLOSE_S: Final = 0.1
+_SCRAPER: Final = Client(DEFAULT_TENANT)
 
 
 class MetricsPort:
@@ -54,5 +56,6 @@ class MetricsPort:
 
     async def _answer(self, request: Request) -> web.StreamResponse:
         if monitors(request.path):
+            request.client = _SCRAPER
             return await self._handle(request)
         return answers.from_error(BadRequest("There is no such endpoint.", status=404), None)

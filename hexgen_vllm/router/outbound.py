@@ -22,14 +22,12 @@ from yarl import URL
 
 from hexgen_vllm import wire
 from hexgen_vllm.router.http_request import Pairs
-from hexgen_vllm.router.intake import Accepted
+from hexgen_vllm.router.intake import PRIORITY_HEADER, SESSION_HEADER, Accepted
 from hexgen_vllm.types import EngineKind, Placement
 
 ENGINE_HEADER: Final = "x-hexgen-engine"
 REQUEST_ID_HEADER: Final = "x-request-id"
 SERVER: Final = "hexgen-vllm"
-SESSION_HEADER: Final = "x-session-id"
-PRIORITY_HEADER: Final = "x-vllm-priority"
 # A step of client priority outranks every difference in due time: 1e12 ms are 31 years.
 PRIORITY_STEP: Final = 10**12
 _MOST_STEPS: Final = 10**6
@@ -117,7 +115,7 @@ def call_head(  # noqa: PLR0913 - what a head is made of
         extra: headers that replace the client's, by lower-case name.
         method: of the request.
     """
-    said = {**extra, REQUEST_ID_HEADER: request_id}
+    said = {**extra, **accepted.said, REQUEST_ID_HEADER: request_id}
     if kind is EngineKind.PRIORITY:
         due_s = placement.due_s - epoch
         said[PRIORITY_HEADER] = str(stock_priority(due_s, accepted.priority))
@@ -125,7 +123,7 @@ def call_head(  # noqa: PLR0913 - what a head is made of
         said[PRIORITY_HEADER] = str(-accepted.priority)  # vLLM's: lower is sooner
     kept, names = _kept_lines(accepted.pairs, said)
     if accepted.session_id is not None and SESSION_HEADER not in names:
-        said[SESSION_HEADER] = accepted.session_id
+        said.setdefault(SESSION_HEADER, accepted.session_id)
     lines = [f"{name}: {value}\r\n" for name, value in said.items()]
     if kind is EngineKind.HEXGEN:
         lines += _workflow_lines(accepted, placement, now)

@@ -13,6 +13,7 @@ from hexgen_vllm import __version__
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router import openapi
 from hexgen_vllm.router.context import Context
+from hexgen_vllm.router.conventions import as_id
 from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
@@ -143,12 +144,18 @@ class Pages:
         return web.Response(text=text, content_type="application/yaml")
 
     async def finish_session(self, request: Request) -> web.StreamResponse:
-        """End the workflow that the query names, by vllm-router's convention."""
+        """End the workflow that the query names, by vllm-router's convention.
+
+        Of the tenant whose key is shown, or that the headers name where the key may act for it.
+        """
         session_id = request.query.get("session_id", "")
         if not session_id:
             raise BadRequest("session_id must name a session.", param="session_id")
-        known = self._context.service.coordinator.workflows.get(session_id) is not None
-        self._context.service.workflow_finished(session_id)
+        client = request.client
+        tenant = client.acts_for(self._context.intake.tenant(request.names))
+        name = client.own_id(tenant, as_id(session_id))
+        known = self._context.service.coordinator.workflows.get(name) is not None
+        self._context.service.workflow_finished(name)
         return _json({"session_id": session_id, "finished": known})
 
 

@@ -108,6 +108,8 @@ class Relay:
             else None
         )
         accepted = job.accepted = self._read(job, raw, parsed)
+        for claim in accepted.clamped:
+            context.ledger.clamped[claim] += 1
         call = accepted.call
         context.check_model(call.model)
         context.retries.call_arrived()
@@ -131,7 +133,14 @@ class Relay:
         free = not (endpoint.known and endpoint.placed)
         default = context.any_model if free else context.default_model
         return context.intake.read(
-            endpoint, request.names, raw, job.began_s, default, request.pairs, parsed
+            endpoint,
+            request.names,
+            raw,
+            job.began_s,
+            default,
+            request.pairs,
+            parsed,
+            request.client,
         )
 
     async def _place(self, job: Job, call: Call) -> Placement:

@@ -100,6 +100,7 @@ class Route:
         content: type of a good answer, ``None`` if it has no body.
         query: parameters in the query; one that ends with ``*`` must be there.
         statuses: of good answers.
+        shows_tenants: it shows what all tenants do; where keys are of several, it is for admins.
         endpoint: what a body means, for calls.
     """
 
@@ -113,6 +114,7 @@ class Route:
     content: str | None = "application/json"
     query: tuple[str, ...] = ()
     statuses: tuple[int, ...] = (200,)
+    shows_tenants: bool = False
     endpoint: Endpoint | None = None
 
     @property
@@ -151,7 +153,7 @@ def _table() -> Iterator[Route]:
     yield Route("GET", PATH, lambda at: at.pages.ui.page, opened, here, status,
                 "A page that shows the router live.", content="text/html")
     yield Route("GET", DATA_PATH, lambda at: at.pages.ui.data, client, every, status,
-                "What the page shows.")
+                "What the page shows.", shows_tenants=True)
     yield Route("GET", "/v1/models", lambda at: at.pages.models, client, here, status,
                 "The models of all engines.")
     yield Route("GET", "/workers", lambda at: at.pages.workers, client, here, status,
@@ -159,11 +161,12 @@ def _table() -> Iterator[Route]:
     yield Route("GET", "/load", lambda at: at.pages.load, client, here, status,
                 "Number of open calls.")
     yield Route("GET", "/scheduling/diagnostics", lambda at: at.pages.diagnostics, client, here,
-                status, "What decisions stand on, and the last ones.")
+                status, "What decisions stand on, and the last ones.", shows_tenants=True)
     yield Route("GET", "/tuning", lambda at: at.pages.tuning, client, here, status,
                 "What tuning did and suggests.")
     yield Route("GET", "/tuning/recent", lambda at: at.pages.recent, client, here, status,
-                "Recent workflows, one JSON object a line.", content="application/x-ndjson")
+                "Recent workflows, one JSON object a line.", content="application/x-ndjson",
+                shows_tenants=True)
     yield Route("GET", "/tuning/fleet", lambda at: at.pages.engines_measured, client, here, status,
                 "The measured engines, as a fleet file.", content="application/yaml")
     yield Route("GET", "/openapi.json", lambda at: at.pages.openapi, client, here, status,

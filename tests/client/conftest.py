@@ -28,6 +28,7 @@ async def server() -> AsyncIterator[Recorder]:
 
     async def finish(request: web.Request) -> web.Response:
         recorder.finished.append(request.query["session_id"])
+        recorder.tenants.append(request.headers.get("x-hexgen-tenant"))
         return web.json_response({}, status=recorder.finish_status)
 
     app = web.Application()

@@ -15,12 +15,14 @@ class Recorder:
         calls: path and ``x-hexgen-*`` headers, without the prefix, of every call.
         finished: ids of the workflows whose end was announced.
         finish_status: how announcements are answered.
+        tenants: whose workflows those were, as announced.
     """
 
     url: str = ""
     calls: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     finish_status: int = 200
+    tenants: list[str | None] = field(default_factory=list)
 
     @property
     def headers(self) -> list[dict[str, str]]:

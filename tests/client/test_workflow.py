@@ -210,6 +210,15 @@ async def test_a_workflow_ends_when_its_body_fails(server: Recorder, client: Asy
     assert server.finished == [flow.id]
 
 
+@pytest.mark.parametrize("tenant", ["acme", None])
+async def test_the_end_names_the_tenant(
+    server: Recorder, client: AsyncOpenAI, tenant: str | None
+) -> None:
+    async with Workflow(client, tenant=tenant) as flow:
+        await flow.stage("a").chat.completions.create(**CHAT)
+    assert (server.finished, server.tenants) == ([flow.id], [tenant])
+
+
 @pytest.mark.parametrize("status", [404, 500])
 async def test_servers_that_cannot_end_workflows_do_no_harm(
     server: Recorder, client: AsyncOpenAI, status: int

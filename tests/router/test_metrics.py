@@ -19,7 +19,7 @@ from hexgen_vllm.types import Call, CallResult
 # Labels whose values clients or operators make up; all of them are capped or counted by hand.
 LABELS = {
     "endpoint", "outcome", "reason", "engine", "kind", "le", "type", "tenant", "model",
-    "outlook", "version", "policy",
+    "claim", "outlook", "version", "policy",
 }  # fmt: skip
 
 

@@ -90,7 +90,8 @@ async def started(*urls: str, **flags: object) -> AsyncIterator[Processes]:
         found = re.search(r"listening url=(\S+)", line)
         assert found, line
         connector = aiohttp.TCPConnector(force_close=True)
-        headers = {"Authorization": f"Bearer {flags.get('api_key')}"}
+        key = flags.get("admin_api_key") or flags.get("api_key")
+        headers = {"Authorization": f"Bearer {key}"}
         async with aiohttp.ClientSession(connector=connector, headers=headers) as client:
             one = Processes(found[1], process, client)
             await one.ready()
@@ -118,6 +119,39 @@ async def test_a_workflow_is_in_one_place_wherever_its_calls_come_in() -> None:
             async with router.client.post(f"{router.url}/finish_session?session_id=w{i}") as done:
                 assert (await done.json())["finished"]
         assert await router.metric("open_workflows") == 0
+
+
+async def test_a_workflow_is_its_tenants_in_whatever_process(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text("keys: [{key: sk-a, tenant: a}, {key: sk-b, tenant: b}]\n")
+
+    async def finish(key: str) -> set[bool]:
+        """Ask four times, each time over a connection to some process."""
+        url = f"{router.url}/finish_session?session_id=w0"
+        said = {"Authorization": f"Bearer {key}"}
+        found = set()
+        for _ in range(4):
+            async with router.client.post(url, headers=said) as answer:
+                found.add((await answer.json())["finished"])
+        return found
+
+    async with (
+        FakeServer() as engine,
+        started(engine.url, api_keys=path, admin_api_key="adm") as router,
+    ):
+        for _ in range(4):
+            said = {"Authorization": "Bearer sk-a", "x-hexgen-workflow-id": "w0"}
+            async with router.client.post(router.url + CHAT, json=BODY, headers=said) as answer:
+                assert answer.status == 200
+        assert await router.metric("open_workflows") == 1
+        assert await finish("sk-b") == {False}
+        assert await router.metric("open_workflows") == 1
+        assert await finish("sk-a") == {True, False}
+        assert await router.metric("open_workflows") == 0
+        assert 'tenant="a"' in await router.get("/metrics")
+        headers = {"Authorization": ""}
+        async with router.client.get(f"{router.url}/metrics", headers=headers) as answer:
+            assert 'tenant="a"' not in await answer.text()
 
 
 async def test_streams_pass_from_process_to_process_unchanged() -> None:
