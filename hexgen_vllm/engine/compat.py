@@ -244,6 +244,14 @@ _ATTRIBUTES: Final = (
 )
 
 
+def _takes(method: Any, wanted: tuple[str, ...]) -> bool:
+    """Return whether ``method`` takes ``wanted`` first; hooks of others may take any keyword."""
+    found = inspect.signature(method).parameters.values()
+    named = tuple(p.name for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in found)
+    return named[: len(wanted)] == (wanted[: len(named)] if open_ended else wanted)
+
+
 def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
     """Check that every method we override or call has the signature that we rely on.
 
@@ -254,8 +262,7 @@ def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
         method = getattr(owner, name, None)
         if method is None:
             raise lacking(f"{owner.__name__}.{name}")
-        found = tuple(inspect.signature(method).parameters)
-        if found[: len(wanted)] != wanted:
+        if not _takes(method, wanted):
             raise lacking(f"{owner.__name__}.{name}({', '.join(wanted)})")
     if seams is SEAMS:
         for where, names in _NAMES:
@@ -299,6 +306,27 @@ def can_free(scheduler: Any, request: Request) -> bool:
     if not scheduler.defer_block_free:
         return True
     return bool(request.last_sched_seq <= scheduler.processed_step_seq)
+
+
+def frees_are_pending(scheduler: Any) -> bool:
+    """Return whether the connector is about to free blocks, which vLLM waits for (0.30)."""
+    pending = getattr(scheduler.connector, "has_pending_block_frees", None)
+    return pending is not None and bool(pending())
+
+
+_LOCAL_KV: Final = frozenset(
+    ("HostKVConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
+)
+"""KV connectors that bring back what this engine computed itself."""
+
+
+def loads_from_others(vllm_config: Any) -> bool:
+    """Return whether KV that other engines computed is loaded here, as on a decode node.
+
+    A preempted call cannot have it back: it would be computed again, on the wrong engine.
+    """
+    config = vllm_config.kv_transfer_config
+    return config is not None and config.is_kv_consumer and config.kv_connector not in _LOCAL_KV
 
 
 def prefills_are_held(scheduler: Any) -> bool:

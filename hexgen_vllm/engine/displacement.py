@@ -44,6 +44,8 @@ class Displacer:
         scheduler = self._scheduler
         if scheduler.pause_state != PauseState.UNPAUSED or compat.prefills_are_held(scheduler):
             return []
+        if compat.frees_are_pending(scheduler):
+            return []  # room is coming
         found = []
         for request in compat.first_waiting(scheduler, most):
             if request.has_encoder_inputs:

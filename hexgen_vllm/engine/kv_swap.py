@@ -59,6 +59,10 @@ _SEAMS: Final = (
 )
 
 
+WRITTEN_BEFORE_SAVES: Final = ("new_block_ids_to_zero", "kv_cache_block_copies")
+"""What of a step Model Runner V2 does to blocks before ``handle_preemptions``."""
+
+
 class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
     """Chosen by ``host_kv_gib``; see :mod:`hexgen_vllm.engine.swap_setup`.
 
@@ -119,8 +123,13 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._other_scheduler.preempting(request, blocks.blocks[0], reset=drop_stale_output)
 
     def build_connector_meta(self, scheduler_output: Any) -> SwapMeta:
-        """Return what the workers copy in this step."""
-        del scheduler_output
+        """Return what the workers copy in this step.
+
+        Model Runner V2 zeroes new blocks and copies shared ones before it lets us save. Neither
+        happens with the caches that we take; should it, the saves would come too late.
+        """
+        if any(getattr(scheduler_output, name, None) for name in WRITTEN_BEFORE_SAVES):
+            self._planner().cancel_saves()
         return self._planner().end_step()
 
     def update_connector_output(self, connector_output: Any) -> None:

@@ -45,6 +45,8 @@ _ENDED: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_C
 def options_of(vllm_config: Any) -> EngineOptions:
     """Read ``additional_config["hexgen"]``.
 
+    Unless it says ``displace``, nobody is displaced where KV comes from other engines.
+
     Raises:
         ConfigError: it is not an object, or an option is unknown or out of bounds.
     """
@@ -52,6 +54,8 @@ def options_of(vllm_config: Any) -> EngineOptions:
     values = extra.get("hexgen", {}) if isinstance(extra, dict) else {}
     if not isinstance(values, dict):
         raise ConfigError(f"additional_config.hexgen must be an object, not {values!r}.")
+    if "displace" not in values and compat.loads_from_others(vllm_config):
+        values = {**values, "displace": False}
     return from_mapping(EngineOptions, values, where="hexgen option")
 
 

@@ -166,6 +166,11 @@ class SwapPlanner:
         for request_id in list(self.pool.copies):
             self.forget(request_id, why)
 
+    def cancel_saves(self) -> None:
+        """Drop the copies that this step would make: their blocks are written before."""
+        for request_id in list(self._saves):
+            self.forget(request_id, "overwritten")
+
     def loads_under_way(self) -> bool:
         """Return whether workers still load beside the forward pass, as far as they have said."""
         return bool(self._beside)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from vllm.config import KVTransferConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from hexgen_vllm.engine.headless import Setup, vllm_config
+from hexgen_vllm.engine.scheduler import options_of
 from hexgen_vllm.wire import CallMeta
 from tests.engine.nomodel.conftest import Build
 from tests.engine.nomodel.harness import FakeEngine, expected
@@ -339,3 +345,67 @@ def test_a_call_that_already_holds_kv_goes_first(build: Build) -> None:
     engine.step()
     assert engine.displaced() == 1
     assert "urgent" in engine.running()
+
+
+def test_nobody_is_displaced_while_the_connector_is_about_to_free_blocks(build: Build) -> None:
+    engine = build(max_num_seqs=1)
+    pending = [True]
+    engine.scheduler.connector = Mock(
+        has_pending_block_frees=lambda: pending[0],
+        has_pending_push_work=lambda: False,
+        get_num_new_matched_tokens=lambda *_: (0, False),
+        take_events=list,
+        requires_kv_delivery=False,
+        build_connector_meta=lambda _: None,
+        request_finished=lambda *_: (False, None),
+    )
+    engine.add("lazy", [1] * 40, 60, LAZY)
+    engine.steps(4)
+    engine.add("urgent", [2] * 40, 5, URGENT)
+    engine.steps(3)
+    assert engine.displaced() == 0
+    pending[0] = False
+    engine.steps(8)
+    assert engine.displaced() == 1
+
+
+ROLES = [
+    ("NixlConnector", "kv_consumer", False),
+    ("NixlConnector", "kv_both", False),
+    ("LMCacheConnectorV1", "kv_both", False),
+    ("NixlConnector", "kv_producer", True),
+    ("OffloadingConnector", "kv_both", True),
+]
+
+
+@pytest.mark.parametrize(("connector", "role", "displaces"), ROLES)
+@pytest.mark.parametrize("said", [None, True, False])
+def test_displacement_is_off_where_kv_comes_from_other_engines(
+    folder: Path, connector: str, role: Any, displaces: bool, said: bool | None
+) -> None:
+    options = {} if said is None else {"displace": said}
+    config = vllm_config(folder, Setup(blocks=24, additional={"hexgen": options}))
+    config.kv_transfer_config = KVTransferConfig(kv_connector=connector, kv_role=role)
+    assert options_of(config).displace == (displaces if said is None else said)
+
+
+def test_hooks_of_a_preemption_get_keywords(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other plugins hook vLLM's method as ``(self, request, timestamp, **more)``."""
+    seen: list[dict[str, Any]] = []
+    original = Scheduler._preempt_request
+
+    def hooked(self: Any, request: Any, timestamp: float, **more: Any) -> None:
+        seen.append(more)
+        original(self, request, timestamp, **more)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", hooked)
+    engine = build(max_num_seqs=1)
+    engine.add("lazy", [1] * 40, 60, LAZY)
+    engine.steps(4)
+    engine.add("urgent", [2] * 40, 5, URGENT)
+    engine.steps(3)
+    assert engine.displaced() == 1
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert [list(more) for more in seen] == [["drop_stale_output"]] * len(seen)
+    assert [more["drop_stale_output"] for more in seen][:1] == [False]
+    assert seen[-1]["drop_stale_output"]
