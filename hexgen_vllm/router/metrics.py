@@ -3,7 +3,7 @@
 Counters are read from the :class:`~hexgen_vllm.router.ledger.Ledger` and the coordinator when they
 are asked for, so that a call pays for a few integer additions. Labels are bounded: endpoints,
 engines and reason words, and of the names that clients choose (workflow types, tenants, models)
-the first ones; never workflows or requests.
+so many as :class:`~hexgen_vllm.router.labels.Names` tells apart; never workflows or requests.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from prometheus_client.registry import Collector
 
 from hexgen_vllm import __version__
 from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.router.answers import Fault, Outcome
+from hexgen_vllm.router.endpoints import ENDPOINT_NAMES
 from hexgen_vllm.router.families import counter, gauge
 from hexgen_vllm.router.fleet import Fleet
 from hexgen_vllm.router.job import Job
@@ -27,7 +29,8 @@ from hexgen_vllm.router.pressure import Pressure
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.timings import Timings
 from hexgen_vllm.router.usage import Usages
-from hexgen_vllm.tune.online import OnlineTuner
+from hexgen_vllm.tune.online import EVENTS, OnlineTuner
+from hexgen_vllm.types import Call
 
 _NAMES_TENANT: Final = re.compile(rb'[a-z_]+\{(?:[^}]*,)?(?:tenant|type)="')
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -76,6 +79,11 @@ class Metrics:
         """Show what ``collector`` yields, too."""
         self._registry.register(collector)
 
+    def began(self, call: Call) -> None:
+        """Note a call that is to be placed, before it ends."""
+        self.outcomes.begun(call.workflow_type)
+        self.usage.begun(call)
+
     def ended(self, job: Job, now: float) -> None:
         """Count a call that ended, however it did."""
         if job.accepted is None:
@@ -108,11 +116,16 @@ class _State(Collector):
 
     def _calls(self) -> Iterator[Metric]:
         book, coordinator = self._ledger, self._service.coordinator
+        # From the first scrape on, also what has not happened: Prometheus sees no increase in a
+        # counter that appears, and an alert that divides by one that is not there never fires.
         yield counter("calls_received", "Calls that came in", ("endpoint",),
-                       (((name,), n) for name, n in book.arrived.items()))  # fmt: skip
-        yield counter("calls", "Calls that ended", ("endpoint", "outcome"), book.ended.items())
+                       (((name,), book.arrived[name]) for name in ENDPOINT_NAMES))  # fmt: skip
+        yield counter("calls", "Calls that ended", ("endpoint", "outcome"),
+                      (((name, outcome.value), book.ended[name, outcome])
+                       for name in ENDPOINT_NAMES for outcome in Outcome))  # fmt: skip
+        again = [outcome for outcome in Outcome if outcome.ending.fault is Fault.ENGINE]
         yield counter("retries", "Calls sent again", ("reason",),
-                       (((name,), n) for name, n in book.retries.items()))  # fmt: skip
+                      (((why.value,), book.retries[why]) for why in again))  # fmt: skip
         yield counter("placements", "Calls placed", ("engine", "reason"), book.placements.items())
         yield counter("overdue_calls", "Calls answered after they were due", (),
                        (((), book.overdue),))  # fmt: skip
@@ -126,6 +139,8 @@ class _State(Collector):
 
     def _engines(self) -> Iterator[Metric]:
         engines = self._fleet.engines.values()
+        yield gauge("ready_engines", "Engines that get calls", (),
+                    (((), len(self._fleet.ready())),))  # fmt: skip
         yield gauge("engine_up", "Whether an engine gets calls", ("engine", "kind"),
                      (((target, e.kind.value if e.spec else "unknown"), e.takes_calls)
                       for e in engines for target in e.targets))  # fmt: skip
@@ -165,7 +180,7 @@ class _Workflows(Collector):
         yield gauge("open_workflows", "Workflows that have begun and not ended", (),
                     (((), open_now),))  # fmt: skip
         yield counter("workflows", "Workflows that ended, by type and outcome",
-                      ("type", "outcome"), self._outcomes.ended.items())  # fmt: skip
+                      ("type", "outcome"), self._outcomes.totals().items())  # fmt: skip
 
 
 class _Tuning(Collector):
@@ -178,7 +193,7 @@ class _Tuning(Collector):
         """Yield every metric of tuning."""
         tuner = self._tuner
         yield counter("tune_events", "What tuning did", ("what",),
-                       (((what,), n) for what, n in tuner.counts.items()))  # fmt: skip
+                       (((what,), tuner.counts.get(what, 0)) for what in EVENTS))  # fmt: skip
         yield gauge("tune_knob", "Values in force of tuned options", ("option",),
                      (((name,), value) for name, value in tuner.values.items()))  # fmt: skip
         error = tuner.simulator_error

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Final
 
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.router.labels import Names
+from hexgen_vllm.router.labels import OTHER, Names
 
 ON_TIME: Final = "on-time"
 LATE: Final = "late"
@@ -26,17 +26,32 @@ class Outcomes:
     """Counts of workflows that ended, by type and outcome.
 
     Attributes:
-        ended: since the start; types beyond the first :data:`MAX_TYPES` are one.
+        ended: since the start; of types :data:`MAX_TYPES` are told apart.
     """
 
     def __init__(self) -> None:
         self.ended: Counter[tuple[str, str]] = Counter()
-        self._type = Names(MAX_TYPES)
+        self._type = Names(MAX_TYPES, self._forget_type)
         self._periods: dict[int, Counter[tuple[str, str]]] = {}
+
+        self._seen = {"default"}  # types that are shown, of names that are told apart
+
+    def begun(self, workflow_type: str) -> None:
+        """Note a type before the end of its first workflow: counters begin at 0 for Prometheus."""
+        if workflow_type not in self._seen:
+            self._seen.add(self._type(workflow_type))
+
+    def _forget_type(self, name: str) -> None:
+        """Count the workflows of a type among the others."""
+        self._seen.discard(name)
+        for what in OUTCOMES:
+            if n := self.ended.pop((name, what), 0):
+                self.ended[OTHER, what] += n
 
     def add(self, run: WorkflowRun) -> None:
         """Count a workflow that ended."""
         key = self._type(run.workflow_type), outcome(run)
+        self._seen.add(key[0])
         self.ended[key] += 1
         period = int(run.last_seen_s // PERIOD_S)
         if period not in self._periods:
@@ -48,6 +63,10 @@ class Outcomes:
     def _forget_before(self, first: int) -> None:
         for period in [p for p in self._periods if p < first]:
             del self._periods[period]
+
+    def totals(self) -> dict[tuple[str, str], int]:
+        """Return the counts by type and outcome, also those of which there were none."""
+        return {(name, what): self.ended[name, what] for name in self._seen for what in OUTCOMES}
 
     def periods(self, now: float) -> list[dict[str, int]]:
         """Return counts by outcome in the last :data:`PERIODS` periods, oldest first."""

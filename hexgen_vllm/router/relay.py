@@ -113,6 +113,7 @@ class Relay:
         call = accepted.call
         context.check_model(call.model)
         context.retries.call_arrived()
+        context.metrics.began(call)
         job.trace.accepted(job.request_id, call)
         placement = await self._place(job, call)
         now = context.clock.now()

@@ -22,6 +22,8 @@ from hexgen_vllm.config import check, option
 from hexgen_vllm.tune.traffic import Live, Traffic, relative
 
 _HISTORY: Final = 100
+EVENTS: Final = ("search", "failed", "keep", "suggest", "apply", "revert", "confirm")
+"""What tuning can do."""
 _SIGMAS: Final = 2.0
 
 

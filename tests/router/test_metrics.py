@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -9,7 +10,9 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from hexgen_vllm.router.labels import OTHER
+from hexgen_vllm.router.answers import Outcome
+from hexgen_vllm.router.labels import AGAIN, IDLE_USES, OTHER, Names
+from hexgen_vllm.router.outcomes import OUTCOMES
 from hexgen_vllm.router.timings import Timings
 from hexgen_vllm.router.usage import MAX_TENANTS, Usages
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
@@ -31,6 +34,11 @@ async def read(stand: Stand) -> dict[str, Metric]:
 
 def values(family: Metric, *labels: str) -> dict[tuple[str, ...], float]:
     return {tuple(s.labels[name] for name in labels): s.value for s in family.samples}
+
+
+def happened(family: Metric, *labels: str) -> dict[tuple[str, ...], float]:
+    """Return what is not zero."""
+    return {key: value for key, value in values(family, *labels).items() if value}
 
 
 @asynccontextmanager
@@ -66,16 +74,16 @@ async def test_everything_has_a_name_a_type_and_a_help_text() -> None:
 async def test_calls_tokens_and_workflows_are_counted() -> None:
     async with used() as stand:
         found = await read(stand)
-    assert values(found["hexgen_router_calls"], "endpoint", "outcome") == {
+    assert happened(found["hexgen_router_calls"], "endpoint", "outcome") == {
         ("chat", "answered"): 3, ("chat", "bad-request"): 1,
     }  # fmt: skip
-    assert values(found["hexgen_router_tenant_calls"], "tenant", "outcome") == {
+    assert happened(found["hexgen_router_tenant_calls"], "tenant", "outcome") == {
         ("blue", "answered"): 3, ("default", "failed"): 1,
     }  # fmt: skip
     tokens = values(found["hexgen_router_model_tokens"], "model", "kind")
     assert tokens["tiny", "output"] == 24
     assert tokens["tiny", "prompt"] > 0
-    assert values(found["hexgen_router_workflows"], "type", "outcome") == {
+    assert happened(found["hexgen_router_workflows"], "type", "outcome") == {
         ("sql", "on-time"): 2, ("sql", "late"): 1, ("default", "failed"): 1,
     }  # fmt: skip
     assert found["hexgen_router_open_calls"].samples[0].value == 0
@@ -124,7 +132,7 @@ def test_what_was_not_answered_has_no_tokens() -> None:
     usage = Usages()
     usage.add(next(calls(1)), CallResult(ok=False, prompt_tokens=5, reason="abort"))
     counted = [s.value for family in usage.collect() for s in family.samples]
-    assert counted == [1]
+    assert sorted(counted) == [0, 0, 0, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("type_", ["a" * 64, "x:y/z.0-_"])
@@ -133,7 +141,7 @@ async def test_names_from_clients_survive_the_text_format(type_: str) -> None:
         async with stand.post(headers={"x-hexgen-workflow-type": type_}) as answer:
             await answer.read()
         found = await read(stand)
-    assert values(found["hexgen_router_workflows"], "type") == {(type_,): 1}
+    assert happened(found["hexgen_router_workflows"], "type", "outcome") == {(type_, "on-time"): 1}
 
 
 def test_times_fall_into_cumulative_buckets() -> None:
@@ -154,3 +162,82 @@ def test_times_fall_into_cumulative_buckets() -> None:
     assert {s.labels["endpoint"] for s in family.samples} == {"chat"}
     (plain,) = Timings("u_seconds", "Times").collect()
     assert {s.value for s in plain.samples} == {0.0}, "known before the first one"
+
+
+async def test_every_outcome_is_there_from_the_first_scrape() -> None:
+    async with open_stand(tune="suggest") as stand:
+        found = await read(stand)
+        counted = values(found["hexgen_router_calls"], "endpoint", "outcome")
+        assert {outcome for _, outcome in counted} == {outcome.value for outcome in Outcome}
+        assert {("chat", "answered"), ("other", "internal-error")} <= counted.keys()
+        assert {
+            outcome for _, outcome in values(found["hexgen_router_workflows"], "type", "outcome")
+        }
+        for name in ("calls_received", "calls", "retries", "workflows", "tune_events"):
+            family = found[f"hexgen_router_{name}"]
+            assert family.samples, name
+            assert not any(sample.value for sample in family.samples), name
+
+
+async def test_a_type_and_a_tenant_are_there_before_their_first_call_has_ended() -> None:
+    """Prometheus sees no increase in a counter that appears with its first event."""
+    async with open_stand() as stand:
+        stand.engines[0].fault = Fault("hang")
+        headers = {"x-hexgen-workflow-type": "sql", "x-hexgen-tenant": "blue"}
+        waiting = asyncio.ensure_future(stand.post(headers=headers))
+        await stand.until(stand.received)
+        found = await read(stand)
+        waiting.cancel()
+    kinds = values(found["hexgen_router_workflows"], "type", "outcome")
+    assert {kinds["sql", outcome] for outcome in OUTCOMES} == {0}
+    assert values(found["hexgen_router_tenant_calls"], "tenant", "outcome")["blue", "failed"] == 0
+    assert values(found["hexgen_router_model_tokens"], "model", "kind")["tiny", "output"] == 0
+
+
+async def test_models_that_nobody_serves_are_no_labels(stand: Stand) -> None:
+    for i in range(5):
+        async with stand.post(model=f"junk-{i}") as answer:
+            assert answer.status == 404
+    found = await read(stand)
+    assert not [one for one in values(found["hexgen_router_model_tokens"], "model", "kind")
+                if one[0].startswith("junk")]  # fmt: skip
+
+
+def test_junk_does_not_keep_the_places_of_names() -> None:
+    usage = Usages()
+    good = CallResult(ok=True, output_tokens=1)
+
+    def call_of(tenant: str) -> None:
+        usage.add(Call("c", "w", 0.0, 1, tenant=tenant, model="m"), good)
+
+    def shown() -> dict[str, float]:
+        (family, *_) = usage.collect()
+        return {
+            s.labels["tenant"]: s.value for s in family.samples if s.labels["outcome"] == "answered"
+        }
+
+    for i in range(MAX_TENANTS - 1):
+        call_of(f"junk-{i}")
+    call_of("early")
+    for i in range(2 * IDLE_USES):
+        call_of(f"more-junk-{i}")
+        if i % 100 == 0:
+            call_of("early")
+            call_of("late")
+    found, n = shown(), MAX_TENANTS + 2 * IDLE_USES + 2 * (2 * IDLE_USES // 100 + 1)
+    assert {"early", "late", OTHER} <= found.keys()
+    assert not [name for name in found if name.startswith("more-junk")]
+    assert len(found) == MAX_TENANTS + 1
+    assert sum(found.values()) == n, "nothing is lost when a name loses its place"
+
+
+def test_junk_does_not_take_the_places_of_names_in_use() -> None:
+    gone: list[str] = []
+    name = Names(4, gone.append)
+    real = ["a", "b", "c", "d"]
+    assert [name(one) for one in real] == real
+    for i in range(20 * IDLE_USES):
+        assert name(f"junk-{i // (2 * AGAIN)}") == OTHER
+        if i % 50 == 0:
+            assert [name(one) for one in real] == real
+    assert not gone

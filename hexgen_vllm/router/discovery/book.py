@@ -15,6 +15,8 @@ PARTIAL: Final = "partial"
 JOINED: Final = "joined"
 DRAINED: Final = "drained"
 RETURNED: Final = "returned"
+ANSWERS: Final = (OK, EMPTY, PARTIAL)
+CHANGES: Final = (JOINED, DRAINED, RETURNED)
 
 
 @dataclass(slots=True)
@@ -45,7 +47,7 @@ class SourceBook:
         """Count a time that the source was asked; return whether the outcome is a new one."""
         new, self.last = outcome != self.last, outcome
         self.lookups[outcome] += 1
-        if outcome in (OK, EMPTY, PARTIAL):
+        if outcome in ANSWERS:
             self.answered_s = now
         return new
 

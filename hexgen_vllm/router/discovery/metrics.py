@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from hexgen_vllm.router.discovery.book import ANSWERS, CHANGES
 from hexgen_vllm.router.discovery.discovery import Discovery
 from hexgen_vllm.router.families import counter, gauge
 
@@ -25,6 +26,9 @@ class DiscoveryMetrics(Collector):
         wanted: Counter[tuple[str, ...]] = Counter()
         ages: dict[tuple[str, ...], float] = {}
         for book, age_s in self._discovery.ages_s():
+            # Counters begin at 0, or Prometheus would not see their first increase.
+            lookups.update(dict.fromkeys(((book.kind, what) for what in ANSWERS), 0))
+            changes.update(dict.fromkeys(((book.kind, what) for what in CHANGES), 0))
             lookups.update({(book.kind, outcome): n for outcome, n in book.lookups.items()})
             changes.update({(book.kind, what): n for what, n in book.changes.items()})
             wanted[(book.kind,)] += book.wanted
