@@ -44,6 +44,7 @@ class EngineConnection(asyncio.Protocol):
         self._ended = self._keep = self._paused = False
         self._in_head = False
         self._head_end: asyncio.TimerHandle | None = None
+        self._field_bytes = 0  # names and values of the present answer so far
         self._head_bytes = 0  # what came since the last piece of a body or end of an answer
         self.idle_since_s = 0.0
         self.heard = False
@@ -166,31 +167,26 @@ class EngineConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """Begin an answer; a second one to the same request is nothing that was asked for."""
         self.heard, self._keep = True, not self._ended
-        self._in_head, self._pairs = True, []
+        self._in_head, self._pairs, self._field_bytes = True, [], 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take in a header, or one that follows a body, which nobody gets.
 
         Raises:
-            ValueError: there are too many, which the parser reports as its own error.
+            ValueError: it is too much, which the parser reports as its own error.
         """
         self._pairs.append((name, value))
-        if len(self._pairs) > _MAX_HEADERS:
+        self._field_bytes += len(name) + len(value)
+        if self._field_bytes > _MAX_HEAD_BYTES or len(self._pairs) > _MAX_HEADERS:
             raise ValueError
 
     def on_headers_complete(self) -> None:
-        """Hand the head on; those of 1xx only announce another one.
-
-        Raises:
-            ValueError: it is too long.
-        """
+        """Hand the head on; those of 1xx only announce another one."""
         pairs, self._pairs = self._pairs, []
         self._in_head = False
         if self._head_end is not None:
             self._head_end.cancel()
             self._head_end = None
-        if sum(len(name) + len(value) for name, value in pairs) > _MAX_HEAD_BYTES:
-            raise ValueError
         status = self._parser.get_status_code()
         if status >= 200 and self._answer is not None and not self._ended:
             self._answer.began(status, pairs)

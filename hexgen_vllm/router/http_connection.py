@@ -157,7 +157,8 @@ class Connection(Reader):
             _LOG.exception("request failed")
             self._write_response(request, answers.error_response("The router failed.", 500))
         finally:
-            request.release()
+            self.buffered.size -= request.held
+            request.held = 0
             self.task = self._served = self._source = None
         self._after(request)
 

@@ -80,6 +80,7 @@ class Request:
         marked: whether the answer already has the headers that every answer gets.
         body_complete: whether all of the body is here.
         size: bytes of the body so far.
+        held: bytes of it that count among those of the server.
         sweeps: times the connection was looked at while the body was on its way.
     """
 
@@ -110,7 +111,7 @@ class Request:
         self._chunked = False
         self._pieces: list[bytes | bytearray] = []
         self.size = self.sweeps = 0
-        self._held = 0  # bytes that count among those of the server
+        self.held = 0
         self._whole: bytes | None = None
         self.body_complete = False
         self._failure: Exception | None = None
@@ -214,7 +215,7 @@ class Request:
         self.size += len(piece)
         buffered = self._connection.buffered
         buffered.size += len(piece)
-        self._held += len(piece)
+        self.held += len(piece)
         if buffered.size > buffered.most:
             self.fail(_too_much())
         if self.size > self._connection.max_body_bytes:
@@ -229,13 +230,13 @@ class Request:
             self._pieces.append(bytearray(piece) if small else piece)
 
     def _hold(self, size: int) -> None:
-        self._held += size
+        self.held += size
         self._connection.buffered.size += size
 
     def release(self) -> None:
         """Count its body no more among what the server holds: nobody needs it now."""
-        self._connection.buffered.size -= self._held
-        self._held = 0
+        self._connection.buffered.size -= self.held
+        self.held = 0
 
     def expect(self, size: int) -> None:
         """Fail if a body of ``size`` bytes is too long."""
