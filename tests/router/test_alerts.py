@@ -5,6 +5,7 @@ They are asked of what the router and engines really show, scrape by scrape.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -249,3 +250,38 @@ def test_a_router_of_two_that_is_gone_is_noticed() -> None:
         store.up(at_s, 1.0, instance="a", job="hexgen-router")
         store.up(at_s, 0.0, instance="b", job="hexgen-router")
     assert fires(store, RULES["RouterGone"], times)
+
+
+BOARD = json.loads((ROOT / "examples" / "grafana" / "hexgen-vllm.json").read_text())
+PANELS = [
+    (panel["title"], target["expr"])
+    for panel in BOARD["panels"]
+    for target in panel.get("targets", ())
+    if "hexgen_router_" in target["expr"]
+]
+
+
+def asked(expr: str) -> str:
+    """Return a query of the dashboard as Grafana would ask it."""
+    return expr.replace("$router", ".*").replace("$__rate_interval", "5m")
+
+
+@pytest.mark.parametrize("happens", [late, ends(Outcome.LOST), well], ids=["late", "lost", "well"])
+def test_no_panel_of_calls_and_workflows_is_empty(happens: Callable[[Scene, int], None]) -> None:
+    """Whatever happened, also when nothing good ever did."""
+    names = frozenset(re.findall(r"hexgen_router_\w+", " ".join(expr for _, expr in PANELS)))
+    scene, store = Scene(), Store(names)
+    times = [EVERY_S * i for i in range(20)]
+    for i, at_s in enumerate(times):
+        if i == 0:
+            scene.up()
+        happens(scene, i)
+        scene.clock.advance(EVERY_S)
+        store.scrape(scene.metrics.exposition().decode(), at_s, instance="r")
+    told = re.compile(r"_(?:calls|workflows|retries|at_risk|up|slack_calls|held_\w+)(?:_total)?\{")
+    looked_at = [(title, expr) for title, expr in PANELS if told.search(expr)]
+    assert len(looked_at) > 10
+    for title, expr in looked_at:
+        if "engine_" in expr and "engine_up" not in expr:
+            continue  # what an engine has not said is left out
+        assert store.ask(asked(expr), times[-1]), (title, expr)
