@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.ledger import ANSWERED
+from hexgen_vllm.router.answers import Outcome
 from hexgen_vllm.router.outcomes import ON_TIME
 from hexgen_vllm.testing import ManualClock, fake_answers
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
@@ -179,7 +179,7 @@ async def test_a_client_that_closes_after_the_last_event_was_answered(
         await reader.readuntil(b"\n\n")
         leave(writer, how)
         await stand.until(lambda: stand.context.ledger.open == 0)
-        assert stand.context.ledger.ended == {(stand_name(path), ANSWERED): 1}
+        assert stand.context.ledger.ended == {(stand_name(path), Outcome.ANSWERED): 1}
         assert stand.context.metrics.outcomes.ended == {("default", ON_TIME): 1}
         used = sum(one.output for one in stand.context.metrics.usage._used.values())
         assert used == 5
@@ -274,5 +274,7 @@ async def test_a_long_last_event_is_an_end(
         async with stand.post("/v1/responses", stream=True) as answer:
             assert await answer.read() == first + event
         expected = {"failed": "engine-error", "cancelled": "rejected-context-cancelled"}
-        assert stand.context.ledger.ended == {("responses", expected.get(kind, ANSWERED)): 1}
+        assert stand.context.ledger.ended == {
+            ("responses", expected.get(kind, Outcome.ANSWERED)): 1
+        }
         stand.assert_settled()
