@@ -205,6 +205,14 @@ class EngineOptions:
         "with host_kv_gib: keep the KV of a preempted call when copying beats computing it again",
         choices=("auto", "always", "never"),
     )
+    max_priority: int | None = option(
+        None,
+        "highest priority of clients that counts, higher is sooner; for engines that clients reach "
+        "themselves",
+    )
+    min_deadline_s: float = option(
+        0.0, "shortest deadline of clients that counts, seconds; as max_priority", least=0.0
+    )
     background_max_wait_s: float = option(
         120.0, "after this long a background call is ordered among the others, seconds", least=0.0
     )

@@ -4,7 +4,7 @@
   ``vllm_xargs``, which vLLM carries to the scheduler. A header wins over the key of that name.
   What cannot be read is the client's error: 400 with an OpenAI error object naming the field.
 * ``GET /hexgen/stats`` is the scheduler's telemetry as JSON; with several data-parallel ranks,
-  ``{"ranks": [...]}`` has that of each.
+  ``{"ranks": [...]}`` has that of each. With vLLM's ``--api-key`` it needs such a key.
 * ``GET /metrics`` gets the same telemetry as ``hexgen_vllm_*`` metrics after vLLM's own.
 
 Everything else, and every response to a generation request, passes through untouched.
@@ -12,7 +12,10 @@ Everything else, and every response to a generation request, passes through unto
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
@@ -86,6 +89,10 @@ class HexgenMiddleware:
             await self._app(scope, _replay(pieces, more, receive), send)
 
     async def _send_stats(self, scope: Scope, _: Receive, send: Send) -> None:
+        if not _may_see(scope):
+            refusal = BadRequest("A valid API key is needed.", status=401, code="invalid_api_key")
+            await _send_json(send, 401, openai_error(refusal))
+            return
         try:
             snapshots = await self._stats.read(_engine_client(scope))
             one = len(snapshots) == 1
@@ -112,6 +119,23 @@ def _our_headers(scope: Scope) -> dict[str, str]:
         for name, value in scope["headers"]
         if name.startswith(_PREFIX)
     }
+
+
+def _may_see(scope: Scope) -> bool:
+    """Return whether a request shows one of vLLM's own ``--api-key`` keys, if there are any.
+
+    vLLM guards only its own paths, and looks after this middleware.
+    """
+    given = getattr(getattr(scope["app"].state, "args", None), "api_key", None)
+    keys = [key for key in (given or [os.environ.get("VLLM_API_KEY")]) if key]
+    if not keys:
+        return True
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    scheme, _, shown = headers.get(b"authorization", b"").partition(b" ")
+    # Digests of one length, and every key: the time must not tell which one came close.
+    found = hashlib.sha256(shown.strip()).digest()
+    known = [hmac.compare_digest(found, hashlib.sha256(key.encode()).digest()) for key in keys]
+    return scheme.lower() == b"bearer" and any(known)
 
 
 def _engine_client(scope: Scope) -> Any:

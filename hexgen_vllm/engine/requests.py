@@ -125,7 +125,7 @@ class CallBook:
             call.rank = LAST_RANK
             call.key_s = call.latest_start_s = background_key(service_s + call.tail_s)
             return
-        call.rank = request.priority
+        call.rank = _rank(request, self._options)
         if call.deadline_s == NO_DEADLINE:
             call.latest_start_s = NO_DEADLINE
             call.key_s = batch_key(call.opened_s)
@@ -197,11 +197,18 @@ def _budget_s(request: Request, meta: wire.CallMeta, options: EngineOptions) -> 
     if meta.service_class == wire.BATCH:
         return NO_DEADLINE
     if said_ms is not None:
-        return said_ms / 1000
+        return max(said_ms / 1000, options.min_deadline_s)
     default_s = options.default_deadline_s
     if default_s is None or (request.priority > 0 and meta.service_class is None):
         return NO_DEADLINE
     return default_s
+
+
+def _rank(request: Request, options: EngineOptions) -> int:
+    """Return a call's priority as vLLM has it, lower is sooner, within the ceiling of clients."""
+    most = options.max_priority
+    rank: int = request.priority
+    return rank if most is None else max(rank, -most)
 
 
 def _session(request: Request) -> str | None:

@@ -409,3 +409,23 @@ def test_hooks_of_a_preemption_get_keywords(build: Build, monkeypatch: pytest.Mo
     assert [list(more) for more in seen] == [["drop_stale_output"]] * len(seen)
     assert [more["drop_stale_output"] for more in seen][:1] == [False]
     assert seen[-1]["drop_stale_output"]
+
+
+def test_claims_are_held_to_the_engines_limits(build: Build) -> None:
+    """A client that reaches the engine itself gains nothing beyond them."""
+    engine = build(max_num_seqs=1, hexgen={"max_priority": 1, "min_deadline_s": 30.0})
+    engine.add("running", [1] * 40, 60, LAZY)
+    engine.steps(5)
+    engine.add("honest", [2] * 40, 5, CallMeta(workflow_deadline_ms=20_000.0), priority=-1)
+    engine.add("liar", [3] * 40, 5, CallMeta(workflow_deadline_ms=1.0), priority=-(2**31))
+    engine.step()
+    assert engine.scheduler.requests["liar"].hexgen.rank == -1
+    assert engine.waiting()[-1] == "liar"
+    engine.run()
+    assert engine.ended.index("honest") < engine.ended.index("liar")
+
+
+def test_without_limits_a_claim_is_what_counts(build: Build) -> None:
+    engine = build(max_num_seqs=1)
+    engine.add("liar", [3] * 40, 5, CallMeta(workflow_deadline_ms=1.0), priority=-(2**31))
+    assert engine.scheduler.requests["liar"].hexgen.rank == -(2**31)

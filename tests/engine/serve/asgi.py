@@ -65,10 +65,12 @@ async def request(
     headers: Mapping[str, str] | None = None,
     engine_client: object = None,
     root_path: str = "",
+    api_key: list[str] | None = None,
 ) -> Response:
     """Send one request to ``app`` and return its answer; a client without a piece has left."""
     given = {"content-length": str(sum(map(len, pieces))), **(headers or {})}
-    state = SimpleNamespace(engine_client=engine_client)
+    args = SimpleNamespace(api_key=api_key)
+    state = SimpleNamespace(engine_client=engine_client, args=args)
     scope = {
         "type": "http",
         "method": method,

@@ -173,6 +173,26 @@ async def test_stats_are_the_schedulers_snapshot() -> None:
     assert answer.json == SNAPSHOT
 
 
+@pytest.mark.parametrize("from_environment", [False, True])
+async def test_stats_need_a_key_where_vllm_has_one(
+    monkeypatch: pytest.MonkeyPatch, from_environment: bool
+) -> None:
+    app, keys = HexgenMiddleware(Application()), ["other", "sk"]
+    if from_environment:
+        monkeypatch.setenv("VLLM_API_KEY", "sk")
+        keys = []
+    for shown, status in (
+        (None, 401), ("Bearer no", 401), ("Basic sk", 401), ("sk", 401), ("Bearer ", 401),
+        ("Bearer sk", 200), ("bearer sk", 200),
+    ):  # fmt: skip
+        answer = await request(
+            app, "GET", "/hexgen/stats", b"", engine_client=Core(), api_key=keys,
+            headers={} if shown is None else {"authorization": shown},
+        )  # fmt: skip
+        assert answer.status == status, shown
+        assert ("error" in answer.json) == (status == 401)
+
+
 async def test_stats_of_several_ranks_are_a_list() -> None:
     app = HexgenMiddleware(Application())
     answer = await request(app, "GET", "/hexgen/stats", b"", engine_client=Core(ranks=2))
