@@ -10,6 +10,7 @@ import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -21,10 +22,12 @@ from hexgen_vllm.router.broken import CannotConnect, RouterShort, is_short
 from hexgen_vllm.router.engine_pool import Pool
 from hexgen_vllm.router.options import Worker
 from hexgen_vllm.router.probe import Probe, Unreachable
+from hexgen_vllm.testing.fake_server import FakeServer
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineState
 from tests.router.test_engine_pool import HEAD
 from tests.router.test_http_server import Wire, call, request
+from tests.router.test_lifecycle import started
 
 SHORT = (
     errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL,
@@ -181,3 +184,23 @@ def test_the_soft_limit_becomes_the_hard_one() -> None:
         assert descriptors.raise_limit() == raised
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_every_process_raises_its_limit(workers: int) -> None:
+    """Started with a low soft limit, as shells and service managers do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with FakeServer() as engine:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            async with started(engine.url, router_workers=workers) as router:
+                for pid in (router.process.pid, *children(router.process.pid)):
+                    if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        found, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+                        assert found == min(hard, 2**20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
