@@ -16,7 +16,7 @@ from typing import Any, Final
 from yarl import URL
 
 from hexgen_vllm.errors import BadRequest
-from hexgen_vllm.router.answers import EngineFailed, Outcome
+from hexgen_vllm.router.answers import ENDINGS, EngineFailed, Outcome
 from hexgen_vllm.router.attempt import Guard
 from hexgen_vllm.router.breaker import Breaker, Phase
 from hexgen_vllm.router.options import RouterOptions, Worker
@@ -257,7 +257,7 @@ class Fleet:
 
     def tried(self, engine: Engine, target: str, outcome: Outcome) -> None:
         """Note how a call on an engine ended."""
-        well = outcome.ending.engine_is_well
+        well = ENDINGS[outcome].engine_is_well
         if well:
             engine.stalled.discard(target)
             engine.breaker.succeeded()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hexgen_vllm.router.answers import Outcome
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
@@ -232,7 +233,7 @@ async def test_an_engine_taken_out_for_errors_may_finish_what_it_has() -> None:
         waiting = await waiting_on_hang(stand)
         fleet = stand.context.fleet
         for _ in range(5):
-            fleet.tried(fleet.engines["engine-0"], "engine-0", "engine-error")
+            fleet.tried(fleet.engines["engine-0"], "engine-0", Outcome.ERROR)
         assert stand.state(0) is EngineState.DOWN
         for _ in range(5):
             pass_s(stand, clock, 30.0)
