@@ -6,7 +6,9 @@ Nothing here may name an engine's address or show a stack trace.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -15,6 +17,19 @@ from aiohttp import web
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.outbound import REQUEST_ID_HEADER, SERVER
+
+_LOG = logging.getLogger(__name__)
+_LOGGED_BYTES: Final = 2000
+_REFUSALS: Final = {
+    404: "The engine does not serve this endpoint.",
+    501: "The engine cannot do this.",
+}
+_WORD: Final = re.compile(r"[A-Za-z0-9_ -]{1,64}")
+_TRACE: Final = re.compile(rb'Traceback \(most recent|File \\*"[^"]+", line \d|\bobject at 0x')
+_ADDRESS: Final = re.compile(
+    rb"\b\d{1,3}(?:\.\d{1,3}){3}:\d|(?:/[\w.-]+){2,}\.(?:py|so)\b|0x[0-9a-f]{8}"
+)
+_EVENT_DATA: Final = re.compile(rb"(^data: ?)([^\n\r]+)", re.M)
 
 REASON_HEADER: Final = "x-llm-d-request-dropped-reason"
 """Reason of a refusal because the router cannot have more connections."""
@@ -223,10 +238,87 @@ def error_event(error: EngineFailed, path: str) -> bytes:
     return f"data: {json.dumps(content)}\n\n".encode()
 
 
-def refused_by_engine(status: int) -> bytes:
-    """Return the body for a refusal that an engine did not put into an error object."""
-    texts = {404: "The engine does not serve this endpoint.", 501: "The engine cannot do this."}
-    return json.dumps(error_object(texts.get(status, "The engine refuses it."), status)).encode()
+def refused_by_engine(status: int, body: bytes | None, address: str) -> bytes:
+    """Return what a client is told instead of the body of an engine's refusal, or just that body.
+
+    Messages about the request (4xx) pass as they are, in the error object that they came in.
+    What says something of the engine does not: what it says of its own failures (5xx), pages that
+    are no error objects, stack traces, and its address. That is logged instead.
+
+    Args:
+        status: of the answer, 400 or more.
+        body: of it; ``None`` is one that is too long to be an error object.
+        address: of the engine, host and port.
+    """
+    error = None if body is None else _error_in(body)
+    if body is not None and error is not None and status < 500 and not _tells(body, address):
+        return body
+    said = repr(body[:_LOGGED_BYTES]) if body is not None else "too long"
+    _LOG.warning("engine refused engine_url=%s status=%d body=%s", address, status, said)
+    return json.dumps(_with_message(error or {}, _REFUSALS.get(status), status)).encode()
+
+
+def _with_message(error: dict[str, Any], message: str | None, status: int) -> dict[str, Any]:
+    """Return an error object with another message and what else ``error`` may say."""
+    usual = "The engine refuses it." if status < 500 else "The engine failed."
+    found = error_object(message or usual, status)
+    for name in ("type", "code"):
+        value = error.get(name)
+        if type(value) is int or (isinstance(value, str) and _WORD.fullmatch(value)):
+            found["error"][name] = value
+    return found
+
+
+def told_event(event: bytes, address: str) -> bytes:
+    """Return an engine's error event as a client may see it.
+
+    Args:
+        event: whole events, of which some are errors.
+        address: of the engine, host and port.
+    """
+    return _EVENT_DATA.sub(lambda found: _told_data(found, address), event)
+
+
+def _told_data(found: re.Match[bytes], address: str) -> bytes:
+    head, data = found.group(1), found.group(2)
+    error = _error_in(data)
+    if error is None:
+        return found.group()
+    code = error.get("code")
+    own_failure = type(code) is int and code >= 500
+    if not (own_failure or _tells(data, address) or _ADDRESS.search(data)):
+        return found.group()
+    _LOG.warning("engine failed engine_url=%s event=%r", address, data[:_LOGGED_BYTES])
+    content = _with_message(error, None, code if type(code) is int else 500)
+    kind = _decoded(data).get("type")
+    if kind is not None:
+        content = {"type": kind, **content}
+    return head + json.dumps(content).encode()
+
+
+def _error_in(body: bytes) -> dict[str, Any] | None:
+    """Return the error in an error object of any vLLM, ``None`` if ``body`` is none."""
+    found = _decoded(body)
+    error = found.get("error")
+    if isinstance(error, dict):
+        return error
+    if isinstance(error, str) and error:
+        return {}
+    old = found.get("object") == "error" and isinstance(found.get("message"), str)
+    return found if old else None
+
+
+def _decoded(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _tells(body: bytes, address: str) -> bool:
+    """Whether ``body`` shows code or the engine's address."""
+    return address.encode() in body or _TRACE.search(body) is not None
 
 
 def hung_up(request: Request) -> web.Response:

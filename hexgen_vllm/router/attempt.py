@@ -27,19 +27,32 @@ class Attempt:
     Attributes:
         target: what the call was placed on.
         engine: name of the engine.
+        address: of the engine, host and port.
         answering: whether the client has been sent something.
         answer: the engine's answer, once it has begun.
         watch: looks at it, if it is a stream.
     """
 
     __slots__ = (
-        "_guard", "_reason", "_request", "_seen", "_since_s", "_task", "answer", "answering",
-        "engine", "target", "watch",
+        "_guard",
+        "_reason",
+        "_request",
+        "_seen",
+        "_since_s",
+        "_task",
+        "address",
+        "answer",
+        "answering",
+        "engine",
+        "target",
+        "watch",
     )  # fmt: skip
 
-    def __init__(self, guard: Guard, request: Request, target: str, engine: str) -> None:
+    def __init__(
+        self, guard: Guard, request: Request, target: str, engine: str, address: str
+    ) -> None:
         self._guard, self._request = guard, request
-        self.target, self.engine = target, engine
+        self.target, self.engine, self.address = target, engine, address
         self._task: asyncio.Task[object] | None = None
         self._reason: Outcome | None = None
         self._seen, self._since_s = -1, 0.0

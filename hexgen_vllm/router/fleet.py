@@ -86,6 +86,11 @@ class Engine:
         """Whether it gets calls, if only one at a time."""
         return self.state in _TAKES_CALLS
 
+    @property
+    def host_port(self) -> str:
+        """Where it is, as it could be written in a text."""
+        return self.worker.url.partition("//")[2].partition("/")[0]
+
     def address(self, path: str) -> URL:
         """Return the URL of ``path`` (with query) on the engine.
 

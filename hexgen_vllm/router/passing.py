@@ -17,6 +17,7 @@ from hexgen_vllm.router.answers import (
     error_event,
     hung_up,
     refused_by_engine,
+    told_event,
 )
 from hexgen_vllm.router.attempt import Attempt
 from hexgen_vllm.router.engine_answer import Answer
@@ -75,6 +76,8 @@ class StreamPass:
         ready = watch.feed(data)
         if not ready:
             return
+        if watch.failed():
+            ready = self._told(ready)
         if self._attempt.answering or watch.tokens_begun:
             self._send(ready)
         elif watch.events > before:
@@ -84,6 +87,16 @@ class StreamPass:
         if watch.tokens() >= self._report_at:
             self._report(self._report_at == 1)
             self._report_at = watch.tokens() + _REPORT_EVERY
+
+    def _told(self, ready: bytes) -> bytes:
+        """Return events with an engine's error as the client may see them.
+
+        Raises:
+            EngineFailed: the error is too long to be looked at.
+        """
+        if not self._watch.between:
+            raise EngineFailed("The engine failed.", reason="engine-error")
+        return told_event(ready, self._attempt.address)
 
     def _send(self, data: bytes) -> None:
         self._job.sent += 1
@@ -131,6 +144,8 @@ class StreamPass:
         rest = watch.ended()
         if not (watch.failed() or watch.complete() or not self._job.endpoint.ends):
             raise EngineFailed(Outcome.LOST, retryable=not attempt.begun)
+        if watch.failed():
+            rest = self._told(rest)
         if not attempt.answering:
             self._send(b"")
         self._job.request.end(rest)
@@ -148,14 +163,17 @@ async def whole_pass(
     """
     with attempt:
         body = await answer.body(MAX_WHOLE_BYTES)
-    if body is None:
+    if body is None and answer.status < 400:
         return await _large_pass(job, attempt, answer, head)
-    _note_end(job, answer.status, body[-TAIL_BYTES:])
-    if answer.status >= 400 and b'"error"' not in body:
-        body = refused_by_engine(answer.status)
+    _note_end(job, answer.status, b"" if body is None else body[-TAIL_BYTES:])
+    if answer.status >= 400:
+        told = refused_by_engine(answer.status, body, attempt.address)
+    else:
+        told = body or b""
+    if told is not body and answer.status >= 400:
         head = [line for line in head if not line.lower().startswith(b"content-type:")]
         head.append(b"Content-Type: application/json\r\n")
-    job.request.reply(answer.status, head, body)
+    job.request.reply(answer.status, head, told)
     return SENT
 
 

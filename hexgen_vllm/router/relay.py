@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Final
 
 from aiohttp import web
@@ -38,6 +39,10 @@ from hexgen_vllm.router.targets import RANK_HEADER, rank_of
 from hexgen_vllm.types import Call, Placement
 
 _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
+# How vLLM's API server says that the process behind it has died.
+_DEAD: Final = re.compile(rb"EngineDead|EngineCore encountered|Engine (?:loop )?is dead", re.I)
+_MOST_SAID_BYTES: Final = 4096
+_PATIENCE_S: Final = 1.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -192,7 +197,8 @@ class Relay:
         """
         context = self._context
         engine = context.fleet.engine(placement.engine_id)
-        attempt = Attempt(context.guard, job.request, placement.engine_id, engine.name)
+        target, name = placement.engine_id, engine.name
+        attempt = Attempt(context.guard, job.request, target, name, engine.host_port)
         outcome: Outcome | None = None
         try:
             with attempt:
@@ -245,7 +251,7 @@ class Relay:
         # A redirect would show the client where the engine is.
         leads = None if job.endpoint.known else self._own_path(answer, attempt.engine)
         if answer.status in _ELSEWHERE or (300 <= answer.status < 400 and leads is None):
-            raise _refused_by_engine(answer)
+            raise _refused_by_engine(answer, await _said(answer), attempt.address)
         head = outbound.answer_head(answer.pairs, attempt.target, job.request_id or "")
         if leads is not None:
             head.append(f"Location: {leads}\r\n".encode("utf-8", "surrogateescape"))
@@ -288,9 +294,21 @@ def _is_stream(answer: Answer) -> bool:
     return kind.strip().lower() == "text/event-stream"
 
 
-def _refused_by_engine(answer: Answer) -> EngineFailed:
-    """Return the error for an answer that another engine may better; its body is not shown."""
-    if answer.status in (429, 503):
+async def _said(answer: Answer) -> bytes:
+    """Return the body of an engine's refusal, or nothing if it is long or late."""
+    try:
+        return await asyncio.wait_for(answer.body(_MOST_SAID_BYTES), _PATIENCE_S) or b""
+    except (OSError, asyncio.TimeoutError):
+        return b""
+
+
+def _refused_by_engine(answer: Answer, said: bytes, address: str) -> EngineFailed:
+    """Return the error for an answer that another engine may better; its body is only logged."""
+    dead = _DEAD.search(said) is not None
+    usual = answer.status in (429, 503) and not dead and b"Traceback" not in said
+    level = logging.DEBUG if usual else logging.WARNING
+    _LOG.log(level, "engine refused engine_url=%s status=%d body=%r", address, answer.status, said)
+    if answer.status in (429, 503) and not dead:
         wait = answer.header(b"retry-after")
         return EngineFailed(
             Outcome.BUSY,

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from hexgen_vllm.testing import fake_answers
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import BODIES, CHAT, Stand, open_stand
+from hexgen_vllm.types import EngineState
 
 SECRET = b'Traceback (most recent call last):\n  File "/srv/engine.py" http://10.1.2.3:8000/v1'
 UNSAID = re.compile(
@@ -110,6 +112,106 @@ async def test_errors_of_engines(status: int, path: str) -> None:
         answer = await sent(stand, "POST", path, body)
         assert answer.status >= 400
         assert_says_nothing(answer, stand)
+
+
+TRACE = SECRET.decode()
+OWN_FAILURES = {
+    "error object": {"error": {"message": TRACE, "type": "InternalServerError", "code": 500}},
+    "nothing secret": {"error": {"message": "CUDA error at layer 7", "code": 500}},
+    "text": {"error": TRACE},
+    "old": {"object": "error", "message": TRACE, "code": 500},
+    "error in a page": {"detail": f'<p class="error">{TRACE}</p> "error"'},
+    "list": [{"error": TRACE}],
+}
+
+
+@pytest.mark.parametrize("status", [500, 501, 503, 505, 507, 529, 599])
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+async def test_what_engines_say_of_their_own_failures_is_not_shown(
+    path: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_stand() as stand:
+        for name, content in OWN_FAILURES.items():
+            raw = json.dumps(content).encode()
+            stand.engines[0].fault = Fault("status", status=status, body=raw)
+            body = json.dumps({"model": "tiny", **BODIES.get(path, {"prompt": "x"})}).encode()
+            answer = await sent(stand, "POST", path, body)
+            assert answer.status >= 500, name
+            assert_says_nothing(answer, stand)
+            assert b"CUDA" not in answer.body
+        if path == CHAT:
+            assert "Traceback" in caplog.text, "whoever runs the engine can read it"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+async def test_what_engines_say_of_a_request_is_shown_as_it_is(path: str) -> None:
+    said = (
+        {"error": {"message": "max_tokens=9 is too large: see http://images.example:8000/a.png",
+                   "type": "BadRequestError", "param": "max_tokens", "code": 400}},
+        {"object": "error", "message": "no such tool", "type": "BadRequestError", "code": 400},
+        {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}},
+    )  # fmt: skip
+    async with open_stand() as stand:
+        body = json.dumps({"model": "tiny", **BODIES.get(path, {"prompt": "x"})}).encode()
+        for content in said:
+            raw = json.dumps(content).encode()
+            stand.engines[0].fault = Fault("status", status=400, body=raw)
+            answer = await sent(stand, "POST", path, body)
+            assert (answer.status, answer.body) == (400, raw)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+async def test_refusals_that_say_too_much_are_told_in_other_words(path: str) -> None:
+    async with open_stand() as stand:
+        at = f"cannot fetch from 127.0.0.1:{stand.engines[0].port}"
+        page = b'<html><b class="error">' + SECRET
+        long = json.dumps({"error": {"message": "x" * 5_000_000}}).encode()
+        objects = ({"error": {"message": TRACE, "code": 400}}, {"error": {"message": at}},
+                   {"error": {"message": 'File "/a/b", line 7, in x'}})  # fmt: skip
+        for raw in (page, long, *(json.dumps(one).encode() for one in objects)):
+            stand.engines[0].fault = Fault("status", status=400, body=raw)
+            body = json.dumps({"model": "tiny", **BODIES.get(path, {"prompt": "x"})}).encode()
+            answer = await sent(stand, "POST", path, body)
+            assert answer.status == 400
+            if raw is not long or path == CHAT:
+                assert_says_nothing(answer, stand)
+                assert len(answer.body) < 500
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("size", [0, 20_000, 2_000_000])
+async def test_error_events_show_neither(
+    monkeypatch: pytest.MonkeyPatch, path: str, size: int
+) -> None:
+    error = {"message": TRACE + "x" * size, "type": "InternalServerError", "code": 500}
+    content = {"type": "error", "error": error} if path.endswith("s") else {"error": error}
+    named = b"event: error\n" if path in ("/v1/responses", "/v1/messages") else b""
+    token = b'data: {"text": " tok 127.0.0.1:80 a/b/c.py Traceback (most recent call"}\n\n'
+    last = named + b"data: " + json.dumps(content).encode() + b"\n\ndata: [DONE]\n\n"
+    pieces = [token, *(last[i : i + 30_000] for i in range(0, len(last), 30_000))]
+    monkeypatch.setattr(fake_answers, "events", lambda work: iter(pieces))
+    async with open_stand() as stand:
+        async with stand.post(path, stream=True) as answer:
+            text = await answer.read()
+        assert text.startswith(token), "text of the model is nobody's business"
+        told = text[len(token) :]
+        assert UNSAID.search(told.decode()) is None
+        data = next(line for line in told.split(b"\n") if line.startswith(b"data:"))
+        assert json.loads(data[5:])["error"]["message"] == "The engine failed."
+        assert stand.context.ledger.failed() == {"engine-error": 1}
+        stand.assert_settled()
+
+
+async def test_a_dead_engine_process_is_not_busy() -> None:
+    """What vLLM answers when only its API server is left; the other engine takes the calls."""
+    raw = json.dumps({"error": {"message": "EngineDeadError: EngineCore encountered an issue."}})
+    async with open_stand(*[FakeSettings()] * 2, policy="round_robin") as stand:
+        stand.engines[0].fault = Fault("status", status=503, body=raw.encode())
+        for _ in range(12):
+            async with stand.post() as answer:
+                assert answer.status == 200
+        assert stand.context.ledger.retries == {"engine-error": 5}
+        assert stand.state(0) is EngineState.DOWN
 
 
 Breaking = Callable[[Stand], Awaitable[None]]
