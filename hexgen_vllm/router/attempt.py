@@ -69,8 +69,8 @@ class Attempt:
 
     @property
     def begun(self) -> bool:
-        """Whether a token of the answer has come, or part of a body: it is not asked for again."""
-        return self.watch.tokens_begun if self.watch is not None else self.progress > 0
+        """Whether an event of the answer has come, or part of a body: it is not asked for again."""
+        return self.watch.events > 0 if self.watch is not None else self.progress > 0
 
     def __enter__(self) -> Attempt:
         self._task = self._request.task

@@ -13,6 +13,7 @@ import enum
 from dataclasses import dataclass
 
 from hexgen_vllm.config import option
+from hexgen_vllm.policy.liveness import Patience
 from hexgen_vllm.router.discovery.options import DiscoveryOptions
 
 
@@ -37,16 +38,28 @@ class HealthOptions(DiscoveryOptions):
     disable_circuit_breaker: bool = option(False, "take no engine out for calls that fail")
     engine_stall_secs: float = option(
         10.0,
-        "silence of an engine at work that makes it stalled, seconds, beside what its steps and "
-        "prefills take; 0 never",
+        "least silence of an engine at work that makes it stalled, seconds, beside what its steps"
+        " and prefills take; three times that while its health check passes; 0 never",
         least=0.0,
     )
     engine_stall_steps: float = option(
         50.0, "predicted steps of an engine at work that are added to that", least=0.0
     )
+    engine_cold_secs: float = option(
+        300.0,
+        "longest silence of an engine that has done nothing since it started, or that nobody could"
+        " stand in for while its health checks fail, seconds",
+        least=0.0,
+    )
     lost_stream_timeout_secs: float = option(
         30.0, "longest silence within an answer of an engine that is down, seconds", least=1e-3
     )
+
+    @property
+    def patience(self) -> Patience:
+        """How long engines may be silent."""
+        least_s, steps = self.engine_stall_secs, self.engine_stall_steps
+        return Patience(least_s, steps, self.engine_cold_secs)
 
 
 class Phase(enum.Enum):

@@ -12,7 +12,7 @@ import httptools
 from yarl import URL
 
 from hexgen_vllm.router.broken import CannotConnect, EngineBroke, RouterShort, is_short
-from hexgen_vllm.router.engine_answer import Answer
+from hexgen_vllm.router.engine_answer import Answer, in_time
 from hexgen_vllm.router.http_request import Pairs
 
 # uvicorn closes idle connections after 5 s; one that it is about to close must not be used.
@@ -271,7 +271,7 @@ class Pool:
 
     async def _connect(self, address: _Address) -> EngineConnection:
         try:
-            connection = await asyncio.wait_for(self._make(address), self._connect_s)
+            connection = await in_time(self._make(address), self._connect_s)
         except (OSError, asyncio.TimeoutError) as error:
             if is_short(error):
                 raise RouterShort(str(error)) from None

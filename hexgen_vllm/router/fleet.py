@@ -9,6 +9,7 @@ trial. Its data-parallel ranks share all that; calls are placed on each of them
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -44,6 +45,10 @@ class Engine:
         draining: whether an operator takes it out of service.
         leaving: whether it is to be forgotten when its calls have ended.
         steps: steps that each target has run, where it says so.
+        warm: targets that have run a step or sent part of an answer since the engine joined.
+        worked_s: time of the last sign of work.
+        silent: seconds that targets with calls have shown no sign of work.
+        failing_since_s: when the first of the health checks that failed in a row was sent.
         state: what follows from all that.
         why: why it gets no calls, ``""`` while it does.
     """
@@ -57,6 +62,10 @@ class Engine:
     leaving: bool = False
     stalled: set[str] = field(default_factory=set)
     steps: dict[str, int] = field(default_factory=dict)
+    warm: set[str] = field(default_factory=set)
+    worked_s: float = -math.inf
+    silent: dict[str, float] = field(default_factory=dict)
+    failing_since_s: float | None = None
     state: EngineState = EngineState.DOWN
     why: str = "not up yet"
     _addresses: dict[str, URL] = field(default_factory=dict)
@@ -76,10 +85,25 @@ class Engine:
         """What calls are placed on: the engine itself, or each of its ranks."""
         return {spec.engine_id: spec for spec in self.specs} or {self.name: None}
 
+    def serves_all_of(self, models: frozenset[str]) -> bool:
+        """Whether it serves all of ``models``; without a list it serves any."""
+        own = frozenset() if self.spec is None else self.spec.models
+        return not own or (bool(models) and models <= own)
+
     @property
     def kind(self) -> EngineKind:
         """What it can order by."""
         return EngineKind.FCFS if self.spec is None else self.spec.kind
+
+    def worked(self, target: str, now: float) -> None:
+        """Note a sign of work of a target."""
+        self.warm.add(target)
+        self.worked_s = now
+
+    def cold(self) -> None:
+        """Forget what it did before it started anew."""
+        self.warm.clear()
+        self.silent.clear()
 
     @property
     def takes_calls(self) -> bool:
@@ -215,6 +239,8 @@ class Fleet:
         if not first and not self._options.disable_circuit_breaker:
             engine.breaker.half_open()
         engine.up = True
+        engine.failing_since_s = None
+        engine.cold()
         self.described(name, found)
         _log_joined(name, found, first=first)
 
@@ -245,6 +271,7 @@ class Fleet:
     def restarted(self, name: str) -> None:
         """Note that an engine started anew behind our back."""
         engine = self.engines[name]
+        engine.cold()
         _LOG.warning("engine restarted engine=%s", name)
         for spec in engine.specs:
             self._service.engine_joined(spec, engine.state)
@@ -287,6 +314,18 @@ class Fleet:
         if target in engine.stalled and engine.breaker.phase is Phase.OPEN:
             engine.breaker.half_open()
             self._settle(engine)
+
+    def others(self, engine: Engine) -> bool:
+        """Whether another engine could take the calls of ``engine``: one that is not silent too."""
+        limit_s = self._options.engine_stall_secs
+        return any(
+            other is not engine
+            and other.takes_calls
+            and other.failing_since_s is None
+            and (engine.spec is None or other.serves_all_of(engine.spec.models))
+            and not any(silent_s > limit_s for silent_s in other.silent.values())
+            for other in self.engines.values()
+        )
 
     def tick(self, now: float) -> None:
         """Do what time alone causes; call it about once a second or more often."""

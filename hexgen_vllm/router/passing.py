@@ -36,15 +36,14 @@ _REPORT_EVERY: Final = 64  # events between two reports of progress
 class StreamPass:
     """Passes on server-sent events; the coordinator hears of their progress.
 
-    Nothing is passed on before the first token, or the end: until then the call can be sent to
-    another engine. An answer counts as given when its last event has gone out, whatever the
+    Nothing is passed on before the first event, and comments are none: until then the call can be
+    sent to another engine. An answer counts as given when its last event has gone out, whatever the
     client or the engine do with their connections after that.
     """
 
     def __init__(self, job: Job, attempt: Attempt, service: Service, head: list[bytes]) -> None:
         self._job, self._attempt, self._service, self._head = job, attempt, service, head
         self._watch = attempt.watch = StreamWatch(job.endpoint)
-        self._held: list[bytes] = []
         self._report_at = 1
         self._given = False
 
@@ -72,16 +71,13 @@ class StreamPass:
 
     def _feed(self, data: bytes) -> None:
         watch = self._watch
-        before = watch.events
         ready = watch.feed(data)
         if not ready:
             return
         if watch.failed():
             ready = self._told(ready)
-        if self._attempt.answering or watch.tokens_begun:
+        if self._attempt.answering or watch.events:
             self._send(ready)
-        elif watch.events > before:
-            self._held.append(ready)
         if watch.complete():
             self._note_end()
         if watch.tokens() >= self._report_at:
@@ -103,8 +99,6 @@ class StreamPass:
         if self._attempt.answering:
             self._job.request.send(data)
             return
-        if self._held:
-            data = b"".join((*self._held, data))
         self._attempt.answering = True
         self._job.request.begin(200, self._head, None, data)
 

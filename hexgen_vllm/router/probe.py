@@ -31,11 +31,14 @@ class Unreachable(HexgenError):  # noqa: N818 - an answer, not a defect
     Attributes:
         refused: nobody listens there.
         short: there is nothing left here to connect with, which says nothing of the engine.
+        silent: it did not answer in time, and may only be busy.
     """
 
-    def __init__(self, message: str, *, refused: bool = False, short: bool = False) -> None:
+    def __init__(
+        self, message: str, *, refused: bool = False, short: bool = False, silent: bool = False
+    ) -> None:
         super().__init__(message)
-        self.refused, self.short = refused, short
+        self.refused, self.short, self.silent = refused, short, silent
 
 
 class Found(NamedTuple):
@@ -174,7 +177,9 @@ class Probe:
                     "the router has nothing left to connect with", short=True
                 ) from None
             raise Unreachable("nobody listens there", refused=True) from None
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, MemoryError) as error:
+        except asyncio.TimeoutError:
+            raise Unreachable("it does not answer in time", silent=True) from None
+        except (aiohttp.ClientError, OSError, MemoryError) as error:
             if is_short(error):
                 raise Unreachable(
                     "the router has nothing left to connect with", short=True

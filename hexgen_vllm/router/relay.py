@@ -26,7 +26,7 @@ from hexgen_vllm.router.attempt import Attempt, ClientGone
 from hexgen_vllm.router.broken import CannotConnect, RouterShort
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.endpoints import Endpoint
-from hexgen_vllm.router.engine_answer import Answer
+from hexgen_vllm.router.engine_answer import Answer, in_time
 from hexgen_vllm.router.engine_pool import Pool
 from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.http_body import LARGE_BYTES
@@ -297,7 +297,7 @@ def _is_stream(answer: Answer) -> bool:
 async def _said(answer: Answer) -> bytes:
     """Return the body of an engine's refusal, or nothing if it is long or late."""
     try:
-        return await asyncio.wait_for(answer.body(_MOST_SAID_BYTES), _PATIENCE_S) or b""
+        return await in_time(answer.body(_MOST_SAID_BYTES), _PATIENCE_S) or b""
     except (OSError, asyncio.TimeoutError):
         return b""
 

@@ -2,13 +2,9 @@
 
 A connection to such an engine stays open and its health check may even pass, since another
 process answers it. What tells is silence: an engine that runs moves all its sequences in every
-step. So an engine is stalled when, for
-
-    engine_stall_secs + engine_stall_steps * (step) + 2 * (prefill queued there)
-
-with the predicted times of its step and of its queued prompts, none of its answers grew and its
-step count stood still. Calls of which neither would be known - no answer has begun, and it counts
-no steps - tell nothing, and nothing is concluded; nor do answers that their client does not read.
+step. How long a silence may be says :mod:`~hexgen_vllm.policy.liveness`; here is found out how
+long it is. Calls of which no sign would be known - no answer has begun, and the engine counts no
+steps - tell nothing, and nothing is concluded; nor do answers that their client does not read.
 An engine with several data-parallel ranks is stalled when one of them is.
 """
 
@@ -18,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.load import UNMEASURED, EngineLoad
+from hexgen_vllm.policy.liveness import Silence, borne_s
+from hexgen_vllm.policy.load import UNMEASURED
 from hexgen_vllm.router.answers import Outcome
 from hexgen_vllm.router.attempt import Attempt, Guard
 from hexgen_vllm.router.fleet import Engine, Fleet
@@ -33,6 +30,7 @@ class _Pulse:
 
     since_s: float
     steps: int | None = None
+    longest_s: float = 0.0
     seen: dict[Attempt, int] = field(default_factory=dict)
 
 
@@ -70,32 +68,45 @@ class Stalls:
         pulse, steps = self._pulses.setdefault(target, _Pulse(now)), engine.steps.get(target)
         was_idle = not pulse.seen
         moved = any(a.progress > pulse.seen.get(a, 0) for a in tries)
-        stepped = steps is not None and steps != pulse.steps
+        stepped = steps is not None and steps > (pulse.steps or 0)
         pulse.seen = {a: a.progress for a in tries}
-        pulse.steps = steps
+        if steps is not None:
+            pulse.steps = steps
         if moved or stepped:
+            engine.worked(target, now)
+            if not was_idle and target in engine.warm:
+                pulse.longest_s = max(pulse.longest_s, now - pulse.since_s)
             self._fleet.revived(engine, target)
         if moved or stepped or was_idle or not tries:
             pulse.since_s = now
-        elif self._is_stalled(engine, target, tries, now - pulse.since_s):
+            engine.silent.pop(target, None)
+            return
+        engine.silent[target] = now - pulse.since_s
+        if self._is_stalled(engine, target, tries, pulse, now):
             why = f"it has done nothing for {now - pulse.since_s:.0f} s"
             self._fleet.stalled(engine, target, why)
 
     def _is_stalled(
-        self, engine: Engine, target: str, tries: list[Attempt], silent_s: float
+        self, engine: Engine, target: str, tries: list[Attempt], pulse: _Pulse, now: float
     ) -> bool:
-        least_s, load = self._options.engine_stall_secs, self._loads.get(target)
-        if not least_s or load is None or engine.state is EngineState.DOWN:
+        load = self._loads.get(target)
+        if load is None or engine.state is EngineState.DOWN:
             return False
         if target not in engine.steps and not any(a.progress for a in tries):
             return False
-        return silent_s > least_s + self._work_s(load)
-
-    def _work_s(self, load: EngineLoad) -> float:
-        """Return how long the engine may be silent at work, by its rates."""
-        cost = load.cost() or UNMEASURED
-        step_s = self._options.engine_stall_steps * load.token_s(cost)
-        return step_s + 2.0 * cost.prefill_s(load.queued_prefill_tokens())
+        own = load.cost()
+        cost, queued = own or UNMEASURED, load.queued_prefill_tokens()
+        silence = Silence(
+            warm=target in engine.warm,
+            healthy=engine.failing_since_s is None,
+            others=self._fleet.others(engine),
+            step_s=load.token_s(cost),
+            prefill_s=cost.prefill_s(queued),
+            measured=own is not None,
+            prompts=queued > 0,
+            longest_s=pulse.longest_s,
+        )
+        return now - pulse.since_s > borne_s(self._options.patience, silence)
 
     def _give_up(self, tries: dict[str, list[Attempt]], now: float) -> None:
         limit_s = self._options.lost_stream_timeout_secs

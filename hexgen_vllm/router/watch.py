@@ -6,7 +6,7 @@ unescaped quote, so that line starts and field names can be found in the bytes.
 | what comes | is |
 |---|---|
 | comments, events without data, ``ping`` | filler: no sign that the engine works |
-| a role without text, ``response.created``, ``message_start``, ... | an opening: no token yet |
+| a role without text, ``response.created``, ``message_start``, ... | the first byte, no token |
 | any other event | a token |
 """
 
@@ -197,11 +197,6 @@ class StreamWatch:
             self.between = True
             return rest
         return rest
-
-    @property
-    def tokens_begun(self) -> bool:
-        """Whether a token has come, or the end without one."""
-        return self.events > self.opened
 
     def complete(self) -> bool:
         """Whether the stream has said that it is at its end, with a whole event."""

@@ -1,9 +1,10 @@
 """Keeps the fleet's picture of one engine true: joins it, reads it, notices when it is gone.
 
 States: not up yet or down (probed every second), up (health check and telemetry at their
-intervals). A connection that is refused takes it down at once, everything else after
-``health_failure_threshold`` failures in a row. It comes back after ``health_success_threshold``
-good checks in a row.
+intervals). A connection that is refused takes it down at once, an answer that it is not well
+after ``health_failure_threshold`` in a row. No answer in time takes it down after as many, unless
+it works, or nobody else could (:func:`~hexgen_vllm.policy.liveness.deaf_is_down`). It comes back
+after ``health_success_threshold`` good checks in a row.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 from collections.abc import Mapping
 
 from hexgen_vllm.clock import Clock
+from hexgen_vllm.policy.liveness import deaf_is_down
 from hexgen_vllm.router.fleet import Engine, Fleet
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.probe import Probe, Unreachable
@@ -121,18 +123,36 @@ class Watcher:
         self._fleet.joined(self._engine.name, found)
 
     async def _check(self) -> None:
+        engine, sent_s = self._engine, self._clock.now()
         try:
-            await self._probe.healthy(self._engine.worker)
+            await self._probe.healthy(engine.worker)
             self._failed = 0
+            engine.failing_since_s = None
             await self._list_models()
         except Unreachable as why:
             if why.short:
                 return
             self._failed += 1
-            threshold = self._options.health_failure_threshold
-            if self._is_there() and (why.refused or self._failed >= threshold):
+            if engine.failing_since_s is None:
+                engine.failing_since_s = sent_s
+            if self._is_there() and self._is_lost(why):
                 self._failed = self._passed = 0
-                self._fleet.lost(self._engine.name, str(why))
+                self._fleet.lost(engine.name, str(why))
+
+    def _is_lost(self, why: Unreachable) -> bool:
+        """Whether an engine whose health check failed gets no more calls."""
+        engine, now = self._engine, self._clock.now()
+        if why.refused or self._failed < self._options.health_failure_threshold:
+            return why.refused
+        if not why.silent:
+            return True
+        return deaf_is_down(
+            self._options.patience,
+            failing_s=0.0 if engine.failing_since_s is None else now - engine.failing_since_s,
+            worked_s=now - engine.worked_s,
+            others=self._fleet.others(engine),
+            warm=len(engine.warm) == len(engine.targets),
+        )
 
     async def _list_models(self) -> None:
         try:

@@ -11,6 +11,7 @@ from yarl import URL
 
 from hexgen_vllm.router import engine_pool
 from hexgen_vllm.router.broken import CannotConnect, EngineBroke
+from hexgen_vllm.router.engine_answer import in_time
 from hexgen_vllm.router.engine_pool import Pool
 from hexgen_vllm.testing.stand import Stand
 
@@ -265,3 +266,20 @@ async def test_an_engine_may_announce_its_answer_and_think(monkeypatch: pytest.M
     async with engine(think) as (pool, url, _):
         for _ in range(2):
             assert await whole(pool, url) == b"abc"
+
+
+async def test_no_cancellation_is_lost_when_the_work_ends_in_the_same_turn() -> None:
+    """As when a guard ends a try in the turn in which its connection is there."""
+    work: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def wait() -> int:
+        return await work
+
+    task = asyncio.ensure_future(in_time(wait(), 60.0))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    work.set_result(1)
+    await asyncio.sleep(0)  # the work has ended, who waits has not heard of it
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -223,7 +223,7 @@ async def test_silence_ends_a_call() -> None:
     ) as stand:
         stand.engines[0].faults.extend((Fault("hang"), Fault("hang", 2)))
         task = asyncio.ensure_future(stand.post().__aenter__())
-        await stand.until(lambda: stand.context.guard.attempts)
+        await stand.until(stand.received)  # or the next call would meet its fault
         for _ in range(7):
             stand.context.guard.tick(clock.now())
             clock.advance(9.0)
