@@ -91,7 +91,7 @@ class StreamPass:
             EngineFailed: the error is too long to be looked at.
         """
         if not self._watch.between:
-            raise EngineFailed("The engine failed.", reason="engine-error")
+            raise EngineFailed(Outcome.ERROR)
         return told_event(ready, self._attempt.address)
 
     def _send(self, data: bytes) -> None:
