@@ -8,7 +8,6 @@ adapter is loaded, a CPU is busy. So the time of silence alone tells little. Wha
 | it has worked, and its health check fails now | W |
 | its health check passes: somebody there still works | 3 x W |
 | it has done nothing since it started | at least ``cold_s`` |
-| prompts wait, its rates are not known, its health check passes | at least ``cold_s`` |
 | no other engine could take its calls, its health check fails | at least ``cold_s`` |
 | no other engine could take its calls, its health check passes | any |
 
@@ -54,8 +53,6 @@ class Silence:
         others: another engine, which works, could take its calls.
         step_s: predicted time of a step with its present calls, seconds.
         prefill_s: predicted time of the prompts that wait there, seconds.
-        measured: these predictions stand on its own rates.
-        prompts: prompts wait there for their first token.
         longest_s: longest silence at work that it has come back from, seconds.
     """
 
@@ -64,8 +61,6 @@ class Silence:
     others: bool = True
     step_s: float = 0.0
     prefill_s: float = 0.0
-    measured: bool = True
-    prompts: bool = False
     longest_s: float = 0.0
 
 
@@ -77,8 +72,7 @@ def borne_s(patience: Patience, silence: Silence) -> float:
     limit_s = max(work_s, min(_SEEN * silence.longest_s, patience.cold_s))
     if silence.healthy:
         limit_s *= _HEALTHY
-    unknown = silence.prompts and not silence.measured and silence.healthy
-    if not silence.warm or unknown:
+    if not silence.warm:
         limit_s = max(limit_s, patience.cold_s)
     if not silence.others:
         limit_s = math.inf if silence.healthy else max(limit_s, patience.cold_s)

@@ -94,16 +94,13 @@ class Stalls:
             return False
         if target not in engine.steps and not any(a.progress for a in tries):
             return False
-        own = load.cost()
-        cost, queued = own or UNMEASURED, load.queued_prefill_tokens()
+        cost = load.cost() or UNMEASURED
         silence = Silence(
             warm=target in engine.warm,
             healthy=engine.failing_since_s is None,
             others=self._fleet.others(engine),
             step_s=load.token_s(cost),
-            prefill_s=cost.prefill_s(queued),
-            measured=own is not None,
-            prompts=queued > 0,
+            prefill_s=cost.prefill_s(load.queued_prefill_tokens()),
             longest_s=pulse.longest_s,
         )
         return now - pulse.since_s > borne_s(self._options.patience, silence)
