@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import aiohttp
 import pytest
@@ -15,8 +16,11 @@ import trustme
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router import tls
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.testing.fake_server import FakeServer
+from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
+from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
+from hexgen_vllm.types import EngineState
+from tests.router.test_http_server import call, request
 
 
 class Authority(NamedTuple):
@@ -153,3 +157,31 @@ def test_files_that_do_not_fit_are_one_sentence(ours: Authority, theirs: Authori
 def test_access_options_must_fit_together(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=f"^{word}"):
         RouterOptions(**options)
+
+
+async def test_a_client_that_does_not_read_over_https_takes_no_engine_out(ours: Authority) -> None:
+    """What waits for it stands in the buffers of TLS, above those of the connection."""
+    clock = ManualClock()
+    fakes = (FakeSettings(), FakeSettings())
+    async with open_stand(*fakes, clock=clock, engine_stall_secs=10.0, **ours.flags()) as stand:
+        _, writer = await asyncio.open_connection(
+            "127.0.0.1", stand.router.port, ssl=ours.trusting(), limit=2**12
+        )
+        cast(asyncio.ReadTransport, writer.transport).pause_reading()
+        body = call(stand, stream=True, max_tokens=10**6, ignore_eos=True)
+        writer.write(request(body))
+        await stand.until(lambda: stand.context.guard.attempts)
+        (attempt,) = stand.context.guard.attempts
+        await stand.until(attempt.client_is_slow)
+        progress = -1
+        while progress != attempt.progress:  # until no buffer takes any more
+            progress = attempt.progress
+            await asyncio.sleep(0.1)
+        for _ in range(40):
+            clock.advance(10.0)
+            stand.context.tick()
+            assert [stand.state(i) for i in range(2)] == [EngineState.READY] * 2
+            await asyncio.sleep(0)
+        await stand.until(lambda: stand.context.ledger.open == 0)
+        assert stand.context.ledger.failed() == {"rejected-context-cancelled": 1}
+        writer.transport.abort()
