@@ -224,4 +224,5 @@ def _wrong(source: Located, text: str) -> ConfigError:
         if number == "...":
             break
         path = (*path, int(number) if number else name)
-    return source.error(path, f"{problem[:1].lower()}{problem[1:].rstrip('.')}.")
+    sentence = problem[:1].lower() + problem[1:].rstrip(".") + "."
+    return source.error(path, sentence)
