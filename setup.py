@@ -45,7 +45,7 @@ ROUTES = (
     "answers", "app", "attempt", "context", "conventions", "endpoints", "engine_answer",
     "engine_pool", "fleet", "http_connection", "http_reader", "http_request", "intake", "job",
     "keys", "labels", "ledger", "logs", "outbound", "outcomes", "passing", "prompt", "recorder",
-    "relay", "retry", "service", "targets", "watch",
+    "relay", "retry", "service", "stored", "targets", "watch",
 )  # fmt: skip
 COMPILED = [
     "hexgen_vllm/clock.py",

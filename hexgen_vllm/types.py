@@ -40,6 +40,7 @@ class Call:
         streamed: its first token will be seen; otherwise only its end is.
         prefix: chain hashes of the prompt's leading chunks, for prefix affinity.
         prefix_chunk_tokens: tokens that one entry of ``prefix`` stands for.
+        engine: name of the only engine that can take it, as it has what the call follows.
     """
 
     call_id: str
@@ -60,6 +61,7 @@ class Call:
     prefix: tuple[int, ...]
     prefix_chunk_tokens: int
     deadline_asked: bool
+    engine: str | None
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -83,6 +85,7 @@ class Call:
         prefix_chunk_tokens: int = 0,
         deadline_asked: bool = True,
     ) -> None:
+        self.engine = None
         self.call_id, self.workflow_id, self.arrived_s = call_id, workflow_id, arrived_s
         self.prompt_tokens, self.workflow_type, self.stage = prompt_tokens, workflow_type, stage
         self.tenant, self.model, self.deadline_s = tenant, model, deadline_s

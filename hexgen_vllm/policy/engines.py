@@ -55,9 +55,8 @@ class Engines:
         Where engines differ in the longest call they take, those that are long enough for this
         one. If none is, all: prompt lengths are estimates, and engines refuse what is too long.
         """
-        model = call.model
         found = [
-            e for e in self._by_name if e.open and e.has(model) and e.engine_id not in refused_by
+            e for e in self._by_name if e.open and e.knows(call) and e.engine_id not in refused_by
         ]
         if not self._lengths_differ:
             return found

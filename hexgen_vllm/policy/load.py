@@ -92,7 +92,11 @@ class EngineLoad:
 
     def knows(self, call: Call) -> bool:
         """Whether it has the call's model."""
-        return self.has(call.model)
+        return self.has(call.model) and self.is_home(call)
+
+    def is_home(self, call: Call) -> bool:
+        """Whether the call may run here: some follow what only one engine has."""
+        return call.engine is None or call.engine == self.engine_id.partition("@")[0]
 
     def has(self, model: str) -> bool:
         """Whether it serves a model."""

@@ -29,6 +29,7 @@ from hexgen_vllm.router.recorder import Recorder
 from hexgen_vllm.router.retry import RetryPolicy
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.stalls import Stalls
+from hexgen_vllm.router.stored import Stored
 from hexgen_vllm.router.tracing import Tracing, open_tracing
 from hexgen_vllm.router.tuning import Tuning
 from hexgen_vllm.router.watchers import Watchers
@@ -53,6 +54,7 @@ class Context:
         ratios: prompt length estimates.
         intake: reads requests.
         retries: bounds retries.
+        stored: which engine has which stored response.
         metrics: histograms and exposition.
         tracing: begins traces of calls.
         session: connections to engines.
@@ -73,6 +75,7 @@ class Context:
     ratios: TokenRatios
     intake: Intake
     retries: RetryPolicy
+    stored: Stored
     metrics: Metrics
     tracing: Tracing
     session: aiohttp.ClientSession
@@ -209,6 +212,7 @@ def new_context(
         ratios=ratios,
         intake=Intake(ratios, dispatch.default_deadline_s, options.request_id_headers),
         retries=RetryPolicy(options, random.Random()),
+        stored=Stored(),
         metrics=metrics,
         tracing=open_tracing(options.otlp_traces_endpoint, dispatch.policy),
         session=session,

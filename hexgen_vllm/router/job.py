@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +34,7 @@ class Job:
         tried: names of engines that it was sent to past the policy.
         placement: the last decision about it.
         sent: pieces of an answer that the client has been sent.
+        learn: is told the beginning of a good answer, where something is to be learned from it.
         outcome: for the ledger.
         result: for the coordinator.
     """
@@ -48,6 +50,7 @@ class Job:
     sent: int
     tried: list[str]
     placement: Placement | None
+    learn: Callable[[bytes], None] | None
     outcome: Outcome
     result: CallResult
 
@@ -58,6 +61,7 @@ class Job:
         self.began_s, self.trace = began_s, trace
         self.first_token_s = self.request_id = self.accepted = self.placement = None
         self.tries = self.sent = 0
+        self.learn = None
         self.tried = []
         self.outcome, self.result = Outcome.INTERNAL, _ABORTED
 

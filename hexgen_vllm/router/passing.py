@@ -96,6 +96,8 @@ class StreamPass:
 
     def _send(self, data: bytes) -> None:
         self._job.sent += 1
+        if self._job.sent == 1 and self._job.learn is not None:
+            self._job.learn(data)
         if self._attempt.answering:
             self._job.request.send(data)
             return
@@ -159,6 +161,8 @@ async def whole_pass(
         body = await answer.body(MAX_WHOLE_BYTES)
     if body is None and answer.status < 400:
         return await _large_pass(job, attempt, answer, head)
+    if body is not None and job.learn is not None:
+        job.learn(body)
     _note_end(job, answer.status, b"" if body is None else body[-TAIL_BYTES:])
     if answer.status >= 400:
         told = refused_by_engine(answer.status, body, attempt.address)

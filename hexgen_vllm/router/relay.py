@@ -15,12 +15,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from functools import partial
 from typing import Final
 
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
-from hexgen_vllm.router import answers, logs, outbound, tls
+from hexgen_vllm.router import answers, logs, outbound, stored, tls
 from hexgen_vllm.router.answers import EngineFailed, Outcome, refused
 from hexgen_vllm.router.attempt import Attempt, ClientGone
 from hexgen_vllm.router.broken import CannotConnect, RouterShort
@@ -155,9 +156,39 @@ class Relay:
         Raises:
             Refused: nobody can take it.
         """
-        return (
-            await self._context.service.place(call) if job.placed else self._least_busy(job, call)
-        )
+        home = self._home(job)
+        if home is None:
+            place = self._context.service.place
+            return await place(call) if job.placed else self._least_busy(job, call)
+        call.engine = home.name
+        if job.placed and job.endpoint.known:
+            return await self._context.service.place(call)
+        if not home.takes_calls:
+            raise refused(Outcome.NO_ENDPOINTS)
+        job.tried.append(home.name)
+        return Placement(call.call_id, next(iter(home.targets)), "stored")
+
+    def _home(self, job: Job) -> Engine | None:
+        """Return the engine that has the response that a request is about, ``None`` if any may.
+
+        Raises:
+            BadRequest: the engine has left, and the response with it.
+        """
+        context, now = self._context, self._context.clock.now()
+        response = stored.named(job.request.path)
+        if response is None and job.endpoint.name == "responses" and job.accepted is not None:
+            response = stored.previous(job.accepted.body)
+        name = None if response is None else context.stored.engine_of(response, now)
+        if name is None:
+            return None
+        engine = context.fleet.engines.get(name)
+        if engine is None:
+            raise BadRequest(
+                f"Response with id {response!r} is no longer there: its engine has left.",
+                status=404,
+                param="response_id",
+            )
+        return engine
 
     def _least_busy(self, job: Job, call: Call) -> Placement:
         engine = self._context.fleet.least_busy(call.model, job.tried)
@@ -255,9 +286,14 @@ class Relay:
         head = outbound.answer_head(answer.pairs, attempt.target, job.request_id or "")
         if leads is not None:
             head.append(f"Location: {leads}\r\n".encode("utf-8", "surrogateescape"))
+        if answer.status == 200 and job.endpoint.name == "responses":
+            job.learn = partial(self._learn_response, attempt.engine)
         if answer.status == 200 and _is_stream(answer):
             return await StreamPass(job, attempt, self._context.service, head).run(answer)
         return await whole_pass(job, attempt, answer, head)
+
+    def _learn_response(self, engine: str, answer: bytes) -> None:
+        self._context.stored.learn(answer, engine, self._context.clock.now())
 
     def _own_path(self, answer: Answer, engine: str) -> str | None:
         """Return where on the same engine a redirect leads, ``None`` if elsewhere or nowhere."""
