@@ -18,6 +18,7 @@ import re
 from functools import partial
 from typing import Final
 
+import aiohttp
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
@@ -44,6 +45,8 @@ _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
 _DEAD: Final = re.compile(rb"EngineDead|EngineCore encountered|Engine (?:loop )?is dead", re.I)
 _MOST_SAID_BYTES: Final = 4096
 _PATIENCE_S: Final = 1.0
+_ASK_TIMEOUT: Final = aiohttp.ClientTimeout(total=2.0)
+_ASKING: Final = 4
 _LOG = logging.getLogger(__name__)
 
 
@@ -52,6 +55,7 @@ class Relay:
 
     def __init__(self, context: Context) -> None:
         self._context, options = context, context.options
+        self._asking = asyncio.Semaphore(_ASKING)
         self._engine_key = options.engine_api_key
         self._pool = Pool(options.connect_timeout_secs, tls.for_engines(options))
 
@@ -156,7 +160,7 @@ class Relay:
         Raises:
             Refused: nobody can take it.
         """
-        home = self._home(job)
+        home = await self._home(job)
         if home is None:
             place = self._context.service.place
             return await place(call) if job.placed else self._least_busy(job, call)
@@ -168,7 +172,7 @@ class Relay:
         job.tried.append(home.name)
         return Placement(call.call_id, next(iter(home.targets)), "stored")
 
-    def _home(self, job: Job) -> Engine | None:
+    async def _home(self, job: Job) -> Engine | None:
         """Return the engine that has the response that a request is about, ``None`` if any may.
 
         Raises:
@@ -178,7 +182,11 @@ class Relay:
         response = stored.named(job.request.path)
         if response is None and job.endpoint.name == "responses" and job.accepted is not None:
             response = stored.previous(job.accepted.body)
-        name = None if response is None else context.stored.engine_of(response, now)
+        if response is None:
+            return None
+        name = context.stored.engine_of(response, now)
+        if name is None:
+            name = await self._found(job, response, now)
         if name is None:
             return None
         engine = context.fleet.engines.get(name)
@@ -294,6 +302,37 @@ class Relay:
 
     def _learn_response(self, engine: str, answer: bytes) -> None:
         self._context.stored.learn(answer, engine, self._context.clock.now())
+
+    async def _found(self, job: Job, response: str, now: float) -> str | None:
+        """Ask the engines for a response that another process saw, or this one before it started.
+
+        Only a few such questions are under way at once: ids are the clients' to choose.
+        """
+        context, ready = self._context, self._context.fleet.ready()
+        if len(ready) < 2 or not stored.is_id(response):
+            return None
+        async with self._asking:
+            found = await asyncio.gather(*(self._has(job, e, response) for e in ready))
+        name = next((e.name for e, has in zip(ready, found, strict=True) if has), None)
+        if name is not None:
+            context.stored.note(response, name, now)
+        return name
+
+    async def _has(self, job: Job, engine: Engine, response: str) -> bool:
+        key = self._key_for_engine(job.request)
+        headers = {**key, "Accept-Encoding": "identity"}
+        if not key and "authorization" in job.request.names:
+            headers["Authorization"] = job.request.names["authorization"]
+        try:
+            async with self._context.session.get(
+                engine.worker.url + stored.PATH + response,
+                headers=headers,
+                allow_redirects=False,
+                timeout=_ASK_TIMEOUT,
+            ) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+            return False
 
     def _own_path(self, answer: Answer, engine: str) -> str | None:
         """Return where on the same engine a redirect leads, ``None`` if elsewhere or nowhere."""

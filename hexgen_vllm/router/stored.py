@@ -12,6 +12,7 @@ PATH: Final = "/v1/responses/"
 _MAX_ID: Final = 256
 _ID: Final = re.compile(rb'"id"\s*:\s*"(resp[\w-]{1,250})"')
 _PREVIOUS: Final = re.compile(rb'"previous_response_id"\s*:\s*"([^"\\]{1,256})"')
+_WORD: Final = re.compile(r"resp[\w-]{1,250}", re.A)
 _LOOKED_AT: Final = 4096
 
 
@@ -25,10 +26,14 @@ class Stored:
         """Note the response that ``answer``, or the event that it begins with, is about."""
         found = _ID.search(answer, 0, _LOOKED_AT)
         if found is not None:
-            self._known[found[1].decode()] = engine, now
-            self._known.move_to_end(found[1].decode())
-            if len(self._known) > MAX_RESPONSES:
-                self._known.popitem(last=False)
+            self.note(found[1].decode(), engine, now)
+
+    def note(self, response: str, engine: str, now: float) -> None:
+        """Note which engine has a response."""
+        self._known[response] = engine, now
+        self._known.move_to_end(response)
+        if len(self._known) > MAX_RESPONSES:
+            self._known.popitem(last=False)
 
     def engine_of(self, response: str, now: float) -> str | None:
         """Return the name of the engine that has a response, ``None`` if that is not known."""
@@ -39,6 +44,11 @@ class Stored:
         self._known[response] = found[0], now
         self._known.move_to_end(response)
         return found[0]
+
+
+def is_id(response: str) -> bool:
+    """Whether ``response`` looks like the id of one."""
+    return _WORD.fullmatch(response) is not None
 
 
 def previous(body: bytes) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 
 from hexgen_vllm.router.stored import KEPT_S, MAX_RESPONSES, Stored, named, previous
 from hexgen_vllm.testing import fake_answers
-from hexgen_vllm.testing.fake_server import FakeSettings
+from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import open_stand
 
 PATH = "/v1/responses"
@@ -62,6 +62,24 @@ async def test_a_call_goes_where_the_response_before_it_is(
         async with stand.post(PATH, previous_response_id="resp_unknown") as answer:
             assert answer.status == 200, "for an engine to say"
         stand.assert_settled()
+
+
+async def test_what_another_process_saw_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a restart of the router, and with several processes of it."""
+    page = FakeServer._page
+    async with open_stand(*[FakeSettings()] * 3, policy="round_robin") as stand:
+
+        def with_response(server: FakeServer, path: str) -> Any:
+            if path == "/v1/responses/resp_far" and server is stand.engines[1]:
+                return {"id": "resp_far", "object": "response"}
+            return page(server, path)
+
+        monkeypatch.setattr(FakeServer, "_page", with_response)
+        for _ in range(4):
+            async with stand.post(PATH, previous_response_id="resp_far") as answer:
+                assert answer.headers["x-hexgen-engine"] == "engine-1"
+        async with stand.post(PATH, previous_response_id="resp_none") as answer:
+            assert answer.status == 200, "for an engine to say"
 
 
 def test_what_is_known_is_bounded() -> None:
