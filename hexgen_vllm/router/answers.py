@@ -238,6 +238,14 @@ def error_event(error: EngineFailed, path: str) -> bytes:
     return f"data: {json.dumps(content)}\n\n".encode()
 
 
+def as_event(body: bytes, path: str) -> bytes:
+    """Return the answer ``body``, JSON, as the only event of a stream of the endpoint ``path``."""
+    content = _decoded(body)
+    if "error" in content and path in ("/v1/messages", "/v1/responses"):
+        return f"event: error\ndata: {json.dumps({'type': 'error', **content})}\n\n".encode()
+    return b"data: %b\n\n" % json.dumps(content).encode()
+
+
 def refused_by_engine(status: int, body: bytes | None, address: str) -> bytes:
     """Return what a client is told instead of the body of an engine's refusal, or just that body.
 

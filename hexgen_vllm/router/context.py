@@ -20,6 +20,7 @@ from hexgen_vllm.router.fleet import Fleet
 from hexgen_vllm.router.http_body import LateBody
 from hexgen_vllm.router.http_request import Request
 from hexgen_vllm.router.intake import Intake
+from hexgen_vllm.router.keep_alive import KeepAlives
 from hexgen_vllm.router.ledger import Ledger
 from hexgen_vllm.router.metrics import Metrics
 from hexgen_vllm.router.options import RouterOptions
@@ -55,6 +56,7 @@ class Context:
         intake: reads requests.
         retries: bounds retries.
         stored: which engine has which stored response.
+        keep_alives: sends comments to clients that wait for streams.
         metrics: histograms and exposition.
         tracing: begins traces of calls.
         session: connections to engines.
@@ -76,6 +78,7 @@ class Context:
     intake: Intake
     retries: RetryPolicy
     stored: Stored
+    keep_alives: KeepAlives
     metrics: Metrics
     tracing: Tracing
     session: aiohttp.ClientSession
@@ -99,6 +102,7 @@ class Context:
         self.stalls.tick(now)
         self.fleet.tick(now)
         self.watchers.sweep()
+        self.keep_alives.tick(now)
 
     def check_open(self) -> None:
         """Return if new calls are taken.
@@ -213,6 +217,7 @@ def new_context(
         intake=Intake(ratios, dispatch.default_deadline_s, options.request_id_headers),
         retries=RetryPolicy(options, random.Random()),
         stored=Stored(),
+        keep_alives=KeepAlives(options.sse_keep_alive_interval),
         metrics=metrics,
         tracing=open_tracing(options.otlp_traces_endpoint, dispatch.policy),
         session=session,

@@ -35,6 +35,7 @@ class Job:
         placement: the last decision about it.
         sent: pieces of an answer that the client has been sent.
         learn: is told the beginning of a good answer, where something is to be learned from it.
+        kept_alive: the client has the head of a stream and comments.
         outcome: for the ledger.
         result: for the coordinator.
     """
@@ -51,6 +52,7 @@ class Job:
     tried: list[str]
     placement: Placement | None
     learn: Callable[[bytes], None] | None
+    kept_alive: bool
     outcome: Outcome
     result: CallResult
 
@@ -62,6 +64,7 @@ class Job:
         self.first_token_s = self.request_id = self.accepted = self.placement = None
         self.tries = self.sent = 0
         self.learn = None
+        self.kept_alive = False
         self.tried = []
         self.outcome, self.result = Outcome.INTERNAL, _ABORTED
 

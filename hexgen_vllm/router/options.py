@@ -42,6 +42,11 @@ class RouterOptions(HealthOptions):
     request_timeout_secs: float = option(
         1800.0, "longest wait for the first byte of an answer, seconds", least=1e-3
     )
+    sse_keep_alive_interval: float = option(
+        0.0,
+        "time between comments to clients whose streams have not begun, seconds; 0 sends none",
+        least=0.0,
+    )
     stream_stall_timeout_secs: float = option(
         300.0, "longest silence within an answer, seconds", least=1e-3
     )

@@ -14,6 +14,7 @@ from aiohttp import web
 from hexgen_vllm.router.answers import (
     EngineFailed,
     Outcome,
+    as_event,
     error_event,
     hung_up,
     refused_by_engine,
@@ -98,10 +99,11 @@ class StreamPass:
         self._job.sent += 1
         if self._job.sent == 1 and self._job.learn is not None:
             self._job.learn(data)
-        if self._attempt.answering:
+        begun = self._attempt.answering or self._job.kept_alive
+        self._attempt.answering = True
+        if begun:
             self._job.request.send(data)
             return
-        self._attempt.answering = True
         self._job.request.begin(200, self._head, None, data)
 
     def _report(self, first: bool) -> None:
@@ -159,7 +161,7 @@ async def whole_pass(
     """
     with attempt:
         body = await answer.body(MAX_WHOLE_BYTES)
-    if body is None and answer.status < 400:
+    if body is None and answer.status < 400 and not job.kept_alive:
         return await _large_pass(job, attempt, answer, head)
     if body is not None and job.learn is not None:
         job.learn(body)
@@ -171,6 +173,9 @@ async def whole_pass(
     if told is not body and answer.status >= 400:
         head = [line for line in head if not line.lower().startswith(b"content-type:")]
         head.append(b"Content-Type: application/json\r\n")
+    if job.kept_alive:
+        job.request.end(as_event(told, job.endpoint.path))
+        return SENT
     job.request.reply(answer.status, head, told)
     return SENT
 

@@ -32,7 +32,7 @@ from hexgen_vllm.router.engine_answer import Answer, in_time
 from hexgen_vllm.router.engine_pool import Pool
 from hexgen_vllm.router.fleet import Engine
 from hexgen_vllm.router.http_body import LARGE_BYTES
-from hexgen_vllm.router.http_request import Request
+from hexgen_vllm.router.http_request import SENT, Request
 from hexgen_vllm.router.intake import Accepted, Parsed, parsed_aside
 from hexgen_vllm.router.job import Job
 from hexgen_vllm.router.keys import KEY_HEADER
@@ -69,11 +69,23 @@ class Relay:
         self._pool.close()
 
     async def answer(self, endpoint: Endpoint, request: Request) -> web.StreamResponse:
-        """Answer a request; every error becomes an OpenAI error object."""
+        """Answer a request; every error becomes an OpenAI error object.
+
+        One that comes after comments have begun a stream becomes an error event.
+        """
         context = self._context
         trace = context.tracing.begin(endpoint.path, request.names)
         job = Job(request, endpoint, context.clock.now(), trace)
         context.ledger.arrived[endpoint.name] += 1
+        response = await self._answered(job)
+        if job.kept_alive and isinstance(response, web.Response) and response is not SENT:
+            body = response.body if isinstance(response.body, bytes) else b""
+            request.end(answers.as_event(body, endpoint.path))
+            return SENT
+        return response
+
+    async def _answered(self, job: Job) -> web.StreamResponse:
+        request, endpoint = job.request, job.endpoint
         try:
             return await self._serve(job)
         except BadRequest as error:
@@ -96,6 +108,7 @@ class Relay:
 
     def _close(self, job: Job) -> None:
         context, now = self._context, self._context.clock.now()
+        context.keep_alives.discard(job)
         if job.accepted is not None:
             self._learn(job)
             if job.placed:
@@ -122,6 +135,8 @@ class Relay:
             context.ledger.clamped[claim] += 1
         call = accepted.call
         context.check_model(call.model)
+        if call.streamed:
+            context.keep_alives.add(job, job.began_s)
         context.retries.call_arrived()
         context.metrics.began(call)
         job.trace.accepted(job.request_id, call)
