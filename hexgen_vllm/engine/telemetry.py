@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from hexgen_vllm.engine.exposition import exposition
 from hexgen_vllm.engine.requests import CallState
-from hexgen_vllm.policy.cost_model import CostFit, StepShape
+from hexgen_vllm.policy.cost_model import CostFit, StepShape, sampled
 from hexgen_vllm.policy.service import ServiceRates
 
 __all__ = [
@@ -34,8 +34,6 @@ SLACK_BOUNDS_S: Final = (-60.0, -10.0, -5.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.
 
 _WEIGHT: Final = 0.05
 _DECAY: Final = 0.99
-_EVERY_STEP_UNTIL: Final = 256
-_THEN_EVERY: Final = 4
 
 
 def step_shape(output: Any) -> StepShape:
@@ -104,7 +102,7 @@ class StepMeter:
         self._last_end_s = now
         self.steps += 1
         shape = step_shape(output)
-        if shape.n_prefill or self.steps <= _EVERY_STEP_UNTIL or not self.steps % _THEN_EVERY:
+        if sampled(self.steps - 1, 1, shape.n_prefill > 0, step_s):
             self.fit.observe(shape, step_s)
         self._count(shape, step_s)
         if shape.n_decode:

@@ -91,6 +91,8 @@ _AGREE: Final = 0.8  # so many must be off by half of the change or more
 _LEAST_CHANGE: Final = 0.16  # of the logarithm of the time
 _KEEP: Final = 0.05  # of the weight of what was before the change
 _ESTABLISHED: Final = 4.0  # steps that a cell must have to judge others by it
+_ALL_STEPS: Final = 256
+_LONG_STEP_S: Final = 0.25
 _TRUSTED: Final = 0.25  # errors up to which a fit is believed, as steps do vary ...
 _DISTRUSTED: Final = 1.0  # ... and from which on it is not: half or twice as long
 _LEVELS: Final = 8  # speeds that are remembered
@@ -113,6 +115,25 @@ class StepShape:
     ctx_decode: int = 0
     n_prefill: int = 0
     prefill_ctx: float = 0.0
+
+
+def sampled(before: int, steps: int, prefill: bool, seconds: float) -> bool:
+    """Return whether equal steps are learned from: the first ones, long ones, some of the many.
+
+    All of the first 256 and those of a quarter of a second; else one in two of those with prefill,
+    and one in four of the others. It is a matter of cost: a fit is as good by then as it gets, and
+    a change shows all the same.
+
+    Args:
+        before: steps that the engine did before these.
+        steps: how many they are.
+        prefill: whether they have prefill.
+        seconds: what one of them took.
+    """
+    every = 2 if prefill else 4
+    if before < _ALL_STEPS or seconds >= _LONG_STEP_S:
+        return True
+    return (before + steps) // every > before // every
 
 
 def trust(error: float | None) -> float:
@@ -347,6 +368,8 @@ class CostFit:
         # Since a change: the coefficients right after it, its step, and errors against them.
         self._after: tuple[list[float], int, list[float]] | None = None
         self._cost: StepCost | None = None  # of the present coefficients, once asked for
+        self._error: float | None = None
+        self._error_due = 1
         self.steps = 0
         self.prefills = 0
 
@@ -403,8 +426,11 @@ class CostFit:
         Each was predicted before it was learned from. 0.1 is 10 %, 1.0 is twice as long or half
         as long. Steps with prefill and without it count apart, the worse of the two is returned.
         """
-        found = [e for e in (self._plain.typical(), self._mixed.typical()) if e is not None]
-        return math.expm1(max(found)) if found else None
+        if self.steps >= self._error_due:
+            found = [e for e in (self._plain.typical(), self._mixed.typical()) if e is not None]
+            self._error = math.expm1(max(found)) if found else None
+            self._error_due = self.steps + _FIRST
+        return self._error
 
     def _take(
         self, n: float, ctx: float, first: float, prefill: float, area: float, seconds: float
@@ -431,11 +457,11 @@ class CostFit:
                 self._due = self.steps + _SOLVE_EVERY
             return
         raw.append((n, ctx, first, prefill, area, seconds))
-        if self.steps >= _FIRST:
+        if self.steps >= self._due:
             self._learn_anew(raw)
+            self._due = self.steps + _FIRST
             if self.steps >= _RAW:
                 self._raw = None
-                self._due = self.steps + _FIRST
 
     def _learn_anew(self, raw: list[tuple[float, float, float, float, float, float]]) -> None:
         """Fit to the first observations: to all, then to those that fit, until that stands."""
@@ -578,6 +604,7 @@ class CostFit:
             right.append(sums[at] + ridge * self._u[i] + prior * scale * _PRIOR[i])
         self._u = _non_negative(matrix, right)
         self._cost = None
+        self._error_due = self.steps
 
 
 def _non_negative(matrix: list[list[float]], right: list[float]) -> list[float]:

@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Final, NamedTuple
 
 from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.cost_model import CostFit
 from hexgen_vllm.sim.decodes import DecodeClock
 from hexgen_vllm.sim.demoted import Demoted
 from hexgen_vllm.sim.displacing import Displacer
@@ -60,9 +61,17 @@ class Batch:
         model: what the engine is.
         options: order and displacement.
         stock: stock vLLM: ``fcfs``, or for any other order ``priority``; never displaces.
+        fit: learns the step cost; without one it is known.
     """
 
-    def __init__(self, model: EngineModel, options: EngineOptions, *, stock: bool = False) -> None:
+    def __init__(
+        self,
+        model: EngineModel,
+        options: EngineOptions,
+        *,
+        stock: bool = False,
+        fit: CostFit | None = None,
+    ) -> None:
         self.model, self.options, self.stock = model, options, stock
         self.by_arrival = stock and options.order == "fcfs"
         self.running: list[Sequence] = []
@@ -71,7 +80,7 @@ class Batch:
         self.queued = 0
         self.pool = BlockPool(model.blocks, caching=model.prefix_caching)
         self.clock = DecodeClock(model.block_size)
-        self.pricing = Pricing(options, model.cost, model.max_num_batched_tokens)
+        self.pricing = Pricing(options, model.cost, model.max_num_batched_tokens, fit)
         self.chunks: list[Sequence] = []
         self.missed: list[Sequence] = []
         self.evicted: list[Sequence] = []

@@ -4,6 +4,9 @@ Steps in which nothing changes but the length of every call are not simulated on
 stretch lasts until the first call ends, blocks run short, a waiting call may turn urgent, or a
 new call comes. Cutting a stretch short changes nothing, so it is cut freely.
 
+Steps vary around their cost if that is asked for, as those of devices do. Of a stretch all steps
+vary alike, by as much as the mean of so many would; a stretch that is cut short varies too little.
+
 With asynchronous scheduling a step is scheduled while the one before it is computed. What that
 saves in time is in the step cost already; what it costs is that a call joins one step later. That
 a call which stops by itself leaves its row one step later, too, is left out.
@@ -12,16 +15,19 @@ a call which stops by itself leaves its row one step later, too, is left out.
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import Final, Protocol
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import HexgenError
+from hexgen_vllm.policy.cost_model import CostFit
 from hexgen_vllm.sim.batch import Batch
 from hexgen_vllm.sim.model import EngineModel
 from hexgen_vllm.sim.sequence import Sequence
 from hexgen_vllm.types import EngineReport
 
 _NEVER: Final = math.inf
+_LEAST_FACTOR: Final = 0.1  # of what a step costs
 
 
 class StepObserver(Protocol):
@@ -42,12 +48,15 @@ class Engine:
         end_s: when its present steps end; ``inf`` while it is idle.
         start_s: when they began.
         steps: their number; 0 while it is idle.
+        slowdown: how many times longer than they cost steps take from the next one on.
 
     Args:
         model: what it is.
         options: order and displacement.
         stock: stock vLLM: ``fcfs``, or for any other order ``priority``; never displaces.
         observer: sees every step.
+        fit: learns the step cost and is what is reported; without one the true cost is.
+        noise: spread of step times, as a share of them, and what it is drawn from.
     """
 
     def __init__(
@@ -57,14 +66,20 @@ class Engine:
         *,
         stock: bool = False,
         observer: StepObserver | None = None,
+        fit: CostFit | None = None,
+        noise: tuple[float, Random] | None = None,
     ) -> None:
         self.model, self._stock, self._observer = model, stock, observer
-        self.batch = Batch(model, options, stock=stock)
+        self._fit, self._noise = fit, noise
+        self.batch = Batch(model, options, stock=stock, fit=fit)
+        self.slowdown = 1.0
         self.end_s = _NEVER
         self.steps = 0
         self.start_s = 0.0
         self._first_s = self._slope_s = 0.0  # a step without prefill, and its growth each step
         self._prefill_s = 0.0
+        self._decoding = self._context = self._tokens = 0  # what is in a step
+        self._area = 0.0
         # Calls that came after the next step had been scheduled, and when.
         self._late: list[tuple[Sequence, float]] = []
 
@@ -98,7 +113,12 @@ class Engine:
         batch, steps = self.batch, self.steps
         if self._observer is not None:
             self._observer.stepped(self, self.start_s, steps)
-        if batch.pricing.stepped(steps, now - self.start_s, self._prefill_s):
+        took_s = now - self.start_s
+        if self._fit is not None:
+            batch.pricing.measured(
+                steps, took_s, self._decoding, self._context, self._tokens, self._area
+            )
+        if batch.pricing.stepped(steps, took_s, self._prefill_s):
             batch.rekey_waiting()
         ended = batch.end(steps, now)
         self._begin(now)
@@ -106,10 +126,11 @@ class Engine:
 
     def report(self) -> EngineReport:
         """Return the engine's telemetry as of the end of its last steps."""
-        batch, ours = self.batch, not self._stock
+        batch, ours, fit = self.batch, not self._stock, self._fit
+        cost, error = self.model.cost, 0.0 if fit is None else fit.error()
         return EngineReport(
-            cost=self.model.cost if ours else None,
-            fit_error=0.0 if ours else None,
+            cost=(cost if fit is None else fit.cost()) if ours else None,
+            fit_error=error if ours else None,
             running=len(batch.running),
             waiting=batch.queued,
             kv_usage=batch.pool.usage(),
@@ -142,6 +163,11 @@ class Engine:
             plan = batch.schedule(now)
         self._launch(now)
         self.steps = 1 if plan.single or self._late else self._stretch(now)
+        if self._noise is not None:
+            spread, source = self._noise
+            if self.steps > 1:
+                spread /= math.sqrt(self.steps)
+            self._scale(max(source.gauss(1.0, spread), _LEAST_FACTOR))
         self._let_in()
         self.end_s = now + self._took_s(self.steps)
         if not self.end_s > now:
@@ -170,11 +196,20 @@ class Engine:
                 tokens += chunk
                 area += chunk * (sequence.computed + chunk / 2)
         self.start_s = now
+        self._decoding, self._context, self._tokens, self._area = size, context, tokens, area
         self._first_s = cost.step_s(size, context)
         self._slope_s = cost.c2 * size
         self._prefill_s = cost.p0 + cost.p1 * tokens + cost.p2 * area if tokens else 0.0
         if batch.copied and batch.keeper is not None:
             self._prefill_s += batch.keeper.seconds(batch.copied)
+        if self.slowdown != 1.0:
+            self._scale(self.slowdown)
+
+    def _scale(self, factor: float) -> None:
+        """Let the next step take ``factor`` times as long."""
+        self._first_s *= factor
+        self._slope_s *= factor
+        self._prefill_s *= factor
 
     def _stretch(self, now: float) -> int:
         """Return how many steps will be as this one."""

@@ -39,6 +39,11 @@ class Policy:
     kind: EngineKind = EngineKind.HEXGEN
     oracle: bool = False
 
+    @property
+    def learns_rates(self) -> bool:
+        """Whether it plays with rates that engines fit; the paper's policy has a table of them."""
+        return self.dispatch.policy == "slack" and not self.oracle
+
 
 # order in the engine: (order, kind of engine, what the router tells an engine with priorities)
 ORDERS: Final[dict[str, tuple[str, EngineKind, str]]] = {

@@ -1,8 +1,8 @@
 """Keys of the calls in a simulated engine, and the rates they are priced at.
 
 The same formulas as in the live engine (:mod:`hexgen_vllm.policy.slack`,
-:mod:`hexgen_vllm.policy.service`). The live engine fits its step cost from its own steps; here it
-is known, as it is live after some hundred steps.
+:mod:`hexgen_vllm.policy.service`), and the same fit of the step cost to the engine's own steps,
+unless the true cost is taken for known.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.cost_model import CostFit, sampled
 from hexgen_vllm.policy.service import ServiceRates, output_left
 from hexgen_vllm.policy.slack import hexgen_key, latest_start
 from hexgen_vllm.policy.urgency import LAST_RANK, background_key, batch_key
@@ -27,15 +28,20 @@ class Pricing:
     Attributes:
         rates: the rates in force.
         prefill_share: share of busy time spent on prefill, 0 to 1.
+        fit: what the engine learned of its step cost; ``None`` where that is known.
 
     Args:
         options: order and limits.
         cost: the engine's step cost.
         chunk: prompt tokens that one step computes at most.
+        fit: learns the step cost; without one it is known.
     """
 
-    def __init__(self, options: EngineOptions, cost: StepCost, chunk: int) -> None:
+    def __init__(
+        self, options: EngineOptions, cost: StepCost, chunk: int, fit: CostFit | None = None
+    ) -> None:
         self._order, self._cost, self._chunk = options.order, cost, chunk
+        self.fit = fit
         self._step_s = cost.step_s(1)
         self._uncached = 1.0
         self._steps = 0
@@ -85,6 +91,24 @@ class Pricing:
         """Learn from the prefix hit of a call."""
         self._uncached += _WEIGHT * (1.0 - cached_tokens / prompt_tokens - self._uncached)
 
+    def measured(
+        self, steps: int, seconds: float, n: int, context: int, prefill: int, area: float
+    ) -> None:
+        """Fit the step cost to equal steps, as the live engine does to one after the other.
+
+        Args:
+            steps: how many.
+            seconds: what they took together.
+            n: sequences that decoded.
+            context: sum of their context tokens in the first step; each grows by one a step.
+            prefill: prompt tokens computed.
+            area: sum over prefill chunks of tokens times mean context.
+        """
+        fit = self.fit
+        if fit is not None and sampled(self._steps, steps, prefill > 0, seconds / steps):
+            mean = context + n * (steps - 1) / 2
+            fit.observe_step(n, mean, prefill, area, seconds / steps)
+
     def stepped(self, steps: int, seconds: float, prefill_s: float) -> bool:
         """Learn from equal steps; return whether new rates are in force.
 
@@ -102,7 +126,10 @@ class Pricing:
         if self._steps - self._checked < _REFIT_EVERY_STEPS:
             return False
         self._checked = self._steps
-        rates = ServiceRates.fitted(self._cost, self._chunk, self._step_s, self._uncached)
+        cost = self._cost if self.fit is None else self.fit.cost()
+        if cost is None:
+            return False
+        rates = ServiceRates.fitted(cost, self._chunk, self._step_s, self._uncached)
         if not rates.differs(self.rates, _RATES_MOVED):
             return False
         self.rates = rates

@@ -45,6 +45,7 @@ def simulate(
         deadline_s,
         scenario.simulation,
         observer=observer,
+        seed=run.seed,
     )
     simulation.run(scenario.specs(run) if specs is None else specs, progress)
     return simulation
@@ -78,6 +79,8 @@ def row(scenario: Scenario, run: Run, bounds: Limits, simulation: Simulation) ->
         "burstiness": scenario.arrivals.burstiness,
         "length_scale": scenario.workload.length_scale,
         "warmup": scenario.workload.warmup,
+        "rates": scenario.simulation.rates,
+        "step_noise": scenario.simulation.step_noise,
         "latencies_s": [w.latency_s for w in workflows],
         "arrivals_s": [w.arrived_s for w in workflows],
         "error_messages": dict(sorted(errors.items())),

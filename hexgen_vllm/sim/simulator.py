@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from hexgen_vllm.config import check, option
 from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
 from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.cost_model import CostFit
 from hexgen_vllm.policy.load import solo_speed
 from hexgen_vllm.sim.engine import Engine, StepObserver
 from hexgen_vllm.sim.loop import ARRIVAL, DELIVERY, STEP_END, TICK, EventLoop
@@ -23,7 +24,7 @@ from hexgen_vllm.sim.prompts import chunk_hashes, links
 from hexgen_vllm.sim.records import CallState, Recorder, WorkflowState
 from hexgen_vllm.sim.sequence import Sequence
 from hexgen_vllm.sim.truth import TruthShapes
-from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
+from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec, generator
 from hexgen_vllm.types import (
     Call,
     CallResult,
@@ -48,6 +49,15 @@ class SimOptions:
         256, "tokens of a chunk by which the router knows prompts", least=1
     )
     record_calls: bool = option(True, "keep a record of every call")
+    rates: str = option(
+        "fitted",
+        "step costs that slack and its engines know: fitted to the engines' own steps, as live, or "
+        "true; other policies always know the true ones",
+        choices=("fitted", "true"),
+    )
+    step_noise: float = option(
+        0.03, "spread of step times around their cost, as a share of it", least=0.0, most=0.5
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -55,6 +65,27 @@ class SimOptions:
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         """Let it be pickled, frozen and compiled as it may be."""
         return SimOptions, tuple(getattr(self, one.name) for one in fields(self))
+
+
+def engine_of(
+    model: EngineModel,
+    policy: Policy,
+    options: SimOptions,
+    seed: int,
+    observer: StepObserver | None = None,
+) -> Engine:
+    """Return an engine as a simulation has it, in a state that depends on the arguments alone."""
+    noise = None
+    if options.step_noise > 0:
+        noise = options.step_noise, generator(seed, f"steps of {model.engine_id}")
+    return Engine(
+        model,
+        policy.engine,
+        stock=policy.kind is not EngineKind.HEXGEN,
+        observer=observer,
+        fit=CostFit() if options.rates == "fitted" and policy.learns_rates else None,
+        noise=noise,
+    )
 
 
 class Simulation:
@@ -71,6 +102,7 @@ class Simulation:
         deadline_s: seconds that a workflow has from its arrival.
         options: the service around the engines.
         observer: sees every engine step.
+        seed: of the noise in step times.
     """
 
     def __init__(
@@ -81,14 +113,14 @@ class Simulation:
         options: SimOptions | None = None,
         *,
         observer: StepObserver | None = None,
+        seed: int = 0,
     ) -> None:
         self._options, self._policy, self._deadline_s = options or SimOptions(), policy, deadline_s
         self._loop = EventLoop()
         self._truth = TruthShapes() if policy.oracle else None
         self.coordinator = Coordinator(policy.dispatch, self._truth)
-        stock = policy.kind is not EngineKind.HEXGEN
         self.engines = {
-            m.engine_id: Engine(m, policy.engine, stock=stock, observer=observer) for m in models
+            m.engine_id: engine_of(m, policy, self._options, seed, observer) for m in models
         }
         self.records = Recorder(keep_calls=self._options.record_calls)
         self._pending: dict[str, CallState] = {}

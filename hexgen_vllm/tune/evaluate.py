@@ -55,7 +55,9 @@ class Setting:
     def records(self, policy: Policy, seed: int) -> list[WorkflowRecord]:
         """Play one run; return the records that count, in order of arrival."""
         options = replace(self.simulation, record_calls=False)
-        simulation = Simulation(self.fleet, policy, lambda spec: self.deadline_s, options)
+        simulation = Simulation(
+            self.fleet, policy, lambda spec: self.deadline_s, options, seed=seed
+        )
         simulation.run(self.specs(seed))
         ordered = sorted(simulation.workflows, key=lambda w: (w.arrived_s, w.workflow_id))
         return ordered[self.warmup :]

@@ -25,11 +25,11 @@ from hexgen_vllm.sim.model import EngineModel
 from hexgen_vllm.sim.policies import Policy
 from hexgen_vllm.sim.prompts import chunk_hashes, links
 from hexgen_vllm.sim.sequence import Sequence
-from hexgen_vllm.sim.simulator import SimOptions
+from hexgen_vllm.sim.simulator import SimOptions, engine_of
 from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.tune.recent import Ring
-from hexgen_vllm.types import Call, CallResult, Decision, EngineKind, EngineSpec
+from hexgen_vllm.types import Call, CallResult, Decision, EngineSpec
 
 _TURNS = 12  # of the event loop until everything that can go on has gone on
 
@@ -82,8 +82,8 @@ class LiveService:
         return Service(coordinator, self.clock, Ledger(), Recorder(self.ring))
 
     def _join(self, model: EngineModel, policy: Policy) -> None:
-        stock = policy.kind is not EngineKind.HEXGEN
-        self.engines[model.engine_id] = engine = Engine(model, policy.engine, stock=stock)
+        engine = engine_of(model, policy, self.options, seed=0)
+        self.engines[model.engine_id] = engine
         slots, kv_tokens = model.max_num_seqs, model.kv_tokens
         self.service.engine_joined(
             EngineSpec(model.engine_id, frozenset(), policy.kind, slots, kv_tokens)
