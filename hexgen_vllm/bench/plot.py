@@ -135,6 +135,8 @@ def _annotate(axes: Axes, rows: Sequence[Row], deadlines: Sequence[float]) -> No
     runs = max(sum(1 for r in rows if r["policy"] == row["policy"]) for row in rows)
     first = rows[0]
     note = f"{first['workflows']} workflows at {first['rate']:.3g}/s"
+    if any(row.get("rates") == "true" for row in rows):
+        note += ", true rates"
     axes.set_title(f"{note}, {runs} runs each" if runs > 1 else note, loc="left", fontsize=11)
     axes.set(
         xlabel="Deadline of a workflow (s)",

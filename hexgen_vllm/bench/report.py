@@ -122,6 +122,8 @@ def _section(
     plots = tuple(
         _drawn(path.stem, at, rows, args.out) for at in drawn if any(r["load"] == at for r in rows)
     )
+    if any(row.get("rates") == "true" for row in rows):
+        comments += " Played with true rates."
     return Section(path.stem, comments, figures, values, alphas, plots)
 
 

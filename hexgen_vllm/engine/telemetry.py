@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from hexgen_vllm.engine.exposition import exposition
 from hexgen_vllm.engine.requests import CallState
-from hexgen_vllm.policy.cost_model import CostFit, StepShape, sampled
+from hexgen_vllm.policy.cost_model import CostFit, StepShape, is_sampled
 from hexgen_vllm.policy.service import ServiceRates
 
 __all__ = [
@@ -102,7 +102,7 @@ class StepMeter:
         self._last_end_s = now
         self.steps += 1
         shape = step_shape(output)
-        if sampled(self.steps - 1, 1, shape.n_prefill > 0, step_s):
+        if is_sampled(self.steps - 1, 1, shape.n_prefill > 0, step_s):
             self.fit.observe(shape, step_s)
         self._count(shape, step_s)
         if shape.n_decode:

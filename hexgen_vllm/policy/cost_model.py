@@ -117,7 +117,7 @@ class StepShape:
     prefill_ctx: float = 0.0
 
 
-def sampled(before: int, steps: int, prefill: bool, seconds: float) -> bool:
+def is_sampled(before: int, steps: int, prefill: bool, seconds: float) -> bool:
     """Return whether equal steps are learned from: the first ones, long ones, some of the many.
 
     All of the first 256 and those of a quarter of a second; else one in two of those with prefill,

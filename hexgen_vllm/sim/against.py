@@ -28,6 +28,7 @@ from hexgen_vllm.sim.scenario import (
 )
 from hexgen_vllm.sim.scenario_file import load_fleet, load_simulation
 from hexgen_vllm.sim.simulator import SimOptions
+from hexgen_vllm.sim.table import TRUE_RATES
 from hexgen_vllm.sim.workload import WorkflowSpec
 
 GOALS: Final = {"P50": 0.10, "P95": 0.15}
@@ -193,4 +194,6 @@ def render(comparisons: Sequence[Comparison]) -> str:
     said = ", ".join(
         f"{name} within {worst[name]:.1%} (goal {goal:.0%})" for name, goal in GOALS.items()
     )
-    return f"{aligned(heads, lines)}\n\nworkflow latency in seconds; {said}"
+    known = any(one.simulated["rates"] == "true" for one in comparisons)
+    title = f"{TRUE_RATES}\n\n" if known else ""
+    return f"{title}{aligned(heads, lines)}\n\nworkflow latency in seconds; {said}"

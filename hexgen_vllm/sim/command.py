@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIVE.json",
         help="play the runs of this bench live result again on the scenario's fleet",
     )
+    add(
+        "--rates",
+        choices=("fitted", "true"),
+        dest="known_rates",
+        help="what policies know of step costs: fitted to engine steps, as live, or the truth",
+    )
     add("--json", type=Path, metavar="OUT", help="write results here")
     add("--plot", type=Path, metavar="OUT.png", help="draw attainment here, one image per load")
     add("--timeline", type=Path, metavar="OUT.json", help="write the one run as a Chrome trace")
@@ -155,6 +161,9 @@ def _changed(scenario: Scenario, args: argparse.Namespace) -> Scenario:
             times_s=(),
         )
         scenario = replace(scenario, arrivals=arrivals)
+    if args.known_rates is not None:
+        simulation = replace(scenario.simulation, rates=args.known_rates)
+        scenario = replace(scenario, simulation=simulation)
     if args.policies:
         known = {policy.name: policy for policy in scenario.policies}
         chosen = tuple(known.get(name) or named(name) for name in args.policies)

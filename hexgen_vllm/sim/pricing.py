@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.cost_model import CostFit, sampled
+from hexgen_vllm.policy.cost_model import CostFit, is_sampled
 from hexgen_vllm.policy.service import ServiceRates, output_left
 from hexgen_vllm.policy.slack import hexgen_key, latest_start
 from hexgen_vllm.policy.urgency import LAST_RANK, background_key, batch_key
@@ -105,7 +105,7 @@ class Pricing:
             area: sum over prefill chunks of tokens times mean context.
         """
         fit = self.fit
-        if fit is not None and sampled(self._steps, steps, prefill > 0, seconds / steps):
+        if fit is not None and is_sampled(self._steps, steps, prefill > 0, seconds / steps):
             mean = context + n * (steps - 1) / 2
             fit.observe_step(n, mean, prefill, area, seconds / steps)
 

@@ -181,7 +181,7 @@ def _section(source: Located, path: Key, cls: type[T]) -> T:
     _refuse_unknown(source, path, given, tuple(f.name for f in fields(cls)))  # type: ignore[arg-type]
     values = {key: _shaped(source, path, key, value) for key, value in given.items()}
     for key, value in values.items():
-        if key not in _LISTS:
+        if key not in _LISTS or isinstance(value, str):
             _checked(source, path, key, partial(_alone, cls, key, value))
     try:
         return from_mapping(cls, values, where="key")
@@ -197,6 +197,8 @@ def _alone(cls: type[Any], key: str, value: Any) -> None:
 
 def _shaped(source: Located, path: Key, key: str, value: Any) -> Any:
     """Check the shape of lists and mappings, which the options themselves do not."""
+    if path == ("simulation",) and key == "rates":
+        return "true" if value is True else value  # what YAML makes of the word
     if key not in _LISTS:
         return value
     if key == "tenants":

@@ -23,6 +23,8 @@ _FIGURES: Final[tuple[tuple[str, str, Callable[[float | None], str]], ...]] = (
     ("cached", "cached_share", lambda v: "-" if v is None else f"{v:.0%}"),
     ("preempted", "preemptions", lambda v: "-" if v is None else f"{v:.0f}"),
 )
+TRUE_RATES: Final = "true rates: policies know what steps cost, which live they must learn"
+"""Title of results that were played so."""
 _LEGEND: Final = "times in seconds; range of on time over seeds in brackets; - is no value"
 
 
@@ -38,7 +40,8 @@ def render(rows: Sequence[Row]) -> str:
         + [show(_mean(runs, key)) for _, key, show in _FIGURES]
         for (load, policy), runs in groups.items()
     ]
-    return f"{aligned(heads, lines)}\n\n{_LEGEND}"
+    text = f"{aligned(heads, lines)}\n\n{_LEGEND}"
+    return f"{TRUE_RATES}\n\n{text}" if any(r["rates"] == "true" for r in rows) else text
 
 
 def describe(bounds: Limits, deadline_s: float, base_s: float) -> str:

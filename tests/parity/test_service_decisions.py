@@ -24,6 +24,7 @@ from tests.parity.live_service import LiveService
 FLEET = tuple(replace(model, max_num_seqs=4) for model in fleet("reference-4"))
 WORKFLOWS = 30
 OPTIONS = SimOptions()
+TRUE_RATES = SimOptions(rates="true", step_noise=0.0)
 PROTECT: dict[str, Any] = {"overload": "protect", "max_held_calls": 8, "held_timeout_s": 20.0}
 
 Log = list[tuple[float, Decision]]
@@ -51,15 +52,19 @@ def deadline_s(spec: WorkflowSpec) -> float:
     return 40.0 if spec.workflow_id.endswith(("1", "5")) else 120.0
 
 
-def simulated(specs: Sequence[WorkflowSpec], policy: Policy) -> tuple[Log, Simulation]:
-    simulation = Simulation(FLEET, policy, deadline_s, OPTIONS)
+def simulated(
+    specs: Sequence[WorkflowSpec], policy: Policy, options: SimOptions = OPTIONS
+) -> tuple[Log, Simulation]:
+    simulation = Simulation(FLEET, policy, deadline_s, options)
     simulation.coordinator.log = log = deque()
     simulation.run(specs)
     return list(log), simulation
 
 
-async def live(specs: Sequence[WorkflowSpec], policy: Policy) -> tuple[Log, LiveService]:
-    service = LiveService(FLEET, policy, OPTIONS)
+async def live(
+    specs: Sequence[WorkflowSpec], policy: Policy, options: SimOptions = OPTIONS
+) -> tuple[Log, LiveService]:
+    service = LiveService(FLEET, policy, options)
     await service.play(specs, deadline_s)
     return list(service.log), service
 
@@ -88,6 +93,16 @@ async def test_call_engine_order_and_time_are_equal(
     recorded = sorted(w.latency_s for w in service.ring if w.latency_s is not None)
     latencies = sorted(w.latency_s for w in simulation.workflows if w.latency_s is not None)
     assert recorded == pytest.approx(latencies, abs=1e-4)
+
+
+async def test_they_are_equal_with_true_rates_too(workflows: tuple[WorkflowSpec, ...]) -> None:
+    expected, _ = simulated(workflows, named("slack"), TRUE_RATES)
+    found, _ = await live(workflows, named("slack"), TRUE_RATES)
+    assert found == expected
+    fitted, simulation = simulated(workflows, named("slack"))
+    assert found != fitted, "fitted rates and noise are at work in the other tests"
+    fits = [engine.batch.pricing.fit for engine in simulation.engines.values()]
+    assert all(fit is not None and fit.cost() is not None for fit in fits)
 
 
 async def test_another_alpha_shows(workflows: tuple[WorkflowSpec, ...]) -> None:
