@@ -42,7 +42,8 @@ class Policy:
     @property
     def learns_rates(self) -> bool:
         """Whether it plays with rates that engines fit; the paper's policy has a table of them."""
-        return self.dispatch.policy == "slack" and not self.oracle
+        ours = self.kind is EngineKind.HEXGEN and self.dispatch.policy != "hexgen"
+        return ours and not self.oracle
 
 
 # order in the engine: (order, kind of engine, what the router tells an engine with priorities)

@@ -51,8 +51,8 @@ class SimOptions:
     record_calls: bool = option(True, "keep a record of every call")
     rates: str = option(
         "fitted",
-        "step costs that slack and its engines know: fitted to the engines' own steps, as live, or "
-        "true; other policies always know the true ones",
+        "step costs that policies and engines of ours know: fitted to the engines' own steps, as "
+        "live, or true; the paper's policy, oracle and fixed speeds are always true",
         choices=("fitted", "true"),
     )
     step_noise: float = option(
