@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any, Final
 
@@ -10,18 +11,27 @@ from hexgen_vllm.engine.swap_messages import SwapReport
 
 _DECAY: Final = 0.9
 _WEIGHT: Final = 0.1
+_MOST_SLOWER: Final = 4.0
 _FIRST_HEAD_RISK: Final = 0.1
 
 
 class Bandwidth:
-    """Bytes per second of recent copies in one direction."""
+    """Bytes per second of recent copies in one direction.
+
+    A copy that took far longer than those before counts as a few times as long only: were it
+    believed, one pause of the process would make copies look so slow that none is made any more,
+    and none would show that they are not.
+    """
 
     def __init__(self) -> None:
         self._bytes = self._seconds = 0.0
 
     def observe(self, num_bytes: int, seconds: float) -> None:
         """Learn that a copy took ``seconds``; nothing copied teaches nothing."""
-        if num_bytes and seconds > 0:
+        if num_bytes > 0 and 0.0 < seconds < math.inf:
+            usual = self.rate()
+            if usual is not None:
+                seconds = min(seconds, _MOST_SLOWER * num_bytes / usual)
             self._bytes = _DECAY * self._bytes + num_bytes
             self._seconds = _DECAY * self._seconds + seconds
 

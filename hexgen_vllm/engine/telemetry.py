@@ -98,7 +98,7 @@ class StepMeter:
         start_s = self._started_s(output) if output.total_num_scheduled_tokens else None
         if start_s is None:
             return
-        step_s = now - max(start_s, self._last_end_s)
+        step_s = max(now - max(start_s, self._last_end_s), 0.0)
         self._last_end_s = now
         self.steps += 1
         shape = step_shape(output)

@@ -34,11 +34,12 @@ class PrefixIndex:
 
     def add(self, call: Call) -> None:
         """Note that the engine now computes the prompt of ``call``."""
+        size = max(call.prefix_chunk_tokens, 1)  # of nothing there could be any number
         # Leading chunks are touched last: vLLM evicts the tail of a prefix first.
         for key in reversed(call.prefix):
             if key not in self._tokens:
-                self._tokens[key] = call.prefix_chunk_tokens
-                self._held += call.prefix_chunk_tokens
+                self._tokens[key] = size
+                self._held += size
             self._tokens.move_to_end(key)
         while self._held > self._capacity and self._tokens:
             self._held -= self._tokens.popitem(last=False)[1]

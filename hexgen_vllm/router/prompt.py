@@ -107,6 +107,10 @@ def chain(prompt: Prompt, seed: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+_BYTES_PER_CHAR: Final = 4
+_TEMPLATE_TOKENS: Final = 256
+
+
 class TokenRatios:
     """Characters per token of each model, learned from what engines report.
 
@@ -119,8 +123,12 @@ class TokenRatios:
         self._max_models = max_models
 
     def learn(self, model: str, chars: int, tokens: int) -> None:
-        """Take in that a prompt of ``chars`` characters had ``tokens`` tokens."""
-        if chars <= 0 or tokens <= 0:
+        """Take in that a prompt of ``chars`` characters had ``tokens`` tokens.
+
+        More tokens than its bytes and a template can be teach nothing: they are of images, or an
+        engine that miscounts.
+        """
+        if chars <= 0 or not 0 < tokens <= _BYTES_PER_CHAR * chars + _TEMPLATE_TOKENS:
             return
         old_chars, old_tokens = self._sums.get(model, (0.0, 0.0))
         self._sums[model] = (0.98 * old_chars + chars, 0.98 * old_tokens + tokens)

@@ -44,3 +44,10 @@ def test_one_token_is_always_left_to_compute() -> None:
     assert index.match(call((1, 2), 20)) == 19
     index.clear()
     assert index.match(call((1, 2), 20)) == 0
+
+
+def test_chunks_of_no_size_are_bounded_too() -> None:
+    index = PrefixIndex(1_000)
+    for i in range(10_000):
+        index.add(Call(f"{i}", "w", 0.0, 10, prefix=(i,), prefix_chunk_tokens=0))
+    assert len(index._tokens) <= 1_000

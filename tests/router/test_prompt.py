@@ -117,3 +117,15 @@ def test_nonsense_teaches_nothing() -> None:
     for chars, tokens in ((0, 5), (5, 0), (-1, 5)):
         ratios.learn("m", chars, tokens)
     assert ratios.ratio("m") == 4.0
+
+
+def test_a_count_that_cannot_be_of_the_text_does_not_bend_the_ratio() -> None:
+    ratios = TokenRatios()
+    for _ in range(1_000):
+        ratios.learn("m", 4_000, 1_000)
+    before = ratios.ratio("m")
+    for tokens in (2**31 - 1, 100_000, 0, -5):  # of images, of an engine that miscounts
+        ratios.learn("m", 4_000, tokens)
+    ratios.learn("fresh", 50, 1_500)
+    assert ratios.ratio("m") == before
+    assert ratios.ratio("fresh") == 4.0
