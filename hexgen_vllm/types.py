@@ -84,8 +84,9 @@ class Call:
         prefix: tuple[int, ...] = (),
         prefix_chunk_tokens: int = 0,
         deadline_asked: bool = True,
+        engine: str | None = None,
     ) -> None:
-        self.engine = None
+        self.engine = engine
         self.call_id, self.workflow_id, self.arrived_s = call_id, workflow_id, arrived_s
         self.prompt_tokens, self.workflow_type, self.stage = prompt_tokens, workflow_type, stage
         self.tenant, self.model, self.deadline_s = tenant, model, deadline_s
