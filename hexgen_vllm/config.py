@@ -175,7 +175,22 @@ class EngineOptions:
     """Options of the engine's scheduler (``additional_config["hexgen"]``, ``--hexgen-…``)."""
 
     order: str = option(
-        "slack", "order of waiting calls", choices=("slack", "hexgen", "edf", "fcfs", "priority")
+        "due",
+        "order of calls with a deadline: due (deadline less what comes after the call), slack, "
+        "hexgen, edf or fcfs",
+        choices=("due", "slack", "hexgen", "edf", "fcfs", "priority"),
+    )
+    demote_late: bool = option(
+        True, "due: a call that cannot be on time any more comes after those that can"
+    )
+    pace: bool = option(
+        True, "leave calls without deadline out of steps that would be too slow for the others"
+    )
+    interactive_share: float = option(
+        0.95,
+        "most that calls with a deadline may take of the turns and places of those without",
+        least=0.0,
+        most=1.0,
     )
     default_deadline_s: float | None = option(
         None,

@@ -29,15 +29,33 @@ def arrange(scheduler: Any) -> None:
     """Put ``scheduler.running`` in the order that this step needs."""
     running = scheduler.running
     chunks = [r for r in running if r.is_prefill_chunk]
-    if _may_run_short(scheduler, bool(chunks)):
+    if _is_short(scheduler, bool(chunks)):
         by_key(running)
     elif chunks:
         by_key(chunks)
         running[:] = [r for r in running if not r.is_prefill_chunk] + chunks
 
 
-def _may_run_short(scheduler: Any, has_chunks: bool) -> bool:
+def may_run_short(scheduler: Any) -> bool:
     """Return whether blocks, or tokens for decodes, may not suffice for the whole batch."""
+    return _is_short(scheduler, any(r.is_prefill_chunk for r in scheduler.running))
+
+
+def growth(scheduler: Any) -> int:
+    """Return the blocks that the batch takes in this step."""
+    return sum(growth_of(scheduler, request) for request in scheduler.running)
+
+
+def growth_of(scheduler: Any, request: Request) -> int:
+    """Return the blocks that a running call takes in this step."""
+    if request.is_prefill_chunk:
+        return int(scheduler._request_remaining_blocks(request))
+    groups = len(scheduler.kv_cache_config.kv_cache_groups)
+    spare = -request.num_computed_tokens % scheduler.block_size
+    return groups * (spare <= scheduler.num_spec_tokens)
+
+
+def _is_short(scheduler: Any, has_chunks: bool) -> bool:
     size, budget = scheduler.block_size, scheduler.max_num_scheduled_tokens
     each = 1 + scheduler.num_spec_tokens
     decodes = len(scheduler.running)

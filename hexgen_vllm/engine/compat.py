@@ -98,6 +98,7 @@ except ImportError as missing:
 __all__ = [
     "FCFS",
     "SECOND_QUEUE",
+    "SLOTS",
     "AsyncScheduler",
     "LikeStock",
     "PauseState",
@@ -113,6 +114,13 @@ __all__ = [
 
 
 FCFS: Final = SchedulingPolicy.FCFS
+
+SLOTS: Final = (
+    "max_num_active_reqs"
+    if "max_num_active_reqs" in inspect.getsource(Scheduler.__init__)
+    else "max_num_running_reqs"
+)
+"""The scheduler's attribute that bounds how many calls it lets into the batch (the first: 0.31)."""
 
 SECOND_QUEUE: Final = (
     "skipped_waiting"
@@ -296,6 +304,15 @@ def check_instance(scheduler: Any) -> None:
 def max_active(scheduler: Any) -> int:
     """Return how many calls may be in the batch at once (``--max-num-active-seqs``, 0.31)."""
     return int(getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs))
+
+
+def captured_sizes(vllm_config: Any) -> list[int]:
+    """Return the batch sizes that are captured as CUDA graphs, none where there are no graphs."""
+    config = getattr(vllm_config, "compilation_config", None)
+    mode = getattr(config, "cudagraph_mode", None)
+    if mode is None or getattr(mode, "name", "NONE") == "NONE":
+        return []
+    return sorted(getattr(config, "cudagraph_capture_sizes", None) or [])
 
 
 def can_free(scheduler: Any, request: Request) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine import compat
-from hexgen_vllm.engine.batch_order import by_key
+from hexgen_vllm.engine.batch_order import by_key, growth
 from hexgen_vllm.engine.compat import PauseState, Request
 from hexgen_vllm.engine.requests import CallBook, CallState
 from hexgen_vllm.policy.preemption import RunningView
@@ -59,9 +59,10 @@ class Displacer:
         state: CallState = call.hexgen
         return state
 
-    def worst_rank(self) -> int:
-        """Return the largest rank in the batch."""
-        return max((r.hexgen.rank for r in self._scheduler.running), default=0)
+    def worst(self) -> tuple[int, bool]:
+        """Return the largest rank in the batch, and whether all of it has deadlines."""
+        calls = [r.hexgen for r in self._scheduler.running]
+        return max((c.rank for c in calls), default=0), all(c.has_deadline for c in calls)
 
     def size(self) -> int:
         """Return the number of running calls."""
@@ -77,7 +78,7 @@ class Displacer:
         """Return the slots and blocks that are free after what the batch takes in this step."""
         scheduler, manager = self._scheduler, self._scheduler.kv_cache_manager
         active = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
-        grows = sum(self._growth(r) for r in scheduler.running)
+        grows = growth(scheduler)
         free = manager.block_pool.get_num_free_blocks() - manager.watermark_blocks - grows
         return compat.max_active(scheduler) - active, free
 
@@ -119,15 +120,6 @@ class Displacer:
         tokens = min(head.num_tokens, scheduler.max_num_scheduled_tokens)
         groups = len(scheduler.kv_cache_config.kv_cache_groups)
         return min(whole, groups * -(-tokens // scheduler.block_size))
-
-    def _growth(self, request: Request) -> int:
-        """Return the blocks that ``request`` takes in this step."""
-        scheduler = self._scheduler
-        if request.is_prefill_chunk:
-            return int(scheduler._request_remaining_blocks(request))
-        groups = len(scheduler.kv_cache_config.kv_cache_groups)
-        spare = -request.num_computed_tokens % scheduler.block_size
-        return groups * (spare <= scheduler.num_spec_tokens)
 
     def _shared_hits(self, head: Request) -> set[int]:
         """Return the ids of the blocks that ``head`` would share with running calls."""

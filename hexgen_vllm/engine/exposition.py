@@ -23,6 +23,16 @@ _SINGLE: Final = {
         "counter",
         "Tokens computed again after a preemption.",
     ),
+    "batch_tokens_given_up": (
+        "batch_tokens_given_up_total",
+        "counter",
+        "Tokens that calls without deadline did not write because others could not bear it.",
+    ),
+    "length_error": (
+        "length_error_ratio",
+        "gauge",
+        "Mean relative error of the output lengths expected lately.",
+    ),
     "bad_metadata": ("bad_metadata_total", "counter", "Metadata values that could not be read."),
 }
 

@@ -18,17 +18,16 @@ from typing import Any, Final
 from hexgen_vllm import wire
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine.compat import Request
+from hexgen_vllm.policy.order import put
+from hexgen_vllm.policy.outlook import Outlooks, without_deadline
 from hexgen_vllm.policy.service import ServiceRates, output_left
 from hexgen_vllm.policy.slack import hexgen_key, latest_start
-from hexgen_vllm.policy.urgency import LAST_RANK, background_key, batch_key
-from hexgen_vllm.types import NO_DEADLINE
+from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
 
 logger = logging.getLogger("vllm.hexgen")
 
 _MAX_AGE_S: Final = 600.0
 _WARN_EVERY_S: Final = 60.0
-_FIRST_OUTPUT_GUESS: Final = 256.0
-_OUTPUT_WEIGHT: Final = 0.05
 _NOTHING_SAID: Final = wire.CallMeta()
 
 
@@ -39,7 +38,7 @@ class CallState:
     Attributes:
         workflow_id: the workflow, else the session, else the request itself.
         arrived_s: when it reached the API server.
-        opened_s: when it reached this process.
+        turn: its number among the calls of this process, in order of arrival.
         deadline_s: end-to-end deadline of its workflow; ``inf`` for none.
         tail_s: predicted seconds of critical path after it.
         expected_tokens: output tokens expected in all.
@@ -49,13 +48,18 @@ class CallState:
         latest_start_s: L, credited with progress.
         queued_start_s: L when it last joined the queue.
         displacements: times it was displaced.
+        late: it cannot be on time any more, and comes after those that can.
+        promoted: it waited so long that it goes first among calls of its rank.
+        likely_most, likely_least: output tokens, at a high and at a low quantile.
+        least_tail_s: the tail at a low quantile.
+        known_as: what is learned of it, and by what.
         lost_tokens: KV dropped by preemptions and not yet computed again.
         kept_tokens: of these, KV that waits in host memory to be loaded again.
     """
 
     workflow_id: str
     arrived_s: float
-    opened_s: float
+    turn: int
     deadline_s: float
     tail_s: float
     expected_tokens: int
@@ -65,29 +69,39 @@ class CallState:
     latest_start_s: float = 0.0
     queued_start_s: float = 0.0
     displacements: int = 0
+    late: bool = False
+    promoted: bool = False
+    likely_most: int = 1
+    likely_least: int = 1
+    least_tail_s: float = 0.0
+    known_as: Call | None = None
     lost_tokens: int = 0
     kept_tokens: int = 0
 
     @property
     def has_deadline(self) -> bool:
         """Whether it can be late: it has a deadline, and its workflow is not demoted."""
-        return not self.background and self.deadline_s < NO_DEADLINE
+        return self.deadline_s < NO_DEADLINE and not (self.background or self.late)
 
 
 class CallBook:
-    """Opens the state of calls and prices them by the order in force.
+    """Opens the state of calls, prices them by the order in force, and learns how they end.
 
     Attributes:
         rates: rates in force; set by the scheduler when it has measured better ones.
+        alone_token_s: seconds of a step with one call; set with them.
+        outlooks: what was learned of lengths and of what follows.
         bad_metadata: values that could not be read so far.
     """
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self.rates = ServiceRates.seeds(options)
+        self.alone_token_s = self.rates.output_token_s
+        self.outlooks = Outlooks()
         self.bad_metadata = 0
         self._warned_s = -_WARN_EVERY_S
-        self._output_mean = _FIRST_OUTPUT_GUESS
+        self._turn = 0
 
     def open(self, request: Request, now: float) -> None:
         """Give ``request`` its state, and its key; what cannot be read counts as not said."""
@@ -95,15 +109,31 @@ class CallBook:
         age_s = time.time() - request.arrival_time
         arrived_s = now - age_s if 0.0 <= age_s <= _MAX_AGE_S else now
         old: CallState | None = getattr(request, "hexgen", None)
+        self._turn += 1
+        if old is not None:
+            self.closed(request, now, answered=False)
+        workflow_id = meta.workflow_id or _session(request)
+        budget_s = _budget_s(request, meta, options)
+        deadline_s = arrived_s + budget_s
+        known_as = _known_as(request, meta, workflow_id, now, deadline_s)
+        outlook = self.outlooks.opened(known_as, now)
+        if meta.workflow_deadline_ms is None and meta.service_class != wire.BATCH:
+            deadline_s = min(deadline_s, outlook.deadline_s)  # an earlier call has said it
+        said_tail_s = None if meta.tail_ms is None else meta.tail_ms / 1000
+        tail_s, least_s = self.rates.tail_s(outlook.tail), self.rates.tail_s(outlook.least_tail)
         request.hexgen = CallState(
-            workflow_id=meta.workflow_id or _session(request) or request.request_id,
+            workflow_id=workflow_id or request.request_id,
             arrived_s=arrived_s,
-            opened_s=now,
-            deadline_s=arrived_s + _budget_s(request, meta, options),
-            tail_s=(meta.tail_ms or 0.0) / 1000,
-            expected_tokens=self._expected(request, meta.expected_output_tokens),
+            turn=self._turn,
+            deadline_s=deadline_s,
+            tail_s=tail_s if said_tail_s is None else said_tail_s,
+            expected_tokens=outlook.usual_tokens,
             background=bool(meta.background),
             displacements=old.displacements if old is not None else 0,
+            likely_most=outlook.most_tokens,
+            likely_least=outlook.least_tokens,
+            least_tail_s=least_s if said_tail_s is None else 0.0,  # the router's is no least one
+            known_as=known_as,
         )
         self.price(request)
 
@@ -121,17 +151,18 @@ class CallBook:
         ahead = request.num_tokens - max(there, call.kept_tokens)
         left = output_left(call.expected_tokens, done, request.max_tokens)
         service_s = self.rates.service_s(max(ahead, 0), left)
-        if call.background:
-            call.rank = LAST_RANK
-            call.key_s = call.latest_start_s = background_key(service_s + call.tail_s)
-            return
-        call.rank = _rank(request, self._options)
-        if call.deadline_s == NO_DEADLINE:
-            call.latest_start_s = NO_DEADLINE
-            call.key_s = batch_key(call.opened_s)
-            return
-        call.latest_start_s = latest_start(call.deadline_s, call.tail_s, service_s)
-        call.key_s = self._key(request, call)
+        order, own_key_s = self._options.order, 0.0
+        if order == "hexgen":
+            whole_s = self.rates.service_s(request.num_prompt_tokens, call.expected_tokens)
+            own_key_s = hexgen_key(call.arrived_s, call.deadline_s, call.tail_s, whole_s)
+        put(call, order, _rank(request, self._options), call.turn, service_s, own_key_s)
+
+    def late_from_s(self, request: Request) -> float:
+        """Return the moment from which a waiting call cannot be on time any more."""
+        call = request.hexgen
+        left = output_left(call.likely_least, request.num_output_tokens, request.max_tokens)
+        least_s = self.rates.prefill_s(request.num_tokens) + left * self.alone_token_s
+        return latest_start(call.deadline_s, call.least_tail_s, least_s)
 
     def aged(self, request: Request) -> None:
         """End the background state of a call that has waited for as long as it may."""
@@ -141,25 +172,15 @@ class CallBook:
         call.tail_s = 0.0
         self.price(request)
 
-    def finished(self, request: Request) -> None:
-        """Learn the output length of a call that ended by itself."""
-        self._output_mean += _OUTPUT_WEIGHT * (request.num_output_tokens - self._output_mean)
-
-    def _key(self, request: Request, call: CallState) -> float:
-        order = self._options.order
-        if order == "slack":
-            return call.latest_start_s
-        if order == "edf":
-            return call.deadline_s
-        if order == "fcfs":
-            return call.arrived_s
-        whole_s = self.rates.service_s(request.num_prompt_tokens, call.expected_tokens)
-        return hexgen_key(call.arrived_s, call.deadline_s, call.tail_s, whole_s)
-
-    def _expected(self, request: Request, said: int | None) -> int:
-        """Return the output length to expect: what the client says, else the recent mean."""
-        guess = said if said is not None else int(self._output_mean)
-        return max(min(guess, request.max_tokens), 1)
+    def closed(self, request: Request, now: float, *, answered: bool) -> None:
+        """Learn from a call that is over, whether it ended by itself or not."""
+        call = request.hexgen
+        if call.known_as is not None:
+            cached = max(getattr(request, "num_cached_tokens", 0), 0)
+            output = request.num_output_tokens
+            result = CallResult(answered, request.num_prompt_tokens, cached, output)
+            self.outlooks.ended(call.known_as, call.expected_tokens, result, now)
+            call.known_as = None
 
     def _meta(self, request: Request, now: float) -> wire.CallMeta:
         params = request.sampling_params  # a pooling request has none
@@ -209,6 +230,26 @@ def _rank(request: Request, options: EngineOptions) -> int:
     most = options.max_priority
     rank: int = request.priority
     return rank if most is None else max(rank, -most)
+
+
+def _known_as(
+    request: Request, meta: wire.CallMeta, workflow_id: str | None, now: float, deadline_s: float
+) -> Call:
+    """Return a call as the learned shapes know it."""
+    kind = meta.workflow_type or "default"
+    return Call(
+        request.request_id,
+        workflow_id or f"lone {request.request_id}",
+        now,
+        request.num_prompt_tokens,
+        kind if deadline_s < NO_DEADLINE else without_deadline(kind),
+        meta.stage or "default",
+        deadline_s=deadline_s,
+        expected_output_tokens=meta.expected_output_tokens,
+        max_output_tokens=request.max_tokens,
+        stages_left=meta.stages_left,
+        final=bool(meta.workflow_final) or workflow_id is None,
+    )
 
 
 def _session(request: Request) -> str | None:

@@ -19,19 +19,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from heapq import heappop, heappush
 from typing import Any, Final
 
 from hexgen_vllm.config import EngineOptions, from_mapping
 from hexgen_vllm.engine import compat, stats_api
-from hexgen_vllm.engine.batch_order import arrange
+from hexgen_vllm.engine.batch_order import arrange, growth, may_run_short
 from hexgen_vllm.engine.compat import Request, RequestStatus
 from hexgen_vllm.engine.displacement import Displacer
+from hexgen_vllm.engine.pausing import Pauser
 from hexgen_vllm.engine.request_queue import UrgencyQueue
 from hexgen_vllm.engine.requests import CallBook
 from hexgen_vllm.engine.swap_planner import SwapPlanner
 from hexgen_vllm.engine.swap_setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.policy.order import LateWatch, demotes
+from hexgen_vllm.policy.pace import Places
 
 logger = logging.getLogger("vllm.hexgen")
 
@@ -39,6 +43,7 @@ _REKEY_EVERY_STEPS: Final = 64
 _REKEY_WAITING: Final = 32
 _REFIT_EVERY_STEPS: Final = 32
 _RATES_MOVED: Final = 0.1
+_EXPIRE_EVERY_STEPS: Final = 1024
 _ENDED: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
@@ -92,6 +97,12 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self.hexgen_counters = Counters()
         self.hexgen_keeper = planner_of(self.connector, self.hexgen_options)
         self._displacer = Displacer(self, self.hexgen_options, self.hexgen_book)
+        self._pauser = Pauser(self, self.hexgen_options, self.hexgen_book, self.hexgen_meter)
+        self._ordered: set[str] = set()  # calls with anything but their arrival to go by
+        self._due: set[str] = set()  # of them, those with a deadline that can be met
+        self._late: LateWatch[str] | None = LateWatch() if demotes(self.hexgen_options) else None
+        self._loose: list[tuple[int, str]] = []  # waiting calls without deadline: a heap
+        self._places = Places(self.hexgen_options, self.max_num_running_reqs)
         self._preemption_cause = "kv"
         self._background: deque[tuple[float, str]] = deque()  # (ages at, id), oldest first
         self._to_rekey: list[Request] = []
@@ -100,6 +111,11 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
     def hexgen_stats(self) -> dict[str, Any]:
         """Return the engine's telemetry (:func:`hexgen_vllm.engine.telemetry.snapshot`)."""
         return snapshot(self, self.hexgen_clock())
+
+    @property
+    def hexgen_given_up(self) -> int:
+        """Tokens that calls without deadline did not write because others could not bear it."""
+        return self._pauser.control.given_up
 
     # Calls come, change and go.
 
@@ -111,10 +127,29 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
 
     def _open(self, request: Request) -> None:
         self.hexgen_book.open(request, self.hexgen_clock())
-        call = request.hexgen
+        call, name = request.hexgen, request.request_id
+        self._forget(name)
+        if call.has_deadline:
+            self._due.add(name)
+        if call.has_deadline or call.rank:
+            self._ordered.add(name)
+        self._watch(request)
         if call.background:
             ages_at = call.arrived_s + self.hexgen_options.background_max_wait_s
             self._background.append((ages_at, request.request_id))
+
+    def _forget(self, name: str) -> None:
+        self._ordered.discard(name)
+        self._due.discard(name)
+
+    def _watch(self, request: Request) -> None:
+        """Note a call that waits, for when it is late or has waited long."""
+        call = request.hexgen
+        if not call.has_deadline:
+            if not call.background:
+                heappush(self._loose, (call.turn, request.request_id))
+        elif self._late is not None:
+            self._late.add(request.request_id, self.hexgen_book.late_from_s(request))
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         self._forget_kv(session)  # its tokens change
@@ -127,8 +162,8 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         getattr(self, compat.SECOND_QUEUE).rekey(request)
 
     def _connector_finished(self, request: Request) -> Any:
-        if request.status in _ENDED:
-            self.hexgen_book.finished(request)
+        self._forget(request.request_id)
+        self.hexgen_book.closed(request, self.hexgen_clock(), answered=request.status in _ENDED)
         return super()._connector_finished(request)
 
     # Preemption, ours and vLLM's.
@@ -140,6 +175,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         request.hexgen.lost_tokens = request.num_computed_tokens
         request.hexgen.kept_tokens = self._keep_kv(request)
         self.hexgen_book.price(request, computed=0)  # before vLLM queues it by its key
+        self._watch(request)
         super()._preempt_request(request, timestamp, drop_stale_output=drop_stale_output)
 
     def _keep_kv(self, request: Request) -> int:
@@ -196,45 +232,99 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
                 self.running.append(request)
 
     def _displace(self, now: float) -> list[Request]:
-        """Preempt running calls for the most urgent waiting one; return them, out of the queue.
+        """Preempt running calls for urgent waiting ones; return them, out of the queue."""
+        victims = self._displacer.victims(now)
+        for victim in victims:
+            self.running.remove(victim)
+            victim.hexgen.displacements += 1
+        return self._take_out(victims, now, "displaced")
+
+    def _take_out(self, victims: list[Request], now: float, cause: str) -> list[Request]:
+        """Preempt calls that are out of ``running``, and return them, out of the queue.
 
         They stay out for this step: resumed in it, they would take back what they gave, and the
         worker would miss their tokens.
         """
-        victims = self._displacer.victims(now)
-        if not victims:
-            return victims
-        with self._preempting("displaced"):
-            for victim in victims:
-                self.running.remove(victim)
-                victim.hexgen.displacements += 1
-                self._preempt_request(victim, now, drop_stale_output=self.requires_kv_delivery)
-                self.waiting.remove_request(victim)
+        if victims:
+            with self._preempting(cause):
+                for victim in victims:
+                    self._preempt_request(victim, now, drop_stale_output=self.requires_kv_delivery)
+                    self.waiting.remove_request(victim)
         return victims
+
+    def _demote_late(self, now: float) -> None:
+        """Put waiting calls that cannot be on time any more behind those that can."""
+        for name in self._late.late(now) if self._late is not None else ():
+            request = self.requests.get(name)
+            if request is None or not request.hexgen.has_deadline or request not in self.waiting:
+                continue
+            request.hexgen.late = True
+            self._due.discard(name)
+            self.hexgen_book.price(request)
+            self._requeue(request)
+            self._watch(request)
+
+    def _promote(self) -> None:
+        """Let the loose call that waits longest go first while too few of them run."""
+        if not (self._loose and self._places.some and self.waiting):
+            return
+        if not self.waiting.first(1)[0].hexgen.has_deadline:
+            return  # a loose one is next as it is
+        while self._loose:
+            request = self.requests.get(self._loose[0][1])
+            if request is not None and request in self.waiting and not request.hexgen.has_deadline:
+                break
+            heappop(self._loose)
+        else:
+            return
+        call, running = request.hexgen, sum(not r.hexgen.has_deadline for r in self.running)
+        if not call.promoted and self._places.owes(running, call.expected_tokens):
+            call.promoted = True
+            self.hexgen_book.price(request)
+            self._requeue(request)
 
     # The step.
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         """Put queue and batch in order, make room, then let vLLM schedule the step."""
         now, busy = self.hexgen_clock(), bool(self.running)
-        self._end_background(now)
-        # Under data parallelism a throttled step admits nobody, so making room would be in vain.
-        held = [] if throttle_prefills else self._displace(now)
-        arrange(self)
-        try:
+        if self._ordered:
+            output = self._schedule_in_order(throttle_prefills, now)
+        else:  # first come, first served, as vLLM does it
             output = super().schedule(throttle_prefills)
-        finally:
-            for request in held:
-                self.waiting.add_request(request)
         self.hexgen_meter.started(output, now, busy)
         self._note_admitted(output)
         return output
+
+    def _schedule_in_order(self, throttle_prefills: bool, now: float) -> Any:
+        self._end_background(now)
+        held: list[Request] = []
+        if not throttle_prefills:
+            # Under data parallelism a throttled step admits nobody: making room would be in vain.
+            self._demote_late(now)
+            if self._due:
+                self._promote()
+            held = self._displace(now)
+        if self._due and len(self._due) < len(self.requests):
+            self._pauser.choose(now)
+            if self._pauser.paused and may_run_short(self):
+                held += self._take_out(self._pauser.make_room(growth(self)), now, "kv")
+        else:
+            self._pauser.rest()
+        arrange(self)
+        try:
+            with self._pauser.bounds():
+                return super().schedule(throttle_prefills)
+        finally:
+            for request in held:
+                self.waiting.add_request(request)
 
     def _end_background(self, now: float) -> None:
         while self._background and self._background[0][0] <= now:
             request = self.requests.get(self._background.popleft()[1])
             if request is not None and request.hexgen.background:
                 self.hexgen_book.aged(request)
+                self._due.add(request.request_id)
                 self._requeue(request)
 
     def _note_admitted(self, output: Any) -> None:
@@ -264,7 +354,10 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             scheduler_output, model_runner_output.sampled_token_ids, self.hexgen_clock()
         )
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._rekey_running()
+        if not self.hexgen_meter.steps % _EXPIRE_EVERY_STEPS:
+            self.hexgen_book.outlooks.expire(self.hexgen_clock())
+        if self._ordered:
+            self._rekey_running()
         self._rekey_waiting()
         return outputs
 
@@ -283,6 +376,8 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             rates = meter.rates(self.max_num_scheduled_tokens)
             if rates is not None and rates.differs(book.rates, _RATES_MOVED):
                 book.rates = rates
+                cost = meter.fit.cost()
+                book.alone_token_s = cost.step_s(1) if cost is not None else rates.output_token_s
                 self._to_rekey = self.waiting.unordered()
         for _ in range(min(_REKEY_WAITING, len(self._to_rekey))):
             request = self._to_rekey.pop()

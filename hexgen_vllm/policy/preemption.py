@@ -14,17 +14,16 @@ v needs to compute again what it would lose:
 
     gain(v) = L_v - redo_s(v) - L_c
 
-A candidate with a deadline qualifies once ``L_c - now < displace_slack_s``: with more slack it can
-wait. One without qualifies at once. Victims below it are taken first, cheapest ``redo_s`` first;
-nothing is asked of them but that they can give way. Peers are spared when the candidate is too
-late for them to pay (``L_c - now < -displace_late_s``), and while ``L_c - now >= wait_s``, the
-time after which calls that end by themselves are predicted to have made room; a prediction that
-proves too hopeful ends with the slack. A peer qualifies if ``gain > displace_gap_s`` (strict,
-after its own loss) and it stands behind the candidate in the queue's order; peers are taken by
-``gain / (1 + tokens lost)``, largest first. Of all victims more than ``protect_last_tokens`` of
-output are left, and their blocks can be freed now. Victims are added until the candidate fits;
-those that turn out not to be needed are spared. If all of them together do not make enough room,
-nobody is displaced.
+Victims below the candidate are taken first, cheapest ``redo_s`` first, and at once: nothing is
+asked of them but that they can give way. Peers are spared while the candidate has slack to wait
+(``L_c - now >= displace_slack_s``), when it is too late for them to pay
+(``L_c - now < -displace_late_s``), and while ``L_c - now >= wait_s``, the time after which calls
+that end by themselves are predicted to have made room; a prediction that proves too hopeful ends
+with the slack. A peer qualifies if ``gain > displace_gap_s`` (strict, after its own loss) and it
+stands behind the candidate in the queue's order; peers are taken by ``gain / (1 + tokens lost)``,
+largest first. Of all victims more than ``protect_last_tokens`` of output are left, and their blocks
+can be freed now. Victims are added until the candidate fits; those that turn out not to be needed
+are spared. If all of them together do not make enough room, nobody is displaced.
 
 Ping-pong cannot happen: a peer that comes back still has more slack than its candidate had, by
 more than the gap, so it does not qualify to displace it; and "below" has no circles.
@@ -36,10 +35,11 @@ in turn (least-laxity thrash): use the smaller of its value now and when it was 
 Cost: O(n log n) in the running calls given.
 
 What it can starve: a call loses its place at most ``max_displacements`` times; after that it
-runs to its end unless the KV cache overflows. That bound does not hold for a call without deadline
-that gives way to one with a deadline: such calls advance in what the others leave, and
-``interactive_share`` bounds how little that is. Do not use displacement where recomputing is
-dearer than being late (``displace=False``), nor to shield one client from another.
+runs to its end unless the KV cache overflows. That bound does not hold for a call without
+deadline, or one that cannot meet it any more, that gives way to one that can be on time: such
+calls advance in what the others leave, and ``interactive_share`` bounds how little that is. Do not
+use displacement where recomputing is dearer than being late (``displace=False``), nor to shield
+one client from another.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Displacement(NamedTuple):
 
 
 def urgent(latest_start_s: float, limits: EngineOptions, now: float) -> bool:
-    """Return whether a waiting call with a deadline is urgent enough to displace."""
+    """Return whether a waiting call with a deadline is urgent enough to displace its peers."""
     return latest_start_s - now < limits.displace_slack_s
 
 
@@ -126,6 +126,8 @@ def mercy(candidate: Candidate, limits: EngineOptions, now: float) -> str:
     """Return why peers are spared, ``not-urgent`` or ``room-soon``; "" if they are not."""
     slack_s = candidate.latest_start_s - now
     if not candidate.has_deadline or slack_s < -limits.displace_late_s:
+        return "not-urgent"
+    if not urgent(candidate.latest_start_s, limits, now):
         return "not-urgent"
     return "room-soon" if slack_s >= candidate.wait_s else ""
 
@@ -178,17 +180,15 @@ def _peer(candidate: Candidate, view: RunningView) -> bool:
     return view.rank == candidate.rank and view.has_deadline and candidate.has_deadline
 
 
-def refusal(candidate: Candidate, limits: EngineOptions, now: float) -> str:
+def refusal(candidate: Candidate, limits: EngineOptions) -> str:
     """Return why nobody is to be displaced for ``candidate``, whoever is running; "" if nothing.
 
-    It is ``off``, ``fits`` or ``not-urgent``.
+    It is ``off`` or ``fits``.
     """
     if not limits.displace:
         return "off"
     if candidate.slots_short <= 0 and candidate.blocks_short <= 0:
         return "fits"
-    if candidate.has_deadline and not urgent(candidate.latest_start_s, limits, now):
-        return "not-urgent"
     return ""
 
 
@@ -201,7 +201,7 @@ def choose_victims(
     (:func:`mercy`), ``no-victim`` (nobody qualifies) or ``would-not-fit`` (all who qualify are too
     few).
     """
-    if reason := refusal(candidate, limits, now):
+    if reason := refusal(candidate, limits):
         return Displacement((), reason)
     spared = mercy(candidate, limits, now)
     able = [

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.values import Tail
 from hexgen_vllm.types import StepCost
 
 _LEAST_OVERRUN: Final = 32
@@ -55,6 +56,11 @@ class ServiceRates:
     def service_s(self, prefill_tokens: int, output_tokens: int) -> float:
         """Return T, the seconds until a call with this much left is done."""
         return self.prefill_s(prefill_tokens) + output_tokens * self.output_token_s
+
+    def tail_s(self, tail: Tail) -> float:
+        """Return R, the seconds of what follows a call."""
+        prefill_s = tail.prefill_tokens * self.prefill_token_s
+        return prefill_s + tail.output_tokens * self.output_token_s
 
     def differs(self, other: ServiceRates, share: float) -> bool:
         """Return whether a typical prefill or decode takes over ``share`` more or less time."""

@@ -24,8 +24,11 @@ from typing import Final, Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
+LATE_S: Final = 1e10
+"""Added to the key of calls that cannot be on time any more; beyond any deadline."""
+
 BATCH_S: Final = 1e11
-"""Added to the key of calls without deadline; beyond any deadline, and microseconds still tell."""
+"""Added to the key of calls without deadline; beyond any other, and microseconds still tell."""
 
 BACKGROUND_S: Final = 1e12
 """Added to the key of background calls; beyond any time or deadline that a call can have."""
@@ -36,13 +39,22 @@ LAST_RANK: Final = 1 << 63
 _REBUILD_LEAST: Final = 64
 
 
-def batch_key(arrived_s: float) -> float:
+def late_key(work_s: float) -> float:
+    """Return the key of a call that cannot be on time any more: least remaining work first.
+
+    Args:
+        work_s: seconds of work left on the call and after it.
+    """
+    return LATE_S + work_s
+
+
+def batch_key(turn: float) -> float:
     """Return the key of a call without deadline: behind all that have one, first come first served.
 
     Args:
-        arrived_s: when it reached the engine.
+        turn: of two calls the one that came first has the smaller one.
     """
-    return BATCH_S + arrived_s
+    return BATCH_S + turn
 
 
 def background_key(work_s: float) -> float:

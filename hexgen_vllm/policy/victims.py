@@ -58,8 +58,8 @@ class Batch(Protocol[T]):
     def standing(self, call: T) -> Standing:
         """Return the state of a call."""
 
-    def worst_rank(self) -> int:
-        """Return the largest rank in the batch."""
+    def worst(self) -> tuple[int, bool]:
+        """Return the largest rank in the batch, and whether all of it has deadlines."""
 
     def size(self) -> int:
         """Return the number of running calls."""
@@ -106,6 +106,7 @@ class VictimSearch(Generic[T]):
         self._batch, self._options = batch, options
         self.enabled = options.displace and options.max_displacements > 0
         self._quiet: tuple[T, int] | None = None
+        self._worst = (0, True)
         self._looked_at = 0  # step of the last look in vain
         self.reason = ""
 
@@ -115,7 +116,10 @@ class VictimSearch(Generic[T]):
         if not self.enabled or not batch.size():
             return []
         heads = batch.heads(MOST_HEADS)
-        if not any(self._wants(head, now) for head in heads) or self._is_vain(heads[0], step):
+        if not heads or self._is_vain(heads[0], step):
+            return []
+        self._worst = batch.worst()
+        if not any(self._wants(head, now) for head in heads):
             return []
         found = self._search(heads, now)
         if found and batch.leaves_tokens(found):
@@ -128,6 +132,7 @@ class VictimSearch(Generic[T]):
         if not self.enabled:
             return math.inf, None
         again_s = math.inf
+        self._worst = self._batch.worst()
         for head in self._batch.heads(MOST_HEADS):
             if self._wants(head, now):
                 return math.inf, QUIET_STEPS + 1 - (step - self._looked_at)
@@ -138,10 +143,11 @@ class VictimSearch(Generic[T]):
 
     def _wants(self, head: T, now: float) -> bool:
         """Return whether ``head`` may displace anybody, cheaply judged."""
-        state = self._batch.standing(head)
-        if state.has_deadline:
-            return urgent(state.latest_start_s, self._options, now)
-        return state.rank < self._batch.worst_rank()
+        state, (rank, all_due) = self._batch.standing(head), self._worst
+        if state.rank < rank:
+            return True
+        due = state.has_deadline
+        return due and (not all_due or urgent(state.latest_start_s, self._options, now))
 
     def _is_vain(self, head: T, step: int) -> bool:
         if self._quiet != (head, self._batch.size()):

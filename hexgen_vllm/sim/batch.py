@@ -13,11 +13,13 @@ from typing import Final, NamedTuple
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.cost_model import CostFit
+from hexgen_vllm.policy.order import LateWatch, demotes
 from hexgen_vllm.sim.decodes import DecodeClock
 from hexgen_vllm.sim.demoted import Demoted
 from hexgen_vllm.sim.displacing import Displacer
 from hexgen_vllm.sim.keeping import keeper_of
 from hexgen_vllm.sim.model import EngineModel
+from hexgen_vllm.sim.pacing import Pacer
 from hexgen_vllm.sim.prefix_cache import BlockPool
 from hexgen_vllm.sim.pricing import Pricing
 from hexgen_vllm.sim.queues import ArrivalQueue, KeyQueue, WaitingQueue
@@ -54,6 +56,9 @@ class Batch:
         evicted: calls preempted for it.
         copied: tokens whose KV goes to the host or comes back in it.
         preemptions: preemptions so far.
+        pacer: leaves calls without deadline out of steps; ``None`` in a stock engine.
+        step_tokens: tokens of the present step at most.
+        most_running: calls in the batch at most, in the present step.
         displacer: makes room for urgent calls; ``None`` in a stock engine.
         keeper: copies KV of preempted calls to the host; ``None`` where it is computed again.
 
@@ -89,6 +94,12 @@ class Batch:
         self.watermark_blocks = int(model.watermark * model.blocks)
         self.displacer = None if stock else Displacer(self)
         self.keeper = keeper_of(model, options)
+        self.pacer = None if stock else Pacer(self)
+        self.step_tokens = model.max_num_batched_tokens
+        self.most_running = model.max_num_seqs
+        self._late: LateWatch[Sequence] | None = None
+        if not stock and demotes(options):
+            self._late = LateWatch()
         self._demoted = Demoted(options.background_max_wait_s)
         self._admitted = 0
         self._tight = False  # the present step was scheduled call by call
@@ -99,8 +110,7 @@ class Batch:
         if not self.stock:
             self._demoted.add(sequence, now)
         self.pricing.price(sequence, sequence.tokens, 0)
-        self.waiting.push(sequence)
-        self.queued += 1
+        self._push(sequence)
 
     def schedule(self, now: float) -> Plan:
         """Decide what the next step computes."""
@@ -108,9 +118,15 @@ class Batch:
         held: list[Sequence] = []
         for sequence in self._demoted.aged(now):
             if sequence not in self.running:
-                self._rekey(sequence)
+                self.rekey(sequence)
+        if self._late is not None:
+            self._demote_late(self._late, now)
+        if self.pacer is not None:
+            self.pacer.promote()
         if self.queued and self.displacer is not None:
             held = self.displacer.displace(now)
+        if self.pacer is not None:
+            held += self.pacer.pace(now)
         budget, preempted = self._schedule_running()
         if not preempted and budget > 0 and self.queued:
             self._schedule_waiting(budget)
@@ -158,14 +174,14 @@ class Batch:
 
     def _schedule_running(self) -> tuple[int, bool]:
         """Give running calls their tokens; return the budget left and whether any was preempted."""
-        clock, pool, budget = self.clock, self.pool, self.model.max_num_batched_tokens
+        clock, pool, budget = self.clock, self.pool, self.step_tokens
         self._tight = False
         if not self.prefilling:
             blocks = clock.blocks(0, 1)
             if clock.size <= budget and blocks <= pool.free:
                 pool.take(blocks)
                 return budget - clock.size, False
-        elif pool.free >= len(self.running) + budget // self.model.block_size + 1:
+        elif pool.free >= clock.size + len(self.prefilling) + budget // self.model.block_size + 1:
             pool.take(clock.blocks(0, 1))
             budget -= clock.size
             for sequence in self._in_order(self.prefilling):
@@ -202,7 +218,7 @@ class Batch:
     def _schedule_waiting(self, budget: int) -> None:
         """Admit waiting calls while there is budget, a slot, and room for their whole prompt."""
         waiting, size, pool = self.waiting, self.model.block_size, self.pool
-        while budget > 0 and self.queued and len(self.running) < self.model.max_num_seqs:
+        while budget > 0 and self.queued and len(self.running) < self.most_running:
             sequence = waiting.peek()
             hit = pool.lookup(sequence.holding.chain, (sequence.tokens - 1) // size)
             needed = -(-sequence.tokens // size) - hit.blocks + hit.idle
@@ -235,6 +251,23 @@ class Batch:
     def _push_back(self, sequence: Sequence) -> None:
         self.waiting.push_back(sequence)
         self.queued += 1
+        self._watch(sequence)
+
+    def _push(self, sequence: Sequence) -> None:
+        self.waiting.push(sequence)
+        self.queued += 1
+        self._watch(sequence)
+
+    def _watch(self, sequence: Sequence) -> None:
+        if self._late is not None and sequence.has_deadline:
+            self._late.add(sequence, self.pricing.late_from_s(sequence))
+
+    def _demote_late(self, watch: LateWatch[Sequence], now: float) -> None:
+        """Put waiting calls that cannot be on time any more behind those that can."""
+        for sequence in watch.late(now):
+            if sequence.has_deadline and sequence in self.waiting:
+                sequence.late = True
+                self.rekey(sequence)
 
     def displace(self, sequence: Sequence) -> None:
         """Take a running call out for a more urgent one; it is not queued yet."""
@@ -252,6 +285,8 @@ class Batch:
         if sequence.decoding:
             self.clock.leave(sequence)
             holding.blocks = max(holding.blocks, -(-sequence.computed // size))
+        elif sequence.paused:
+            sequence.paused = False
         else:
             self.prefilling.remove(sequence)
         if self.keeper is not None:
@@ -261,6 +296,24 @@ class Batch:
         sequence.preemptions += 1
         self.preemptions += 1
         self.pricing.price(sequence, sequence.tokens, sequence.saved_tokens)
+
+    def pause(self, sequence: Sequence) -> None:
+        """Leave a running call out of steps; its KV stays."""
+        sequence.paused = True
+        if sequence.decoding:
+            self.clock.leave(sequence)
+            holding = sequence.holding
+            holding.blocks = max(holding.blocks, -(-sequence.computed // self.model.block_size))
+        else:
+            self.prefilling.remove(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Let a call that was left out take part in steps again."""
+        sequence.paused = False
+        if sequence.computed >= sequence.tokens - 1 and sequence.first_token_s is not None:
+            self.clock.join(sequence)
+        else:
+            self.prefilling.append(sequence)
 
     def _end_prefill(self, sequence: Sequence, now: float, started: list[Sequence]) -> None:
         self.prefilling.remove(sequence)
@@ -282,8 +335,8 @@ class Batch:
         if self.by_arrival:
             return
         for sequence in self.waiting.unordered():
-            self._rekey(sequence)
+            self.rekey(sequence)
 
-    def _rekey(self, sequence: Sequence) -> None:
+    def rekey(self, sequence: Sequence) -> None:
         self.pricing.price(sequence, sequence.tokens, sequence.saved_tokens)
         self.waiting.rekey(sequence)

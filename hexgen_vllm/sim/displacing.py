@@ -49,9 +49,10 @@ class Displacer:
         """Return the state of a call."""
         return call
 
-    def worst_rank(self) -> int:
-        """Return the largest rank in the batch."""
-        return max((s.rank for s in self._batch.running), default=0)
+    def worst(self) -> tuple[int, bool]:
+        """Return the largest rank in the batch, and whether all of it has deadlines."""
+        calls = self._batch.running
+        return max((c.rank for c in calls), default=0), all(c.has_deadline for c in calls)
 
     def size(self) -> int:
         """Return the number of running calls."""

@@ -224,6 +224,8 @@ class Engine:
             elif again_s < _NEVER:
                 self.steps = steps
                 steps = self._steps_by(again_s)
+        if steps > 1 and batch.pacer is not None:
+            steps = max(1, min(steps, batch.pacer.steps_left()))
         return steps
 
     def _took_s(self, steps: int) -> float:

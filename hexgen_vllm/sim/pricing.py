@@ -11,11 +11,11 @@ from typing import Final
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.cost_model import CostFit, is_sampled
+from hexgen_vllm.policy.order import put
 from hexgen_vllm.policy.service import ServiceRates, output_left
 from hexgen_vllm.policy.slack import hexgen_key, latest_start
-from hexgen_vllm.policy.urgency import LAST_RANK, background_key, batch_key
 from hexgen_vllm.sim.sequence import Sequence
-from hexgen_vllm.types import NO_DEADLINE, StepCost
+from hexgen_vllm.types import StepCost
 
 _WEIGHT: Final = 0.05  # of the newest step in the usual step, as in the live telemetry
 _RATES_MOVED: Final = 0.1
@@ -42,7 +42,7 @@ class Pricing:
     ) -> None:
         self._order, self._cost, self._chunk = options.order, cost, chunk
         self.fit = fit
-        self._step_s = cost.step_s(1)
+        self._step_s = self._alone_s = cost.step_s(1)
         self._uncached = 1.0
         self._steps = 0
         self._checked = 0
@@ -65,27 +65,20 @@ class Pricing:
         done = tokens - sequence.prompt_tokens
         left = output_left(sequence.expected_tokens, done, sequence.most_tokens)
         service_s = self.rates.service_s(tokens - computed, left)
-        sequence.rank = LAST_RANK if sequence.background else sequence.priority
-        if sequence.background:
-            sequence.key_s = sequence.latest_start_s = background_key(service_s + sequence.tail_s)
-            return
-        if sequence.deadline_s == NO_DEADLINE:
-            sequence.latest_start_s = NO_DEADLINE
-            sequence.key_s = batch_key(sequence.arrived_s)
-            return
-        start_s = latest_start(sequence.deadline_s, sequence.tail_s, service_s)
-        sequence.latest_start_s = start_s
-        sequence.key_s = start_s if self._order == "slack" else self._key(sequence)
+        own_key_s = sequence.priority_key
+        if self._order == "hexgen":
+            whole_s = self.rates.service_s(sequence.prompt_tokens, sequence.expected_tokens)
+            own_key_s = hexgen_key(
+                sequence.arrived_s, sequence.deadline_s, sequence.tail_s, whole_s
+            )
+        put(sequence, self._order, sequence.priority, sequence.arrived_s, service_s, own_key_s)
 
-    def _key(self, sequence: Sequence) -> float:
-        if self._order == "edf":
-            return sequence.deadline_s
-        if self._order == "priority":
-            return sequence.priority_key
-        if self._order == "fcfs":
-            return sequence.arrived_s
-        whole_s = self.rates.service_s(sequence.prompt_tokens, sequence.expected_tokens)
-        return hexgen_key(sequence.arrived_s, sequence.deadline_s, sequence.tail_s, whole_s)
+    def late_from_s(self, sequence: Sequence) -> float:
+        """Return the moment from which a waiting call cannot be on time any more."""
+        done = sequence.tokens - sequence.prompt_tokens
+        left = output_left(sequence.likely_least, done, sequence.most_tokens)
+        least_s = self.rates.prefill_s(sequence.tokens) + left * self._alone_s
+        return latest_start(sequence.deadline_s, sequence.least_tail_s, least_s)
 
     def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
         """Learn from the prefix hit of a call."""

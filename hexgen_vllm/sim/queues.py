@@ -34,6 +34,9 @@ class WaitingQueue(Protocol):
     def unordered(self) -> list[Sequence]:
         """Return what is queued, in no particular order."""
 
+    def __contains__(self, sequence: object) -> bool:
+        """Return whether a call is queued."""
+
 
 class ArrivalQueue:
     """Stock vLLM, ``fcfs``: in order of arrival, calls that lost their place in front."""
@@ -56,6 +59,9 @@ class ArrivalQueue:
     def peek(self) -> Sequence:
         """Return the next call."""
         return self._queue[0]
+
+    def __contains__(self, sequence: object) -> bool:
+        return sequence in self._queue
 
     def rekey(self, sequence: Sequence) -> None:
         """Do nothing: keys do not count."""
@@ -99,6 +105,9 @@ class KeyQueue:
     def push_back(self, sequence: Sequence) -> None:
         """Add a call that lost its place."""
         self.push(sequence)
+
+    def __contains__(self, sequence: object) -> bool:
+        return sequence in self._heap
 
     def rekey(self, sequence: Sequence) -> None:
         """Move a queued call to its present key."""

@@ -22,6 +22,11 @@ class Sequence:
         total_tokens: prompt and output length together; where it ends.
         deadline_s, tail_s, expected_tokens, background: what the router said of it.
         most_tokens: output tokens that the request allows.
+        likely_most, likely_least: output tokens, at a high and at a low quantile.
+        least_tail_s: R at a low quantile.
+        late: it cannot be on time any more, and comes after those that can.
+        promoted: it waited so long that it goes first among calls of its rank.
+        paused: it is in the batch but left out of steps.
         priority: the client's, as vLLM has it: lower is sooner.
         arrived_s: when it reached the engine.
         rank: its priority, or behind all if it is demoted.
@@ -56,12 +61,18 @@ class Sequence:
         "first_token_s",
         "holding",
         "key_s",
+        "late",
         "latest_start_s",
+        "least_tail_s",
+        "likely_least",
+        "likely_most",
         "most_tokens",
         "number",
+        "paused",
         "preemptions",
         "priority",
         "priority_key",
+        "promoted",
         "prompt_tokens",
         "queued_start_s",
         "rank",
@@ -93,7 +104,9 @@ class Sequence:
         self.arrived_s = self.key_s = self.latest_start_s = self.queued_start_s = 0.0
         self.computed = self.base = self.chunk = self.number = 0
         self.displacements = self.preemptions = self.saved_tokens = 0
-        self.decoding = False
+        self.decoding = self.late = self.paused = self.promoted = False
+        self.likely_most = self.expected_tokens
+        self.likely_least, self.least_tail_s = self.expected_tokens, 0.0
         self.cached_tokens = -1
         self.first_token_s: float | None = None
         self.holding = Holding(chain, [])
@@ -101,4 +114,4 @@ class Sequence:
     @property
     def has_deadline(self) -> bool:
         """Whether it can be late: it has a deadline, and its workflow is not demoted."""
-        return not self.background and self.deadline_s < NO_DEADLINE
+        return self.deadline_s < NO_DEADLINE and not (self.background or self.late)

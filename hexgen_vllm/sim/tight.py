@@ -14,7 +14,7 @@ from hexgen_vllm.sim.sequence import Sequence
 if TYPE_CHECKING:
     from hexgen_vllm.sim.batch import Batch
 
-_KEY: Final = attrgetter("rank", "key_s")
+_KEY: Final = attrgetter("paused", "rank", "key_s")  # who is left out gives way first
 
 
 class TightStep:
@@ -34,6 +34,8 @@ class TightStep:
         before = batch.preemptions
         while len(served) < len(batch.running) and budget > 0:
             sequence = batch.running[len(served)]
+            if sequence.paused:
+                break
             back = self._make_room(sequence, budget)
             if sequence not in batch.running:
                 budget += back

@@ -93,7 +93,11 @@ IDLE = Candidate(1e11, math.inf, 1, 0, has_deadline=False)
         (URGENT, [BATCH, replace(BATCH, redo_s=1.0)], (1,)),
         (replace(URGENT, latest_start_s=NOW - 500.0), [RICH, BATCH], (1,)),  # however late
         (replace(URGENT, wait_s=0.1), [RICH, BATCH], (1,)),  # without waiting
-        (replace(URGENT, latest_start_s=NOW + 9.0), [BATCH], ()),  # it can wait
+        (
+            replace(URGENT, latest_start_s=NOW + 9.0),
+            [RICH, BATCH],
+            (1,),
+        ),  # before its slack is gone
         (URGENT, [replace(BATCH, rank=-1)], ()),
         (replace(URGENT, rank=3), [BATCH], ()),  # a better priority outranks the deadline
         (replace(URGENT, rank=-3), [replace(RICH, latest_start_s=NOW - 9, key_s=0.0)], (0,)),

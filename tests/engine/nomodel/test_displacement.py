@@ -66,7 +66,7 @@ def test_finds_the_call_with_slack_wherever_it_is_in_the_batch(build: Build) -> 
     engine = build(max_num_seqs=2)
     engine.add("lazy", [10] * 40, 60, LAZY)
     engine.step()
-    engine.add("keen", [11] * 40, 60, CallMeta(workflow_deadline_ms=1.0))
+    engine.add("keen", [11] * 40, 60, CallMeta(workflow_deadline_ms=1500.0))
     engine.step()
     assert engine.running() == ["lazy", "keen"]
     engine.add("urgent", [99] * 40, 10, URGENT)

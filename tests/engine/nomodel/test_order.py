@@ -36,6 +36,7 @@ def add_four(engine: FakeEngine) -> None:
 @pytest.mark.parametrize(
     ("order", "waiting"),
     [
+        ("due", ["long-tail", "soon-due", "short", "long-output"]),
         ("slack", ["long-tail", "long-output", "soon-due", "short"]),
         ("edf", ["soon-due", "long-tail", "short", "long-output"]),
         ("fcfs", ["soon-due", "long-tail", "long-output", "short"]),
@@ -85,7 +86,7 @@ def test_without_metadata_the_order_is_first_come(build: Build) -> None:
     assert engine.ended == [f"r{i}" for i in range(5)]
 
 
-@pytest.mark.parametrize("order", ["slack", "edf", "hexgen", "fcfs"])
+@pytest.mark.parametrize("order", ["due", "slack", "edf", "hexgen", "fcfs"])
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_priority_comes_before_every_deadline(build: Build, order: str, policy: str) -> None:
     """Lower first, as in vLLM, and whatever word its own policy got."""
@@ -164,7 +165,7 @@ def test_background_gives_way_and_is_not_given_way_to(build: Build) -> None:
     assert engine.displaced() == 1
 
 
-@pytest.mark.parametrize("order", ["slack", "edf", "hexgen", "fcfs"])
+@pytest.mark.parametrize("order", ["due", "slack", "edf", "hexgen", "fcfs"])
 def test_background_ages_behind_an_endless_stream(build: Build, order: str) -> None:
     bound_s = 3.0
     engine = build(max_num_seqs=1, hexgen={"order": order, "background_max_wait_s": bound_s})
@@ -234,7 +235,8 @@ def test_an_urgent_long_prompt_does_not_stall_decodes(build: Build) -> None:
 
 
 def test_waiting_calls_are_rekeyed_when_the_measured_rates_differ(build: Build) -> None:
-    engine = build(max_num_seqs=2, hexgen={"decode_tokens_per_s": 1.0, "displace": False})
+    options = {"order": "slack", "decode_tokens_per_s": 1.0, "displace": False}
+    engine = build(max_num_seqs=2, hexgen=options)
     busy = iter(range(1000))
     waiting = [
         engine.add(f"w{i}", [5 + i] * 8, 100, due(2000, expected_output_tokens=100))

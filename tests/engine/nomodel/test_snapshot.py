@@ -33,7 +33,7 @@ def test_snapshot_is_plain_json_and_says_what_happened(build: Build) -> None:
     assert stats["running"] + stats["waiting"] == sum(stats["slack_counts"])
     assert stats["running"] == len(engine.scheduler.running) > 0
     assert 0 < stats["kv_usage"] <= 1
-    assert (stats["kv_tokens"], stats["max_num_seqs"], stats["order"]) == (24 * 16, 4, "slack")
+    assert (stats["kv_tokens"], stats["max_num_seqs"], stats["order"]) == (24 * 16, 4, "due")
     assert set(stats["cost"]) == {"c0", "c1", "c2", "p0", "p1", "p2"}
     chunk_s = StepCost(**stats["cost"]).prefill_s(40)
     assert chunk_s == pytest.approx(0.0005 + 40 / 8000, rel=0.05)
@@ -57,7 +57,7 @@ def test_exposition_shows_the_snapshot(build: Build) -> None:
     assert f"hexgen_vllm_running {stats['running']}" in lines
     assert f'hexgen_vllm_step_cost{{coefficient="p1"}} {stats["cost"]["p1"]}' in lines
     assert 'hexgen_vllm_slack_calls{le="+Inf"} 12' in lines
-    assert 'hexgen_vllm_info{order="slack"} 1' in lines
+    assert 'hexgen_vllm_info{order="due"} 1' in lines
 
 
 def test_exposition_leaves_out_what_is_not_known(build: Build) -> None:
@@ -72,7 +72,7 @@ def test_the_engine_core_answers_without_the_plugin(
     """As with ``--scheduler-cls`` alone, where ``$VLLM_PLUGINS`` leaves plugins out."""
     monkeypatch.delattr(EngineCore, "hexgen_stats", raising=False)
     core = SimpleNamespace(scheduler=build().scheduler)
-    assert EngineCore.hexgen_stats(core)["order"] == "slack"  # type: ignore[attr-defined]
+    assert EngineCore.hexgen_stats(core)["order"] == "due"  # type: ignore[attr-defined]
 
 
 def test_the_engines_client_can_ask_each_rank() -> None:

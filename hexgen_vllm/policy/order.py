@@ -1,0 +1,133 @@
+"""Where a call stands in an engine's order: the client's priority, then its class, then its key.
+
+| class | comes | key |
+|---|---|---|
+| promoted | first | order of arrival |
+| tight: has a deadline | then | by the order in force; ``due`` is D - R |
+| late: cannot be on time any more | then | seconds of work left, least first |
+| batch: no deadline | then | order of arrival |
+| background: demoted by the router | last, whatever its priority | seconds of work left |
+
+A call is late, in the order ``due``, once it could not be on time if it were alone from now on and
+as short as one in ten of its kind:
+
+    now > D - R_10 - T_10
+
+Earliest deadline first is the best order while all can be on time, and the worst once they cannot:
+those that are late already come first and make the next ones late. Moving them behind the others
+is what keeps the others on time; least work first gets most of them out of the way.
+
+What it starves: late and batch calls while tight ones keep coming. When fewer of them run than
+their share of places (``interactive_share``), the one that waits longest is promoted, so the
+oldest of them waits no longer than it takes a place to become free.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import Generic, Protocol, TypeVar
+
+from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.slack import latest_start
+from hexgen_vllm.policy.urgency import (
+    BATCH_S,
+    LAST_RANK,
+    background_key,
+    batch_key,
+    late_key,
+)
+from hexgen_vllm.types import NO_DEADLINE
+
+T = TypeVar("T")
+
+
+class Placed(Protocol):
+    """The state of a call that the order reads and sets; times are absolute seconds.
+
+    Attributes:
+        deadline_s: D of its workflow, ``inf`` for none.
+        tail_s: R, predicted critical path after it.
+        arrived_s: when it arrived.
+        background: the router has demoted its workflow.
+        late: it cannot be on time any more.
+        promoted: it goes first in its rank.
+        rank: set; the client's priority, lower first.
+        key_s: set; its place in its rank.
+        latest_start_s: set; L, ``inf`` for a call that cannot be late.
+    """
+
+    deadline_s: float
+    tail_s: float
+    arrived_s: float
+    background: bool
+    late: bool
+    promoted: bool
+    rank: int
+    key_s: float
+    latest_start_s: float
+
+
+def put(
+    call: Placed, order: str, priority: int, turn: float, service_s: float, own_key_s: float
+) -> None:
+    """Set rank, key and latest start of ``call``.
+
+    Args:
+        call: its state.
+        order: the order of calls with deadlines.
+        priority: the client's, as vLLM has it.
+        turn: of two calls the one that came first has the smaller one: a count, or seconds.
+        service_s: T of what is left of it.
+        own_key_s: the key itself, where the order in force is none of these.
+    """
+    if call.background:
+        call.rank = LAST_RANK
+        call.key_s = call.latest_start_s = background_key(service_s + call.tail_s)
+        return
+    call.rank = priority
+    if call.late or call.deadline_s == NO_DEADLINE:
+        call.latest_start_s = NO_DEADLINE
+        loose_s = late_key(service_s + call.tail_s) if call.late else batch_key(turn)
+        call.key_s = turn - BATCH_S if call.promoted else loose_s
+        return
+    call.latest_start_s = latest_start(call.deadline_s, call.tail_s, service_s)
+    if order == "due":
+        call.key_s = call.deadline_s - call.tail_s
+    elif order == "slack":
+        call.key_s = call.latest_start_s
+    elif order == "edf":
+        call.key_s = call.deadline_s
+    elif order == "fcfs":
+        call.key_s = call.arrived_s
+    else:
+        call.key_s = own_key_s
+
+
+def demotes(options: EngineOptions) -> bool:
+    """Return whether late calls come after the others."""
+    return options.demote_late and options.order == "due"
+
+
+class LateWatch(Generic[T]):
+    """Calls by the moment from which they cannot be on time."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, T]] = []
+        self._count = 0
+
+    def add(self, item: T, late_from_s: float) -> None:
+        """Watch ``item``; what was said of it before stays."""
+        self._count += 1
+        heappush(self._heap, (late_from_s, self._count, item))
+
+    def late(self, now: float) -> list[T]:
+        """Take out and return those whose moment has passed."""
+        found = []
+        while self._heap and self._heap[0][0] < now:
+            found.append(heappop(self._heap)[2])
+        return found
+
+    @property
+    def next_s(self) -> float:
+        """The next moment; ``inf`` if there is none."""
+        return self._heap[0][0] if self._heap else NO_DEADLINE
