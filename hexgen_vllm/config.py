@@ -332,6 +332,9 @@ class DispatchOptions:
     background_share: float = option(
         0.05, "protect: share of placements for the call demoted longest", least=0.0, most=1.0
     )
+    max_workflows: int = option(
+        0, "workflows open at once; a new one beyond is refused, 0 is no limit", least=0
+    )
     max_held_calls: int = option(
         0, "calls that may wait for room on an engine, 0 is no limit", least=0
     )

@@ -1,184 +1,277 @@
-"""From runs to the goals: ratios, per scenario, in the mean and at worst. Values only."""
+"""From runs to figures that a rival's author would sign. Values only.
+
+A cell is one scenario at one load with one seed: the same workflows, arriving at the same moments,
+under every policy. In each cell we stand against the best rival of that cell, by that figure.
+
+- A rival counts with its published knobs and with knobs tuned on other scenarios and seeds, as
+  ours are; the paper's policy counts with its best alpha of the cell itself.
+- A policy whose queue grows (:func:`queue_grows`) has no latency to speak of: as a rival it is out,
+  and when ours grows while a rival's does not, the cell is lost.
+- Above capacity rivals get a cap on open workflows, the best of a grid on other seeds.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Final, NamedTuple
 
 Row = Mapping[str, Any]
 
-STOCK: Final = "round_robin+fcfs"
-EDF: Final = "least_outstanding+edf"
-HEXGEN: Final = "hexgen"
 OURS: Final = "slack"
 PROTECT: Final = "slack protect"
 ORACLE: Final = "oracle"
-BASELINES: Final = (STOCK, "least_outstanding+fcfs", EDF, HEXGEN)
-ON_TIME: Final = 0.95
+TRUE_RATES: Final = "slack, true rates"
+NO_RIVALS: Final = (OURS, PROTECT, ORACLE, TRUE_RATES)
+LOST: Final = 0.99
+"""A cell is lost when the best rival needs less than this share of our deadline."""
+FULL: Final = 1.0
+_LEAST_SHARE: Final = 0.5  # cells where the best rival has fewer on time say nothing of shares
+_GROWTH: Final = 0.05  # of arrivals that stay, from which on a queue grows
 
 
-class Goal(NamedTuple):
-    """One line of the table of goals."""
+class Cell(NamedTuple):
+    """What all policies of a comparison have in common."""
+
+    scenario: str
+    load: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.scenario} at {self.load:g}, seed {self.seed}"
+
+
+class Figure(NamedTuple):
+    """One figure of a run, and how two of them compare.
+
+    Attributes:
+        key: in a row.
+        text: for people.
+        goal: of the mean ratio, at least.
+        less_is_better: a time; otherwise a share.
+    """
 
     key: str
     text: str
     goal: float
-    more_is_better: bool = True
-
-    def reached(self, value: float | None) -> bool:
-        """Return whether ``value`` meets the goal."""
-        if value is None:
-            return False
-        return value >= self.goal if self.more_is_better else value <= self.goal
+    less_is_better: bool = True
 
 
-GOALS: Final = (
-    Goal("min_deadline_95_vs_stock", "min deadline @95 %, 0.3 / 0.45 / 0.6 λ*, stock ÷ ours", 2.0),
-    Goal("min_deadline_95_vs_hexgen", "min deadline @95 %, 0.8 λ*, paper's policy ÷ ours", 1.3),
-    Goal("min_deadline_95_vs_edf", "min deadline @95 %, 0.8 λ*, EDF ÷ ours", 1.2),
-    Goal("sustained_vs_stock", "sustained rate, ours ÷ stock", 1.9),
-    Goal("sustained_vs_hexgen", "sustained rate, ours ÷ paper's policy", 1.25),
-    Goal("goodput_overload_vs_hexgen", "on-time goodput, 1.3 and 2 λ*, ours ÷ paper's", 2.5),
-    Goal("goodput_overload_vs_best_baseline", "the same, ours ÷ best baseline", 1.3),
-    Goal("p95_over_oracle", "P95 ÷ P95 of the oracle, 0.8 λ*", 1.10, more_is_better=False),
-    Goal("sustained_over_lp", "sustained rate ÷ λ*", 0.85),
-    Goal(
-        "live_min_deadline_95_vs_vllm_router",
-        "live, min deadline @95 %, vllm-router (programs) ÷ ours",
-        1.3,
-    ),
-)
+FIGURES: Final = {
+    "best_rival_md95": Figure("min_deadline_95_s", "deadline that 95 % meet", 1.10),
+    "best_rival_md99": Figure("min_deadline_99_s", "deadline that 99 % meet", 1.12),
+    "p50_vs_best_rival": Figure("p50_s", "P50", 0.99),
+}
 
 
-class Figures:
-    """The runs of one scenario."""
+class Margin(NamedTuple):
+    """Ours against rivals over many cells: how many times as good, by one figure.
+
+    Attributes:
+        mean: geometric mean of the ratios, more is better for us.
+        worst: the least of them, and where.
+        at: the cell of ``worst``.
+        lost: cells in which the ratio is under :data:`LOST`.
+        cells: all of them.
+    """
+
+    mean: float
+    worst: float
+    at: Cell
+    lost: int
+    cells: int
+
+
+class Results:
+    """All runs of an evaluation."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self._runs: dict[tuple[str, float], list[Row]] = {}
+        self._runs: dict[Cell, dict[str, Row]] = {}
         for row in rows:
-            self._runs.setdefault((row["policy"], row["load"]), []).append(row)
+            cell = Cell(row["scenario"], row["load"], row["seed"])
+            self._runs.setdefault(cell, {})[row["policy"]] = row
 
     @property
-    def loads(self) -> list[float]:
-        """All loads, ascending."""
-        return sorted({load for _, load in self._runs})
+    def cells(self) -> list[Cell]:
+        """All cells, in order of first appearance."""
+        return list(self._runs)
 
     @property
     def policies(self) -> list[str]:
         """All policies, in order of first appearance."""
-        return list(dict.fromkeys(policy for policy, _ in self._runs))
+        return list(dict.fromkeys(name for runs in self._runs.values() for name in runs))
 
-    def runs(self, policy: str, load: float) -> Sequence[Row]:
-        """Return the runs of a policy at a load, one per seed."""
-        return self._runs.get((policy, load), ())
+    @property
+    def rivals(self) -> list[str]:
+        """The policies that we stand against."""
+        return [name for name in self.policies if name not in NO_RIVALS]
 
-    def mean(self, policy: str, load: float, key: str) -> float | None:
-        """Return a figure's mean over seeds, ``None`` when a run has none."""
-        values = [run[key] for run in self.runs(policy, load)]
-        return None if not values or None in values else fmean(values)
+    def run(self, cell: Cell, policy: str) -> Row | None:
+        """Return a run, ``None`` if it was not played."""
+        return self._runs[cell].get(policy)
 
-    def on_time(self, policy: str, load: float) -> float | None:
-        """Return the mean share of workflows on time."""
-        shares = [run["on_time"] / run["workflows"] for run in self.runs(policy, load)]
-        return fmean(shares) if shares else None
+    def below_capacity(self) -> list[Cell]:
+        """Return the cells with less than the fleet's capacity."""
+        return [cell for cell in self._runs if cell.load <= FULL]
 
-    def collapsed(self, policy: str, load: float) -> bool:
-        """Return whether a policy's queue grew without end in any run."""
-        return any(run["collapsed"] for run in self.runs(policy, load))
+    def overloaded(self) -> list[Cell]:
+        """Return the cells with more than the fleet's capacity."""
+        return [cell for cell in self._runs if cell.load > FULL]
 
-    def sustained_at_most(self, policy: str) -> float | None:
-        """Return :meth:`sustained`, or the lowest load when not even that is sustained."""
-        found = self.sustained(policy)
-        if found is not None:
-            return found
-        return next((x for x in self.loads if self.runs(policy, x)), None)
+    def value(self, cell: Cell, policy: str, key: str) -> float | None:
+        """Return a figure; ``None`` where there is none or the policy's queue grows."""
+        run = self._runs[cell].get(policy)
+        return None if run is None or run["grows"] else run[key]
 
-    def sustained(self, policy: str) -> float | None:
-        """Return the load up to which 95 % are on time, between loads by a straight line.
+    def margin(self, figure: Figure, rivals: Sequence[str] | None = None) -> Margin | None:
+        """Return how ours compares with the best of ``rivals`` in each cell below capacity.
 
-        ``None`` when the lowest load fails; the highest load when none does.
+        ``None`` when there is no cell in which both have the figure. A cell that only a rival
+        sustains counts with ratio 0.5 and as lost.
         """
-        before: tuple[float, float] | None = None
-        for load in self.loads:
-            share = self.on_time(policy, load)
-            if share is None:
-                continue
-            if share < ON_TIME:
-                return None if before is None else _crossing(before, (load, share))
-            before = (load, share)
-        return None if before is None else before[0]
+        ratios = {}
+        for cell in self.below_capacity():
+            ratio = self.ratio(cell, figure, self.rivals if rivals is None else rivals)
+            if ratio is not None:
+                ratios[cell] = ratio
+        return margin_of(ratios)
 
-    def ratio(self, key: str, over: str, under: str, load: float) -> float | None:
-        """Return the ratio of a figure of two policies; ``None`` if either lacks it or the one
-        that is compared against has collapsed."""
-        against = over if under in (OURS, PROTECT) else under
-        a, b = self.mean(over, load, key), self.mean(under, load, key)
-        if a is None or not b or self.collapsed(against, load):
+    def ratio(self, cell: Cell, figure: Figure, rivals: Sequence[str]) -> float | None:
+        """Return how many times as good ours is as the best rival of a cell."""
+        if OURS not in self._runs[cell]:
             return None
-        return a / b
+        found = (self.value(cell, name, figure.key) for name in rivals)
+        best = (min if figure.less_is_better else max)((v for v in found if v), default=None)
+        ours = self.value(cell, OURS, figure.key)
+        if best is None:
+            return None
+        if not ours:
+            return 0.5
+        return best / ours if figure.less_is_better else ours / best
+
+    def growing(self) -> list[tuple[str, str]]:
+        """Return which policies' queues grew in which cells below capacity."""
+        return [
+            (name, str(cell))
+            for cell in self.below_capacity()
+            for name, run in self._runs[cell].items()
+            if run["grows"]
+        ]
+
+    def shares(self, key: str, cells: Iterable[Cell]) -> dict[Cell, tuple[float, float]]:
+        """Return a share of ours and of the best rival, in percent points, by cell."""
+        found = {}
+        for cell in cells:
+            runs = self._runs[cell]
+            theirs = [r[key] for name, r in runs.items() if name in self.rivals]
+            mine = runs.get(OURS if cell.load <= FULL else PROTECT)
+            if mine is None or not theirs or mine[key] is None or None in theirs:
+                continue
+            found[cell] = 100.0 * mine[key], 100.0 * max(theirs)
+        return found
 
 
-def _crossing(left: tuple[float, float], right: tuple[float, float]) -> float:
-    (x0, y0), (x1, y1) = left, right
-    return x0 + (x1 - x0) * (y0 - ON_TIME) / (y0 - y1)
-
-
-def goals(figures: Figures) -> dict[str, float | None]:
-    """Return every goal's value in one scenario; ``None`` where there is none."""
-    ours = figures.sustained(OURS)
-    values: dict[str, float | None] = {
-        "min_deadline_95_vs_stock": mean_of(
-            figures.ratio("min_deadline_95_s", STOCK, OURS, load) for load in (0.3, 0.45, 0.6)
-        ),
-        "min_deadline_95_vs_hexgen": figures.ratio("min_deadline_95_s", HEXGEN, OURS, 0.8),
-        "min_deadline_95_vs_edf": figures.ratio("min_deadline_95_s", EDF, OURS, 0.8),
-        "sustained_vs_stock": _divided(ours, figures.sustained_at_most(STOCK)),
-        "sustained_vs_hexgen": _divided(ours, figures.sustained_at_most(HEXGEN)),
-        "p95_over_oracle": figures.ratio("p95_s", OURS, ORACLE, 0.8),
-        "sustained_over_lp": ours,
-        "goodput_overload_vs_hexgen": _goodput(figures, (HEXGEN,)),
-        "goodput_overload_vs_best_baseline": _goodput(figures, BASELINES),
-        "live_min_deadline_95_vs_vllm_router": None,
-    }
-    return values
-
-
-def _goodput(figures: Figures, baselines: Sequence[str]) -> float | None:
-    """Return on-time workflows over those of the best of ``baselines``, mean of both overloads."""
-    ratios = []
-    for load in (1.3, 2.0):
-        ours = figures.on_time(PROTECT, load)
-        others = [s for b in baselines if (s := figures.on_time(b, load)) is not None]
-        best = max(others, default=None)
-        ratios.append(_divided(ours, best))
-    return mean_of(ratios)
-
-
-def _divided(a: float | None, b: float | None) -> float | None:
-    return None if a is None or not b else a / b
-
-
-def mean_of(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the values there are, ``None`` when there is none."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    return fmean(known) if known else None
-
-
-def summary(by_scenario: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
-    """Return ``summary``, means over text-to-SQL scenarios, and ``worst``, over all scenarios."""
-    text2sql = [v for name, v in by_scenario.items() if name.startswith("text2sql")]
-    means = {g.key: mean_of(values.get(g.key) for values in text2sql) for g in GOALS}
-    return {"summary": means, "worst": {g.key: _worst(g, by_scenario) for g in GOALS}}
-
-
-def _worst(
-    goal: Goal, by_scenario: Mapping[str, Mapping[str, float | None]]
-) -> dict[str, Any] | None:
-    pairs = [(v, s) for s, values in by_scenario.items() if (v := values.get(goal.key)) is not None]
-    if not pairs:
+def margin_of(ratios: Mapping[Cell, float]) -> Margin | None:
+    """Return what ``ratios`` amount to, ``None`` when there is none."""
+    if not ratios:
         return None
-    choose: Callable[..., tuple[float, str]] = min if goal.more_is_better else max
-    value, scenario = choose(pairs)
-    return {"value": value, "scenario": scenario}
+    mean = math.exp(fmean(math.log(value) for value in ratios.values()))
+    at = min(ratios, key=lambda cell: ratios[cell])
+    lost = sum(value < LOST for value in ratios.values())
+    return Margin(mean, ratios[at], at, lost, len(ratios))
+
+
+def queue_grows(spans: Sequence[tuple[float, float | None]]) -> bool:
+    """Return whether workflows pile up, however long the run.
+
+    In the second half of the arrivals, more than 5 % of those that come stay: the number open at
+    an arrival rises by more than that per arrival, by least squares, and by more than chance
+    would have it: a queue in balance wanders by the root of its arrivals.
+
+    Args:
+        spans: arrival and end of each workflow, seconds; ``None`` for one that did not finish.
+    """
+    arrivals = sorted(start for start, _ in spans)
+    ends = sorted(math.inf if end is None else end for _, end in spans)
+    done, counts = 0, []
+    for opened, at in enumerate(arrivals, 1):
+        while done < len(ends) and ends[done] <= at:
+            done += 1
+        counts.append(opened - done)
+    half = counts[len(counts) // 2 :]
+    n = len(half)
+    if n < 8:
+        return False
+    middle, mean = (n - 1) / 2, fmean(half)
+    slope = sum((i - middle) * (c - mean) for i, c in enumerate(half)) / (n * (n * n - 1) / 12)
+    return slope > _GROWTH and slope * n > 2.0 * math.sqrt(n)
+
+
+def summary(results: Results, live: float | None = None) -> dict[str, Any]:
+    """Return ``summary``, one number a goal, and ``worst``, the worst cell of each."""
+    figures: dict[str, float | None] = {}
+    worst: dict[str, Any] = {}
+    for key, figure in FIGURES.items():
+        margin = results.margin(figure)
+        figures[key] = None if margin is None else margin.mean
+        worst[key] = None if margin is None else {"value": margin.worst, "cell": str(margin.at)}
+        if key == "best_rival_md95" and margin is not None:
+            figures["cells_lost_pct"] = 100.0 * margin.lost / margin.cells
+    for key, wanted, cells in (
+        ("longest_tenth_vs_best_rival", "longest_tenth", results.below_capacity()),
+        ("overload_vs_best_capped", "share_on_time", results.overloaded()),
+    ):
+        shares = results.shares(wanted, cells)
+        figures[key], worst[key] = _compared(shares)
+    figures["fitted_over_true_md95"], worst["fitted_over_true_md95"] = _fitted(results)
+    figures["live_vs_worst_margin"] = live
+    return {"summary": figures, "worst": worst}
+
+
+def _compared(shares: Mapping[Cell, tuple[float, float]]) -> tuple[float | None, Any]:
+    """Return ours over the best rival's share, of means, and the cell with the largest gap."""
+    if not shares:
+        return None, None
+    ours, theirs = (fmean(pair[i] for pair in shares.values()) for i in (0, 1))
+    at = min(shares, key=lambda cell: shares[cell][0] - shares[cell][1])
+    gap = shares[at][0] - shares[at][1]
+    return (ours / theirs if theirs else None), {"points": gap, "cell": str(at)}
+
+
+def _fitted(results: Results) -> tuple[float | None, Any]:
+    ratios = {}
+    for cell in results.below_capacity():
+        fitted = results.value(cell, OURS, "min_deadline_95_s")
+        true = results.value(cell, TRUE_RATES, "min_deadline_95_s")
+        if fitted and true:
+            ratios[cell] = fitted / true
+    if not ratios:
+        return None, None
+    at = max(ratios, key=lambda cell: ratios[cell])
+    mean = math.exp(fmean(math.log(value) for value in ratios.values()))
+    return mean, {"value": ratios[at], "cell": str(at)}
+
+
+def behind(results: Results) -> list[tuple[Cell, float, float]]:
+    """Return the cells in which ours has fewer on time than the best rival by over a point.
+
+    Only cells in which the best rival has at least half on time; the largest gap first.
+    """
+    shares = results.shares("share_on_time", results.below_capacity())
+    found = [
+        (cell, ours, best)
+        for cell, (ours, best) in shares.items()
+        if best >= 100.0 * _LEAST_SHARE and ours < best - 1.0
+    ]
+    return sorted(found, key=lambda one: one[1] - one[2])
+
+
+def tenths(sizes: Sequence[float], on_time: Sequence[bool]) -> list[float]:
+    """Return the share on time by tenth of workflow size, the smallest tenth first."""
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+    shares = []
+    for tenth in range(10):
+        members = order[len(order) * tenth // 10 : len(order) * (tenth + 1) // 10]
+        shares.append(fmean(on_time[i] for i in members) if members else math.nan)
+    return shares

@@ -12,7 +12,7 @@ from hexgen_vllm.bench.table import markdown, seconds
 
 Row = Mapping[str, Any]
 
-KEY: Final = "live_min_deadline_95_vs_vllm_router"
+KEY: Final = "live_vs_worst_margin"
 _PROGRAM: Final = "vllm_router_program"
 _FIGURE: Final = "min_deadline_95_s"
 
@@ -30,6 +30,13 @@ def ratio(rows: Sequence[Row], peer: str = _PROGRAM) -> float | None:
             return None
         ratios.append(a / b)
     return fmean(ratios) if ratios else None
+
+
+def least_margin(rows: Sequence[Row]) -> float | None:
+    """Return the least of the ratios of rivals, ``None`` when there is none."""
+    rivals = {row["policy"] for row in rows} - {OURS}
+    found = [value for name in rivals if (value := ratio(rows, name)) is not None]
+    return min(found, default=None)
 
 
 def section(rows: Sequence[Row], simulated: Sequence[Row] = ()) -> str:

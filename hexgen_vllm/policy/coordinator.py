@@ -113,6 +113,8 @@ class Coordinator:
         entry = self._opened(call, now)
         if self._protection.turns_away(entry):
             return [self._refused(entry, overload.unattainable(call.call_id), now)]
+        if not self.workflows.admit(entry.run, self.options.max_workflows):
+            return [self._refused(entry, overload.crowded(call.call_id), now)]
         if self._holds and (placement := self._at_once(entry, now)) is not None:
             return [placement]
         if not self._holds or not self._reachable(entry):

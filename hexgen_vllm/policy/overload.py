@@ -68,6 +68,12 @@ def saturated(call_id: str) -> Rejection:
     return Rejection(call_id, SATURATED, "Too many calls are waiting; try again later.", status=429)
 
 
+def crowded(call_id: str) -> Rejection:
+    """Return the refusal of a new workflow because too many are open (HTTP 429)."""
+    text = "Too many workflows are open; try again later."
+    return Rejection(call_id, SATURATED, text, status=429)
+
+
 def unattainable(call_id: str) -> Rejection:
     """Return the refusal of a new workflow that would be late (HTTP 429)."""
     return Rejection(call_id, SATURATED, "The workflow cannot meet its deadline now.", status=429)

@@ -72,6 +72,7 @@ class WorkflowRun:
     background: bool = False
     begun: bool = False  # one of its calls was placed
     failed: bool = False  # the call that ended last was not answered
+    admitted: bool = False  # one of its calls was taken in
     attained: float = 0.0  # work of its calls that ended, in output tokens
     calls: dict[str, SeenCall] = field(default_factory=dict)
     stage_counts: dict[str, int] = field(default_factory=dict)
@@ -234,6 +235,7 @@ class Workflows:
         self.shapes = shapes
         self._idle_s, self._max_open = idle_s, max_open
         self._open: OrderedDict[str, WorkflowRun] = OrderedDict()
+        self._admitted = 0
         self.on_end: Callable[[WorkflowRun], None] | None = None  # told of every ending
 
     def __len__(self) -> int:
@@ -261,6 +263,15 @@ class Workflows:
             run.calls[call.call_id] = seen
         return run, seen
 
+    def admit(self, run: WorkflowRun, most: int) -> bool:
+        """Return whether a workflow may go on, or begin among ``most`` others (0: no limit)."""
+        if not run.admitted:
+            if 0 < most <= self._admitted:
+                return False
+            run.admitted = True
+            self._admitted += 1
+        return True
+
     def ended(self, call: Call, result: CallResult, now: float) -> None:
         """Note that a call ended; a failed one teaches nothing and leaves no trace."""
         run = self._open.get(call.workflow_id)
@@ -285,6 +296,7 @@ class Workflows:
         """End a workflow and learn from it; returns it, or ``None`` when it is not open."""
         run = self._open.pop(workflow_id, None)
         if run is not None:
+            self._admitted -= run.admitted
             self.shapes.learn(run)
             if self.on_end is not None:
                 self.on_end(run)

@@ -12,10 +12,8 @@ from hexgen_vllm.bench.plot import COLOURS, DASHES, STYLES, draw_attainment, sty
 from hexgen_vllm.bench.table import aligned, render, seconds
 from hexgen_vllm.demo import CONTENDERS
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.scenario_file import load
 
 ROOT = Path(__file__).resolve().parents[2]
-EVALUATION = ROOT / "examples/scenarios/evaluation/text2sql-skewed-4.yaml"
 
 
 def row(policy: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -124,15 +122,6 @@ def test_a_policy_looks_the_same_in_every_plot(names: list[str], tmp_path: Path)
     drawn = (tmp_path / "out.svg").read_text().lower()
     for index, colour in enumerate(COLOURS[:6]):  # the axes are black, too
         assert (f"stroke: {colour.lower()}" in drawn) == (index in found.values())
-
-
-def test_the_policies_of_the_evaluation_have_looks_of_their_own() -> None:
-    names = [policy.name for policy in load(EVALUATION).policies]
-    assert set(names) <= set(STYLES)
-    within, beyond = ([n for n in names if n != left] for left in ("slack protect", "oracle"))
-    for drawn in (within, beyond):
-        assert styles(drawn) == {name: STYLES[name] for name in drawn}
-    assert len(set(styles(names).values())) == len(names), "together they still differ"
 
 
 def test_variants_look_like_their_policy_while_they_can() -> None:
