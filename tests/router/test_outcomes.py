@@ -6,6 +6,7 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.marginal_cost import FIRST
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.labels import OTHER, Names
 from hexgen_vllm.router.margins import SLACK_BOUNDS_S, by_workflow, histogram, margins
@@ -68,12 +69,13 @@ def call(name: str, deadline_s: float, workflow: str = "") -> Call:
 
 
 def test_slack_is_what_remains_after_the_call() -> None:
-    """Both calls take 1 s of prefill and 1 s of decoding."""
+    """Both calls take 1 s of prefill and 1 s of decoding; to join a batch takes steps of 0.1 s."""
     coordinator = fleet()
+    placed = 3.0 - FIRST * 0.1
     for one in (call("placed", 5.0), call("held", 9.0)):
         coordinator.call_arrived(one, 0.0)
     assert coordinator.held == 1
-    for now, placed_s in ((0.0, 3.0), (1.0, 3.0), (4.0, 1.0)):
+    for now, placed_s in ((0.0, placed), (1.0, placed), (4.0, 1.0)):
         found = {m.entry.demand.call.call_id: m.slack_s for m in margins(coordinator, now)}
         assert found["placed"] == pytest.approx(placed_s), "until it runs longer than predicted"
         assert found["held"] == pytest.approx(7.0 - now)
