@@ -43,14 +43,21 @@ from hexgen_vllm.types import StepCost
 # Coefficients of a nominal device: a mid-range one with a 70B model. Only their proportions
 # matter, and only for what was not measured: everything is scaled to what was.
 _C0, _C1, _C2, _P0, _P1, _P2 = 0.04, 2e-4, 1e-8, 2e-3, 1 / 2200, 1e-9
-_NOMINAL: Final = (_C0, _C1, _C2, _P0, _P1, _P2)
-_PRIOR: Final = (1.0, 1.0, 1.0, 0.0, 1.0, 0.0)  # g: fixed and quadratic cost of prefill are none
+_NOMINAL: Final[tuple[float, ...]] = (_C0, _C1, _C2, _P0, _P1, _P2)
+_PRIOR: Final[tuple[float, ...]] = (
+    1.0,
+    1.0,
+    1.0,
+    0.0,
+    1.0,
+    0.0,
+)  # g: fixed and quadratic cost of prefill are none
 _RIDGE: Final = 1e-4  # rho, in squared relative errors
 _PRIOR_RIDGE: Final = 1e-6
 _N: Final = 6
 _SUMS: Final = 27  # products of features, then of features and times
 # Where the products lie in the sums: those of steps without prefill first.
-_AT: Final = (
+_AT: Final[tuple[tuple[int, ...], ...]] = (
     (0, 1, 2, 9, 10, 11),
     (1, 3, 4, 12, 13, 14),
     (2, 4, 5, 15, 16, 17),
@@ -58,7 +65,7 @@ _AT: Final = (
     (10, 13, 16, 19, 21, 22),
     (11, 14, 17, 20, 22, 23),
 )
-_TIMES_AT: Final = (6, 7, 8, 24, 25, 26)
+_TIMES_AT: Final[tuple[int, ...]] = (6, 7, 8, 24, 25, 26)
 
 _GROWTH: Final = 256 / 255  # of the weight of a step against the one before it in its cell
 _MOST_GROWN: Final = 1e3

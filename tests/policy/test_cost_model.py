@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from hexgen_vllm.policy.cost_model import CostFit, StepShape, trust, trusted_cost
+from hexgen_vllm.policy.cost_model import CostFit, StepShape, is_sampled, trust, trusted_cost
 from hexgen_vllm.types import StepCost
 
 TRUE = StepCost(c0=0.008, c1=0.0004, c2=2e-8, p0=0.003, p1=0.00012, p2=1e-9)
@@ -315,7 +315,7 @@ def test_nonsense_is_ignored_for_ever() -> None:
         StepShape(1, 100, 5, math.nan),
         StepShape(1, 100, 5, math.inf),
         StepShape(1, 100, 5, -1.0),
-        StepShape(10**400),
+        StepShape(10**300),
     )
     for _ in range(100):
         for took_s in bad_times:
@@ -369,3 +369,44 @@ def test_each_coefficient_is_between_fit_and_fallback(name: str) -> None:
     for error, share in ((0.1, 0.0), (0.625, 0.5), (2.0, 1.0)):
         found = getattr(trusted_cost(TRUE, error, fallback), name)
         assert found == pytest.approx((1 + share) * getattr(TRUE, name))
+
+
+# Which steps are learned from
+
+
+def test_the_first_steps_and_long_ones_are_all_learned_from_and_some_of_the_others() -> None:
+    assert all(is_sampled(n, 1, prefill=False, seconds=0.01) for n in range(256))
+    assert all(is_sampled(n, 1, prefill=False, seconds=0.25) for n in range(1_000, 1_100))
+    for prefill, share in ((True, 0.5), (False, 0.25)):
+        chosen = [n for n in range(1_000, 2_000) if is_sampled(n, 1, prefill, 0.2)]
+        assert len(chosen) == share * 1_000
+    assert is_sampled(1_001, 4, prefill=False, seconds=0.01), "one of any four"
+
+
+@pytest.mark.parametrize(
+    ("shape", "took_s"),
+    [(StepShape(1, 500), 0.02), (StepShape(16, 16_000), 0.06), (StepShape(0, 0, 2048, 2e6), 1.5)],
+)
+def test_of_the_steps_that_are_learned_from_30_s_are_enough(
+    shape: StepShape, took_s: float
+) -> None:
+    fit, rng, steps = CostFit(), random.Random(1), 0
+
+    def run(mean_s: float, busy_s: float) -> float:
+        nonlocal steps
+        while busy_s > 0:
+            seconds_s = mean_s * rng.gauss(1.0, 0.03)
+            if is_sampled(steps, 1, shape.n_prefill > 0, seconds_s):
+                fit.observe(shape, seconds_s)
+            steps += 1
+            busy_s -= seconds_s
+        for _ in range(3 if shape.n_prefill == 0 and not fit.prefills else 0):
+            fit.observe(StepShape(0, 0, 64, 64 * 32), 0.01)
+        found = fit.cost()
+        assert found is not None
+        return seconds(found, shape) / mean_s
+
+    assert run(took_s, 600.0) == pytest.approx(1.0, abs=0.02)
+    for _ in range(3):
+        assert run(3 * took_s, 30.0) == pytest.approx(1.0, abs=0.1)
+        assert run(took_s, 30.0) == pytest.approx(1.0, abs=0.1)

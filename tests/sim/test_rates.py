@@ -25,6 +25,7 @@ from hexgen_vllm.sim.fleet import engine_on
 from hexgen_vllm.sim.limits import limits
 from hexgen_vllm.sim.model import EngineModel
 from hexgen_vllm.sim.policies import named
+from hexgen_vllm.sim.pricing import Pricing
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.sim.sequence import Sequence
 from hexgen_vllm.sim.simulator import SimOptions, Simulation, engine_of
@@ -240,6 +241,16 @@ def test_engines_order_by_assumed_rates_until_they_have_fitted_theirs() -> None:
     assert ours != seeds
     assert ours.output_token_s == pytest.approx(true.output_token_s, rel=0.25)
     assert ours.prefill_token_s == pytest.approx(true.prefill_token_s, rel=0.1)
+
+
+def test_rates_are_looked_at_every_32_steps() -> None:
+    pricing = Pricing(EngineOptions(), COST, 256)
+    assert not pricing.stepped(31, 31 * 0.03, 0.0)
+    assert pricing.stepped(1, 0.03, 0.0)
+    assert not pricing.stepped(31, 31 * 0.3, 0.0)
+    assert pricing.stepped(1, 0.3, 0.0), "steps are ten times as long"
+    pricing.stepped(320, 320 * 0.3, 0.0)
+    assert not pricing.stepped(32, 32 * 0.3, 0.0), "nothing new"
 
 
 # What says so
