@@ -15,7 +15,7 @@ import yaml
 
 from hexgen_vllm.bench import plot
 from hexgen_vllm.cli import main
-from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.metrics.summary import percentile
 from hexgen_vllm.policy.cost_model import CostFit
@@ -31,7 +31,7 @@ from hexgen_vllm.sim.sequence import Sequence
 from hexgen_vllm.sim.simulator import SimOptions, Simulation, engine_of
 from hexgen_vllm.sim.text2sql import text2sql
 from hexgen_vllm.sim.workload import WorkflowSpec, generator, scaled, timed
-from hexgen_vllm.types import Placement, StepCost
+from hexgen_vllm.types import EngineKind, Placement, StepCost
 
 QUIET = SimOptions(record_calls=False)
 
@@ -184,6 +184,38 @@ def test_a_device_that_goes_to_and_fro_keeps_its_share_and_loses_nobody() -> Non
     assert max(shares) < 0.5
     assert all(w.error is None for w in flapping.workflows)
     assert p95_s(flapping) < 1.5 * p95_s(steady)
+
+
+# Engines that say nothing of their rates
+
+
+@pytest.mark.parametrize("slower", [1 / 30, 1.0])
+def test_protection_refuses_nobody_who_would_be_on_time_on_engines_that_say_nothing(
+    slower: float,
+) -> None:
+    """Fast and slow stock engines: what they cost is learned from whole answers alone."""
+    models = fleet("A100", "L40S", slower=slower, slots=64)
+    specs = workload(models, 120, 0.5, 1.0)
+    deadline_s = 3.0 * limits(models, specs[:100]).base_s
+    simulation = Simulation(
+        models,
+        replace(
+            named("slack", DispatchOptions(overload="protect")),
+            engine=EngineOptions(order="fcfs"),
+            kind=EngineKind.FCFS,
+        ),
+        lambda _: deadline_s,
+        replace(QUIET, router_latency_s=0.0),
+        seed=1,
+    )
+    simulation.run(specs)
+    assert all(w.error is None for w in simulation.workflows)
+    assert p95_s(simulation) < deadline_s
+    for model in models:
+        learned = simulation.coordinator.engines[model.engine_id].cost()
+        assert learned is not None
+        ratio = learned.step_s(4, 8_000) / model.cost.step_s(4, 8_000)
+        assert 0.5 < ratio < 2.5  # waits within the engine count as its steps
 
 
 # Noise
