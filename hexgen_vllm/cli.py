@@ -34,6 +34,10 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("bench", "router"): ("hexgen_vllm.bench.router", "cost of a call through the router"),
     ("bench", "soak"): ("hexgen_vllm.bench.soak", "the router for long, with leaving and dying"),
     ("bench", "sim"): ("hexgen_vllm.bench.sim", "time the simulator"),
+    ("bench", "mix"): (
+        "hexgen_vllm.bench.mix",
+        "one engine: calls with deadlines beside a backlog",
+    ),
     ("bench", "kv"): ("hexgen_vllm.bench.kv", "time saving and restoring KV blocks"),
     ("bench", "report"): ("hexgen_vllm.bench.report", "compare all policies in the simulator"),
 }

@@ -61,6 +61,8 @@ class Displacer:
 
     def worst(self) -> tuple[int, bool]:
         """Return the largest rank in the batch, and whether all of it has deadlines."""
+        if self._scheduler.hexgen_all_due:
+            return 0, True
         calls = [r.hexgen for r in self._scheduler.running]
         return max((c.rank for c in calls), default=0), all(c.has_deadline for c in calls)
 

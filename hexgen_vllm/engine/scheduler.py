@@ -99,6 +99,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self._displacer = Displacer(self, self.hexgen_options, self.hexgen_book)
         self._pauser = Pauser(self, self.hexgen_options, self.hexgen_book, self.hexgen_meter)
         self._ordered: set[str] = set()  # calls with anything but their arrival to go by
+        self._ranked: set[str] = set()  # of them, those with a priority
         self._due: set[str] = set()  # of them, those with a deadline that can be met
         self._late: LateWatch[str] | None = LateWatch() if demotes(self.hexgen_options) else None
         self._loose: list[tuple[int, str]] = []  # waiting calls without deadline: a heap
@@ -117,6 +118,11 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         """Tokens that calls without deadline did not write because others could not bear it."""
         return self._pauser.control.given_up
 
+    @property
+    def hexgen_all_due(self) -> bool:
+        """Whether every call has a deadline that can be met, and none a priority of its own."""
+        return not self._ranked and len(self._due) == len(self.requests)
+
     # Calls come, change and go.
 
     def add_request(self, request: Request) -> None:
@@ -131,6 +137,8 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self._forget(name)
         if call.has_deadline:
             self._due.add(name)
+        if call.rank:
+            self._ranked.add(name)
         if call.has_deadline or call.rank:
             self._ordered.add(name)
         self._watch(request)
@@ -140,6 +148,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
 
     def _forget(self, name: str) -> None:
         self._ordered.discard(name)
+        self._ranked.discard(name)
         self._due.discard(name)
 
     def _watch(self, request: Request) -> None:

@@ -141,16 +141,20 @@ class UrgencyHeap(Generic[T]):
         return self._entries[item][1]
 
     def first(self, most: int) -> list[T]:
-        """Return the ``most`` first items in order; O(most log n)."""
-        found: list[tuple[int, float, float, int, T]] = []
-        while self._heap and len(found) < most:
-            entry = heapq.heappop(self._heap)
-            twice = bool(found) and found[-1] == entry  # re-keyed and back again
-            if not twice and self._entries.get(entry[4]) == entry:
-                found.append(entry)
-        for entry in found:
-            heapq.heappush(self._heap, entry)
-        return [entry[4] for entry in found]
+        """Return the ``most`` first items in order; O(most log most) without looking at the rest."""
+        heap, entries, found = self._heap, self._entries, list[T]()
+        # The next one is among the children of those that came before it.
+        front = [(heap[0], 0)] if heap else []
+        before: tuple[int, float, float, int, T] | None = None
+        while front and len(found) < most:
+            entry, at = heapq.heappop(front)
+            for child in range(2 * at + 1, min(2 * at + 3, len(heap))):
+                heapq.heappush(front, (heap[child], child))
+            # One re-keyed and back again stands there twice.
+            if entry != before and entries.get(entry[4]) == entry:
+                found.append(entry[4])
+                before = entry
+        return found
 
     def unordered(self) -> list[T]:
         """Return the items in no particular order, cheaply."""

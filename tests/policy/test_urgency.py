@@ -131,3 +131,24 @@ def test_background_is_behind_every_legal_deadline_and_shortest_first() -> None:
     assert latest < background_key(0.0)
     assert background_key(0.1) < background_key(0.2)
     assert background_key(0.0) == BACKGROUND_S
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_few_are_those_that_would_come_out(seed: int) -> None:
+    rng = random.Random(seed)
+    heap: UrgencyHeap[int] = UrgencyHeap()
+    for i in range(300):
+        heap.push(i, rng.choice([1.0, 2.0, rng.random()]), float(i % 7), rng.choice([-1, 0, 2**40]))
+    for _ in range(200):
+        item = rng.randrange(300)
+        if item in heap and rng.random() < 0.3:
+            heap.remove(item)
+        elif item in heap:
+            rank, key = rng.choice([-1, 0]), rng.choice([1.0, rng.random()])
+            heap.rekey(item, key, rank)
+            heap.rekey(item, 5.0, rank)
+            heap.rekey(item, key, rank)
+        most = rng.randint(0, 12)
+        assert heap.first(most) == list(heap)[:most]
+    assert heap.first(1) == [heap.peek()]
+    assert UrgencyHeap[int]().first(3) == []

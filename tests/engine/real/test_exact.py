@@ -6,8 +6,10 @@ import random
 from typing import Any
 
 import pytest
+from vllm.sampling_params import StructuredOutputsParams
 
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
+from hexgen_vllm.types import StepCost
 from hexgen_vllm.wire import CallMeta
 from tests.engine.real.conftest import Start
 from tests.engine.real.engines import RealEngine
@@ -112,3 +114,61 @@ def test_wrong_kv_would_be_seen(start: Start, stock: dict[str, tuple[list[int], 
     engine = start(Forgetful, enable_prefix_caching=False, **TIGHT)
     Load(seed=0).play(engine)
     assert len(differing(engine, stock)) > 20
+
+
+class Mixed(Load):
+    """Calls that need fast steps beside long ones without deadline, which are left out of steps."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        rng = random.Random(seed)
+        grammar = {"structured_outputs": StructuredOutputsParams(regex="[a-z ]+")}
+        for i, (name, tokens, most, _, params) in enumerate(self.calls):
+            if rng.random() < 0.5:
+                meta = CallMeta(workflow_deadline_ms=rng.choice((600.0, 1_500.0, 4_000.0)))
+                shape = grammar if rng.random() < 0.3 and not params else params
+                self.calls[i] = (name, tokens, most, meta, shape)
+            else:
+                meta = CallMeta(service_class="batch")
+                self.calls[i] = (name, tokens, 2 * most, meta, params)
+
+
+@pytest.fixture(scope="module")
+def stock_mixed(start: Start) -> dict[str, tuple[list[int], str]]:
+    """Tokens of the mixed calls from stock vLLM with plenty of KV."""
+    engine = start(num_gpu_blocks_override=2000)
+    Mixed(seed=0).play(engine)
+    return {name: (tokens, engine.reasons[name]) for name, tokens in engine.tokens.items()}
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("blocks", [24, 200], ids=["tight", "roomy"])
+def test_tokens_of_calls_that_are_left_out_of_steps(
+    start: Start,
+    stock_mixed: dict[str, tuple[list[int], str]],
+    blocks: int,
+    async_scheduling: bool,
+) -> None:
+    engine = start(SlowWhenFull, async_scheduling=async_scheduling, num_gpu_blocks_override=blocks)
+    Mixed(seed=0).play(engine, abort_share=0.1)
+    assert sorted(engine.ended) == sorted(stock_mixed)
+    assert differing(engine, stock_mixed) == []
+    assert engine.scheduler.hexgen_stats()["batch_tokens_given_up"] > 200
+    assert engine.scheduler.away > 200, "steps that calls with KV were left out of"
+    engine.assert_clean()
+
+
+class SlowWhenFull(UrgencyScheduler):
+    """Believes that each call in a step costs 20 ms; counts calls left out of steps."""
+
+    away = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        cost = StepCost(c0=0.005, c1=0.02, c2=0.0, p0=0.0, p1=1e-4, p2=0.0)
+        self.hexgen_meter.fit.cost = lambda: cost  # type: ignore[method-assign]
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        scheduled = scheduler_output.num_scheduled_tokens
+        self.away += sum(r.request_id not in scheduled for r in self.running)
+        return super().update_from_output(scheduler_output, model_runner_output)
