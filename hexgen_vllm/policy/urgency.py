@@ -141,7 +141,7 @@ class UrgencyHeap(Generic[T]):
         return self._entries[item][1]
 
     def first(self, most: int) -> list[T]:
-        """Return the ``most`` first items in order; O(most log most) without looking at the rest."""
+        """Return the ``most`` first items in order, in O(most log most)."""
         heap, entries, found = self._heap, self._entries, list[T]()
         # The next one is among the children of those that came before it.
         front = [(heap[0], 0)] if heap else []
