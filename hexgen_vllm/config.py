@@ -231,6 +231,13 @@ class EngineOptions:
     background_max_wait_s: float = option(
         120.0, "after this long a background call is ordered among the others, seconds", least=0.0
     )
+    stats_port: int = option(
+        0,
+        "port on which the engine process itself gives its telemetry, plus its data-parallel rank; "
+        "0 is none: needed only where vLLM takes no middleware",
+        least=0,
+        most=65535,
+    )
     prefill_tokens_per_s: float = option(
         5000.0, "prefill rate assumed until measured, tokens/s", least=1e-3
     )

@@ -63,7 +63,18 @@ def _vllm() -> Finding:
     except HexgenError as error:
         return Finding("vllm", "broken", str(error))
     version = compat.found_version()
-    return Finding("vllm", "ok", compat.doubt(version) or f"vLLM {version}, all seams found")
+    said = compat.doubt(version) or f"vLLM {version}, all seams found"
+    return Finding("vllm", "ok", f"{said}{_frontend()}")
+
+
+def _frontend() -> str:
+    """Return what is different with the server that vLLM is asked for here."""
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").strip() in ("", "0"):
+        return ""
+    return (
+        "; its Rust server is on: metadata in vllm_xargs, X-Vllm-Priority and X-Session-ID, "
+        "telemetry with --hexgen-stats-port"
+    )
 
 
 def _plugin() -> Finding:

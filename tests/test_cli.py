@@ -93,6 +93,18 @@ def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == int(any(f["verdict"] == "broken" for f in found.values()))
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize(("value", "named"), [("1", True), ("0", False), ("", False)])
+def test_doctor_says_which_server_vllm_would_run(
+    monkeypatch: pytest.MonkeyPatch, value: str, named: bool
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
+    (check,) = (check for check in doctor.CHECKS if check.__name__ == "_vllm")
+    found = check()
+    assert found.verdict == "ok"
+    assert ("Rust server" in found.detail) == named
+
+
 def test_doctor_names_the_extras_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = (check for check in doctor.CHECKS if check.__name__ == "_extras")
     monkeypatch.setattr(doctor, "EXTRAS", {"a": "pytest", "b": "no-such", "c": "nor-this"})

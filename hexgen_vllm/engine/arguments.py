@@ -8,6 +8,7 @@ is parsed, so that every process started afterwards sees only what plain vLLM kn
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
@@ -103,8 +104,13 @@ def resolve(target: Any, *, refusal: str | None = None) -> None:
     target.additional_config = _with_options(target.additional_config, options)
     _keep_kv(target, target.additional_config["hexgen"])
     middleware = getattr(target, "middleware", None)
-    if middleware is not None and MIDDLEWARE not in middleware:
+    if middleware is not None and MIDDLEWARE not in middleware and not rust_frontend():
         target.middleware = [*middleware, MIDDLEWARE]
+
+
+def rust_frontend() -> bool:
+    """Return whether ``vllm serve`` answers HTTP by its Rust program, which has no middleware."""
+    return os.environ.get("VLLM_USE_RUST_FRONTEND", "0").strip() not in ("", "0")
 
 
 def _keep_kv(target: Any, options: Mapping[str, Any]) -> None:

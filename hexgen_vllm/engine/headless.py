@@ -102,7 +102,7 @@ def vllm_config(folder: Path, setup: Setup) -> VllmConfig:
             enable_chunked_prefill=True,
             is_encoder_decoder=False,
             policy=setup.policy,
-            async_scheduling=setup.async_scheduling,
+            async_scheduling=setup.async_scheduling and setup.pipeline == 1,
         ),
         cache_config=CacheConfig(
             block_size=setup.block_size, enable_prefix_caching=setup.prefix_caching
@@ -111,7 +111,8 @@ def vllm_config(folder: Path, setup: Setup) -> VllmConfig:
         device_config=DeviceConfig("cpu"),
         additional_config=dict(setup.additional),
     )
-    # The CPU platform turns these round to what its own worker can do.
+    # The CPU platform turns these round to what its own worker can do, and vLLM refuses to overlap
+    # the steps of a pipeline on Model Runner V1, which is what a machine without Triton has.
     config.scheduler_config.async_scheduling = setup.async_scheduling
     config.cache_config.block_size = setup.block_size
     config.cache_config.num_gpu_blocks = setup.blocks

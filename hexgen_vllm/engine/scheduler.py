@@ -30,6 +30,7 @@ from hexgen_vllm.engine.displacement import Displacer
 from hexgen_vllm.engine.pausing import Pauser
 from hexgen_vllm.engine.request_queue import UrgencyQueue
 from hexgen_vllm.engine.requests import CallBook
+from hexgen_vllm.engine.stats_server import StatsServer
 from hexgen_vllm.engine.swap_planner import SwapPlanner
 from hexgen_vllm.engine.swap_setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
@@ -96,6 +97,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self.hexgen_meter = StepMeter()
         self.hexgen_counters = Counters()
         self.hexgen_keeper = planner_of(self.connector, self.hexgen_options)
+        self._stats_server = self._open_stats_port()
         self._displacer = Displacer(self, self.hexgen_options, self.hexgen_book)
         self._pauser = Pauser(self, self.hexgen_options, self.hexgen_book, self.hexgen_meter)
         self._ordered: set[str] = set()  # calls with anything but their arrival to go by
@@ -122,6 +124,21 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
     def hexgen_all_due(self) -> bool:
         """Whether every call has a deadline that can be met, and none a priority of its own."""
         return not self._ranked and len(self._due) == len(self.requests)
+
+    def _open_stats_port(self) -> StatsServer | None:
+        port = self.hexgen_options.stats_port
+        if not port:
+            return None
+        rank = self.vllm_config.parallel_config.data_parallel_index
+        server = StatsServer(self.hexgen_stats, port + rank, rank)
+        logger.info("Telemetry of this engine process is at port %d.", server.port)
+        return server
+
+    def shutdown(self) -> None:
+        """Close what this process has opened; see vLLM."""
+        if self._stats_server is not None:
+            self._stats_server.close()
+        super().shutdown()
 
     # Calls come, change and go.
 

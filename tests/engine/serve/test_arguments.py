@@ -221,3 +221,15 @@ def test_host_memory_for_kv_brings_our_connector() -> None:
     target.kv_transfer_config = {"kv_connector": "SomethingElse"}
     with pytest.raises(ConfigError, match=r"another KV connector \(SomethingElse\)"):
         arguments.resolve(target)
+
+
+@pytest.mark.parametrize(("value", "added"), [("1", False), ("0", True), ("", True), (None, True)])
+def test_the_rust_server_gets_no_middleware(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, added: bool
+) -> None:
+    monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
+    if value is not None:
+        monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
+    found = parse("--scheduling-policy", "urgency")
+    assert found["scheduler_cls"] == SCHEDULER
+    assert (MIDDLEWARE in found["middleware"]) == added
