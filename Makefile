@@ -4,6 +4,7 @@
 #   make test           lint, types, all tests, test-versions and test-clients
 #   make test-fast      lint, types and the tests that need no engine
 #   make test-versions  the no-model suite on the other vLLM versions
+#   make test-upstream  the tests that vLLM has of its scheduler, with ours in its place (50 MB once)
 #   make test-clients   the examples of LangChain and LlamaIndex, in an environment of their own
 #   make demo           two real engines and the router under four policies -> out/demo/
 #   make agent-demo     a text-to-SQL agent on real engines, stock against slack -> out/agent/
@@ -57,7 +58,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env lint format types test test-fast test-versions test-clients demo agent-demo bench-router clean
+.PHONY: help env lint format types test test-fast test-versions test-upstream test-clients demo agent-demo bench-router clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -125,6 +126,9 @@ test-fast: lint types
 
 test-versions: env
 	$(PY) tests/engine/versions.py
+
+test-upstream: env
+	$(PY) tools/upstream_tests.py
 
 test-clients: env
 	$(PY) -m tests.examples.other_clients
