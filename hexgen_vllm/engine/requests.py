@@ -89,7 +89,7 @@ class CallBook:
 
     Attributes:
         rates: rates in force; set by the scheduler when it has measured better ones.
-        alone_token_s: seconds of a step with one call; set with them.
+        alone_token_s: seconds of a step with one call, ``None`` until measured.
         outlooks: what was learned of lengths and of what follows.
         bad_metadata: values that could not be read so far.
     """
@@ -97,7 +97,7 @@ class CallBook:
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self.rates = ServiceRates.seeds(options)
-        self.alone_token_s = self.rates.output_token_s
+        self.alone_token_s: float | None = None
         self.outlooks = Outlooks()
         self.bad_metadata = 0
         self._warned_s = -_WARN_EVERY_S
@@ -158,8 +158,13 @@ class CallBook:
         put(call, order, _rank(request, self._options), call.turn, service_s, own_key_s)
 
     def late_from_s(self, request: Request) -> float:
-        """Return the moment from which a waiting call cannot be on time any more."""
+        """Return the moment from which a waiting call cannot be on time any more.
+
+        It is ``inf`` until rates are measured: what is only assumed must not put anybody behind.
+        """
         call = request.hexgen
+        if self.alone_token_s is None:
+            return NO_DEADLINE
         left = output_left(call.likely_least, request.num_output_tokens, request.max_tokens)
         least_s = self.rates.prefill_s(request.num_tokens) + left * self.alone_token_s
         return latest_start(call.deadline_s, call.least_tail_s, least_s)

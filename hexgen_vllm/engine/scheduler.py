@@ -410,3 +410,5 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             if request in self.waiting:
                 book.price(request)
                 self.waiting.rekey(request)
+                if self._late is not None and request.hexgen.has_deadline:
+                    self._late.add(request.request_id, book.late_from_s(request))

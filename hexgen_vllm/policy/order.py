@@ -116,7 +116,9 @@ class LateWatch(Generic[T]):
         self._count = 0
 
     def add(self, item: T, late_from_s: float) -> None:
-        """Watch ``item``; what was said of it before stays."""
+        """Watch ``item``; what was said of it before stays. ``inf`` is never."""
+        if late_from_s == NO_DEADLINE:
+            return
         self._count += 1
         heappush(self._heap, (late_from_s, self._count, item))
 

@@ -135,21 +135,33 @@ def test_who_has_a_deadline(build: Build, said: CallMeta, priority: int, deadlin
 
 def test_what_cannot_be_on_time_comes_after_what_can(build: Build) -> None:
     engine = build(max_num_seqs=1)
+    warm(engine)
     engine.add("running", [5] * 8, 40, chat(90, 40))
     engine.step()
-    engine.add("hopeless-long", [6] * 8, 60, chat(0.3, 60))
-    engine.add("hopeless", [7] * 8, 30, chat(0.2, 30))
+    engine.add("hopeless-long", [6] * 8, 60, chat(0.15, 60))
+    engine.add("hopeless", [7] * 8, 30, chat(0.1, 30))
     engine.add("fine", [8] * 8, 30, chat(50, 30))
     engine.add("batch", [9] * 8, 3)
     engine.step()
     assert engine.waiting() == ["fine", "hopeless", "hopeless-long", "batch"]
     off = build(max_num_seqs=1, hexgen={"demote_late": False, "displace": False})
+    warm(off)
     off.add("running", [5] * 8, 40, chat(90, 40))
     off.step()
-    off.add("hopeless", [7] * 8, 30, chat(0.2, 30))
+    off.add("hopeless", [7] * 8, 30, chat(0.1, 30))
     off.add("fine", [8] * 8, 30, chat(50, 30))
     off.step()
     assert off.waiting() == ["hopeless", "fine"]
+
+
+def test_assumed_rates_put_nobody_behind(build: Build) -> None:
+    engine = build(max_num_seqs=1, hexgen={"decode_tokens_per_s": 1.0, "displace": False})
+    engine.add("running", [5] * 8, 9, chat(90, 9))
+    engine.step()
+    engine.add("soon", [7] * 8, 30, chat(0.5, 30))  # 30 s at the rate that is assumed
+    engine.add("later", [8] * 8, 30, chat(50, 30))
+    engine.step()
+    assert engine.waiting() == ["soon", "later"]
 
 
 def slow_mix(engine: FakeEngine) -> None:
