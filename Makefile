@@ -134,12 +134,12 @@ test-clients: env
 	$(PY) -m tests.examples.other_clients
 
 demo: env
-	$(PY) -m hexgen_vllm.engine.tiny_model $(TINY_MODEL)
+	$(PY) -m hexgen_vllm.testing.tiny_model $(TINY_MODEL)
 	$(PY) -m hexgen_vllm.demo --model $(TINY_MODEL) --out out/demo
 
 # Random weights held to grammars: the SQL runs, and is right by chance only.
 agent-demo: env
-	$(PY) -m hexgen_vllm.engine.tiny_model $(TINY_MODEL)
+	$(PY) -m hexgen_vllm.testing.tiny_model $(TINY_MODEL)
 	$(PY) -m examples.text2sql.hostile
 	$(PY) -m examples.text2sql --compare --model $(TINY_MODEL) --constrain --temperature 1 --call-seeds \
 	  --rate 0.8 --warmup 4 --deadline-s 15 --max-rounds 3 --out out/agent

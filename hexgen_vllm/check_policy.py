@@ -15,16 +15,15 @@ from typing import Any, Final
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.policy.calls import Demand, InFlight
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.policy.placements import placement
-from hexgen_vllm.policy.values import Demand, InFlight
 from hexgen_vllm.policy_file import is_policy_file, load
-from hexgen_vllm.sim.fleet import fleet
-from hexgen_vllm.sim.policies import NAMES, named
+from hexgen_vllm.sim.policies import NAMES, fleet, named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
-from hexgen_vllm.sim.text2sql import text2sql
-from hexgen_vllm.sim.workload import timed
+from hexgen_vllm.sim.workloads.text2sql import text2sql
+from hexgen_vllm.sim.workloads.workload import timed
 from hexgen_vllm.types import (
     NO_DEADLINE,
     Call,

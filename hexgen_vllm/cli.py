@@ -23,23 +23,23 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("calibrate",): ("hexgen_vllm.calibrate.command", "measure an engine for the simulator"),
     ("tune",): ("hexgen_vllm.tune.command", "find the knobs for recent workflows"),
     ("patch",): ("hexgen_vllm.patch.command", "apply optional patches to the installed vLLM"),
-    ("reference",): ("hexgen_vllm.reference.command", "print options, files, endpoints, names"),
+    ("reference",): ("tools.reference.command", "print options, files, endpoints, names"),
     ("doctor",): ("hexgen_vllm.doctor", "check this installation and say what is missing"),
     ("bench", "live"): ("hexgen_vllm.bench.live", "play workflows against real endpoints"),
-    ("bench", "scheduler"): ("hexgen_vllm.bench.scheduler", "time schedule() against stock vLLM"),
+    ("bench", "scheduler"): ("benchmarks.engine.scheduler", "time schedule() against stock vLLM"),
     ("bench", "preempt"): (
-        "hexgen_vllm.bench.preempt",
+        "benchmarks.engine.preempt",
         "keep the KV of preempted calls against computing it again",
     ),
-    ("bench", "router"): ("hexgen_vllm.bench.router", "cost of a call through the router"),
-    ("bench", "soak"): ("hexgen_vllm.bench.soak", "the router for long, with leaving and dying"),
-    ("bench", "sim"): ("hexgen_vllm.bench.sim", "time the simulator"),
+    ("bench", "router"): ("benchmarks.router.router", "cost of a call through the router"),
+    ("bench", "soak"): ("benchmarks.router.soak", "the router for long, with leaving and dying"),
+    ("bench", "sim"): ("benchmarks.engine.sim", "time the simulator"),
     ("bench", "mix"): (
-        "hexgen_vllm.bench.mix",
+        "benchmarks.engine.mix",
         "one engine: calls with deadlines beside a backlog",
     ),
-    ("bench", "kv"): ("hexgen_vllm.bench.kv", "time saving and restoring KV blocks"),
-    ("bench", "report"): ("hexgen_vllm.bench.report", "compare all policies in the simulator"),
+    ("bench", "kv"): ("benchmarks.kv.kv", "time saving and restoring KV blocks"),
+    ("bench", "report"): ("benchmarks.evaluation.report", "compare all policies in the simulator"),
 }
 _GROUPS: Final = {"bench": "measure engines, scheduler, router, simulator and KV copies"}
 

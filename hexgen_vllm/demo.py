@@ -1,7 +1,7 @@
 """``make demo``: the same workflows under four policies, on real vLLM engines and a real router.
 
 Two engines of clearly different speed serve a tiny model on the CPU. Their speed is paced: a
-scheduler class for demos (:mod:`hexgen_vllm.engine.pace`) sleeps at the end of each step until
+scheduler class for demos (:mod:`hexgen_vllm.testing.pace`) sleeps at the end of each step until
 the step took as long as on the emulated device. Everything else is what production runs: vLLM's
 scheduler and model runner, ``hexgen_vllm.serve``, the router, HTTP and streaming in between.
 
@@ -31,14 +31,15 @@ from typing import Any, Final, NamedTuple
 
 import aiohttp
 
-from hexgen_vllm.bench import peer, results
+from hexgen_vllm.bench import peer
 from hexgen_vllm.bench.live import run
-from hexgen_vllm.bench.plot import draw_attainment
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult
-from hexgen_vllm.bench.table import render
 from hexgen_vllm.cluster import Cluster, ClusterSpec, EngineEntry, ProcessFailed, RouterEntry
 from hexgen_vllm.config import add_arguments, check, given, option
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.report import results
+from hexgen_vllm.report.plot import draw_attainment
+from hexgen_vllm.report.table import render
 
 
 class Fleet(NamedTuple):
@@ -64,7 +65,7 @@ class Contender(NamedTuple):
     placement: str = ""  # nothing of ours: vllm-router places
 
 
-_PACE: Final = "hexgen_vllm.engine.pace"
+_PACE: Final = "hexgen_vllm.testing.pace"
 FLEETS: Final = {
     "stock": Fleet("fcfs", f"{_PACE}.PacedScheduler", None),
     "hexgen": Fleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "hexgen"),
@@ -74,7 +75,7 @@ FLEETS: Final = {
         "fcfs",
         f"{_PACE}.PacedScheduler",
         None,
-        ("--middleware=hexgen_vllm.engine.middleware.HexgenMiddleware",),
+        ("--middleware=hexgen_vllm.engine.server.middleware.HexgenMiddleware",),
     ),
 }
 CONTENDERS: Final = {

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexgen_vllm.calibrate import entry, facts
+from hexgen_vllm.calibrate.calibration import from_calibration, to_calibration
 from hexgen_vllm.calibrate.command import CalibrateOptions, calibrate, describe
 from hexgen_vllm.calibrate.fit import DecodeTiming, PrefillTiming, fit
 from hexgen_vllm.calibrate.probes import design
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.policy.calibration import from_calibration, to_calibration
 from hexgen_vllm.router.app import Router
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.sim.scenario_file import load_fleet

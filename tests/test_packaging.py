@@ -255,7 +255,7 @@ def _decide_alike(tmp_path: Path) -> None:
     for site in (tmp_path / "site", ROOT):
         out = tmp_path / f"{len(results)}.json"
         code = (
-            "import sys, hexgen_vllm.cli, hexgen_vllm.sim.engine as engine\n"
+            "import sys, hexgen_vllm.cli, hexgen_vllm.sim.engine.engine as engine\n"
             f"assert hexgen_vllm.cli.main({[*argv, f'--json={out}']}) == 0\n"
             "print(engine.__file__)"
         )

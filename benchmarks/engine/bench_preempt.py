@@ -23,8 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from hexgen_vllm import wire
-from hexgen_vllm.engine.preempt_load import (
+from benchmarks.engine.preempt_load import (
     URGENT_EVERY,
     Case,
     LoadResult,
@@ -32,7 +31,8 @@ from hexgen_vllm.engine.preempt_load import (
     make_workflow,
     tokens,
 )
-from hexgen_vllm.engine.swap_setup import choose_connector
+from hexgen_vllm import wire
+from hexgen_vllm.engine.swap.setup import choose_connector
 from hexgen_vllm.errors import ConfigError
 
 MODES: Final[Mapping[str, Mapping[str, Any]]] = {

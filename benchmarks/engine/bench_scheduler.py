@@ -23,8 +23,13 @@ from typing import Any, Final
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
+from benchmarks.engine.headless import (
+    Setup,
+    block_hasher,
+    build_scheduler,
+    make_request,
+)
 from hexgen_vllm import wire
-from hexgen_vllm.engine.headless import Setup, block_hasher, build_scheduler, make_request
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
 
 SIDES: Final = ("urgency", "priority", "fcfs")

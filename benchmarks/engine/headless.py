@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from hexgen_vllm.engine.swap_setup import choose_connector
+from hexgen_vllm.engine.swap.setup import choose_connector
 
 _MODEL = {
     "architectures": ["LlamaForCausalLM"],

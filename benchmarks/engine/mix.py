@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from hexgen_vllm.bench.mix_scenarios import (
+from benchmarks.engine.mix_scenarios import (
     BATCH,
     COPY_TOKENS_PER_S,
     LONG,
@@ -35,7 +35,7 @@ from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.outlook import Outlook
 from hexgen_vllm.sim.alone import Alone, Flow, Rank, rate
-from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
+from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 
 _PLACES: Final = {256: (256, 128, 64, 32), 32: (32, 16, 8)}
 _SCENARIOS: Final = ("A", "B", "C", "steady", "plain")

@@ -6,9 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hexgen_vllm.sim.model import EngineModel
-from hexgen_vllm.sim.text2sql import text2sql
-from hexgen_vllm.sim.workload import CallSpec, Layer, WorkflowSpec, generator, scaled
+from hexgen_vllm.sim.engine.sequence import EngineModel
+from hexgen_vllm.sim.workloads.text2sql import text2sql
+from hexgen_vllm.sim.workloads.workload import (
+    CallSpec,
+    Layer,
+    WorkflowSpec,
+    generator,
+    scaled,
+)
 from hexgen_vllm.types import NO_DEADLINE, StepCost
 
 CHAT, SQL, BATCH, SHORT, LONG = "chat", "text2sql", "batch", "short", "long"

@@ -119,7 +119,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = "1"  # CPU time of several threads would be no time
     compat = import_module("hexgen_vllm.engine.compat")  # one sentence if vLLM is not there
-    bench = import_module("hexgen_vllm.engine.bench_preempt")
+    bench = import_module("benchmarks.engine.bench_preempt")
     bench.check_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         case = bench.Case(
@@ -150,7 +150,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tiny_model(folder: Path) -> str:
-    return str(import_module("hexgen_vllm.engine.tiny_model").build(folder / "tiny"))
+    return str(import_module("hexgen_vllm.testing.tiny_model").build(folder / "tiny"))
 
 
 def _plain(value: Any) -> Any:

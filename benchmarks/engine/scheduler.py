@@ -65,7 +65,7 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import_module("hexgen_vllm.engine.compat")  # one sentence if vLLM is not there
-    bench = import_module("hexgen_vllm.engine.bench_scheduler")
+    bench = import_module("benchmarks.engine.bench_scheduler")
     with tempfile.TemporaryDirectory() as folder:
         cases = [bench.Case(n, args.running, args.steps, args.seed) for n in args.waiting]
         return [bench.run_case(case, Path(folder)) for case in cases]

@@ -21,17 +21,20 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
-from hexgen_vllm.bench import results
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.metrics.summary import percentile
-from hexgen_vllm.sim.arrivals import poisson
-from hexgen_vllm.sim.fleet import fleet
+from hexgen_vllm.report import results
+from hexgen_vllm.report.summary import percentile
 from hexgen_vllm.sim.limits import limits
-from hexgen_vllm.sim.policies import Policy, named
+from hexgen_vllm.sim.policies import Policy, fleet, named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
-from hexgen_vllm.sim.text2sql import text2sql
-from hexgen_vllm.sim.workload import WorkflowSpec, generator, timed
+from hexgen_vllm.sim.workloads.text2sql import text2sql
+from hexgen_vllm.sim.workloads.workload import (
+    WorkflowSpec,
+    generator,
+    poisson,
+    timed,
+)
 
 _FLEET: Final = fleet("reference-4")
 _LOAD: Final = 0.8

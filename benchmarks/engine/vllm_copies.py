@@ -13,7 +13,11 @@ from typing import Any, Final
 
 import torch
 
-from hexgen_vllm.kernels.subjects import CopyBed, Plug, Way
+from benchmarks.kv.subjects import (
+    CopyBed,
+    Plug,
+    Way,
+)
 
 _NAMES: Final = ("swap_blocks", "swap_blocks_batch")
 

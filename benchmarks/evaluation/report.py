@@ -13,12 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from hexgen_vllm.bench import report_live
-from hexgen_vllm.bench import results as files
-from hexgen_vllm.bench.evaluation import OURS, Results, summary
-from hexgen_vllm.bench.plot import draw_attainment, require_matplotlib
-from hexgen_vllm.bench.report_page import ABLATION, Section, page
-from hexgen_vllm.bench.report_runs import (
+from benchmarks.evaluation import report_live
+from benchmarks.evaluation.evaluation import (
+    OURS,
+    Results,
+    summary,
+)
+from benchmarks.evaluation.report_page import (
+    ABLATION,
+    Section,
+    page,
+)
+from benchmarks.evaluation.report_runs import (
     Knobs,
     Row,
     Size,
@@ -32,6 +38,8 @@ from hexgen_vllm.bench.report_runs import (
     training,
 )
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.report import results as files
+from hexgen_vllm.report.plot import draw_attainment, require_matplotlib
 from hexgen_vllm.sim.scenario import Scenario
 from hexgen_vllm.sim.scenario_file import load
 

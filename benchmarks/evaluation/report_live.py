@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, Final
 
-from hexgen_vllm.bench.evaluation import OURS
+from benchmarks.evaluation.evaluation import OURS
 from hexgen_vllm.bench.peer import MODES
-from hexgen_vllm.bench.table import markdown, seconds
+from hexgen_vllm.report.table import markdown, seconds
 
 Row = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Final
 
-from hexgen_vllm.bench.evaluation import (
+from benchmarks.evaluation.evaluation import (
     FIGURES,
     NO_RIVALS,
     OURS,
@@ -16,7 +16,7 @@ from hexgen_vllm.bench.evaluation import (
     Results,
     behind,
 )
-from hexgen_vllm.bench.table import markdown, seconds
+from hexgen_vllm.report.table import markdown, seconds
 
 ABLATION: Final = "ablation"
 

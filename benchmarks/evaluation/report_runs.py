@@ -24,8 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from hexgen_vllm.bench import results as files
-from hexgen_vllm.bench.evaluation import (
+from benchmarks.evaluation.evaluation import (
     FULL,
     ORACLE,
     OURS,
@@ -36,12 +35,13 @@ from hexgen_vllm.bench.evaluation import (
 )
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.workflow import PREFILL_WEIGHT
+from hexgen_vllm.report import results as files
 from hexgen_vllm.sim.limits import Limits
 from hexgen_vllm.sim.policies import Policy, named
 from hexgen_vllm.sim.results import counted, row, simulate
 from hexgen_vllm.sim.scenario import Run, Scenario
 from hexgen_vllm.sim.scenario_file import load
-from hexgen_vllm.sim.workload import WorkflowSpec
+from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
 Row = dict[str, Any]
 Knobs = tuple[tuple[str, float], ...]

@@ -8,7 +8,7 @@ engine; vLLM's own are timed where its build has them. Each way that copies bloc
 for bit before it is timed. ``beside``: how much longer a decode step takes beside such copies.
 ``break-even``: context lengths and sizes of models for which copying beats computing again.
 
-``python -m hexgen_vllm.bench.kv`` does the same and needs torch and numpy only, and on a GPU
+``python -m benchmarks.kv.kv`` does the same and needs torch and numpy only, and on a GPU
 triton or nvcc.
 """
 
@@ -25,11 +25,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hexgen_vllm.bench import kv_beside, kv_break_even, kv_sweep
+from benchmarks.kv import (
+    kv_beside,
+    kv_break_even,
+    kv_sweep,
+)
 from hexgen_vllm.errors import ConfigError, HexgenError
 
 if TYPE_CHECKING:  # this loads torch
-    from hexgen_vllm.kernels.subjects import Plug
+    from benchmarks.kv.subjects import Plug
 
 PARTS: Final = ("sweep", "beside", "break-even")
 PAGE_KIB: Final = (4, 16, 64, 256, 1024, 2048)
@@ -86,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     """
     if find_spec("torch") is None:
         raise ConfigError("bench kv needs torch, which comes with vLLM.")
-    from hexgen_vllm.kernels.subjects import environment
+    from benchmarks.kv.subjects import environment
 
     facts: dict[str, Any] = {**environment(args.device)}
     plugs, facts["vllm_kernels"] = _vllm_ways()
@@ -125,7 +129,7 @@ def _cases(args: argparse.Namespace) -> list[Any]:
 def _vllm_ways() -> tuple[list[Plug], str]:
     """Return vLLM's ways to copy, and a word on those that are absent."""
     try:
-        copies = import_module("hexgen_vllm.engine.vllm_copies")
+        copies = import_module("benchmarks.engine.vllm_copies")
     except (ImportError, HexgenError) as error:
         return [], f"absent: {error}"
     plugs, missing = copies.plugs()
@@ -150,7 +154,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _command_line() -> int:
-    parser = argparse.ArgumentParser(prog="python -m hexgen_vllm.bench.kv", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv.kv", description=__doc__)
     add_arguments(parser)
     try:
         return main(parser.parse_args())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:  # these load torch
-    from hexgen_vllm.kernels.subjects import CopyBed, Way
+    from benchmarks.kv.subjects import CopyBed, Way
 
 STEPS = 60
 _PAGE_BYTES: Final = 64 << 10
@@ -37,7 +37,7 @@ class Slowdown:
 
 def measure(device: str) -> list[Slowdown]:
     """Time decode steps beside each way of copying that an engine has; prints a line for each."""
-    from hexgen_vllm.kernels.subjects import CopyBed, CopyCase
+    from benchmarks.kv.subjects import CopyBed, CopyCase
 
     blocks = COPIED_BYTES[device.partition(":")[0]] // (_PAGE_BYTES * _LAYERS)
     bed = CopyBed(CopyCase(_PAGE_BYTES, blocks, _LAYERS), device)
@@ -60,7 +60,7 @@ def _ways(bed: CopyBed) -> Iterator[Way]:
 
 
 def _slowdown(bed: CopyBed, way: Way, device: str) -> Slowdown:
-    from hexgen_vllm.kernels import probes
+    from benchmarks.kv import probes
 
     step = probes.decode(device).step
     alone_s = median_s(step, STEPS)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hexgen_vllm.bench import kv_beside, kv_sweep
+from benchmarks.kv import kv_beside, kv_sweep
 from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, Retention, weigh
 
 if TYPE_CHECKING:  # these load torch
-    from hexgen_vllm.kernels.subjects import CopyBed, Way
+    from benchmarks.kv.subjects import CopyBed, Way
 
 CONTEXTS: Final = (256, 1024, 4096, 16384, 65536)
 BLOCK_TOKENS: Final = 16
@@ -70,7 +70,7 @@ class Line:
 
 def measure(device: str, models: Sequence[Model] = MODELS) -> list[Line]:
     """Measure the device, and print and return the table."""
-    from hexgen_vllm.kernels import probes
+    from benchmarks.kv import probes
 
     probe = probes.prefill(device)
     flops = probe.flops / kv_beside.median_s(probe.step, 5)
@@ -119,7 +119,7 @@ def line(
 
 def _speeds(model: Model, device: str, item_bytes: int) -> tuple[float, float]:
     """Return GB/s of the engine's way to copy, with as many blocks as are allowed."""
-    from hexgen_vllm.kernels.subjects import CopyBed, CopyCase
+    from benchmarks.kv.subjects import CopyBed, CopyCase
 
     page_bytes = 2 * BLOCK_TOKENS * model.kv_heads * model.head_size * item_bytes
     blocks = COPIED_BYTES[device.partition(":")[0]] // (page_bytes * model.layers)

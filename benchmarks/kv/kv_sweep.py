@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 from hexgen_vllm.errors import HexgenError
 
 if TYPE_CHECKING:  # these load torch
-    from hexgen_vllm.kernels.subjects import CopyBed, CopyCase, Plug, Way
+    from benchmarks.kv.subjects import (
+        CopyBed,
+        CopyCase,
+        Plug,
+        Way,
+    )
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -40,7 +45,7 @@ def make_cases(
     page_kib: Iterable[int], blocks: Iterable[int], layers: Iterable[int], max_mib: int
 ) -> list[CopyCase]:
     """All combinations that copy no more than ``max_mib`` MiB."""
-    from hexgen_vllm.kernels.subjects import CopyCase
+    from benchmarks.kv.subjects import CopyCase
 
     cases = (
         CopyCase(page * KIB, count, depth)
@@ -73,7 +78,7 @@ def measure(case: CopyCase, device: str, plugs: Sequence[Plug] = ()) -> list[Row
     Raises:
         HexgenError: a way does not give back what it saved.
     """
-    from hexgen_vllm.kernels.subjects import CopyBed
+    from benchmarks.kv.subjects import CopyBed
 
     bed = CopyBed(case, device)
     found = {way.name: speeds(bed, way) for way in bed.ways(plugs)}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hexgen_vllm.kernels.subjects import CopyBed, Way
+from benchmarks.kv.subjects import CopyBed, Way
 
 _PREFILL = {"cpu": 1024, "cuda": 8192}
 _DECODE = {"cpu": 2048, "cuda": 8192}

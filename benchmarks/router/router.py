@@ -19,11 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from hexgen_vllm.bench import router_measure as measure
-from hexgen_vllm.bench import router_sides as sides
-from hexgen_vllm.bench.router_engine import FastEngine
-from hexgen_vllm.bench.router_load import Client
-from hexgen_vllm.bench.router_measure import Amounts
+from benchmarks.router import router_measure as measure
+from benchmarks.router import router_sides as sides
+from benchmarks.router.router_engine import FastEngine
+from benchmarks.router.router_load import Client
+from benchmarks.router.router_measure import Amounts
 from hexgen_vllm.errors import ConfigError
 
 _ENGINES: Final = 2

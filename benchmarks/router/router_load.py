@@ -16,7 +16,7 @@ from typing import Final
 
 import httptools
 
-from hexgen_vllm.bench import router_engine
+from benchmarks.router import router_engine
 
 PATH: Final = "/v1/chat/completions"
 PROGRAM: Final = "program"

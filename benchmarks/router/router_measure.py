@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Final
 
-from hexgen_vllm.bench.router_engine import FastEngine
-from hexgen_vllm.bench.router_load import Call, Client
-from hexgen_vllm.bench.router_sides import Side
+from benchmarks.router.router_engine import FastEngine
+from benchmarks.router.router_load import Call, Client
+from benchmarks.router.router_sides import Side
 from hexgen_vllm.errors import ConfigError
 
 EVENTS: Final = 50

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Final
 
 import hexgen_vllm
-from hexgen_vllm.bench.router_load import PROGRAM
+from benchmarks.router.router_load import PROGRAM
 from hexgen_vllm.errors import ConfigError
 
 OURS: Final = "hexgen"
@@ -37,7 +37,7 @@ class Side:
         name: of :data:`OURS`, :data:`ROUND_ROBIN`, :data:`PROGRAM_MODE`.
         port: where it listens.
         process: it.
-        says: how it is told of workflows, for :class:`~hexgen_vllm.bench.router_load.Client`.
+        says: how it is told of workflows, for :class:`~benchmarks.router.router_load.Client`.
     """
 
     name: str

@@ -20,9 +20,13 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Final
 
-from hexgen_vllm.bench import router_engine
-from hexgen_vllm.bench.router_engine import FastEngine
-from hexgen_vllm.bench.router_load import STAGES, Call, Client
+from benchmarks.router import router_engine
+from benchmarks.router.router_engine import FastEngine
+from benchmarks.router.router_load import (
+    STAGES,
+    Call,
+    Client,
+)
 from hexgen_vllm.errors import ConfigError
 
 _ENGINES: Final = 3
@@ -145,7 +149,7 @@ async def _soak(args: argparse.Namespace) -> dict[str, Any]:
     for engine in engines:
         await engine.start()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "hexgen_vllm.bench.soak_router", *(e.url for e in engines),
+        sys.executable, "-m", "benchmarks.router.soak_router", *(e.url for e in engines),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     router = _Router(process)

@@ -11,8 +11,8 @@ from typing import Any, Final, get_args
 
 from examples.text2sql.agent import End
 from examples.text2sql.users import Visit
-from hexgen_vllm.bench.table import aligned, seconds
-from hexgen_vllm.metrics.summary import min_deadline, percentile
+from hexgen_vllm.report.summary import min_deadline, percentile
+from hexgen_vllm.report.table import aligned, seconds
 
 SHOWN_ROWS: Final = 5
 _ENDS: Final = get_args(End)

@@ -13,8 +13,8 @@ from hexgen_vllm import wire
 from hexgen_vllm.bench.text import PromptSource
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.broken import why
-from hexgen_vllm.sim.workload import CallSpec
+from hexgen_vllm.router.http.errors import why
+from hexgen_vllm.sim.workloads.workload import CallSpec
 
 ENGINE_HEADER: Final = "x-hexgen-engine"
 START_TIMEOUT_S: Final = 30.0
@@ -22,7 +22,7 @@ START_TIMEOUT_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back for one call; fields as in :class:`hexgen_vllm.metrics.events.CallRecord`."""
+    """What came back for one call; fields as in :class:`hexgen_vllm.records.CallRecord`."""
 
     latency_s: float
     ttft_s: float | None = None

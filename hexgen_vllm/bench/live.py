@@ -20,16 +20,16 @@ import aiohttp
 import uvloop
 
 from hexgen_vllm import config as options
-from hexgen_vllm.bench import results
 from hexgen_vllm.bench.endpoint import Endpoint, Model, find_model
 from hexgen_vllm.bench.load import Load, Progress
-from hexgen_vllm.bench.plot import check_plot, draw_attainment
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult
-from hexgen_vllm.bench.table import render
 from hexgen_vllm.bench.text import PromptSource
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.workload import WorkflowSpec
+from hexgen_vllm.report import results
+from hexgen_vllm.report.plot import check_plot, draw_attainment
+from hexgen_vllm.report.table import render
+from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
 Report = Callable[[LiveConfig, Progress], None]
 _READ_BUFFER_BYTES: Final = 2**20  # a line of a stream must fit

@@ -12,8 +12,8 @@ from typing import Final, Protocol
 
 from hexgen_vllm.bench.endpoint import Answer
 from hexgen_vllm.clock import Clock
-from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
-from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
+from hexgen_vllm.records import CallRecord, WorkflowRecord
+from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 from hexgen_vllm.wire import CallMeta
 
 HINTS: Final = ("none", "output", "all")

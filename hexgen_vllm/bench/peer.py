@@ -10,9 +10,7 @@ from typing import Final
 
 import aiohttp
 
-from hexgen_vllm.cluster.health import wait_healthy
-from hexgen_vllm.cluster.ports import free_ports
-from hexgen_vllm.cluster.process import Process
+from hexgen_vllm.cluster.processes import Process, free_ports, wait_healthy
 from hexgen_vllm.cluster.supervisor import base_url
 from hexgen_vllm.errors import ConfigError
 

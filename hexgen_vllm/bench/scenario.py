@@ -13,12 +13,22 @@ from hexgen_vllm.bench.load import HINTS
 from hexgen_vllm.bench.text import DEFAULT_VOCAB_SIZE
 from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
-from hexgen_vllm.metrics.summary import RunSummary, stage_figures, summarise
-from hexgen_vllm.sim.arrivals import gamma_bursts, poisson
-from hexgen_vllm.sim.text2sql import Text2SqlOptions, text2sql
-from hexgen_vllm.sim.trace import read_trace, resample
-from hexgen_vllm.sim.workload import WorkflowSpec, generator, scaled, timed
+from hexgen_vllm.records import CallRecord, WorkflowRecord
+from hexgen_vllm.report.summary import (
+    RunSummary,
+    stage_figures,
+    summarise,
+)
+from hexgen_vllm.sim.workloads.text2sql import Text2SqlOptions, text2sql
+from hexgen_vllm.sim.workloads.trace import read_trace, resample
+from hexgen_vllm.sim.workloads.workload import (
+    WorkflowSpec,
+    gamma_bursts,
+    generator,
+    poisson,
+    scaled,
+    timed,
+)
 
 
 @dataclass(frozen=True)

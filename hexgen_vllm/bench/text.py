@@ -16,7 +16,7 @@ from collections import OrderedDict
 from typing import Final
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.workload import CallSpec, workflow_stream
+from hexgen_vllm.sim.workloads.workload import CallSpec, workflow_stream
 
 DEFAULT_VOCAB_SIZE: Final = 1000  # every usual tokenizer has more
 _WORDS: Final = (

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from hexgen_vllm.bench import results
 from hexgen_vllm.bench.endpoint import find_model
 from hexgen_vllm.calibrate import entry, facts
+from hexgen_vllm.calibrate.calibration import to_calibration
 from hexgen_vllm.calibrate.fit import Fit, fit, overhead_s
 from hexgen_vllm.calibrate.measure import Measurement
 from hexgen_vllm.calibrate.probes import MAX_PROMPT, design
@@ -29,7 +29,7 @@ from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.config import add_arguments as add_options
 from hexgen_vllm.config import check, from_mapping, given, option
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.policy.calibration import to_calibration
+from hexgen_vllm.report import results
 
 _BIG_ERROR: Final = 0.2
 _CALL_TIMEOUT_S: Final = 120.0

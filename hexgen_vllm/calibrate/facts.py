@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import aiohttp
 
-from hexgen_vllm.router import reports
-from hexgen_vllm.router.probe import STATS_PATH
+from hexgen_vllm.router.engines import telemetry
+from hexgen_vllm.router.engines.probe import STATS_PATH
 from hexgen_vllm.types import StepCost
 
 _CACHE: Final = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.M)
@@ -26,7 +26,7 @@ class Facts:
     Attributes:
         ours: it runs the urgency scheduler.
         max_num_seqs, max_num_batched_tokens, kv_tokens, block_size, prefix_caching: as in
-            :class:`hexgen_vllm.sim.model.EngineModel`.
+            :class:`hexgen_vllm.sim.engine.sequence.EngineModel`.
     """
 
     ours: bool = False
@@ -42,13 +42,13 @@ async def ask(session: aiohttp.ClientSession, url: str) -> Facts:
     stats = _object(await _get(session, url + STATS_PATH))
     metrics = await _get(session, f"{url}/metrics")
     info = _object(await _get(session, f"{url}/server_info?config_format=json"))
-    told = reports.together(reports.from_stats(stats))
+    told = telemetry.together(telemetry.from_stats(stats))
     labels = dict(_LABEL.findall("".join(_CACHE.findall(metrics))))
     return Facts(
         ours="cost" in stats or "ranks" in stats,
-        max_num_seqs=told.max_num_seqs or reports.scheduling(info)[1],
-        max_num_batched_tokens=told.max_num_batched_tokens or reports.token_budget(info),
-        kv_tokens=told.kv_tokens or reports.together(reports.from_metrics(metrics)).kv_tokens,
+        max_num_seqs=told.max_num_seqs or telemetry.scheduling(info)[1],
+        max_num_batched_tokens=told.max_num_batched_tokens or telemetry.token_budget(info),
+        kv_tokens=told.kv_tokens or telemetry.together(telemetry.from_metrics(metrics)).kv_tokens,
         block_size=_whole(labels.get("block_size")),
         prefix_caching={"True": True, "False": False}.get(labels.get("enable_prefix_caching", "")),
     )
@@ -62,7 +62,7 @@ async def is_router(session: aiohttp.ClientSession, url: str) -> bool:
 async def fitted(session: aiohttp.ClientSession, url: str) -> tuple[StepCost, float] | None:
     """Return the step cost that our scheduler fitted to its own steps, and its error."""
     stats = _object(await _get(session, url + STATS_PATH))
-    report = reports.together(reports.from_stats(stats)).report
+    report = telemetry.together(telemetry.from_stats(stats)).report
     if report.cost is None or report.fit_error is None:
         return None
     return report.cost, report.fit_error

@@ -17,7 +17,7 @@ from hexgen_vllm.calibrate.fit import DecodeTiming, PrefillTiming
 from hexgen_vllm.calibrate.probes import Probe
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.workload import CallSpec
+from hexgen_vllm.sim.workloads.workload import CallSpec
 
 _ROUND_TRIPS: Final = 9
 

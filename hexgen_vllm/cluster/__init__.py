@@ -10,7 +10,7 @@ their own; this package only starts and watches them, and imports neither vLLM n
 from __future__ import annotations
 
 from hexgen_vllm.cluster.file import load
-from hexgen_vllm.cluster.process import ProcessFailed
+from hexgen_vllm.cluster.processes import ProcessFailed
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
 from hexgen_vllm.cluster.supervisor import Cluster
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from hexgen_vllm.cluster.file import load
-from hexgen_vllm.cluster.process import ProcessFailed
-from hexgen_vllm.cluster.running import Running
+from hexgen_vllm.cluster.processes import ProcessFailed
 from hexgen_vllm.cluster.spec import ClusterSpec
-from hexgen_vllm.cluster.supervisor import Cluster
+from hexgen_vllm.cluster.supervisor import Cluster, Running
 from hexgen_vllm.errors import ConfigError
 
 PROG = "python -m hexgen_vllm.serve"

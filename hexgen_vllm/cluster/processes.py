@@ -1,4 +1,8 @@
-"""One child process: its log, its health, its end."""
+"""Child processes: their logs, ports and health, their end, and starting them again.
+
+A server is up once it answers ``GET /health``. One that died is started again after a wait that
+grows with every death soon after a start.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,40 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
+import aiohttp
+
+from hexgen_vllm.clock import Clock
+from hexgen_vllm.cluster.spec import ClusterSpec
 from hexgen_vllm.errors import HexgenError
 
+LONGEST_S: Final = 30.0
+STEADY_S: Final = 60.0
+"""A process that ran this long starts as if it had never died."""
 LOG_LINES: Final = 20
 _LOG_TAIL_BYTES: Final = 16_384
 _CHILD: Final = str(Path(__file__).with_name("child.py"))
+POLL_S = 0.2
+_TRY = aiohttp.ClientTimeout(total=5.0)
+
+
+class Backoff:
+    """Twice as long after each death, at most 30 s; from the start again after a long life."""
+
+    def __init__(self, first_s: float) -> None:
+        """Start with ``first_s`` seconds."""
+        self._first_s = first_s
+        self._deaths = 0
+
+    def after(self, lived_s: float) -> float:
+        """Return the seconds to wait after a life of ``lived_s`` seconds."""
+        self._deaths = 1 if lived_s >= STEADY_S else self._deaths + 1
+        return float(min(self._first_s * 2.0 ** min(self._deaths - 1, 16), LONGEST_S))
 
 
 class ProcessFailed(HexgenError):  # noqa: N818 - what happened, not what went wrong in here
@@ -103,3 +131,95 @@ class Process:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(size - _LOG_TAIL_BYTES, 0))
             return log.read().decode(errors="replace").splitlines()[-count:]
+
+
+async def is_healthy(session: aiohttp.ClientSession, url: str, path: str = "/health") -> bool:
+    """Tell whether the server at ``url`` answers its health check with success."""
+    try:
+        async with session.get(f"{url}{path}", timeout=_TRY) as response:
+            return response.status == 200
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+        return False
+
+
+async def wait_healthy(
+    session: aiohttp.ClientSession,
+    name: str,
+    url: str,
+    timeout_s: float,
+    process: Process | None,
+    *,
+    path: str = "/health",
+) -> None:
+    """Wait until the server at ``url`` is healthy.
+
+    Args:
+        session: asks.
+        name: what errors call the server.
+        url: its base URL.
+        timeout_s: seconds to wait at most.
+        process: what runs it, ``None`` for a server that somebody else started.
+        path: of the health check.
+
+    Raises:
+        ProcessFailed: the process died, or the time is over.
+    """
+
+    async def poll() -> None:
+        while not await is_healthy(session, url, path):
+            if process is not None and process.exit_code is not None:
+                raise process.failed(f"ended with exit code {process.exit_code} while starting")
+            await asyncio.sleep(POLL_S)
+
+    try:
+        await asyncio.wait_for(poll(), timeout_s)
+    except asyncio.TimeoutError:
+        what = f"was not healthy after {timeout_s:g} s"
+        if process is None:
+            raise ProcessFailed(f"{name} at {url} {what}.") from None
+        raise process.failed(what) from None
+
+
+async def keep(
+    process: Process,
+    start: Callable[[], Awaitable[None]],
+    spec: ClusterSpec,
+    *,
+    clock: Clock,
+    report: Callable[[str], None],
+) -> NoReturn:
+    """Start ``process`` again whenever it dies, until cancelled.
+
+    Args:
+        process: what runs now.
+        start: starts it and waits until it is healthy; raises ``ProcessFailed`` where it cannot.
+        spec: how long to wait before a start, and for the end of one that failed.
+        clock: tells how long it lived.
+        report: gets one line for each death and each start that failed.
+    """
+    backoff = Backoff(spec.restart_after_s)
+    while True:
+        since_s = clock.now()
+        code = await process.wait()
+        process.kill()  # what a crashed server left in its session
+        delay_s = backoff.after(clock.now() - since_s)
+        report(f"{process.name}: died with exit code {code}, again in {delay_s:g} s")
+        await asyncio.sleep(delay_s)
+        try:
+            await start()
+        except ProcessFailed as error:
+            report(str(error))
+            await process.stop(spec.stop_grace_s)
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Return ``count`` different ports that nobody listens on at ``host`` right now."""
+    with contextlib.ExitStack() as held:  # all held at once, or one port could come twice
+        return [_bound(host, held) for _ in range(count)]
+
+
+def _bound(host: str, held: contextlib.ExitStack) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    listener.bind((host, 0))
+    return int(listener.getsockname()[1])

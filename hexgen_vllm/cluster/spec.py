@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from hexgen_vllm.cluster.ray.keys import Placement, RayOptions
+from hexgen_vllm.cluster.ray_options import Placement, RayOptions
 from hexgen_vllm.config import DispatchOptions, EngineOptions, check, from_mapping, option
 from hexgen_vllm.errors import ConfigError
 
@@ -26,7 +26,8 @@ class EngineEntry:
         args: arguments of ``vllm serve``, as on its command line.
         hexgen: options of the ``hexgen`` scheduler (:class:`hexgen_vllm.config.EngineOptions`).
         command: starts a server that answers ``/health``; ``{host}`` and ``{port}`` are filled in.
-        ray: where Ray puts it and how many of it (:class:`hexgen_vllm.cluster.ray.keys.Placement`).
+        ray: where Ray puts it and how many of it
+            (:class:`hexgen_vllm.cluster.ray_options.Placement`).
     """
 
     name: str = option("", "unique name, also that of the log file")
@@ -131,7 +132,8 @@ class ClusterSpec:
 
     Attributes:
         router: ``None`` starts engines only.
-        ray: what goes for all engines under Ray (:class:`hexgen_vllm.cluster.ray.keys.RayOptions`).
+        ray: what goes for all engines under Ray
+            (:class:`hexgen_vllm.cluster.ray_options.RayOptions`).
     """
 
     engines: tuple[EngineEntry, ...] = option((), "the engines")

@@ -4,25 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import aiohttp
 
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.cluster import commands
-from hexgen_vllm.cluster.health import wait_healthy
-from hexgen_vllm.cluster.keeping import keep
-from hexgen_vllm.cluster.ports import free_ports
-from hexgen_vllm.cluster.process import Process
-from hexgen_vllm.cluster.running import Running
+from hexgen_vllm.cluster.processes import Process, free_ports, keep, wait_healthy
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
 from hexgen_vllm.errors import ConfigError
 
 ROUTER_EXIT_S: Final = 3.0
 """What a router gets on top of the grace, all of which it gives to calls in flight."""
+RunningT = TypeVar("RunningT", bound="Running")
+
+
+class Running(ABC):
+    """A cluster that can be started and stopped; an async context manager that does both."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Return what serves where, in one line."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start everything; whoever called stops it, also when this fails half-way."""
+
+    @abstractmethod
+    async def watch(self) -> None:
+        """Run until something that is not started again dies."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Stop everything. May be called again."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Kill everything at once, for those who cannot wait for :meth:`stop`."""
+
+    async def __aenter__(self: RunningT) -> RunningT:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
 
 
 class Cluster(Running):

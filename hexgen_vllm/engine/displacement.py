@@ -11,11 +11,11 @@ from typing import Any
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine import compat
-from hexgen_vllm.engine.batch_order import by_key, growth
 from hexgen_vllm.engine.compat import PauseState, Request
+from hexgen_vllm.engine.request_queue import by_key, growth
 from hexgen_vllm.engine.requests import CallBook, CallState
+from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.preemption import RunningView
-from hexgen_vllm.policy.service import output_left
 from hexgen_vllm.policy.victims import VictimSearch, uncredited_start_s
 
 

@@ -21,6 +21,7 @@ from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.compat import PauseState, Request
 from hexgen_vllm.engine.requests import CallBook
 from hexgen_vllm.engine.telemetry import StepMeter
+from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.pace import (
     EVERY_STEPS,
     MOST_WAITING,
@@ -29,7 +30,6 @@ from hexgen_vllm.policy.pace import (
     PaceControl,
     TightCall,
 )
-from hexgen_vllm.policy.service import output_left
 from hexgen_vllm.types import StepCost
 
 _ORDER: Final = attrgetter("hexgen.rank", "hexgen.key_s")

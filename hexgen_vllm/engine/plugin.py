@@ -11,7 +11,8 @@ import functools
 import logging
 from typing import Any
 
-from hexgen_vllm.engine import arguments, stats_api
+from hexgen_vllm.engine.options import is_ours
+from hexgen_vllm.engine.server import arguments, stats_api
 from hexgen_vllm.errors import UnsupportedVLLM
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def _resolve_before_config(engine_args: Any, refusal: str | None) -> None:
         arguments.resolve(self, refusal=refusal)
         stats_api.offer_utility()
         ours = getattr(self, "scheduler_cls", None)
-        if refusal is not None or not arguments.is_ours(ours):
+        if refusal is not None or not is_ours(ours):
             return original(self, *args, **kwargs)
         # Not named, our class leaves vLLM free to choose its own, which tells whether it has one.
         self.scheduler_cls = None

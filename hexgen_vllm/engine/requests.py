@@ -18,10 +18,10 @@ from typing import Any, Final
 from hexgen_vllm import wire
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine.compat import Request
+from hexgen_vllm.policy.cost import ServiceRates, output_left
 from hexgen_vllm.policy.order import put
 from hexgen_vllm.policy.outlook import Outlooks, without_deadline
-from hexgen_vllm.policy.service import ServiceRates, output_left
-from hexgen_vllm.policy.slack import hexgen_key, latest_start
+from hexgen_vllm.policy.urgency import hexgen_key, latest_start
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
 
 logger = logging.getLogger("vllm.hexgen")

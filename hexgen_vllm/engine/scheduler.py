@@ -6,7 +6,7 @@ greedy tokens are those of stock vLLM. Inside vLLM the policy is always ``fcfs``
 ``running`` is its victim when the KV cache is full. The client's ``priority`` comes first in our
 order, with vLLM's meaning: lower is sooner.
 
-The order of the batch is that of :mod:`hexgen_vllm.engine.batch_order`.
+The order of the batch is that of :mod:`hexgen_vllm.engine.request_queue`.
 
 Keys change on new information only. A running call is re-keyed about every 64 steps, a few calls
 in each step; when the fitted step cost has moved, so are the waiting ones, a few dozen in a step.
@@ -22,24 +22,27 @@ from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any, Final
 
-from hexgen_vllm.config import EngineOptions, from_mapping
-from hexgen_vllm.engine import compat, stats_api
-from hexgen_vllm.engine.batch_order import arrange, growth, may_run_short
+from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.compat import Request, RequestStatus
 from hexgen_vllm.engine.displacement import Displacer
+from hexgen_vllm.engine.options import options_of
 from hexgen_vllm.engine.pausing import Pauser
-from hexgen_vllm.engine.request_queue import UrgencyQueue
+from hexgen_vllm.engine.request_queue import (
+    UrgencyQueue,
+    arrange,
+    growth,
+    may_run_short,
+)
 from hexgen_vllm.engine.requests import CallBook
+from hexgen_vllm.engine.server import stats_api
 from hexgen_vllm.engine.stats_server import StatsServer
-from hexgen_vllm.engine.swap_planner import SwapPlanner
-from hexgen_vllm.engine.swap_setup import planner_of
+from hexgen_vllm.engine.swap.planner import SwapPlanner
+from hexgen_vllm.engine.swap.setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
-from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.order import LateWatch, demotes
 from hexgen_vllm.policy.pace import Places
 
 logger = logging.getLogger("vllm.hexgen")
-
 _REKEY_EVERY_STEPS: Final = 64
 _REKEY_WAITING: Final = 32
 _REFIT_EVERY_STEPS: Final = 32
@@ -48,30 +51,13 @@ _EXPIRE_EVERY_STEPS: Final = 1024
 _ENDED: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
-def options_of(vllm_config: Any) -> EngineOptions:
-    """Read ``additional_config["hexgen"]``.
-
-    Unless it says ``displace``, nobody is displaced where KV comes from other engines.
-
-    Raises:
-        ConfigError: it is not an object, or an option is unknown or out of bounds.
-    """
-    extra = getattr(vllm_config, "additional_config", None)
-    values = extra.get("hexgen", {}) if isinstance(extra, dict) else {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"additional_config.hexgen must be an object, not {values!r}.")
-    if "displace" not in values and compat.loads_from_others(vllm_config):
-        values = {**values, "displace": False}
-    return from_mapping(EngineOptions, values, where="hexgen option")
-
-
 class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
     """Orders calls by how soon they must start for their workflow to be on time.
 
-    Use it as ``--scheduler-cls hexgen_vllm.UrgencyScheduler`` with options in
-    ``--additional-config '{"hexgen": {…}}'`` (:class:`hexgen_vllm.config.EngineOptions`). Where
-    ``$VLLM_PLUGINS`` leaves ours out, ``--middleware`` with
-    ``hexgen_vllm.engine.middleware.HexgenMiddleware`` adds headers, ``/hexgen/stats`` and metrics.
+    Use it as ``--scheduler-cls hexgen_vllm.UrgencyScheduler`` with options in ``--additional-config
+    '{"hexgen": {…}}'`` (:class:`hexgen_vllm.config.EngineOptions`). Where ``$VLLM_PLUGINS`` leaves
+    ours out, ``--middleware`` with ``hexgen_vllm.engine.server.middleware.HexgenMiddleware`` adds
+    headers, ``/hexgen/stats`` and metrics.
 
     Raises:
         UnsupportedVLLM: this vLLM cannot be driven.

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
-from hexgen_vllm.engine.exposition import exposition
-from hexgen_vllm.engine.stats_api import plain
+from hexgen_vllm.engine.server.middleware import exposition
+from hexgen_vllm.engine.server.stats_api import plain
 from hexgen_vllm.errors import ConfigError
 
 _HOST: Final = "127.0.0.1"

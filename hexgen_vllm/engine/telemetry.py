@@ -14,10 +14,14 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Final
 
-from hexgen_vllm.engine.exposition import exposition
 from hexgen_vllm.engine.requests import CallState
-from hexgen_vllm.policy.cost_model import CostFit, StepShape, is_sampled
-from hexgen_vllm.policy.service import ServiceRates
+from hexgen_vllm.engine.server.middleware import exposition
+from hexgen_vllm.policy.cost import (
+    CostFit,
+    ServiceRates,
+    StepShape,
+    is_sampled,
+)
 
 __all__ = [
     "SLACK_BOUNDS_S",

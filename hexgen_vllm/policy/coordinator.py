@@ -19,15 +19,14 @@ from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy import overload
+from hexgen_vllm.policy.calls import InFlight
 from hexgen_vllm.policy.claims import credible_deadline_s
-from hexgen_vllm.policy.demand import Estimates
 from hexgen_vllm.policy.dispatch import Choice
-from hexgen_vllm.policy.engines import Engines
-from hexgen_vllm.policy.held import HeldCalls
-from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.engines import EngineLoad, Engines
+from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.policy.protection import OpenCall, Protection
-from hexgen_vllm.policy.values import InFlight
+from hexgen_vllm.policy.queue import HeldCalls
 from hexgen_vllm.policy.workflow import Shapes, WorkflowRun, Workflows
 from hexgen_vllm.types import (
     NO_DEADLINE,

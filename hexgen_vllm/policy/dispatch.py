@@ -18,9 +18,9 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.cost_model import trusted_cost
-from hexgen_vllm.policy.load import UNMEASURED, EngineLoad
-from hexgen_vllm.policy.values import Demand, Forecast
+from hexgen_vllm.policy.calls import Demand, Forecast
+from hexgen_vllm.policy.cost import trusted_cost
+from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
 from hexgen_vllm.types import StepCost
 
 OPTIMISM: Final = 0.9

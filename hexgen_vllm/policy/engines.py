@@ -1,12 +1,408 @@
-"""The engines that calls can be placed on, in order of their names."""
+"""The engines that calls can be placed on: what each is doing, and what adding a call costs.
+
+It is dead-reckoned from the calls placed on it, with what other routers have placed there and what
+its prefix cache probably holds, by the prompts that were sent.
+
+In-flight accounting in tokens is primary: it has no lag. Telemetry corrects rates. The prediction
+is a closed form of vLLM V1's batching: a call waits for a sequence slot, then for the prefill
+ahead of it, then decodes in a batch whose steps prefill chunks of other calls lengthen.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
+from heapq import heappop, heappush
+from typing import Final, NamedTuple
 
-from hexgen_vllm.policy.load import EngineLoad
-from hexgen_vllm.types import Call, EngineSpec, EngineState
+from hexgen_vllm.policy.calls import (
+    Demand,
+    Forecast,
+    InFlight,
+)
+from hexgen_vllm.policy.cost import (
+    CostFit,
+    trust,
+    trusted_cost,
+)
+from hexgen_vllm.types import (
+    Call,
+    CallResult,
+    EngineKind,
+    EngineReport,
+    EngineSpec,
+    EngineState,
+    StepCost,
+)
+
+# Used where no engine has been measured: then only relative load matters, not these seconds.
+# Rates of a mid-range device with a 70B model (published batch-1 latencies of an L40S).
+UNMEASURED: Final = StepCost(c0=0.04, c1=2e-4, c2=1e-8, p0=0.0, p1=1 / 2200, p2=0.0)
+_USUAL_PROMPT: Final = 2500
+_USUAL_OUTPUT: Final = 110
+_MAX_SHARE: Final = 0.8
+_DEFAULT_SLOTS: Final = 256
+
+
+class Elsewhere(NamedTuple):
+    """Load on an engine that this coordinator has not placed.
+
+    Attributes:
+        calls: in flight.
+        prefill_tokens: prompt tokens of calls without a first token.
+        context_tokens: prompt tokens of all of them.
+        output_tokens: output tokens to come.
+    """
+
+    calls: int = 0
+    prefill_tokens: int = 0
+    context_tokens: int = 0
+    output_tokens: int = 0
+
+    @classmethod
+    def total(cls, parts: Iterable[Elsewhere]) -> Elsewhere:
+        """Return the sum of ``parts``."""
+        columns = list(zip(*parts, strict=True))
+        return cls(*(sum(column) for column in columns)) if columns else cls()
+
+
+class PrefixIndex:
+    """Which prompt chunks an engine's prefix cache probably holds (least recently used go first).
+
+    Args:
+        capacity_tokens: size of the KV cache; ``None`` assumes 200,000 tokens.
+    """
+
+    def __init__(self, capacity_tokens: int | None) -> None:
+        self._capacity = capacity_tokens or 200_000
+        self._tokens: OrderedDict[int, int] = OrderedDict()
+        self._held = 0
+
+    def match(self, call: Call) -> int:
+        """Return how many leading prompt tokens of ``call`` are probably cached."""
+        # A chunk is touched, so evicted, after all that follow it: what is held is a head.
+        prefix, held = call.prefix, self._tokens
+        low, high = 0, len(prefix)
+        while low < high:
+            middle = (low + high) // 2
+            if prefix[middle] in held:
+                low = middle + 1
+            else:
+                high = middle
+        return min(low * call.prefix_chunk_tokens, max(call.prompt_tokens - 1, 0))
+
+    def add(self, call: Call) -> None:
+        """Note that the engine now computes the prompt of ``call``."""
+        size = max(call.prefix_chunk_tokens, 1)  # of nothing there could be any number
+        # Leading chunks are touched last: vLLM evicts the tail of a prefix first.
+        for key in reversed(call.prefix):
+            if key not in self._tokens:
+                self._tokens[key] = size
+                self._held += size
+            self._tokens.move_to_end(key)
+        while self._held > self._capacity and self._tokens:
+            self._held -= self._tokens.popitem(last=False)[1]
+
+    def clear(self) -> None:
+        """Forget everything (the engine restarted)."""
+        self._tokens.clear()
+        self._held = 0
+
+
+def solo_speed(cost: StepCost) -> float:
+    """Return usual calls of text-to-SQL per second, one at a time, that ``cost`` allows."""
+    return 1.0 / (cost.prefill_s(_USUAL_PROMPT) + _USUAL_OUTPUT * cost.step_s(1))
+
+
+class EngineLoad:
+    """One engine as dispatch sees it (mutable, owned by the coordinator).
+
+    Attributes:
+        spec: what it said when it joined.
+        engine_id: its name.
+        slots: sequences it runs at once.
+        state: whether it gets calls.
+        report: its latest telemetry; set by :meth:`reported`.
+        error: how far its steps are from what was measured of it, ``None`` when that is unknown.
+        doubted: its rates are not to be believed in full, and there are no earlier ones that were.
+        prefixes: what its prefix cache probably holds.
+        in_flight: calls placed on it, by id.
+        elsewhere: what others have placed on it.
+        assigned_s: W_e of the paper, service seconds ever assigned.
+        traffic_fit: step cost learned from its answers.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.engine_id = spec.engine_id
+        self.slots = spec.max_num_seqs or _DEFAULT_SLOTS
+        self.state = EngineState.READY
+        self.report = EngineReport()
+        self.prefixes = PrefixIndex(spec.kv_tokens)
+        self.in_flight: dict[str, InFlight] = {}
+        self.elsewhere = Elsewhere()
+        self.assigned_s = 0.0
+        self.traffic_fit = CostFit(min_steps=12)
+        self.error: float | None = None
+        self.doubted = False
+        self._cost: StepCost | None = None
+        self._believed: StepCost | None = None  # the last cost that could be trusted in full
+        self._queued_prefill = 0
+        self._context = 0
+        self._waiting: dict[str, InFlight] = {}  # no first token yet
+        self._unseen: list[tuple[float, str]] = []  # heap of predicted starts nobody will see
+        self._unanswered = 0  # calls of which no token was seen
+        self._left: dict[str, int] = {}  # output tokens to come, by call
+        self._left_sum = 0
+
+    def serves(self, call: Call) -> bool:
+        """Whether the engine takes new calls for the call's model."""
+        return self.open and self.knows(call)
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes a new call; on trial, one that it has not begun to answer."""
+        return self.state is EngineState.READY or (
+            self.state is EngineState.TRIAL and not self._unanswered
+        )
+
+    def knows(self, call: Call) -> bool:
+        """Whether it has the call's model."""
+        return self.has(call.model) and self.is_home(call)
+
+    def is_home(self, call: Call) -> bool:
+        """Whether the call may run here: some follow what only one engine has."""
+        return call.engine is None or call.engine == self.engine_id.partition("@")[0]
+
+    def has(self, model: str) -> bool:
+        """Whether it serves a model."""
+        return not self.spec.models or model in self.spec.models
+
+    def cost(self) -> StepCost | None:
+        """Return the step cost to reckon with, ``None`` when nothing is known.
+
+        What was measured, as far as its error allows (:func:`trusted_cost`), telemetry first, own
+        traffic second; for the rest what was measured when it could be trusted. A cost that was
+        never believed even in part is unknown; of one that is believed in part only, without an
+        earlier one, :attr:`doubted` says so, and who knows other engines can correct it.
+        """
+        return self._cost
+
+    def least_cost(self) -> StepCost | None:
+        """Return the step cost if it is as low as its error allows, ``None`` when unknown."""
+        cost, error = self._cost, self.error
+        if cost is None or error is None or trust(error) >= 1.0:
+            return cost
+        return cost.scaled(1.0 / (1.0 + error))
+
+    def reported(self, report: EngineReport) -> None:
+        """Take in telemetry."""
+        self.report = report
+        self._judge()
+
+    def _judge(self) -> None:
+        """Decide which cost to reckon with."""
+        fit, error = self.report.cost, self.report.fit_error
+        if fit is None:
+            fit, error = self.traffic_fit.cost(), self.traffic_fit.error()
+        if fit is not None and not fit.step_s(1) > 0.0:
+            fit = None  # a step that takes no time was not measured
+        self.error = None if fit is None else error
+        believed, share = self._believed, trust(error)
+        self.doubted = False
+        if fit is None:
+            self._cost = believed = None
+        elif share >= 1.0:
+            self._cost = believed = fit
+        elif believed is not None:
+            self._cost = trusted_cost(fit, error, believed)
+        else:
+            self.doubted = share > 0.0
+            self._cost = fit if share > 0.0 else None
+        self._believed = believed
+
+    def restarted(self, spec: EngineSpec, state: EngineState) -> None:
+        """Forget what a restart makes untrue; calls in flight stay until their driver ends them."""
+        self.spec = spec
+        self.slots = spec.max_num_seqs or _DEFAULT_SLOTS
+        self.state = state
+        self.report = EngineReport()
+        self.prefixes = PrefixIndex(spec.kv_tokens)
+        self.traffic_fit = CostFit(min_steps=12)
+        self._believed = None
+        self._judge()
+
+    def placed(self, entry: InFlight) -> None:
+        """Account for a call sent here."""
+        self.in_flight[entry.call.call_id] = entry
+        self._unanswered += 1
+        self._queued_prefill += entry.placement.uncached_tokens
+        self._context += entry.call.prompt_tokens
+        self._waiting[entry.call.call_id] = entry
+        self._left[entry.call.call_id] = left = entry.output_left()
+        self._left_sum += left
+        if entry.starts_s is not None:
+            heappush(self._unseen, (entry.starts_s, entry.call.call_id))
+        self.prefixes.add(entry.call)
+
+    def started(self, entry: InFlight) -> None:
+        """Account for the first token of a call: its prefill is done."""
+        self._unanswered -= 1
+        self._prefilled(entry.call.call_id)
+        self.progressed(entry)
+
+    def presume(self, now: float) -> None:
+        """Take calls for started whose first token is due by ``now`` and will not be seen."""
+        while self._unseen and self._unseen[0][0] <= now:
+            self._prefilled(heappop(self._unseen)[1])
+
+    def _prefilled(self, call_id: str) -> None:
+        entry = self._waiting.pop(call_id, None)
+        if entry is not None:
+            self._queued_prefill -= entry.placement.uncached_tokens
+
+    def progressed(self, entry: InFlight) -> None:
+        """Account for what a call has written, or is expected to write, since it was told last."""
+        left, call_id = entry.output_left(), entry.call.call_id
+        self._left_sum += left - self._left[call_id]
+        self._left[call_id] = left
+
+    def removed(self, call_id: str) -> InFlight | None:
+        """Account for the end of a call, however it ended."""
+        entry = self.in_flight.pop(call_id, None)
+        if entry is not None:
+            self._context -= entry.call.prompt_tokens
+            self._unanswered -= not entry.started
+            self._prefilled(call_id)
+            self._left_sum -= self._left.pop(call_id)
+        return entry
+
+    def learn(self, entry: InFlight, result: CallResult, now: float) -> None:
+        """Fit the step cost from a call that ended, where the engine does not report its own."""
+        if self.report.cost is not None or not result.output_tokens:
+            return
+        batch = (entry.batch + len(self.in_flight) + 1) / 2
+        if entry.batch > self.slots:
+            return  # it queued in the engine for an unknown time
+        prompt = result.prompt_tokens or entry.call.prompt_tokens
+        uncached = entry.placement.uncached_tokens
+        if result.cached_tokens is not None:
+            uncached = max(prompt - result.cached_tokens, 1)
+        context = prompt + result.output_tokens / 2
+        seconds = now - entry.placed_s
+        before = self.traffic_fit.cost()
+        self.traffic_fit.observe_call(result.output_tokens, batch, context, uncached, seconds)
+        if self.traffic_fit.cost() is not before:
+            self._judge()
+
+    def speed(self) -> float:
+        """Return usual calls per second, one at a time: as configured, else by measured cost."""
+        told = self.spec.speed
+        return solo_speed(self.cost() or UNMEASURED) if told is None else told
+
+    @property
+    def calls(self) -> int:
+        """Calls in flight here, of this coordinator and others."""
+        return len(self.in_flight) + self.elsewhere.calls
+
+    def outstanding_tokens(self) -> int:
+        """Return prompt tokens to prefill plus output tokens to come."""
+        return self._queued_prefill + self._left_sum
+
+    def own(self) -> Elsewhere:
+        """Return what is placed here, for those to whom it is elsewhere."""
+        tokens = self._queued_prefill, self._context, self._left_sum
+        return Elsewhere(len(self.in_flight), *tokens)
+
+    def context_tokens(self) -> int:
+        """Return prompt tokens of all calls here."""
+        return self._context + self.elsewhere.context_tokens
+
+    def queued_prefill_tokens(self) -> int:
+        """Return prompt tokens of calls whose first token has not come."""
+        return self._queued_prefill
+
+    def solo_s(self, demand: Demand, cost: StepCost) -> float:
+        """Return the call's time alone on the idle engine without prefix cache (t_comp)."""
+        call = demand.call
+        step = cost.step_s(1, call.prompt_tokens)
+        return cost.prefill_s(call.prompt_tokens) + demand.output_tokens * step
+
+    def room(self, depth: int) -> bool:
+        """Return whether fewer than ``depth`` calls are here beyond the sequence slots."""
+        if self.state is EngineState.TRIAL and self._unanswered:
+            return False
+        return len(self.in_flight) + self.elsewhere.calls < self.slots + depth
+
+    def token_s(self, cost: StepCost) -> float:
+        """Return the seconds of an output token with one more call here, prefill included."""
+        calls = len(self.in_flight) + self.elsewhere.calls + 1
+        batch = min(self.slots, calls)
+        context = self._context + self.elsewhere.context_tokens
+        step = cost.step_s(batch, context * batch / calls)
+        return step / (1.0 - min(self.report.prefill_share or 0.0, _MAX_SHARE))
+
+    def forecast(
+        self, demand: Demand, cost: StepCost, claims: int = 0, *, affinity: bool = True
+    ) -> Forecast:
+        """Return what placing ``demand`` here now would mean under ``cost``.
+
+        Calls that have not started and are due earlier are ahead of it when the engine orders
+        them; all are when it does not.
+
+        Args:
+            demand: the call.
+            cost: the engine's step cost.
+            claims: more urgent calls that are waiting for this engine elsewhere.
+            affinity: count what the prefix cache saves.
+        """
+        call = demand.call
+        cached = self.prefixes.match(call) if affinity else 0
+        uncached = max(call.prompt_tokens - cached, 1)
+        ahead, prefill_ahead = self._ahead(demand)
+        step = self.token_s(cost)
+        own_prefill = cost.prefill_s(uncached, cached)
+        queued = len(self.in_flight) + self.elsewhere.calls + claims - self.slots
+        wait_tokens = self._slot_wait_tokens(queued, ahead, claims) if queued >= 0 else 0.0
+        return Forecast(
+            wait_s=wait_tokens * step,
+            prefill_s=cost.prefill_s(prefill_ahead) + own_prefill if ahead else own_prefill,
+            decode_s=demand.output_tokens * step,
+            delay_others_s=self._delay_s(own_prefill, demand, cost),
+            uncached_tokens=uncached,
+        )
+
+    def _ahead(self, demand: Demand) -> tuple[int, int]:
+        """Return the calls that prefill before a new one, and their tokens to prefill."""
+        if self.spec.kind is EngineKind.FCFS:
+            tokens = self._queued_prefill + self.elsewhere.prefill_tokens
+            return len(self._waiting) + (self.elsewhere.prefill_tokens > 0), tokens
+        if not self._waiting:
+            return 0, 0
+        count = tokens = 0
+        for entry in self._waiting.values():
+            placement = entry.placement
+            if placement.due_s <= demand.due_s:
+                count += 1
+                tokens += placement.uncached_tokens
+        return count, tokens
+
+    def _slot_wait_tokens(self, queued: int, ahead: int, claims: int) -> float:
+        """Return decode steps until a slot is free for the call after ``ahead`` others."""
+        position = min(queued, ahead + claims)
+        left = sorted(self._left.values()) or [0]
+        rounds, index = divmod(position, max(self.slots, 1))
+        mean = self._left_sum / len(left)
+        return left[min(index, len(left) - 1)] + rounds * mean
+
+    def _delay_s(self, own_prefill_s: float, demand: Demand, cost: StepCost) -> float:
+        """Return the time the call adds to all others: its prefill stalls them, its row slows."""
+        others = len(self.in_flight)
+        decoding = min(others - len(self._waiting), self.slots)
+        left = self._left_sum / max(others, 1)
+        row_s = cost.c1 + cost.c2 * demand.call.prompt_tokens
+        return own_prefill_s * others + row_s * min(demand.output_tokens, left) * decoding
 
 
 class Engines:

@@ -33,9 +33,9 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.calls import Demand
 from hexgen_vllm.policy.dispatch import Choice, Dispatch, costs
-from hexgen_vllm.policy.load import EngineLoad
-from hexgen_vllm.policy.values import Demand
+from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.types import Call
 
 FIRST: Final = 1.5

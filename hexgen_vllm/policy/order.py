@@ -28,13 +28,13 @@ from heapq import heappop, heappush
 from typing import Generic, Protocol, TypeVar
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.slack import latest_start
 from hexgen_vllm.policy.urgency import (
     BATCH_S,
     LAST_RANK,
     background_key,
     batch_key,
     late_key,
+    latest_start,
 )
 from hexgen_vllm.types import NO_DEADLINE
 

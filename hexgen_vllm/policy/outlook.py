@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from hexgen_vllm.policy.values import Tail
+from hexgen_vllm.policy.calls import Tail
 from hexgen_vllm.policy.workflow import NOTHING, Shapes, Workflows
 from hexgen_vllm.types import Call, CallResult
 

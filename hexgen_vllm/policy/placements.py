@@ -8,6 +8,7 @@ from typing import Any, Final
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.policy import rivals
+from hexgen_vllm.policy.calls import Demand
 from hexgen_vllm.policy.dispatch import (
     Choice,
     Dispatch,
@@ -16,9 +17,8 @@ from hexgen_vllm.policy.dispatch import (
     LeastOutstanding,
     RoundRobin,
 )
-from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.policy.marginal_cost import MarginalCost
-from hexgen_vllm.policy.values import Demand
 
 Placer = Callable[[DispatchOptions], Any]
 

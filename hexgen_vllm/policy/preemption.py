@@ -9,7 +9,7 @@ worse, or if it has the same rank and no deadline while c has one. It is a *peer
 same rank and both have deadlines. A call of a better rank is never displaced, nor is a call
 without deadline by another one of its rank.
 
-Formula. With L the latest start (:mod:`hexgen_vllm.policy.slack`) and ``redo_s`` the seconds that
+Formula. With L the latest start (:mod:`hexgen_vllm.policy.urgency`) and ``redo_s`` the seconds that
 v needs to compute again what it would lose:
 
     gain(v) = L_v - redo_s(v) - L_c

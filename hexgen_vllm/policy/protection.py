@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.demand import Estimates
-from hexgen_vllm.policy.held import HeldCalls
-from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.calls import Demand
+from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.overload import entry_margin, over_bounds
-from hexgen_vllm.policy.values import Demand
+from hexgen_vllm.policy.queue import HeldCalls
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE
 

@@ -23,9 +23,9 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.calls import Demand
 from hexgen_vllm.policy.dispatch import Choice, Dispatch
-from hexgen_vllm.policy.load import EngineLoad
-from hexgen_vllm.policy.values import Demand
+from hexgen_vllm.policy.engines import EngineLoad
 
 _BLOCK_TOKENS: Final = 16
 _MAX_WORKFLOWS: Final = 100_000

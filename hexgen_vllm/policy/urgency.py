@@ -1,9 +1,8 @@
-"""A min-heap whose entries can be removed and re-keyed: the order of waiting calls.
+"""The order of waiting calls: their keys, and a min-heap whose entries can be removed and re-keyed.
 
-Rank: the client's priority as vLLM has it, a whole number, lower first; it outranks every key.
-Key: any number of :mod:`hexgen_vllm.policy.slack` (a latest start, a deadline, an arrival), in
-seconds; the smallest goes first. Ties break by arrival, then by order of insertion, so the order
-is total and the same input gives the same output.
+Rank: the client's priority as vLLM has it, a whole number, lower first; it outranks every key. Key:
+a latest start, a deadline or an arrival, in seconds; the smallest goes first. Ties break by
+arrival, then by order of insertion, so the order is total and the same input gives the same output.
 
 Cost: push, pop, remove and re-key are O(log n) amortised; peek is O(1) amortised. Removal only
 forgets the entry; the heap drops it when it surfaces, and is rebuilt when more than half of it is
@@ -13,6 +12,25 @@ What it can starve: a rank waits as long as calls of lower ones come, as in stoc
 as long as keys are absolute times, a waiting key stands still while the keys
 of newcomers grow with the clock, so nothing waits behind newcomers for ever. A key that is not a
 time, such as :func:`background_key`, has no such promise: its owner must age it.
+
+Two ways to share a workflow's budget among its calls give the keys. End-to-end (ours, ``slack``): a
+call of workflow w on engine e has
+
+    L = D - R - T        latest start
+    slack(now) = L - now
+
+with D the workflow's deadline, R the predicted critical path after the call and T the call's
+service time on e. While D, R and T stand, the order of L never changes with time.
+
+Per stage (HEXGEN-TEXT2SQL, arXiv 2505.05286, and its public code, ``hexgen``): when a call
+arrives at time a, its stage gets the share of the remaining budget that its own time has in the
+remaining work, and the call with the largest urgency goes first:
+
+    b = (D - a) * T / (T + R)
+    U(now) = T - (b - (now - a))
+
+All U grow by one second per second, so that largest U first is smallest ``a + b - T`` first: a
+static key again.
 """
 
 from __future__ import annotations
@@ -23,20 +41,50 @@ from collections.abc import Hashable, Iterator
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
-
 LATE_S: Final = 1e10
 """Added to the key of calls that cannot be on time any more; beyond any deadline."""
-
 BATCH_S: Final = 1e11
 """Added to the key of calls without deadline; beyond any other, and microseconds still tell."""
-
 BACKGROUND_S: Final = 1e12
 """Added to the key of background calls; beyond any time or deadline that a call can have."""
-
 LAST_RANK: Final = 1 << 63
 """Rank of background calls; vLLM's priorities are 64 bits wide, so it comes after all of them."""
-
 _REBUILD_LEAST: Final = 64
+
+
+def latest_start(deadline_s: float, tail_s: float, service_s: float) -> float:
+    """Return L, the last moment at which the call can start and the workflow still be on time.
+
+    Args:
+        deadline_s: D, absolute seconds; ``inf`` gives ``inf``.
+        tail_s: R, seconds.
+        service_s: T, seconds.
+    """
+    return deadline_s - tail_s - service_s
+
+
+def slack(latest_start_s: float, now: float) -> float:
+    """Return the seconds left until the latest start; negative when it has passed."""
+    return latest_start_s - now
+
+
+def stage_budget(budget_s: float, service_s: float, tail_s: float) -> float:
+    """Return b, the paper's share of ``budget_s`` for a stage before ``tail_s`` of other work."""
+    work_s = service_s + tail_s
+    return budget_s if work_s <= 0 else budget_s * service_s / work_s
+
+
+def hexgen_key(arrived_s: float, deadline_s: float, tail_s: float, service_s: float) -> float:
+    """Return the paper's order as a static key: smallest first is largest urgency first."""
+    if math.isinf(deadline_s):
+        return deadline_s
+    budget_s = stage_budget(deadline_s - arrived_s, service_s, tail_s)
+    return arrived_s + budget_s - service_s
+
+
+def hexgen_urgency(key_s: float, now: float) -> float:
+    """Return U at ``now`` of a call with :func:`hexgen_key` ``key_s``."""
+    return now - key_s
 
 
 def late_key(work_s: float) -> float:

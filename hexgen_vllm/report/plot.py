@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.metrics.summary import attainment, percentile
+from hexgen_vllm.report.summary import attainment, percentile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
-from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
+from hexgen_vllm.records import CallRecord, WorkflowRecord
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from hexgen_vllm.metrics.summary import spread
+from hexgen_vllm.report.summary import spread
 
 Row = Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""Who may ask for what: client keys and admin keys.
+"""Who may ask for what: client keys and admin keys, web pages of other origins, TLS.
 
 A key is shown as ``Authorization: Bearer KEY``, the scheme in any case and any blanks around the
 key, or as Anthropic's SDKs do, ``x-api-key: KEY``.
@@ -6,15 +6,17 @@ key, or as Anthropic's SDKs do, ``x-api-key: KEY``.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
+from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.claims import MAX_PRIORITY, Ceiling
-from hexgen_vllm.router import answers
-from hexgen_vllm.router.http_request import Request
+from hexgen_vllm.router import errors
+from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.routes import Access, Route
 from hexgen_vllm.router.tenants import (
@@ -26,7 +28,55 @@ from hexgen_vllm.router.tenants import (
     read_keys,
 )
 
+_METHODS: Final = "DELETE, GET, HEAD, OPTIONS, POST"
+_EXPOSED: Final = "Retry-After, X-Request-ID, x-hexgen-engine, x-llm-d-request-dropped-reason"
+_MAX_AGE_S: Final = 600
 KEY_HEADER: Final = "x-api-key"
+
+
+class Cors:
+    """Adds the headers that browsers ask for.
+
+    Args:
+        options: the origins.
+    """
+
+    def __init__(self, options: RouterOptions) -> None:
+        self._origins = frozenset(options.allowed_origins)
+        self._credentials = options.allow_credentials
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any page may call."""
+        return bool(self._origins)
+
+    def preflight(self, request: Request) -> web.Response | None:
+        """Return the answer to a preflight request, ``None`` if ``request`` is none."""
+        asked = request.headers.get("Access-Control-Request-Method")
+        if request.method != "OPTIONS" or asked is None or not self.enabled:
+            return None
+        headers = {
+            "Access-Control-Allow-Methods": _METHODS,
+            "Access-Control-Allow-Headers": request.headers.get(
+                "Access-Control-Request-Headers", ""
+            ),
+            "Access-Control-Max-Age": str(_MAX_AGE_S),
+        }
+        return web.Response(status=204, headers=headers)
+
+    def mark(self, request: Request, response: web.StreamResponse) -> None:
+        """Add to ``response``, before it is sent, what lets the asking page read it."""
+        origin = request.headers.get("Origin")
+        if origin is None or not (origin in self._origins or "*" in self._origins):
+            return
+        headers = response.headers
+        everybody = "*" in self._origins and not self._credentials
+        headers["Access-Control-Allow-Origin"] = "*" if everybody else origin
+        headers["Access-Control-Expose-Headers"] = _EXPOSED
+        if not everybody:
+            headers.add("Vary", "Origin")
+        if self._credentials:
+            headers["Access-Control-Allow-Credentials"] = "true"
 
 
 class Keys:
@@ -110,12 +160,12 @@ class Keys:
             return None if admin else _no_key("A valid admin API key is needed.")
         if not self._everybody:
             text = "Admin endpoints are off: the router has no admin API key."
-            return answers.error_response(text, 403, code="admin_disabled")
+            return errors.error_response(text, 403, code="admin_disabled")
         origin = request.headers.get("Origin")
         if origin is not None and origin not in self._origins:
             # A page that a browser on this network shows is not the operator.
             text = "Web pages may not use admin endpoints."
-            return answers.error_response(text, 403, code="origin_not_allowed")
+            return errors.error_response(text, 403, code="origin_not_allowed")
         return None
 
 
@@ -134,4 +184,46 @@ def shown_keys(names: Mapping[str, str]) -> list[str]:
 
 def _no_key(text: str) -> web.Response:
     headers = {"WWW-Authenticate": "Bearer"}
-    return answers.error_response(text, 401, code="invalid_api_key", headers=headers)
+    return errors.error_response(text, 401, code="invalid_api_key", headers=headers)
+
+
+def for_clients(options: RouterOptions) -> ssl.SSLContext | None:
+    """Return what the router serves HTTPS with, ``None`` for HTTP.
+
+    Raises:
+        ConfigError: a file does not hold what it should.
+    """
+    if options.ssl_certfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, password=_no_password)
+        if options.ssl_ca_certs is not None:
+            context.load_verify_locations(options.ssl_ca_certs)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ValueError) as error:
+        raise _unusable("ssl_certfile, ssl_keyfile and ssl_ca_certs", error) from None
+    return context
+
+
+def for_engines(options: RouterOptions) -> ssl.SSLContext | bool:
+    """Return what https engines are checked with; true for the system's authorities.
+
+    Raises:
+        ConfigError: the file holds no certificates.
+    """
+    if options.engine_ssl_ca_certs is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=options.engine_ssl_ca_certs)
+    except OSError as error:
+        raise _unusable("engine_ssl_ca_certs", error) from None
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted")  # or OpenSSL would ask at the terminal
+
+
+def _unusable(names: str, error: Exception) -> ConfigError:
+    why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+    return ConfigError(f"{names} cannot be used: {why}.")

@@ -23,14 +23,14 @@ from aiohttp import web
 from yarl import URL
 
 from hexgen_vllm.errors import BadRequest, ConfigError
+from hexgen_vllm.router.addresses import AllowedHosts
+from hexgen_vllm.router.calls.intake import fields
 from hexgen_vllm.router.context import Context, read_body
-from hexgen_vllm.router.fleet import Engine
-from hexgen_vllm.router.hosts import AllowedHosts
-from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.intake import fields
+from hexgen_vllm.router.engines.fleet import Engine
+from hexgen_vllm.router.engines.probe import Found, Unreachable
+from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.options import Worker, parse_worker
-from hexgen_vllm.router.probe import Found, Unreachable
-from hexgen_vllm.router.workers import worker_view
+from hexgen_vllm.router.status.overview import worker_view
 
 _FIELDS: Final = frozenset(("url", "name", "model", "model_id"))
 _LOG = logging.getLogger(__name__)

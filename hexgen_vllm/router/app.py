@@ -1,44 +1,169 @@
-"""The router's HTTP server: routes, keys, errors, and its life from start to drained."""
+"""The router's HTTP server: routes, keys, errors, and its life from start to drained.
+
+Metrics and health may have a port of their own, so that scrapers need not reach the one for calls.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from dataclasses import replace
 from typing import Final
 
+import aiohttp
 from aiohttp import web
 
 from hexgen_vllm import descriptors
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.errors import ConfigError, HexgenError
-from hexgen_vllm.router import answers, tls
+from hexgen_vllm.errors import BadRequest, ConfigError, HexgenError
+from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.router import access, errors
+from hexgen_vllm.router.access import Cors, Keys
+from hexgen_vllm.router.addresses import ServedHosts, is_loopback
 from hexgen_vllm.router.admin import Admin
-from hexgen_vllm.router.context import Context, new_context, shutting_down
-from hexgen_vllm.router.cors import Cors
-from hexgen_vllm.router.hosts import ServedHosts, is_loopback
-from hexgen_vllm.router.http_request import SENT, Request
-from hexgen_vllm.router.http_server import Server
-from hexgen_vllm.router.keys import Keys
-from hexgen_vllm.router.metrics import without_tenants
-from hexgen_vllm.router.metrics_port import MetricsPort
+from hexgen_vllm.router.calls.intake import Intake
+from hexgen_vllm.router.calls.keep_alive import KeepAlives
+from hexgen_vllm.router.calls.prompt import TokenRatios
+from hexgen_vllm.router.calls.retry import RetryPolicy
+from hexgen_vllm.router.calls.stored import Stored
+from hexgen_vllm.router.context import Context, shutting_down
+from hexgen_vllm.router.engines.attempt import Guard
+from hexgen_vllm.router.engines.discovery.discovery import Discovery, DiscoveryMetrics
+from hexgen_vllm.router.engines.fleet import Fleet
+from hexgen_vllm.router.engines.health import Stalls, Watchers
+from hexgen_vllm.router.engines.probe import Probe
+from hexgen_vllm.router.engines.upstream import new_session
+from hexgen_vllm.router.http.errors import why
+from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT, Request
+from hexgen_vllm.router.http.server import Handle, Server
+from hexgen_vllm.router.metrics import Metrics, without_tenants
+from hexgen_vllm.router.observe.ledger import Ledger
+from hexgen_vllm.router.observe.recorder import Recorder
+from hexgen_vllm.router.observe.tracing import Tracing
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.outbound import REQUEST_ID_HEADER
-from hexgen_vllm.router.pages import Pages
+from hexgen_vllm.router.processes.shard import Shard
+from hexgen_vllm.router.processes.spot import PROCESS_HEADER, Spot
 from hexgen_vllm.router.relay import Relay
-from hexgen_vllm.router.routes import Parts, Routes
-from hexgen_vllm.router.shard import Shard
-from hexgen_vllm.router.spot import PROCESS_HEADER, Spot
-from hexgen_vllm.router.tenants import ANYBODY
-from hexgen_vllm.router.upstream import new_session
+from hexgen_vllm.router.routes import Parts, Routes, monitors
+from hexgen_vllm.router.service import Service
+from hexgen_vllm.router.status.pages import Pages
+from hexgen_vllm.router.tenants import ANYBODY, DEFAULT_TENANT, Client
+from hexgen_vllm.router.tuning import Tuning
+from hexgen_vllm.tune.recent import Ring
 
+_MAX_BODY_BYTES: Final = 0
+_CLOSE_METRICS_S: Final = 0.1
+_SCRAPER: Final = Client(DEFAULT_TENANT)
 _LOG = logging.getLogger(__name__)
 METRICS_PATH: Final = "/metrics"
 _TICK_S: Final = 0.5
 _BACKLOG: Final = 2048  # a full one makes kernels reset connections
 _CLOSE_S: Final = 0.5  # 0 would mean for ever
 _LAST_WORDS_S: Final = 1.0  # for telling clients that their calls were cut off
+
+
+def new_context(
+    options: RouterOptions,
+    dispatch: DispatchOptions,
+    clock: Clock,
+    session: aiohttp.ClientSession,
+) -> Context:
+    """Make the parts of a router; nothing runs yet."""
+    ledger, ratios = Ledger(), TokenRatios()
+    ring = Ring(options.tune_ring)
+    recorder = None if options.tune == "off" else Recorder(ring)
+    service = Service(Coordinator(options.bounded(dispatch)), clock, ledger, recorder)
+    tuning = None
+    if recorder is not None:
+        tuning = Tuning(options, service.coordinator, clock, ring, service.retune)
+    guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
+    fleet = Fleet(options, service, guard)
+    watchers = Watchers(fleet, service, Probe(session, options), options, clock)
+    discovery = Discovery(options, fleet, watchers, clock)
+    metrics = Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner)
+    metrics.add(DiscoveryMetrics(discovery))
+    return Context(
+        options=options,
+        clock=clock,
+        epoch_s=clock.now(),
+        ledger=ledger,
+        service=service,
+        guard=guard,
+        stalls=Stalls(options, fleet, guard, service.coordinator),
+        fleet=fleet,
+        watchers=watchers,
+        discovery=discovery,
+        ratios=ratios,
+        intake=Intake(ratios, dispatch.default_deadline_s, options.request_id_headers),
+        retries=RetryPolicy(options, random.Random()),
+        stored=Stored(),
+        keep_alives=KeepAlives(options.sse_keep_alive_interval),
+        metrics=metrics,
+        tracing=open_tracing(options.otlp_traces_endpoint, dispatch.policy),
+        session=session,
+        tuning=tuning,
+    )
+
+
+def open_tracing(endpoint: str | None, policy: str) -> Tracing:
+    """Return what traces calls: nothing without an ``endpoint``.
+
+    Raises:
+        ConfigError: the packages that sending needs are missing, or the endpoint is wrong.
+    """
+    if endpoint is None:
+        return Tracing()
+    try:
+        from hexgen_vllm.router.observe import otel
+    except ImportError:
+        raise ConfigError(
+            "otlp_traces_endpoint needs OpenTelemetry (pip install 'hexgen-vllm[otel]')."
+        ) from None
+    return otel.OtelTracing(otel.exporter(endpoint), policy)
+
+
+class MetricsPort:
+    """Serves what needs no key and is no call.
+
+    Args:
+        handle: answers requests of the router.
+        host: address to listen on.
+        port: port to listen on.
+        shared: other processes listen there too, and answer alike.
+    """
+
+    def __init__(self, handle: Handle, host: str, port: int, *, shared: bool) -> None:
+        self._handle, self._host, self._port, self._shared = handle, host, port, shared
+        self._runner: web.ServerRunner | None = None
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        server = Server(self._answer, max_body_bytes=_MAX_BODY_BYTES)
+        self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_METRICS_S)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self._port, reuse_port=self._shared)
+        try:
+            await site.start()
+        except OSError as error:
+            where = f"{self._host}:{self._port}"
+            raise ConfigError(f"cannot listen on {where} for metrics: {why(error)}.") from error
+
+    async def stop(self) -> None:
+        """Close everything."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _answer(self, request: Request) -> web.StreamResponse:
+        if monitors(request.path):
+            request.client = _SCRAPER
+            return await self._handle(request)
+        return errors.from_error(BadRequest("There is no such endpoint.", status=404), None)
 
 
 def _for_everybody(response: web.StreamResponse) -> web.StreamResponse:
@@ -79,7 +204,7 @@ class Router:
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.ServerRunner | None = None
         self._metrics_port: MetricsPort | None = None
-        self._tls = tls.for_clients(options)
+        self._tls = access.for_clients(options)
         # A browser would not take our certificate for another name, nor show it a key.
         open_here = self._tls is None and not options.api_key and is_loopback(options.host)
         self._hosts = ServedHosts(options.allowed_hosts) if open_here else None
@@ -284,14 +409,14 @@ class Router:
                     return taken
             return await handler(request)
         except HexgenError as error:
-            return answers.from_error(error, None)
+            return errors.from_error(error, None)
         except (web.HTTPException, ConnectionError):
             raise
         except Exception:
             _LOG.exception("request failed path=%s", request.path)
-            return answers.from_error(HexgenError(), None)
+            return errors.from_error(HexgenError(), None)
 
 
 def _wrong_host() -> web.Response:
     text = "This router does not go by that name; --allowed-hosts can allow it."
-    return answers.error_response(text, 403, code="host_not_allowed")
+    return errors.error_response(text, 403, code="host_not_allowed")

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 import aiohttp
 from aiohttp import web
 
 from hexgen_vllm.clock import Clock
-from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import BadRequest, Refused
-from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.router.answers import Outcome, refused
-from hexgen_vllm.router.attempt import Guard
-from hexgen_vllm.router.discovery.discovery import Discovery
-from hexgen_vllm.router.discovery.metrics import DiscoveryMetrics
-from hexgen_vllm.router.fleet import Fleet
-from hexgen_vllm.router.http_body import LateBody
-from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.intake import Intake
-from hexgen_vllm.router.keep_alive import KeepAlives
-from hexgen_vllm.router.ledger import Ledger
+from hexgen_vllm.router.calls.intake import Intake
+from hexgen_vllm.router.calls.keep_alive import KeepAlives
+from hexgen_vllm.router.calls.prompt import TokenRatios
+from hexgen_vllm.router.calls.retry import RetryPolicy
+from hexgen_vllm.router.calls.stored import Stored
+from hexgen_vllm.router.engines.attempt import Guard
+from hexgen_vllm.router.engines.discovery.discovery import Discovery
+from hexgen_vllm.router.engines.fleet import Fleet
+from hexgen_vllm.router.engines.health import Stalls, Watchers
+from hexgen_vllm.router.errors import Outcome, refused
+from hexgen_vllm.router.http.messages import LateBody, Request
 from hexgen_vllm.router.metrics import Metrics
+from hexgen_vllm.router.observe.ledger import Ledger
+from hexgen_vllm.router.observe.tracing import Tracing
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.probe import Probe
-from hexgen_vllm.router.prompt import TokenRatios
-from hexgen_vllm.router.recorder import Recorder
-from hexgen_vllm.router.retry import RetryPolicy
 from hexgen_vllm.router.service import Service
-from hexgen_vllm.router.stalls import Stalls
-from hexgen_vllm.router.stored import Stored
-from hexgen_vllm.router.tracing import Tracing, open_tracing
 from hexgen_vllm.router.tuning import Tuning
-from hexgen_vllm.router.watchers import Watchers
-from hexgen_vllm.tune.recent import Ring
 
 
 @dataclass(slots=True)
@@ -180,46 +171,3 @@ async def read_body(request: Request) -> bytes:
         raise BadRequest("The body came too slowly.", status=408, code="body_timeout") from None
     except web.RequestPayloadError:
         raise BadRequest("The body could not be read.", code="bad_body") from None
-
-
-def new_context(
-    options: RouterOptions,
-    dispatch: DispatchOptions,
-    clock: Clock,
-    session: aiohttp.ClientSession,
-) -> Context:
-    """Make the parts of a router; nothing runs yet."""
-    ledger, ratios = Ledger(), TokenRatios()
-    ring = Ring(options.tune_ring)
-    recorder = None if options.tune == "off" else Recorder(ring)
-    service = Service(Coordinator(options.bounded(dispatch)), clock, ledger, recorder)
-    tuning = None
-    if recorder is not None:
-        tuning = Tuning(options, service.coordinator, clock, ring, service.retune)
-    guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
-    fleet = Fleet(options, service, guard)
-    watchers = Watchers(fleet, service, Probe(session, options), options, clock)
-    discovery = Discovery(options, fleet, watchers, clock)
-    metrics = Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner)
-    metrics.add(DiscoveryMetrics(discovery))
-    return Context(
-        options=options,
-        clock=clock,
-        epoch_s=clock.now(),
-        ledger=ledger,
-        service=service,
-        guard=guard,
-        stalls=Stalls(options, fleet, guard, service.coordinator),
-        fleet=fleet,
-        watchers=watchers,
-        discovery=discovery,
-        ratios=ratios,
-        intake=Intake(ratios, dispatch.default_deadline_s, options.request_id_headers),
-        retries=RetryPolicy(options, random.Random()),
-        stored=Stored(),
-        keep_alives=KeepAlives(options.sse_keep_alive_interval),
-        metrics=metrics,
-        tracing=open_tracing(options.otlp_traces_endpoint, dispatch.policy),
-        session=session,
-        tuning=tuning,
-    )

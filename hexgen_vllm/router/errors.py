@@ -15,8 +15,12 @@ from typing import Any, Final, NamedTuple
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
-from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.outbound import REQUEST_ID_HEADER, SERVER
+from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SERVER, Request
+
+
+class ClientGone(Exception):  # noqa: N818 - not a defect
+    """The client closed its connection, or does not read from it."""
+
 
 _LOG = logging.getLogger(__name__)
 _LOGGED_BYTES: Final = 2000
@@ -30,7 +34,6 @@ _ADDRESS: Final = re.compile(
     rb"\b\d{1,3}(?:\.\d{1,3}){3}:\d|(?:/[\w.-]+){2,}\.(?:py|so)\b|0x[0-9a-f]{8}"
 )
 _EVENT_DATA: Final = re.compile(rb"(^data: ?)([^\n\r]+)", re.M)
-
 REASON_HEADER: Final = "x-llm-d-request-dropped-reason"
 """Reason of a refusal because the router cannot have more connections."""
 

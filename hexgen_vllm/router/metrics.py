@@ -1,39 +1,256 @@
 """The router's metrics in Prometheus form, ``hexgen_router_*``; docs/metrics.md lists them.
 
-Counters are read from the :class:`~hexgen_vllm.router.ledger.Ledger` and the coordinator when they
-are asked for, so that a call pays for a few integer additions. Labels are bounded: endpoints,
-engines and reason words, and of the names that clients choose (workflow types, tenants, models)
-so many as :class:`~hexgen_vllm.router.labels.Names` tells apart; never workflows or requests.
+Counters are read from the :class:`~hexgen_vllm.router.observe.ledger.Ledger` and the coordinator
+when they are asked for, so that a call pays for a few integer additions. Labels are bounded:
+endpoints, engines and reason words, and of the names that clients choose (workflow types, tenants,
+models) so many as :class:`~hexgen_vllm.router.observe.ledger.Names` tells apart; never workflows or
+requests.
+
+So are the time that open calls have to spare, and what waits. Histograms of times are cheap to add
+to: a call adds to three of them.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Final
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from hexgen_vllm import __version__
-from hexgen_vllm.policy.load import EngineLoad
-from hexgen_vllm.router.answers import Fault, Outcome
+from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
+from hexgen_vllm.policy.protection import OpenCall
+from hexgen_vllm.router.calls.call import Job
 from hexgen_vllm.router.endpoints import ENDPOINT_NAMES
-from hexgen_vllm.router.families import counter, gauge
-from hexgen_vllm.router.fleet import Fleet
-from hexgen_vllm.router.job import Job
-from hexgen_vllm.router.ledger import Ledger
-from hexgen_vllm.router.outcomes import Outcomes
-from hexgen_vllm.router.pressure import Pressure
+from hexgen_vllm.router.engines.fleet import Fleet
+from hexgen_vllm.router.errors import Fault, Outcome
+from hexgen_vllm.router.observe.families import PREFIX, counter, gauge
+from hexgen_vllm.router.observe.ledger import OTHER, Ledger, Names, Outcomes
 from hexgen_vllm.router.service import Service
-from hexgen_vllm.router.timings import Timings
-from hexgen_vllm.router.usage import Usages
 from hexgen_vllm.tune.online import EVENTS, OnlineTuner
-from hexgen_vllm.types import Call
+from hexgen_vllm.types import Call, CallResult
 
+SLACK_BOUNDS_S: Final = (-60.0, -10.0, -5.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the slack buckets, seconds; one more bucket holds the rest."""
+RISKY_SHARE: Final = 0.1
+"""A workflow with less slack than this share of its budget is at risk."""
+BOUNDS_S: Final = [
+    0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
+]  # fmt: skip
+"""Upper bounds of the buckets, seconds; one more bucket holds the rest."""
+MAX_TENANTS: Final = 64
+MAX_MODELS: Final = 64
+_KINDS: Final = ("prompt", "cached", "output")
 _NAMES_TENANT: Final = re.compile(rb'[a-z_]+\{(?:[^}]*,)?(?:tenant|type)="')
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Margin(NamedTuple):
+    """An open call and the seconds its workflow has to spare, demoted or not."""
+
+    entry: OpenCall
+    slack_s: float
+
+    @property
+    def at_risk(self) -> bool:
+        """Whether its workflow will be late, or nearly."""
+        run = self.entry.run
+        return self.slack_s < RISKY_SHARE * max(run.deadline_s - run.started_s, 0.0)
+
+
+def margins(coordinator: Coordinator, now: float) -> Iterator[Margin]:
+    """Yield every open call.
+
+    One on an engine has what lies between its predicted end and when it is due; one that waits
+    has the same for the fastest engine that takes it, should it start now.
+    """
+    for entry in coordinator.open_calls.values():
+        yield Margin(entry, _slack_s(coordinator, entry, now))
+
+
+def _slack_s(coordinator: Coordinator, entry: OpenCall, now: float) -> float:
+    demand = entry.demand
+    call_id = demand.call.call_id
+    flight = None if entry.engine is None else entry.engine.in_flight.get(call_id)
+    if flight is not None:
+        end_s = max(flight.placement.finish_s or now, now)
+    else:
+        able = (e for e in coordinator.engines.values() if e.serves(demand.call))
+        alone_s = (e.solo_s(demand, e.cost() or UNMEASURED) for e in able)
+        end_s = now + min(alone_s, default=0.0)
+    return demand.deadline_s - demand.tail_s - end_s
+
+
+def by_workflow(found: Iterable[Margin]) -> list[Margin]:
+    """Return the call with the least slack of each workflow, least first."""
+    worst: dict[str, Margin] = {}
+    for one in found:
+        name = one.entry.run.workflow_id
+        if name not in worst or one.slack_s < worst[name].slack_s:
+            worst[name] = one
+    return sorted(worst.values(), key=lambda one: one.slack_s)
+
+
+def histogram(found: Iterable[Margin]) -> list[int]:
+    """Return how many calls fall into each bucket of :data:`SLACK_BOUNDS_S`."""
+    counts = [0] * (len(SLACK_BOUNDS_S) + 1)
+    for one in found:
+        counts[bisect_left(SLACK_BOUNDS_S, one.slack_s)] += 1
+    return counts
+
+
+class Pressure(Collector):
+    """Reads open calls."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield slack, workflows at risk, and the size and age of the queue."""
+        coordinator, now = self._service.coordinator, self._service.clock.now()
+        found = list(margins(coordinator, now))
+        bounds = [*(f"{bound:g}" for bound in SLACK_BOUNDS_S), "+Inf"]
+        counts = accumulate(histogram(found))
+        yield gauge("slack_calls", "Open calls with at most le seconds of slack", ("le",),
+                    (((b,), n) for b, n in zip(bounds, counts, strict=True)))  # fmt: skip
+        risky = [one for one in by_workflow(found) if one.at_risk]
+        late = sum(one.slack_s < 0 for one in risky)
+        yield gauge("workflows_at_risk", "Open workflows short of time: tight ones may yet be on "
+                    "time, late ones are not expected to", ("outlook",),
+                    ((("late",), late), (("tight",), len(risky) - late)))  # fmt: skip
+        waiting = [one.entry.demand for one in found if one.entry.engine is None]
+        tokens = sum(d.call.prompt_tokens + d.output_tokens for d in waiting)
+        oldest_s = max((now - d.call.arrived_s for d in waiting), default=0.0)
+        yield gauge("held_tokens", "Prompt and expected output tokens of calls waiting in the "
+                    "router", (), (((), tokens),))  # fmt: skip
+        yield gauge("oldest_held_seconds", "Age of the call waiting longest in the router", (),
+                    (((), oldest_s),))  # fmt: skip
+
+
+class Timings(Collector):
+    """One histogram for each value of a label, or one without a label.
+
+    Args:
+        name: of the metric, without prefix.
+        text: what it says.
+        label: name of the label, ``None`` for none.
+    """
+
+    def __init__(self, name: str, text: str, label: str | None = None) -> None:
+        self._name, self._text, self._label = PREFIX + name, text, label
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+        if label is None:
+            self._begin("")
+
+    def _begin(self, value: str) -> list[int]:
+        counts = self._counts[value] = [0] * (len(BOUNDS_S) + 1)
+        self._sums[value] = 0.0
+        return counts
+
+    def observe(self, seconds: float, value: str = "") -> None:
+        """Add a time under a value of the label."""
+        counts = self._counts.get(value) or self._begin(value)
+        counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self._sums[value] += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the histograms."""
+        labels = () if self._label is None else (self._label,)
+        family = HistogramMetricFamily(self._name, self._text, labels=labels)
+        bounds = [*map(str, BOUNDS_S), "+Inf"]
+        for value, counts in self._counts.items():
+            buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))
+            family.add_metric([value] if labels else [], buckets, self._sums[value])
+        yield family
+
+
+@dataclass(slots=True)
+class _Used:
+    """What one tenant had of one model."""
+
+    answered: int = 0
+    failed: int = 0
+    prompt: int = 0
+    cached: int = 0
+    output: int = 0
+
+
+class Usages(Collector):
+    """Counts ended calls."""
+
+    def __init__(self) -> None:
+        self._tenant = Names(MAX_TENANTS, self._forget_tenant)
+        self._model = Names(MAX_MODELS, self._forget_model)
+        self._used: dict[tuple[str, str], _Used] = {}
+
+    def begun(self, call: Call) -> None:
+        """Note who is counted before the call ends: counters begin at 0 for Prometheus."""
+        if (call.tenant, call.model) not in self._used:
+            self._of(call)
+
+    def add(self, call: Call, result: CallResult) -> None:
+        """Count a call that ended; one that was not answered has no tokens."""
+        used = self._of(call, known=result.ok)
+        if not result.ok:
+            used.failed += 1
+            return
+        used.answered += 1
+        used.prompt += result.prompt_tokens or 0
+        used.cached += result.cached_tokens or 0
+        used.output += result.output_tokens or 0
+
+    def _of(self, call: Call, *, known: bool = True) -> _Used:
+        """Return the counts that a call belongs to; a model is only believed if it is ``known``."""
+        key = self._tenant(call.tenant), self._model(call.model) if known else OTHER
+        used = self._used.get(key)
+        if used is None:
+            used = self._used[key] = _Used()
+        return used
+
+    def _forget_tenant(self, name: str) -> None:
+        self._merge([(key, (OTHER, key[1])) for key in self._used if key[0] == name])
+
+    def _forget_model(self, name: str) -> None:
+        self._merge([(key, (key[0], OTHER)) for key in self._used if key[1] == name])
+
+    def _merge(self, moves: list[tuple[tuple[str, str], tuple[str, str]]]) -> None:
+        """Count what has one key under another one."""
+        for old, new in moves:
+            gone = self._used.pop(old)
+            used = self._used.setdefault(new, _Used())
+            used.answered += gone.answered
+            used.failed += gone.failed
+            used.prompt += gone.prompt
+            used.cached += gone.cached
+            used.output += gone.output
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counters."""
+        yield counter("tenant_calls", "Calls that ended, by tenant", ("tenant", "outcome"),
+                      self._sums(0, ("answered", "failed")).items())  # fmt: skip
+        yield counter("tenant_tokens", "Tokens of answered calls, by tenant; cached ones are "
+                      "prompt tokens too", ("tenant", "kind"),
+                      self._sums(0, _KINDS).items())  # fmt: skip
+        yield counter("model_tokens", "Tokens of answered calls, by model; cached ones are "
+                      "prompt tokens too", ("model", "kind"),
+                      self._sums(1, _KINDS).items())  # fmt: skip
+
+    def _sums(self, by: int, fields: tuple[str, ...]) -> Counter[tuple[str, str]]:
+        """Return fields summed by tenant (0) or model (1)."""
+        found: Counter[tuple[str, str]] = Counter()
+        for key, used in self._used.items():
+            for name in fields:
+                found[key[by], name] += getattr(used, name)
+        return found
 
 
 def without_tenants(text: bytes) -> bytes:

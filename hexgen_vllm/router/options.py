@@ -1,17 +1,236 @@
-"""Options of the router. Names follow vllm-router where the meaning is the same."""
+"""Options of the router. Names follow vllm-router where the meaning is the same.
+Those about keys and TLS follow vLLM's.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from hexgen_vllm.config import DispatchOptions, check, option
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.breaker import HealthOptions
+from hexgen_vllm.policy.claims import MAX_PRIORITY
+from hexgen_vllm.policy.liveness import Patience
+from hexgen_vllm.router.addresses import (
+    DnsService,
+    check_patterns,
+    check_selector,
+    parse_server,
+)
+from hexgen_vllm.router.tenants import read_keys
+from hexgen_vllm.tune.online import OnlineOptions
 
+KEY_VARIABLES: Final = {
+    "api_key": "HEXGEN_ROUTER_API_KEY",
+    "admin_api_key": "HEXGEN_ROUTER_ADMIN_API_KEY",
+    "engine_api_key": "HEXGEN_ROUTER_ENGINE_API_KEY",
+}
+"""Environment variables that hold keys, so that none shows in a list of processes."""
 _WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
+
+
+@dataclass(frozen=True)
+class AccessOptions(OnlineOptions):
+    """Keys, TLS, origins, and the hosts that engines may register from."""
+
+    api_key: tuple[str, ...] = option(
+        (), f"keys of which clients must present one (or ${KEY_VARIABLES['api_key']})"
+    )
+    admin_api_key: tuple[str, ...] = option(
+        (), f"keys for admin routes, closed without (or ${KEY_VARIABLES['admin_api_key']})"
+    )
+    api_keys: str | None = option(
+        None, "YAML file of keys: whose each is, and the most that its clients can claim"
+    )
+    max_priority: int | None = option(
+        None,
+        "highest priority that counts of clients without a key or with one of --api-key; without "
+        "limit by default, 0 where there are several keys",
+        least=-MAX_PRIORITY,
+        most=MAX_PRIORITY,
+    )
+    min_deadline_ms: float = option(
+        0.0, "shortest deadline that counts of those clients, ms", least=0.0
+    )
+    allow_unauthenticated_admin: bool = option(False, "open admin routes to everybody")
+    engine_api_key: str | None = option(
+        None,
+        f"key presented to engines instead of the client's (or ${KEY_VARIABLES['engine_api_key']})",
+    )
+    worker_allowed_hosts: tuple[str, ...] = option(
+        (),
+        "hosts that engines may be registered and discovered on: names with * and ?, addresses, "
+        "networks; by default those of --worker-urls and this machine, and wherever discovered",
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names that clients may call a router by (Host) that needs no key and listens on this "
+        "machine only, with * and ?; addresses and local names always may",
+    )
+    ssl_certfile: str | None = option(None, "serve HTTPS with this certificate chain, PEM")
+    ssl_keyfile: str | None = option(None, "private key of --ssl-certfile, PEM")
+    ssl_ca_certs: str | None = option(
+        None, "clients must show a certificate that one of these has signed, PEM"
+    )
+    engine_ssl_ca_certs: str | None = option(
+        None, "authorities that vouch for https engines, PEM; by default the system's"
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (), "web origins whose pages may call the router, * for all (CORS)"
+    )
+    allow_credentials: bool = option(False, "let those pages send credentials (CORS)")
+
+    def check_access(self) -> None:
+        """Check what must fit together.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        check_patterns(self.worker_allowed_hosts)
+        if any("/" in name or ":" in name or not name for name in self.allowed_hosts):
+            raise ConfigError("allowed_hosts must be names without scheme, port and path.")
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise ConfigError("ssl_certfile must be given with ssl_keyfile and ssl_ca_certs.")
+        if self.allow_credentials and "*" in self.allowed_origins:
+            raise ConfigError("allowed_origins must name origins when allow_credentials is set.")
+        if any(not key for key in (*self.api_key, *self.admin_api_key)):
+            raise ConfigError("api_key and admin_api_key must not be empty.")
+        if self.api_keys is not None:
+            read_keys(Path(self.api_keys))
+        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "engine_ssl_ca_certs"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(f"{name} must be a file, and {path} is none.")
+
+
+@dataclass(frozen=True)
+class DiscoveryOptions(AccessOptions):
+    """Where engines are looked for."""
+
+    worker_dns: tuple[str, ...] = option(
+        (),
+        "services whose addresses in DNS are engines: NAME:PORT for A and AAAA records, "
+        "_PORTNAME._tcp.NAME for SRV records, which bring their ports",
+    )
+    worker_dns_records: str = option(
+        "any",
+        "address records that count; a or aaaa where engines have an address of each kind",
+        choices=("any", "a", "aaaa"),
+    )
+    worker_dns_server: str | None = option(
+        None, "DNS server to ask, as ADDRESS:PORT; by default those of /etc/resolv.conf"
+    )
+    worker_dns_refresh_secs: float = option(
+        10.0, "longest time between look-ups of a service, seconds", least=0.05
+    )
+    worker_dns_least_refresh_secs: float = option(
+        1.0, "shortest time between them, seconds; in between the records' TTL counts", least=0.05
+    )
+    worker_dns_timeout_secs: float = option(
+        5.0, "longest wait for an answer from DNS, seconds", least=1e-2
+    )
+    service_discovery: bool = option(False, "take the pods in that --selector chooses")
+    selector: tuple[str, ...] = option((), "labels of the engines' pods, as KEY=VALUE")
+    service_discovery_port: int = option(
+        8000, "port of pods without annotation hexgen-vllm/port", least=1, most=65535
+    )
+    service_discovery_namespace: str | None = option(
+        None, "namespace of the pods; by default all of them"
+    )
+    kubeconfig: str | None = option(
+        None, "file that says where the cluster is; by default the pod's own account, or kubectl's"
+    )
+
+    def check_access(self) -> None:
+        """Check what must fit together.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        super().check_access()
+        self.dns_services()
+        if self.worker_dns_server is not None:
+            parse_server(self.worker_dns_server)
+        if self.worker_dns_least_refresh_secs > self.worker_dns_refresh_secs:
+            raise ConfigError(
+                "worker_dns_least_refresh_secs must be at most worker_dns_refresh_secs."
+            )
+        check_selector(self.selector)
+        if self.service_discovery != bool(self.selector):
+            raise ConfigError("service_discovery and selector must be given together.")
+        _check_installed("worker_dns", bool(self.worker_dns), "dns", "dns")
+        _check_installed("service_discovery", self.service_discovery, "kubernetes_asyncio", "k8s")
+
+    @property
+    def discovers(self) -> bool:
+        """Whether engines are looked for at all."""
+        return self.service_discovery or bool(self.worker_dns)
+
+    def dns_services(self) -> tuple[DnsService, ...]:
+        """Return the services to look up.
+
+        Raises:
+            ConfigError: one of them is none, or two are the same.
+        """
+        found = tuple(map(DnsService.parse, self.worker_dns))
+        for one in found:
+            if found.count(one) > 1:
+                raise ConfigError(f"worker_dns must have different services, not two {one}.")
+        return found
+
+
+@dataclass(frozen=True)
+class HealthOptions(DiscoveryOptions):
+    """When an engine is taken out and brought back."""
+
+    cb_failure_threshold: int = option(5, "failed calls in a row that take an engine out", least=1)
+    cb_success_threshold: int = option(
+        2, "calls that must succeed, one at a time, to bring it back", least=1
+    )
+    cb_timeout_duration_secs: float = option(
+        10.0, "time until an engine that was taken out is tried, seconds", least=1e-3
+    )
+    cb_window_duration_secs: float = option(
+        60.0, "time over which the share of failed calls counts, seconds", least=1e-3
+    )
+    cb_error_ratio: float = option(
+        0.5, "share of failed calls that takes an engine out, 1 for never", least=0.0, most=1.0
+    )
+    cb_least_calls: int = option(20, "calls in the window before the share counts", least=1)
+    disable_circuit_breaker: bool = option(False, "take no engine out for calls that fail")
+    engine_stall_secs: float = option(
+        10.0,
+        "least silence of an engine at work that makes it stalled, seconds, beside what its steps"
+        " and prefills take; three times that while its health check passes; 0 never",
+        least=0.0,
+    )
+    engine_stall_steps: float = option(
+        50.0, "predicted steps of an engine at work that are added to that", least=0.0
+    )
+    engine_cold_secs: float = option(
+        300.0,
+        "longest silence of an engine that has done nothing since it started, or that nobody could"
+        " stand in for while its health checks fail, seconds",
+        least=0.0,
+    )
+    lost_stream_timeout_secs: float = option(
+        30.0, "longest silence within an answer of an engine that is down, seconds", least=1e-3
+    )
+
+    @property
+    def patience(self) -> Patience:
+        """How long engines may be silent."""
+        least_s, steps = self.engine_stall_secs, self.engine_stall_steps
+        return Patience(least_s, steps, self.engine_cold_secs)
+
+
+def _check_installed(name: str, wanted: bool, module: str, extra: str) -> None:
+    if wanted and find_spec(module) is None:
+        raise ConfigError(f"{name} needs another package: pip install 'hexgen-vllm[{extra}]'.")
 
 
 class Worker(NamedTuple):

@@ -22,22 +22,31 @@ import aiohttp
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
-from hexgen_vllm.router import answers, logs, outbound, stored, tls
-from hexgen_vllm.router.answers import EngineFailed, Outcome, refused
-from hexgen_vllm.router.attempt import Attempt, ClientGone
-from hexgen_vllm.router.broken import CannotConnect, RouterShort
+from hexgen_vllm.router import access, errors
+from hexgen_vllm.router.access import KEY_HEADER
+from hexgen_vllm.router.calls import headers as outbound
+from hexgen_vllm.router.calls import stored
+from hexgen_vllm.router.calls.answer import StreamPass, whole_pass
+from hexgen_vllm.router.calls.call import Job, call_ended
+from hexgen_vllm.router.calls.intake import (
+    Accepted,
+    Parsed,
+    parsed_aside,
+)
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.endpoints import Endpoint
-from hexgen_vllm.router.engine_answer import Answer, in_time
-from hexgen_vllm.router.engine_pool import Pool
-from hexgen_vllm.router.fleet import Engine
-from hexgen_vllm.router.http_body import LARGE_BYTES
-from hexgen_vllm.router.http_request import SENT, Request
-from hexgen_vllm.router.intake import Accepted, Parsed, parsed_aside
-from hexgen_vllm.router.job import Job
-from hexgen_vllm.router.keys import KEY_HEADER
-from hexgen_vllm.router.passing import StreamPass, whole_pass
-from hexgen_vllm.router.targets import RANK_HEADER, rank_of
+from hexgen_vllm.router.engines.attempt import Attempt
+from hexgen_vllm.router.engines.fleet import Engine
+from hexgen_vllm.router.engines.ranks import RANK_HEADER, rank_of
+from hexgen_vllm.router.errors import (
+    ClientGone,
+    EngineFailed,
+    Outcome,
+    refused,
+)
+from hexgen_vllm.router.http.client import Answer, Pool, in_time
+from hexgen_vllm.router.http.errors import CannotConnect, RouterShort
+from hexgen_vllm.router.http.messages import LARGE_BYTES, SENT, Request
 from hexgen_vllm.types import Call, Placement
 
 _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
@@ -57,7 +66,7 @@ class Relay:
         self._context, options = context, context.options
         self._asking = asyncio.Semaphore(_ASKING)
         self._engine_key = options.engine_api_key
-        self._pool = Pool(options.connect_timeout_secs, tls.for_engines(options))
+        self._pool = Pool(options.connect_timeout_secs, access.for_engines(options))
 
     @property
     def connections(self) -> int:
@@ -80,7 +89,7 @@ class Relay:
         response = await self._answered(job)
         if job.kept_alive and isinstance(response, web.Response) and response is not SENT:
             body = response.body if isinstance(response.body, bytes) else b""
-            request.end(answers.as_event(body, endpoint.path))
+            request.end(errors.as_event(body, endpoint.path))
             return SENT
         return response
 
@@ -90,19 +99,19 @@ class Relay:
             return await self._serve(job)
         except BadRequest as error:
             job.ended(Outcome.BAD_REQUEST)
-            return answers.from_error(error, job.request_id)
+            return errors.from_error(error, job.request_id)
         except (Refused, EngineFailed) as error:
             job.ended(Outcome.of(error.reason))
-            return answers.from_error(error, job.request_id)
+            return errors.from_error(error, job.request_id)
         except (ClientGone, ConnectionError):
             job.client_left()
-            return answers.hung_up(request)
+            return errors.hung_up(request)
         except asyncio.CancelledError:
             job.client_left()
             raise
         except Exception:
             _LOG.exception("call failed endpoint=%s request_id=%s", endpoint.name, job.request_id)
-            return answers.from_error(HexgenError(), job.request_id)
+            return errors.from_error(HexgenError(), job.request_id)
         finally:
             self._close(job)
 
@@ -115,7 +124,7 @@ class Relay:
                 context.service.finished(job.accepted.call.call_id, job.result)
         context.ledger.ended[job.endpoint.name, job.outcome] += 1
         context.metrics.ended(job, now)
-        logs.call_ended(job, now)
+        call_ended(job, now)
         job.trace.ended(job.outcome, job.result)
         if job.result.ok and job.placement is not None:
             context.ledger.overdue += now > job.placement.due_s

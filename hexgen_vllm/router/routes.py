@@ -17,17 +17,19 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
-from hexgen_vllm.router import answers
+from hexgen_vllm.router import errors
 from hexgen_vllm.router.endpoints import ENDPOINTS, MORE_ENDPOINTS, OTHER, Endpoint
-from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.ui_page import DATA_PATH, PATH
+from hexgen_vllm.router.http.messages import Request
 
 if TYPE_CHECKING:
     from hexgen_vllm.router.admin import Admin
-    from hexgen_vllm.router.pages import Pages
+    from hexgen_vllm.router.processes.shard import Shard
     from hexgen_vllm.router.relay import Relay
-    from hexgen_vllm.router.shard import Shard
+    from hexgen_vllm.router.status.pages import Pages
 
+
+PATH: Final = "/ui"
+DATA_PATH: Final = "/ui/data"
 Handler = Callable[[Request], Awaitable[web.StreamResponse]]
 LOAD_PATH: Final = "/shard/load"
 _PARAM: Final = re.compile(r"\{(\w+)\}")
@@ -197,13 +199,12 @@ def _table() -> Iterator[Route]:
     yield Route("GET", LOAD_PATH, lambda at: at.need_shard().load, process, here, status,
                 "What calls a process has placed.")
 
+
 # fmt: on
 
 
 ROUTES: Final = tuple(_table())
 """All routes."""
-
-
 _REST: Final = Route("ANY", "/{path}", _bind_call(OTHER), Access.CLIENT, Scope.OWNER, Group.CALLS,
                      "Whatever else an engine has: passed on to one that has the model.",
                      endpoint=OTHER)  # fmt: skip
@@ -299,7 +300,7 @@ class Routes:
         allowed = self.allowed(path)
         if allowed:
             headers = {"Allow": ", ".join(allowed)}
-            return answers.error_response("Method not allowed.", 405, headers=headers)
+            return errors.error_response("Method not allowed.", 405, headers=headers)
         other = path[:-1] if path.endswith("/") else f"{path}/"
         if path != "/" and self.allowed(other):  # never to a path of the client's making
             _, mark, query = request.path_qs.partition("?")
@@ -311,11 +312,11 @@ class Routes:
 async def _refuse(request: Request) -> web.StreamResponse:
     """Say why a request is not passed on to an engine."""
     if request.names.get("upgrade", "").lower() == "websocket":
-        return answers.error_response("WebSockets are not passed on to engines.", 501)
+        return errors.error_response("WebSockets are not passed on to engines.", 501)
     if request.method not in _PASSED or not request.path.startswith("/"):
-        return answers.error_response("There is no such method.", 501)
+        return errors.error_response("There is no such method.", 501)
     text = "This endpoint manages an engine: it is not passed on. Ask the engine itself."
-    return answers.error_response(text, 403, code="engine_endpoint")
+    return errors.error_response(text, 403, code="engine_endpoint")
 
 
 def monitors(path: str) -> bool:

@@ -12,8 +12,8 @@ from dataclasses import replace
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.router.ledger import Ledger
-from hexgen_vllm.router.recorder import Recorder
+from hexgen_vllm.router.observe.ledger import Ledger
+from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.types import (
     Call,
     CallResult,

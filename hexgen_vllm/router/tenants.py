@@ -35,10 +35,14 @@ from typing import Final
 import msgspec
 
 from hexgen_vllm import wire
-from hexgen_vllm.cluster.located import Key, Located, read
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.claims import MAX_PRIORITY, Ceiling
 from hexgen_vllm.router.conventions import CLASSES, as_id
+from hexgen_vllm.yaml_files import (
+    Key,
+    Located,
+    read,
+)
 
 DEFAULT_TENANT: Final = "default"
 ALL_TENANTS: Final = "*"

@@ -20,9 +20,9 @@ from typing import Any, Final
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import HexgenError
-from hexgen_vllm.metrics.summary import min_deadline
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.load import EngineLoad
+from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.report.summary import min_deadline
 from hexgen_vllm.tune.online import Action, OnlineOptions, OnlineTuner, Phase, Proposal
 from hexgen_vllm.tune.recent import RecentWorkflow, Ring
 from hexgen_vllm.tune.traffic import Live, blocks, live_loss, traffic

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from hexgen_vllm.bench import results as files
-from hexgen_vllm.bench.table import aligned, seconds
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.metrics.summary import percentile
-from hexgen_vllm.sim.model import EngineModel
+from hexgen_vllm.report import results as files
+from hexgen_vllm.report.summary import percentile
+from hexgen_vllm.report.table import aligned, seconds
+from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.policies import NAMES, Policy, named
-from hexgen_vllm.sim.results import Row, row, simulate
+from hexgen_vllm.sim.results import TRUE_RATES, Row, row, simulate
 from hexgen_vllm.sim.scenario import (
     ArrivalOptions,
     DeadlineOptions,
@@ -28,8 +28,7 @@ from hexgen_vllm.sim.scenario import (
 )
 from hexgen_vllm.sim.scenario_file import load_fleet, load_simulation
 from hexgen_vllm.sim.simulator import SimOptions
-from hexgen_vllm.sim.table import TRUE_RATES
-from hexgen_vllm.sim.workload import WorkflowSpec
+from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
 GOALS: Final = {"P50": 0.10, "P95": 0.15}
 """Largest error that counts as good, by percentile."""

@@ -12,14 +12,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.calls import Tail
 from hexgen_vllm.policy.outlook import Outlook, Outlooks, without_deadline
-from hexgen_vllm.policy.values import Tail
-from hexgen_vllm.sim.engine import Engine
-from hexgen_vllm.sim.loop import ARRIVAL, DELIVERY, STEP_END, TICK, EventLoop
-from hexgen_vllm.sim.model import EngineModel
-from hexgen_vllm.sim.prompts import links
-from hexgen_vllm.sim.sequence import Sequence
-from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
+from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
+from hexgen_vllm.sim.simulator import (
+    ARRIVAL,
+    DELIVERY,
+    STEP_END,
+    TICK,
+    EventLoop,
+)
+from hexgen_vllm.sim.workloads.prompts import links
+from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult, Placement
 
 ESTIMATES: Final = ("learned", "mean", "true")

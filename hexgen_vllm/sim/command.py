@@ -11,15 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from hexgen_vllm.bench import results as files
-from hexgen_vllm.bench.plot import check_plot, draw_attainment
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.report import results as files
+from hexgen_vllm.report.plot import check_plot, draw_attainment
 from hexgen_vllm.sim import against
 from hexgen_vllm.sim.policies import NAMES, named
-from hexgen_vllm.sim.results import Row, row, simulate
+from hexgen_vllm.sim.results import Row, describe, render, row, simulate
 from hexgen_vllm.sim.scenario import Run, Scenario
 from hexgen_vllm.sim.scenario_file import load
-from hexgen_vllm.sim.table import describe, render
 from hexgen_vllm.sim.timeline import Timeline
 
 Progress = Callable[[Run, int, int, int], None]

@@ -11,18 +11,22 @@ from dataclasses import dataclass, field
 
 from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.arrivals import gamma_bursts, poisson, recorded
+from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.limits import Limits, limits
-from hexgen_vllm.sim.mac_sql import mac_sql
-from hexgen_vllm.sim.map_reduce import map_reduce
-from hexgen_vllm.sim.model import EngineModel
 from hexgen_vllm.sim.policies import Policy, named
-from hexgen_vllm.sim.react import react
 from hexgen_vllm.sim.simulator import SimOptions
-from hexgen_vllm.sim.tenants import mixed_tenants
-from hexgen_vllm.sim.text2sql import Text2SqlOptions, text2sql
-from hexgen_vllm.sim.trace import read_trace, resample
-from hexgen_vllm.sim.workload import WorkflowSpec, generator, scaled, timed
+from hexgen_vllm.sim.workloads.agents import mac_sql, map_reduce, mixed_tenants, react
+from hexgen_vllm.sim.workloads.text2sql import Text2SqlOptions, text2sql
+from hexgen_vllm.sim.workloads.trace import read_trace, resample
+from hexgen_vllm.sim.workloads.workload import (
+    WorkflowSpec,
+    gamma_bursts,
+    generator,
+    poisson,
+    recorded,
+    scaled,
+    timed,
+)
 
 
 @dataclass(frozen=True)

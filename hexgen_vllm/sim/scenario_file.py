@@ -24,12 +24,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from hexgen_vllm.cluster.located import Key, Located, read
 from hexgen_vllm.config import DispatchOptions, EngineOptions, from_mapping
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.fleet import DEVICES, FLEETS, engine_on, fleet
-from hexgen_vllm.sim.model import EngineModel
-from hexgen_vllm.sim.policies import Policy, named
+from hexgen_vllm.sim.engine.sequence import EngineModel
+from hexgen_vllm.sim.policies import (
+    DEVICES,
+    FLEETS,
+    Policy,
+    engine_on,
+    fleet,
+    named,
+)
 from hexgen_vllm.sim.scenario import (
     ArrivalOptions,
     DeadlineOptions,
@@ -38,6 +43,11 @@ from hexgen_vllm.sim.scenario import (
 )
 from hexgen_vllm.sim.simulator import SimOptions
 from hexgen_vllm.types import EngineKind, StepCost
+from hexgen_vllm.yaml_files import (
+    Key,
+    Located,
+    read,
+)
 
 T = TypeVar("T")
 

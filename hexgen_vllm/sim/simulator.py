@@ -3,6 +3,12 @@
 The :class:`~hexgen_vllm.policy.coordinator.Coordinator` gets the same events as from the router:
 calls arrive, start, progress and finish, engines report; its decisions are carried out. What is
 left out is everything that takes no policy: HTTP, tokenizing, failures.
+
+Virtual time is a heap of events in a total order: they run in order of (time, priority, insertion).
+Two runs that insert the same events run them in the same order, so that equal seeds give equal
+results to the last bit.
+
+An oracle knows the true path after every call, in place of learned shapes.
 """
 
 from __future__ import annotations
@@ -10,21 +16,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from heapq import heappop, heappush
+from typing import Any, Final
 
 from hexgen_vllm.config import check, option
-from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
+from hexgen_vllm.errors import HexgenError
+from hexgen_vllm.policy.calls import Tail
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.cost_model import CostFit
-from hexgen_vllm.policy.load import solo_speed
-from hexgen_vllm.sim.engine import Engine, StepObserver
-from hexgen_vllm.sim.loop import ARRIVAL, DELIVERY, STEP_END, TICK, EventLoop
-from hexgen_vllm.sim.model import EngineModel
+from hexgen_vllm.policy.cost import CostFit
+from hexgen_vllm.policy.engines import solo_speed
+from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun, path_weight
+from hexgen_vllm.records import CallRecord, WorkflowRecord
+from hexgen_vllm.sim.engine.engine import Engine, StepObserver
+from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.sim.policies import Policy
-from hexgen_vllm.sim.prompts import chunk_hashes, links
-from hexgen_vllm.sim.records import CallState, Recorder, WorkflowState
-from hexgen_vllm.sim.sequence import Sequence
-from hexgen_vllm.sim.truth import TruthShapes
-from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec, generator
+from hexgen_vllm.sim.workloads.prompts import chunk_hashes, links
+from hexgen_vllm.sim.workloads.workload import (
+    CallSpec,
+    WorkflowSpec,
+    generator,
+)
 from hexgen_vllm.types import (
     Call,
     CallResult,
@@ -33,6 +44,206 @@ from hexgen_vllm.types import (
     EngineSpec,
     Placement,
 )
+
+# What happens first when times are equal: an engine ends its step before a call reaches it, as in
+# vLLM, where outputs are handed out before new requests are looked at.
+STEP_END: Final = 0
+DELIVERY: Final = 1
+ARRIVAL: Final = 2
+TICK: Final = 3
+Handler = Callable[[float, Any], None]
+
+
+class EventLoop:
+    """Runs handlers at their times.
+
+    Attributes:
+        now: the present moment, seconds; never goes back.
+        events: events run so far.
+    """
+
+    __slots__ = ("_heap", "_inserted", "events", "now")
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events = 0
+        self._heap: list[tuple[float, int, int, Handler, Any]] = []
+        self._inserted = 0
+
+    def at(self, time_s: float, priority: int, handler: Handler, argument: Any = None) -> None:
+        """Call ``handler(time_s, argument)`` at ``time_s``.
+
+        Raises:
+            HexgenError: the time is not a number or has passed; that is a defect of the caller.
+        """
+        if not self.now <= time_s < math.inf:
+            raise HexgenError(f"an event at {time_s} s cannot be reached from {self.now} s")
+        self._inserted += 1
+        heappush(self._heap, (time_s, priority, self._inserted, handler, argument))
+
+    def run(self, until_s: float = math.inf) -> None:
+        """Run events until none is left or the next one is later than ``until_s``."""
+        heap = self._heap
+        while heap and heap[0][0] <= until_s:
+            self.now, _, _, handler, argument = heappop(heap)
+            self.events += 1
+            handler(self.now, argument)
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
+@dataclass(slots=True)
+class WorkflowState:
+    """A workflow that has begun.
+
+    Attributes:
+        spec: what it is.
+        deadline_s: absolute deadline.
+        group: group whose calls are open, -1 before the first.
+        calls: calls sent so far.
+        open_calls: of them, not ended.
+        error: why it failed.
+    """
+
+    spec: WorkflowSpec
+    deadline_s: float
+    group: int = -1
+    calls: int = 0
+    open_calls: int = 0
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class CallState:
+    """A call between its arrival at the router and its end."""
+
+    workflow: WorkflowState
+    spec: CallSpec
+    sent_s: float
+    engine: Engine | None = None
+
+
+class Recorder:
+    """Turns what ends into records.
+
+    Attributes:
+        workflows, calls: records, in order of ending.
+        prompt_tokens, cached_tokens: of answered calls, and of them out of prefix caches.
+
+    Args:
+        keep_calls: keep a record of every call.
+    """
+
+    def __init__(self, *, keep_calls: bool) -> None:
+        self._keep_calls = keep_calls
+        self.workflows: list[WorkflowRecord] = []
+        self.calls: list[CallRecord] = []
+        self.prompt_tokens = self.cached_tokens = 0
+
+    def workflow_ended(self, workflow: WorkflowState, now: float) -> None:
+        """Note that a workflow finished or failed."""
+        spec = workflow.spec
+        self.workflows.append(
+            WorkflowRecord(
+                workflow_id=spec.workflow_id,
+                arrived_s=spec.arrival_s,
+                deadline_s=workflow.deadline_s - spec.arrival_s,
+                latency_s=now - spec.arrival_s if workflow.error is None else None,
+                error=workflow.error,
+                type=spec.type,
+                tenant=spec.tenant,
+            )
+        )
+
+    def answered(self, call: CallState, sequence: Sequence, now: float) -> None:
+        """Note that a call was answered."""
+        self.prompt_tokens += sequence.prompt_tokens
+        self.cached_tokens += sequence.cached_tokens
+        if self._keep_calls:
+            first_s = sequence.first_token_s
+            ttft_s = None if first_s is None else first_s - call.sent_s
+            self.calls.append(_record(call, now, call.spec.output_tokens, ttft_s, None))
+
+    def failed(self, call: CallState, error: str, now: float) -> None:
+        """Note that a call was refused."""
+        if self._keep_calls:
+            self.calls.append(_record(call, now, 0, None, error))
+
+
+def _record(
+    call: CallState, now: float, output_tokens: int, ttft_s: float | None, error: str | None
+) -> CallRecord:
+    return CallRecord(
+        workflow_id=call.workflow.spec.workflow_id,
+        stage=call.spec.stage,
+        sent_s=call.sent_s,
+        latency_s=now - call.sent_s,
+        prompt_tokens=call.spec.prompt_tokens,
+        output_tokens=output_tokens,
+        ttft_s=ttft_s,
+        engine=None if call.engine is None else call.engine.model.engine_id,
+        error=error,
+    )
+
+
+class TruthShapes(Shapes):
+    """Shapes of workflows that are known in advance; nothing is learned.
+
+    Each workflow must be its own type, named by its id.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tails: dict[str, dict[tuple[str, int], Tail]] = {}
+
+    def reveal(self, spec: WorkflowSpec) -> None:
+        """Take in a workflow that begins."""
+        self._tails[spec.workflow_id] = true_tails(spec)
+
+    def forget(self, workflow_id: str) -> None:
+        """Drop a workflow that ended."""
+        self._tails.pop(workflow_id, None)
+
+    def learn(self, run: WorkflowRun) -> None:
+        """Learn nothing."""
+
+    def learn_output(self, workflow_type: str, stage: str, output_tokens: int) -> None:
+        """Learn nothing."""
+
+    def tail(
+        self, workflow_type: str, stage: str, ordinal: int, q: float, stages_left: int | None = None
+    ) -> Tail:
+        """Return the true path after a call, whatever the quantile."""
+        return self._tails.get(workflow_type, {}).get((stage, ordinal), NOTHING)
+
+
+def true_tails(spec: WorkflowSpec) -> dict[tuple[str, int], Tail]:
+    """Return the path after each call, by stage and number of calls of that stage before it.
+
+    Prompt tokens that lie in shared layers count as cached.
+    """
+    after = NOTHING
+    by_group = []
+    for group in reversed(spec.stages):
+        by_group.append(after)
+        after = max((_longer(after, call) for call in group), key=path_weight)
+    tails: dict[tuple[str, int], Tail] = {}
+    counts: dict[str, int] = {}
+    for group, tail in zip(spec.stages, reversed(by_group), strict=True):
+        for call in group:
+            ordinal = counts.get(call.stage, 0)
+            counts[call.stage] = ordinal + 1
+            tails[call.stage, ordinal] = tail
+    return tails
+
+
+def _longer(tail: Tail, call: CallSpec) -> Tail:
+    return Tail(
+        tail.calls + 1,
+        tail.prefill_tokens + call.own_tokens,
+        tail.output_tokens + call.output_tokens,
+    )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from typing import Any, Final
 
-from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
-from hexgen_vllm.sim.engine import Engine
+from hexgen_vllm.records import CallRecord, WorkflowRecord
+from hexgen_vllm.sim.engine.engine import Engine
 
 Event = dict[str, Any]
 

@@ -5,7 +5,7 @@ machine; they disturb each other. A paced engine sleeps at the end of each step 
 taken as long as it would on the slower device. It computes the same tokens. Nothing else reads
 ``hexgen_pace``: :class:`hexgen_vllm.UrgencyScheduler` ignores it.
 
-    --scheduler-cls hexgen_vllm.engine.pace.PacedUrgencyScheduler
+    --scheduler-cls hexgen_vllm.testing.pace.PacedUrgencyScheduler
     --additional-config '{"hexgen_pace": {"prefill_tokens_per_s": 4000, "step_ms": 16}}'
 """
 

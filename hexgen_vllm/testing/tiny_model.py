@@ -3,7 +3,7 @@
 It needs no download, says nothing sensible, and costs what a model of its size costs: enough to
 run the real engine on a laptop. The same spec gives the same files on every run.
 
-    python -m hexgen_vllm.engine.tiny_model OUT_DIR [--hidden N] [--layers N]
+    python -m hexgen_vllm.testing.tiny_model OUT_DIR [--hidden N] [--layers N]
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hexgen_vllm.engine.tiny_corpus import texts
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.testing.tiny_corpus import texts
 
 BOS, EOS = "<s>", "</s>"
 SPEC_FILE = "tiny_model.json"
@@ -138,7 +138,7 @@ def random_llama(spec: TinySpec) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the model named on the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hexgen_vllm.engine.tiny_model")
+    parser = argparse.ArgumentParser(prog="python -m hexgen_vllm.testing.tiny_model")
     parser.add_argument("out_dir", type=Path, help="directory to write, reused when it fits")
     parser.add_argument("--hidden", type=int, default=TinySpec.hidden, help="width, n x 64")
     parser.add_argument("--layers", type=int, default=TinySpec.layers, help="number of layers")

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hexgen_vllm.bench import results
-from hexgen_vllm.bench.plot import check_plot
 from hexgen_vllm.config import DispatchOptions, check, from_mapping, given, option
 from hexgen_vllm.config import add_arguments as add_options
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.report import results
+from hexgen_vllm.report.plot import check_plot
 from hexgen_vllm.sim.limits import limits
 from hexgen_vllm.sim.policies import NAMES, Policy, named
 from hexgen_vllm.sim.scenario_file import load_fleet, load_simulation

@@ -8,14 +8,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
 
-from hexgen_vllm.metrics.events import WorkflowRecord
-from hexgen_vllm.metrics.summary import attainment
-from hexgen_vllm.sim.arrivals import poisson
+from hexgen_vllm.records import WorkflowRecord
+from hexgen_vllm.report.summary import attainment
+from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.limits import Limits, limits
-from hexgen_vllm.sim.model import EngineModel
 from hexgen_vllm.sim.policies import Policy
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
-from hexgen_vllm.sim.workload import WorkflowSpec, generator, timed
+from hexgen_vllm.sim.workloads.workload import (
+    WorkflowSpec,
+    generator,
+    poisson,
+    timed,
+)
 from hexgen_vllm.tune.knobs import Values, applied
 from hexgen_vllm.tune.objective import Objective
 from hexgen_vllm.tune.replay import Recent

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.metrics.events import WorkflowRecord
-from hexgen_vllm.metrics.summary import min_deadline
+from hexgen_vllm.records import WorkflowRecord
+from hexgen_vllm.report.summary import min_deadline
 
 Objective = Callable[[Sequence[WorkflowRecord]], float]
 

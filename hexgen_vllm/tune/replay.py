@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import median
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.text2sql import Text2SqlOptions, text2sql
-from hexgen_vllm.sim.trace import read_trace, resample
-from hexgen_vllm.sim.workload import (
+from hexgen_vllm.sim.workloads.text2sql import Text2SqlOptions, text2sql
+from hexgen_vllm.sim.workloads.trace import read_trace, resample
+from hexgen_vllm.sim.workloads.workload import (
     CallSpec,
     Layer,
     WorkflowSpec,

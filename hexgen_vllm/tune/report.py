@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import yaml
 
-from hexgen_vllm.bench.plot import COLOURS, require_matplotlib
-from hexgen_vllm.bench.table import aligned
-from hexgen_vllm.metrics.summary import spread
+from hexgen_vllm.report.plot import COLOURS, require_matplotlib
+from hexgen_vllm.report.summary import spread
+from hexgen_vllm.report.table import aligned
 from hexgen_vllm.tune.knobs import KNOBS, Knob, Values
 from hexgen_vllm.tune.search import Search, Trial
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any, Final
 
-from hexgen_vllm.metrics.summary import min_deadline
+from hexgen_vllm.report.summary import min_deadline
 from hexgen_vllm.sim.policies import Policy
 from hexgen_vllm.tune.evaluate import Setting, capacity
 

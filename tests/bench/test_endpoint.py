@@ -15,7 +15,7 @@ from hexgen_vllm.bench.endpoint import Endpoint, Model, find_model
 from hexgen_vllm.bench.text import PromptSource
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.workload import CallSpec, Layer
+from hexgen_vllm.sim.workloads.workload import CallSpec, Layer
 from hexgen_vllm.testing.fake_server import FakeServer, Fault
 from hexgen_vllm.wire import CallMeta
 

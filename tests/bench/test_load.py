@@ -9,7 +9,7 @@ import pytest
 
 from hexgen_vllm.bench.endpoint import Answer
 from hexgen_vllm.bench.load import Load
-from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
+from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.wire import CallMeta
 

@@ -13,8 +13,8 @@ import pytest
 
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult, plain
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
-from hexgen_vllm.sim.workload import WorkflowSpec
+from hexgen_vllm.records import CallRecord, WorkflowRecord
+from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
 CONFIG = LiveConfig("http://h:1", "slack", seed=4, run_id="r", workflows=40, rate=2.0)
 

@@ -8,8 +8,8 @@ import pytest
 
 from hexgen_vllm.bench.text import PromptSource
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.text2sql import text2sql
-from hexgen_vllm.sim.workload import CallSpec, Layer
+from hexgen_vllm.sim.workloads.text2sql import text2sql
+from hexgen_vllm.sim.workloads.workload import CallSpec, Layer
 
 TEMPLATE, SCHEMA = Layer("template:revise", 200), Layer("schema:3", 80)
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from hexgen_vllm.cluster import ClusterSpec, EngineEntry
-from hexgen_vllm.cluster.ray.keys import Placement, RayOptions
 from hexgen_vllm.cluster.ray.supervisor import RayCluster
+from hexgen_vllm.cluster.ray_options import Placement, RayOptions
 from hexgen_vllm.cluster.spec import RouterEntry
 from hexgen_vllm.errors import ConfigError
 from tests.cluster.test_file import complaint, read

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from hexgen_vllm.cluster import ClusterSpec, EngineEntry, ProcessFailed
-from hexgen_vllm.cluster.keeping import keep
-from hexgen_vllm.cluster.process import Process
-from hexgen_vllm.cluster.running import Running
+from hexgen_vllm.cluster.processes import Process, keep
+from hexgen_vllm.cluster.supervisor import Running
 from hexgen_vllm.testing.manual_clock import ManualClock
 
 SPEC = ClusterSpec(engines=(EngineEntry(name="a", model="m"),), restart_after_s=0.01)

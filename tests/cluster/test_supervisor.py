@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hexgen_vllm.cluster import Cluster, ClusterSpec, EngineEntry, ProcessFailed
-from hexgen_vllm.cluster.backoff import Backoff
+from hexgen_vllm.cluster.processes import Backoff
 from hexgen_vllm.cluster.supervisor import base_url
 from hexgen_vllm.errors import ConfigError
 from tests.cluster.fakes import are_gone, ask, fake_cluster, fake_engine, is_alive, make_die

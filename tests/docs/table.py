@@ -41,7 +41,7 @@ class Appended(NamedTuple):
 
 
 APPENDED: Final = (
-    Appended("hexgen_vllm.engine.tiny_model", "--hidden 128 --layers 2"),
+    Appended("hexgen_vllm.testing.tiny_model", "--hidden 128 --layers 2"),
     Appended("--worker-dns", "--worker-dns-server 127.0.0.1:9"),
     Appended("hexgen-vllm calibrate", "--budget-s 2"),
     Appended("hexgen-vllm bench live", "--workflows 4 --warmup 0 --rate 4 --length-scale 0.05"),
@@ -109,7 +109,9 @@ NOT_RUN: Final = (
     NotRun("--service-discovery", "tests have API servers of their own", "parse"),
     NotRun("hexgen_vllm.demo", "takes half an hour, and vllm-router", "parse"),
     NotRun("bench router", "wants quiet cores, and vllm-router", "parse"),
-    NotRun("bench soak", "a test soaks for ten seconds", "tests/bench/test_router_soak.py"),
+    NotRun(
+        "bench soak", "a test soaks for ten seconds", "tests/benchmarks/router/test_router_soak.py"
+    ),
     NotRun("bench preempt", "takes two minutes", "parse"),
     NotRun("HEXGEN_FUZZ=12", "takes minutes; a smaller one is in every run", "tests/router/fuzz"),
     NotRun("patch apply", "changes the vLLM that other tests need", "tests/patch/test_command.py"),

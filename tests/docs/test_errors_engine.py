@@ -10,7 +10,7 @@ import pytest
 
 from hexgen_vllm.client import Workflow, with_deadline
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.engine import arguments
+from hexgen_vllm.engine.server import arguments
 from hexgen_vllm.errors import HexgenError
 from tests.docs.test_errors import TEXTS, documented
 from tests.docs.test_errors_seen import pattern
@@ -41,14 +41,14 @@ def swap(parallel: str = "", kind: str = "") -> None:
     """Ask for host memory for the KV of an engine with such a parallelism, or kind of layers."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from hexgen_vllm.engine import swap_setup
+    from hexgen_vllm.engine.swap import setup
 
     sizes = {f"{parallel}_parallel_size": 2} if parallel else {}
     spec = object.__new__(FullAttentionSpec) if not kind else SimpleNamespace()
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
     cache = SimpleNamespace(kv_cache_groups=[group], needs_kv_cache_zeroing=bool(kind))
     vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=1, **sizes))
-    swap_setup.pool_size(vllm_config, cache, 1.0)
+    setup.pool_size(vllm_config, cache, 1.0)
 
 
 def of_engine(module: str, name: str, *args: Any) -> Callable[[], Any]:
@@ -65,10 +65,10 @@ def of_engine(module: str, name: str, *args: Any) -> Callable[[], Any]:
 
 
 def names_another_connector() -> None:
-    from hexgen_vllm.engine import swap_setup
+    from hexgen_vllm.engine.swap import setup
 
     other = SimpleNamespace(kv_transfer_config={"kv_connector": "Other"})
-    swap_setup.choose_connector(other, {"host_kv_gib": 1})
+    setup.choose_connector(other, {"host_kv_gib": 1})
 
 
 PLAIN: tuple[Mistake, ...] = (
@@ -98,21 +98,21 @@ ENGINE: tuple[Mistake, ...] = (
     ("additional_config.hexgen must be an object, not ….",
      of_engine("engine.scheduler", "options_of", config(hexgen=1))),
     ("additional_config.hexgen_pace must be an object, not ….",
-     of_engine("engine.pace", "pace_of", config(hexgen_pace=1))),
+     of_engine("testing.pace", "pace_of", config(hexgen_pace=1))),
     ("… cannot be used beside another KV connector (…).", names_another_connector),
     ("… cannot be used with … parallelism.", lambda: swap(parallel="pipeline")),
     ("… needs a model whose layers all have full attention.", lambda: swap(kind="sliding")),
     ('… needs the plugin of an installed hexgen_vllm (is VLLM_PLUGINS without "hexgen"?) or '
      "--kv-transfer-config with kv_connector …, kv_connector_module_path … and kv_role "
      "kv_producer.",
-     of_engine("engine.swap_setup", "planner_of", None, EngineOptions(host_kv_gib=1))),
+     of_engine("engine.swap.setup", "planner_of", None, EngineOptions(host_kv_gib=1))),
     ("host_kv_gib needs --scheduler-cls …, or a vLLM that `hexgen-vllm patch apply` has patched.",
-     of_engine("engine.other_scheduler", "require_teller",
+     of_engine("engine.swap.connector", "require_teller",
                SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls="vllm.Other")))),
     ("kernel: … is none of ….", of_engine("kernels", "_choose", "cpu", "nonsense")),
     ("kernel …: ….", of_engine("kernels", "_choose", "cpu", "cuda")),
-    ("hidden must be a multiple of …, not ….", of_engine("engine.tiny_model", "TinySpec", 3)),
-    ("layers must be at least 1, not ….", of_engine("engine.tiny_model", "TinySpec", 64, 0)),
+    ("hidden must be a multiple of …, not ….", of_engine("testing.tiny_model", "TinySpec", 3)),
+    ("layers must be at least 1, not ….", of_engine("testing.tiny_model", "TinySpec", 64, 0)),
 )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ import pytest
 import tomllib
 
 from hexgen_vllm import cli
-from hexgen_vllm.reference import commands as reference
 from tests.docs.pages import PAGES, ROOT, blocks, prose
+from tools.reference import commands as reference
 
 WITH_CHANGELOG: Final = (*PAGES, ROOT / "CHANGELOG.md")
 LONG: Final = {"reference.md", "evaluation.md", "README.md"}  # written by programs, or all of it

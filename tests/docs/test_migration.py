@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from hexgen_vllm.reference.commands import parser_of
 from tests.docs.pages import ROOT
+from tools.reference.commands import parser_of
 
 TEXT = (ROOT / "docs" / "migration.md").read_text()
 FLAG = re.compile(r"`(--[a-z][a-z0-9-]+)[^`]*`")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from hexgen_vllm import cli
-from hexgen_vllm.reference import python_api
-from hexgen_vllm.reference.page import page
-from hexgen_vllm.reference.variables import VARIABLES
 from tests.docs.sentences import PACKAGE, ROOT
+from tools.reference import python_api
+from tools.reference.page import page
+from tools.reference.variables import VARIABLES
 
 COMMITTED = ROOT / "docs" / "reference.md"
 # One name behind what reads the environment, or written as a constant of its own.

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
 LONG = {"model": "tiny", "prompt": "SELECT", "max_tokens": 300, "ignore_eos": True, "stream": True}
 PACED = (  # steps that mostly sleep leave the cores to engines that start
-    "--scheduler-cls=hexgen_vllm.engine.pace.PacedUrgencyScheduler",
+    "--scheduler-cls=hexgen_vllm.testing.pace.PacedUrgencyScheduler",
     '--additional-config={"hexgen_pace": {"step_ms": 60}}',
 )
 

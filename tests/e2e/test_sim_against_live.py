@@ -1,7 +1,7 @@
 """The simulator against reality: two real engines are measured, then the same workflows are played
 on them, behind a real router, and in virtual time.
 
-The engines emulate devices of different speed (:mod:`hexgen_vllm.engine.pace`) and share this
+The engines emulate devices of different speed (:mod:`hexgen_vllm.testing.pace`) and share this
 machine's cores with everything else on it. What the machine does not get done in time makes live
 runs slower and never faster, so the bounds are wider on that side than the goals of 10 % and 15 %.
 """
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from hexgen_vllm.bench import live, results
+from hexgen_vllm.bench import live
 from hexgen_vllm.bench.scenario import LiveConfig
 from hexgen_vllm.calibrate import entry
 from hexgen_vllm.calibrate.command import CalibrateOptions, calibrate
 from hexgen_vllm.cli import main
 from hexgen_vllm.cluster.commands import engine_command, router_command
 from hexgen_vllm.demo import DEVICES, FLEETS, DemoOptions, engine_entry, router_entry
+from hexgen_vllm.report import results
 from hexgen_vllm.sim import against
 from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Server, Spawned, free_port

@@ -12,13 +12,13 @@ from hexgen_vllm.testing.stand import open_stand
 from hexgen_vllm.types import EngineState
 from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Server, free_port, small_engine
-from tests.router.discovery.dns_server import dns_server
+from tests.router.engines.discovery.dns_server import dns_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
 
 SERVICE = "_http._tcp.engines.llm"
 PACED = (  # so that the stream is still open when the engine is found to be gone
-    "--scheduler-cls=hexgen_vllm.engine.pace.PacedUrgencyScheduler",
+    "--scheduler-cls=hexgen_vllm.testing.pace.PacedUrgencyScheduler",
     '--additional-config={"hexgen_pace": {"step_ms": 10}}',
 )
 LONG = {"max_tokens": 900, "ignore_eos": True, "stream_options": {"include_usage": True}}

@@ -11,7 +11,7 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from hexgen_vllm.engine.other_scheduler import HOOK
+from hexgen_vllm.engine.swap.connector import HOOK
 from hexgen_vllm.patch.tree import Tree, installed
 
 SCHEDULER = "vllm/v1/core/sched/scheduler.py"

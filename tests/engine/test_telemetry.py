@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hexgen_vllm.engine.telemetry import SLACK_BOUNDS_S, StepMeter, slack_histogram, step_shape
-from hexgen_vllm.policy.cost_model import StepShape
+from hexgen_vllm.policy.cost import StepShape
 from hexgen_vllm.types import StepCost
 
 pytestmark = pytest.mark.engine

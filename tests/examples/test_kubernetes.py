@@ -27,14 +27,14 @@ from examples.kubernetes.render import (
     schema,
 )
 from hexgen_vllm.config import DispatchOptions, EngineOptions, from_mapping
-from hexgen_vllm.router.config_file import read_options
 from hexgen_vllm.router.context import Context
+from hexgen_vllm.router.main import read_options
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.routes import public
 from hexgen_vllm.testing.fake_server import FakeServer
 from hexgen_vllm.testing.stand import open_stand
 from tests.examples.pod_monitor import POD_MONITOR
-from tests.router.discovery.dns_server import dns_server
+from tests.router.engines.discovery.dns_server import dns_server
 
 Thing = dict[str, Any]
 

@@ -9,10 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from hexgen_vllm.bench import kv, kv_beside, kv_break_even, kv_sweep
-from hexgen_vllm.engine import vllm_copies
+from benchmarks.engine import vllm_copies
+from benchmarks.kv import (
+    kv,
+    kv_beside,
+    kv_break_even,
+    kv_sweep,
+)
+from benchmarks.kv.subjects import (
+    CopyBed,
+    CopyCase,
+    Way,
+)
 from hexgen_vllm.errors import ConfigError, HexgenError
-from hexgen_vllm.kernels.subjects import CopyBed, CopyCase, Way
 
 
 @pytest.fixture(autouse=True)

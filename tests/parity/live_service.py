@@ -16,17 +16,22 @@ from typing import Any
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.router.ledger import Ledger
-from hexgen_vllm.router.recorder import Recorder
+from hexgen_vllm.router.observe.ledger import Ledger
+from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.router.service import Service
-from hexgen_vllm.sim.engine import Engine
-from hexgen_vllm.sim.loop import ARRIVAL, DELIVERY, STEP_END, TICK
-from hexgen_vllm.sim.model import EngineModel
+from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.sim.policies import Policy
-from hexgen_vllm.sim.prompts import chunk_hashes, links
-from hexgen_vllm.sim.sequence import Sequence
-from hexgen_vllm.sim.simulator import SimOptions, engine_of
-from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
+from hexgen_vllm.sim.simulator import (
+    ARRIVAL,
+    DELIVERY,
+    STEP_END,
+    TICK,
+    SimOptions,
+    engine_of,
+)
+from hexgen_vllm.sim.workloads.prompts import chunk_hashes, links
+from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.tune.recent import Ring
 from hexgen_vllm.types import Call, CallResult, Decision, EngineSpec

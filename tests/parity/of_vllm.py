@@ -8,8 +8,13 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
+from benchmarks.engine.headless import (
+    Setup,
+    block_hasher,
+    build_scheduler,
+    make_request,
+)
 from hexgen_vllm import wire
-from hexgen_vllm.engine.headless import Setup, block_hasher, build_scheduler, make_request
 from tests.parity.scenarios import BLOCK_SIZE, MAX_MODEL_LEN, EngineScenario
 from tests.parity.simulated import Log, Step
 

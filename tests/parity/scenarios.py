@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from hexgen_vllm.sim.model import EngineModel
-from hexgen_vllm.sim.workload import Layer
+from hexgen_vllm.sim.engine.sequence import EngineModel
+from hexgen_vllm.sim.workloads.workload import Layer
 from hexgen_vllm.types import StepCost
 
 BLOCK_SIZE = 16

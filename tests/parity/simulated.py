@@ -6,9 +6,9 @@ import math
 from typing import NamedTuple
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.sim.engine import Engine
-from hexgen_vllm.sim.prompts import links
-from hexgen_vllm.sim.sequence import Sequence
+from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.sequence import Sequence
+from hexgen_vllm.sim.workloads.prompts import links
 from hexgen_vllm.types import Placement
 from tests.parity.scenarios import Arrival, EngineScenario
 

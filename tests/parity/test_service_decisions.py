@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.sim.arrivals import poisson
-from hexgen_vllm.sim.fleet import fleet
-from hexgen_vllm.sim.policies import Policy, named
+from hexgen_vllm.sim.policies import Policy, fleet, named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
-from hexgen_vllm.sim.text2sql import text2sql
-from hexgen_vllm.sim.trace import read_trace
-from hexgen_vllm.sim.workload import WorkflowSpec, generator, timed
+from hexgen_vllm.sim.workloads.text2sql import text2sql
+from hexgen_vllm.sim.workloads.trace import read_trace
+from hexgen_vllm.sim.workloads.workload import (
+    WorkflowSpec,
+    generator,
+    poisson,
+    timed,
+)
 from hexgen_vllm.types import Decision, Placement, Rejection
 from tests.parity.live_service import LiveService
 

@@ -9,7 +9,13 @@ from dataclasses import fields, replace
 
 import pytest
 
-from hexgen_vllm.policy.cost_model import CostFit, StepShape, is_sampled, trust, trusted_cost
+from hexgen_vllm.policy.cost import (
+    CostFit,
+    StepShape,
+    is_sampled,
+    trust,
+    trusted_cost,
+)
 from hexgen_vllm.types import StepCost
 
 TRUE = StepCost(c0=0.008, c1=0.0004, c2=2e-8, p0=0.003, p1=0.00012, p2=1e-9)

@@ -6,7 +6,7 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.held import HeldCalls
+from hexgen_vllm.policy.queue import HeldCalls
 from hexgen_vllm.types import (
     Call,
     CallResult,

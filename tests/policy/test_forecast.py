@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.demand import Estimates
-from hexgen_vllm.policy.load import EngineLoad
-from hexgen_vllm.policy.values import Demand, InFlight
+from hexgen_vllm.policy.calls import Demand, InFlight
+from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.workflow import SeenCall, Shapes, WorkflowRun
 from hexgen_vllm.types import (
     Call,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.held import HeldCalls
 from hexgen_vllm.policy.overload import FairShares, entry_margin, hopeless_after
+from hexgen_vllm.policy.queue import HeldCalls
 from hexgen_vllm.types import (
     Call,
     CallResult,

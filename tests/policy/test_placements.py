@@ -11,17 +11,16 @@ import pytest
 from hexgen_vllm import check_policy
 from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.policy.calls import Demand, InFlight
 from hexgen_vllm.policy.dispatch import Dispatch
-from hexgen_vllm.policy.load import EngineLoad, solo_speed
+from hexgen_vllm.policy.engines import EngineLoad, solo_speed
 from hexgen_vllm.policy.marginal_cost import FIRST, AskedPrefixes
 from hexgen_vllm.policy.placements import PLACEMENTS, placement, register
-from hexgen_vllm.policy.values import Demand, InFlight
 from hexgen_vllm.policy_file import load
-from hexgen_vllm.sim.fleet import fleet
-from hexgen_vllm.sim.policies import named
+from hexgen_vllm.sim.policies import fleet, named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
-from hexgen_vllm.sim.text2sql import text2sql
-from hexgen_vllm.sim.workload import timed
+from hexgen_vllm.sim.workloads.text2sql import text2sql
+from hexgen_vllm.sim.workloads.workload import timed
 from hexgen_vllm.types import Call, EngineReport, EngineSpec, Placement, StepCost
 
 COST = StepCost(c0=0.02, c1=1e-3, c2=1e-7, p0=0.0, p1=1 / 4000, p2=0.0)

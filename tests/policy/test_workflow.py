@@ -6,9 +6,8 @@ import random
 
 import pytest
 
-from hexgen_vllm.policy.estimate import Window
-from hexgen_vllm.policy.values import Tail
-from hexgen_vllm.policy.workflow import NOTHING, SeenCall, Shapes, Workflows, tails
+from hexgen_vllm.policy.calls import Tail
+from hexgen_vllm.policy.workflow import NOTHING, SeenCall, Shapes, Window, Workflows, tails
 from hexgen_vllm.types import Call, CallResult
 
 

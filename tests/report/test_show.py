@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.bench.plot import COLOURS, DASHES, STYLES, draw_attainment, styles
-from hexgen_vllm.bench.table import aligned, render, seconds
 from hexgen_vllm.demo import CONTENDERS
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.report.plot import (
+    COLOURS,
+    DASHES,
+    STYLES,
+    draw_attainment,
+    styles,
+)
+from hexgen_vllm.report.table import (
+    aligned,
+    render,
+    seconds,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

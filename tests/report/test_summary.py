@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hexgen_vllm.metrics.events import CallRecord, WorkflowRecord
-from hexgen_vllm.metrics.summary import (
+from hexgen_vllm.records import CallRecord, WorkflowRecord
+from hexgen_vllm.report.summary import (
     attainment,
     goodput,
     min_deadline,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from hexgen_vllm.router.hosts import AllowedHosts, check_patterns
+from hexgen_vllm.router.addresses import AllowedHosts, check_patterns
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineState

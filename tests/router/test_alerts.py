@@ -16,22 +16,22 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.engine.exposition import exposition
+from hexgen_vllm.engine.server.middleware import exposition
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.router.answers import Outcome
-from hexgen_vllm.router.attempt import Guard
-from hexgen_vllm.router.discovery.book import EMPTY, SourceBook
-from hexgen_vllm.router.discovery.metrics import DiscoveryMetrics
-from hexgen_vllm.router.fleet import Fleet
-from hexgen_vllm.router.ledger import Ledger
+from hexgen_vllm.router.engines.attempt import Guard
+from hexgen_vllm.router.engines.discovery.discovery import DiscoveryMetrics
+from hexgen_vllm.router.engines.discovery.members import EMPTY, SourceBook
+from hexgen_vllm.router.engines.fleet import Fleet
+from hexgen_vllm.router.engines.probe import Found
+from hexgen_vllm.router.errors import Outcome
 from hexgen_vllm.router.metrics import Metrics
+from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.probe import Found
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.types import Call, EngineReport, EngineSpec, StepCost
-from tests.engine.test_exposition import SNAPSHOT
+from tests.engine.server.test_exposition import SNAPSHOT
 from tests.router.promql import Store, fires
 
 ROOT = Path(__file__).resolve().parents[2]

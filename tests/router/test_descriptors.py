@@ -18,15 +18,19 @@ import pytest
 from yarl import URL
 
 from hexgen_vllm import descriptors
-from hexgen_vllm.router.broken import CannotConnect, RouterShort, is_short
-from hexgen_vllm.router.engine_pool import Pool
+from hexgen_vllm.router.engines.probe import Probe, Unreachable
+from hexgen_vllm.router.http.client import Pool
+from hexgen_vllm.router.http.errors import (
+    CannotConnect,
+    RouterShort,
+    is_short,
+)
 from hexgen_vllm.router.options import Worker
-from hexgen_vllm.router.probe import Probe, Unreachable
 from hexgen_vllm.testing.fake_server import FakeServer
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineState
-from tests.router.test_engine_pool import HEAD
-from tests.router.test_http_server import Wire, call, request
+from tests.router.http.test_client import HEAD
+from tests.router.http.test_server import Wire, call, request
 from tests.router.test_lifecycle import started
 
 SHORT = (

@@ -11,8 +11,7 @@ import pytest
 import yaml
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.router.config_file import read_options
-from hexgen_vllm.router.main import add_arguments
+from hexgen_vllm.router.main import add_arguments, read_options
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.routes import Access, public
 from tests.router.fault_table import BEGIN, CASES, END, HEADINGS, Case, row

@@ -10,8 +10,15 @@ import pytest
 
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy import overload
-from hexgen_vllm.router.answers import ENDINGS, EngineFailed, Fault, Outcome, from_error, refused
 from hexgen_vllm.router.endpoints import ENDPOINT_NAMES
+from hexgen_vllm.router.errors import (
+    ENDINGS,
+    EngineFailed,
+    Fault,
+    Outcome,
+    from_error,
+    refused,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

@@ -22,7 +22,7 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.router.app import Router
-from hexgen_vllm.router.http_body import LARGE_BYTES
+from hexgen_vllm.router.http.messages import LARGE_BYTES
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing.fake_server import FakeServer
 from hexgen_vllm.testing.stand import CHAT

@@ -10,11 +10,15 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from hexgen_vllm.router.answers import Outcome
-from hexgen_vllm.router.labels import AGAIN, IDLE_USES, OTHER, Names
-from hexgen_vllm.router.outcomes import OUTCOMES
-from hexgen_vllm.router.timings import Timings
-from hexgen_vllm.router.usage import MAX_TENANTS, Usages
+from hexgen_vllm.router.errors import Outcome
+from hexgen_vllm.router.metrics import MAX_TENANTS, Timings, Usages
+from hexgen_vllm.router.observe.ledger import (
+    AGAIN,
+    IDLE_USES,
+    OTHER,
+    OUTCOMES,
+    Names,
+)
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import Call, CallResult

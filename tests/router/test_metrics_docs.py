@@ -12,19 +12,19 @@ import yaml
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from hexgen_vllm.engine import exposition
-from hexgen_vllm.router.outcomes import OUTCOMES
+from hexgen_vllm.engine.server import middleware
+from hexgen_vllm.router.observe.ledger import OUTCOMES
 from hexgen_vllm.testing.fake_server import FakeSettings
 from hexgen_vllm.testing.stand import open_stand
-from tests.engine.test_exposition import SNAPSHOT
+from tests.engine.server.test_exposition import SNAPSHOT
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAFANA = ROOT / "examples" / "grafana"
 FULL = {
     **SNAPSHOT,
     "prefill_share": 0.5,
-    "host_kv": dict.fromkeys(exposition._HOST_KV, 1)
-    | {key: {"a": 1} for key in exposition._HOST_KV_BY_REASON},
+    "host_kv": dict.fromkeys(middleware._HOST_KV, 1)
+    | {key: {"a": 1} for key in middleware._HOST_KV_BY_REASON},
 }
 # Prometheus' own labels of a scraped sample.
 SCRAPED = {"instance", "job"}
@@ -56,7 +56,7 @@ async def router_rows() -> set[Row]:
 
 
 def engine_rows() -> set[Row]:
-    families = text_string_to_metric_families(exposition.exposition(FULL))
+    families = text_string_to_metric_families(middleware.exposition(FULL))
     return {row(f, seen_labels(f)) for f in families}
 
 

@@ -9,8 +9,8 @@ import aiohttp
 import pytest
 from yarl import URL
 
+from hexgen_vllm.router.calls.intake import form_field
 from hexgen_vllm.router.endpoints import ENDPOINT_NAMES, MORE_ENDPOINTS
-from hexgen_vllm.router.intake import form_field
 from hexgen_vllm.router.routes import manages
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.hosts import is_loopback
+from hexgen_vllm.router.addresses import is_loopback
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
-from tests.router.test_http_server import Wire, call, request
+from tests.router.http.test_server import Wire, call, request
 
 GOOD = (
     "a", "localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:30000", "[::1]:8000", "10.1.2.3",

@@ -12,7 +12,7 @@ import pytest
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.router.ledger import Ledger
+from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.types import (

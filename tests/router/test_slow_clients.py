@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import pytest
 
-from hexgen_vllm.router.http_connection import Connection
+from hexgen_vllm.router.http.server import Connection
 from hexgen_vllm.testing.fake_server import FakeSettings
 from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 from hexgen_vllm.types import EngineState
-from tests.router.test_http_server import Wire, _connections, call, request
+from tests.router.http.test_server import Wire, _connections, call, request
 
 READY = EngineState.READY
 HEAD = b"POST %b HTTP/1.1\r\nHost: a\r\n" % CHAT.encode()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.answers import Outcome
-from hexgen_vllm.router.outcomes import ON_TIME
+from hexgen_vllm.router.errors import Outcome
+from hexgen_vllm.router.observe.ledger import ON_TIME
 from hexgen_vllm.testing import ManualClock, fake_answers
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand

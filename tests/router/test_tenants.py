@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.cluster.ports import free_ports
+from hexgen_vllm.cluster.processes import free_ports
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.claims import Ceiling
 from hexgen_vllm.policy.workflow import WorkflowRun

@@ -14,13 +14,13 @@ import pytest
 import trustme
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router import tls
+from hexgen_vllm.router import access
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 from hexgen_vllm.types import EngineState
-from tests.router.test_http_server import call, request
+from tests.router.http.test_server import call, request
 
 
 class Authority(NamedTuple):
@@ -137,9 +137,9 @@ def test_files_that_do_not_fit_are_one_sentence(ours: Authority, theirs: Authori
     ]
     for one in options:
         with pytest.raises(ConfigError, match=r"^ssl_certfile, .* cannot be used: .*\.$"):
-            tls.for_clients(one)
+            access.for_clients(one)
     with pytest.raises(ConfigError, match=r"^engine_ssl_ca_certs cannot be used: .*\.$"):
-        tls.for_engines(RouterOptions(engine_ssl_ca_certs=str(nonsense)))
+        access.for_engines(RouterOptions(engine_ssl_ca_certs=str(nonsense)))
 
 
 @pytest.mark.parametrize(

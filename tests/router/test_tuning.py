@@ -13,7 +13,7 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.router.recorder import Recorder
+from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.router.tuning import Files, SearchFailed, Tuning, command, fleet_text, search_apart
 from hexgen_vllm.sim.scenario_file import load_fleet
 from hexgen_vllm.testing.fake_server import FakeSettings

@@ -8,14 +8,22 @@ from dataclasses import replace
 import pytest
 
 from hexgen_vllm.errors import HexgenError
-from hexgen_vllm.sim.fleet import DEVICES, FLEETS, fleet
-from hexgen_vllm.sim.limits import Work, capacity, limits, solo_s, uncached_tokens
-from hexgen_vllm.sim.model import EngineModel
-from hexgen_vllm.sim.policies import named
-from hexgen_vllm.sim.simplex import maximise
+from hexgen_vllm.sim.engine.sequence import EngineModel
+from hexgen_vllm.sim.limits import Work, capacity, limits, maximise, solo_s, uncached_tokens
+from hexgen_vllm.sim.policies import (
+    DEVICES,
+    FLEETS,
+    fleet,
+    named,
+)
 from hexgen_vllm.sim.simulator import Simulation
-from hexgen_vllm.sim.text2sql import text2sql
-from hexgen_vllm.sim.workload import CallSpec, Layer, WorkflowSpec, workflow_stream
+from hexgen_vllm.sim.workloads.text2sql import text2sql
+from hexgen_vllm.sim.workloads.workload import (
+    CallSpec,
+    Layer,
+    WorkflowSpec,
+    workflow_stream,
+)
 from hexgen_vllm.types import StepCost
 
 COST = StepCost(c0=0.02, c1=1e-3, c2=0.0, p0=0.0, p1=1e-4, p2=0.0)

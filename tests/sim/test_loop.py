@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from hexgen_vllm.errors import HexgenError
-from hexgen_vllm.sim.loop import ARRIVAL, DELIVERY, STEP_END, TICK, EventLoop
+from hexgen_vllm.sim.simulator import (
+    ARRIVAL,
+    DELIVERY,
+    STEP_END,
+    TICK,
+    EventLoop,
+)
 
 
 def test_order_is_time_then_priority_then_insertion() -> None:

@@ -13,24 +13,27 @@ from typing import Any
 import pytest
 import yaml
 
-from hexgen_vllm.bench import plot
 from hexgen_vllm.cli import main
 from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.metrics.summary import percentile
-from hexgen_vllm.policy.cost_model import CostFit
-from hexgen_vllm.sim.arrivals import poisson
-from hexgen_vllm.sim.engine import Engine
-from hexgen_vllm.sim.fleet import engine_on
+from hexgen_vllm.policy.cost import CostFit
+from hexgen_vllm.report import plot
+from hexgen_vllm.report.summary import percentile
+from hexgen_vllm.sim.engine.cost import Pricing
+from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.sim.limits import limits
-from hexgen_vllm.sim.model import EngineModel
-from hexgen_vllm.sim.policies import named
-from hexgen_vllm.sim.pricing import Pricing
+from hexgen_vllm.sim.policies import engine_on, named
 from hexgen_vllm.sim.scenario_file import load
-from hexgen_vllm.sim.sequence import Sequence
 from hexgen_vllm.sim.simulator import SimOptions, Simulation, engine_of
-from hexgen_vllm.sim.text2sql import text2sql
-from hexgen_vllm.sim.workload import WorkflowSpec, generator, scaled, timed
+from hexgen_vllm.sim.workloads.text2sql import text2sql
+from hexgen_vllm.sim.workloads.workload import (
+    WorkflowSpec,
+    generator,
+    poisson,
+    scaled,
+    timed,
+)
 from hexgen_vllm.types import EngineKind, Placement, StepCost
 
 QUIET = SimOptions(record_calls=False)

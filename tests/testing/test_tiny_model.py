@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hexgen_vllm.engine.tiny_model import SPEC_FILE, TinySpec, build, main, train_tokenizer
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.testing.tiny_model import (
+    SPEC_FILE,
+    TinySpec,
+    build,
+    main,
+    train_tokenizer,
+)
 
 pytestmark = pytest.mark.engine
 SMALL = TinySpec(hidden=64, layers=1)

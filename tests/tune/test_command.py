@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hexgen_vllm.cli import main
-from hexgen_vllm.router.config_file import read_options
+from hexgen_vllm.router.main import read_options
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring
 

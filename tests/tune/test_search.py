@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.metrics.events import WorkflowRecord
+from hexgen_vllm.records import WorkflowRecord
 from hexgen_vllm.sim.policies import NAMES, named
 from hexgen_vllm.tune.knobs import KNOBS, Knob, applied, defaults, knobs_for
 from hexgen_vllm.tune.objective import chosen

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.reference.page import page
+from tools.reference.page import page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

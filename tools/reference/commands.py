@@ -10,7 +10,11 @@ from typing import Final
 
 from hexgen_vllm import cli
 from hexgen_vllm.config import EngineOptions, add_arguments
-from hexgen_vllm.reference.markdown import code, shown, table
+from tools.reference.markdown import (
+    code,
+    shown,
+    table,
+)
 
 _SAID_DEFAULT: Final = re.compile(r" \(default: ((?:[^()]|\([^()]*\))*)\)$")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
-from hexgen_vllm.reference.markdown import keys
-from hexgen_vllm.sim.model import EngineModel
+from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.scenario import ArrivalOptions, DeadlineOptions, WorkloadOptions
 from hexgen_vllm.sim.simulator import SimOptions
+from tools.reference.markdown import keys
 
 
 def sections() -> Iterator[tuple[str, str]]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from hexgen_vllm.reference import commands, files, python_api, routes, variables
+from tools.reference import (
+    commands,
+    files,
+    python_api,
+    routes,
+    variables,
+)
 
 _HEAD: Final = """# Reference
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import hexgen_vllm
-from hexgen_vllm.reference.markdown import code, table
+from tools.reference.markdown import code, table
 
 MODULES: Final = (
     "hexgen_vllm",

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from hexgen_vllm import wire
-from hexgen_vllm.reference.markdown import code, table
-from hexgen_vllm.router import openapi
+from hexgen_vllm.router.status import pages
+from tools.reference.markdown import code, table
 
 _ENGINE: Final = (
     ("GET", "/hexgen/stats", "The scheduler's telemetry, one JSON object."),
@@ -17,7 +17,7 @@ _ENGINE: Final = (
 
 def sections() -> Iterator[tuple[str, str]]:
     """Yield title and text: the router, what a call may say, the engine."""
-    document = openapi.document()
+    document = pages.document()
     rows = [
         (
             code(method.upper()),
@@ -54,7 +54,7 @@ def _parameters(operation: dict[str, Any]) -> str:
 def _headers() -> str:
     rows = [
         (code(wire.header_name(name)), code(wire.xarg_name(name)), _form(schema), text)
-        for name, (schema, text) in openapi.HEADERS.items()
+        for name, (schema, text) in pages.HEADERS.items()
     ]
     return table(("header", "`vllm_xargs` key", "form", "meaning"), rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from hexgen_vllm.reference.markdown import code, table
+from tools.reference.markdown import code, table
 
 VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "HEXGEN_ROUTER_API_KEY": ("router", "key that clients must present (`--api-key`)"),

@@ -1,22 +1,117 @@
-"""Runs on a node, in an actor that Ray places: one engine process, its health, its end."""
+"""Nodes of a Ray cluster: what engines ask of them, and the host that runs an engine on one.
+
+What an engine asks of a node is said in Ray's words, and compared with what any node can give. A
+host runs in an actor that Ray places: one engine process, its health, its end. A cluster is joined
+or started on this machine; only files in this folder import ray.
+
+A cluster that is started here has no dashboard, listens on the loopback address only and tells
+nobody of its use.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from types import ModuleType
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 
 from hexgen_vllm.cluster import commands
-from hexgen_vllm.cluster.health import wait_healthy
-from hexgen_vllm.cluster.ports import free_ports
-from hexgen_vllm.cluster.process import Process, ProcessFailed
+from hexgen_vllm.cluster.processes import Process, ProcessFailed, free_ports, wait_healthy
+from hexgen_vllm.cluster.ray_options import Placement, RayOptions
 from hexgen_vllm.cluster.spec import EngineEntry
 from hexgen_vllm.cluster.supervisor import base_url
+from hexgen_vllm.errors import ConfigError
 
+_ACCELERATOR: Final = "accelerator_type:"
+_SLIVER: Final = 0.001  # what Ray itself asks for of an accelerator's type
+_BUILT_IN: Final = ("CPU", "GPU", "memory", "object_store_memory")
 _EVERYWHERE: Final = ("0.0.0.0", "::", "")
+_ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):\d+")
+_ANSWER_S: Final = 5.0
+_STORE_BYTES: Final = 100 * 2**20  # engines pass nothing through Ray's object store
+# Ray reads these while it is imported. Without clusters of several machines, which is what the
+# second one says no to, a node's address is 127.0.0.1, and nothing listens anywhere else.
+_NO_REPORTS: Final = "RAY_USAGE_STATS_ENABLED"
+_SEVERAL_MACHINES: Final = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_TRIES: Final = "RAY_NUM_REDIS_GET_RETRIES"  # to join a cluster: 20 unless we say otherwise
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine, or what counts as one, in a Ray cluster.
+
+    Attributes:
+        resources: all it has, whether in use or not.
+    """
+
+    node_id: str
+    address: str
+    resources: Mapping[str, float]
+
+
+def demand(placement: Placement) -> dict[str, float]:
+    """Return the resources that one engine takes from its node."""
+    asked = {"CPU": placement.num_cpus, "GPU": placement.gpus, **placement.resources}
+    asked["memory"] = placement.memory_gib * 2**30
+    if placement.accelerator_type is not None:
+        asked[f"{_ACCELERATOR}{placement.accelerator_type}"] = _SLIVER
+    return {name: float(amount) for name, amount in asked.items() if amount}
+
+
+def actor_options(placement: Placement) -> dict[str, Any]:
+    """Return the same as options of a Ray actor."""
+    asked = demand(placement)
+    return {
+        "num_cpus": asked.pop("CPU", 0.0),
+        "num_gpus": asked.pop("GPU", 0.0),
+        "memory": int(asked.pop("memory", 0)) or None,
+        "resources": asked,
+    }
+
+
+def fits(asked: Mapping[str, float], node: Node) -> bool:
+    """Whether an engine could be on ``node``, were that idle."""
+    return all(node.resources.get(name, 0.0) >= amount for name, amount in asked.items())
+
+
+def unmet(placement: Placement, nodes: Iterable[Node]) -> str | None:
+    """Return what no node has, as the end of a sentence; ``None`` if one has it all."""
+    asked, found = demand(placement), list(nodes)
+    if any(fits(asked, node) for node in found):
+        return None
+    return f"no node of the Ray cluster has {spelled(asked)}; {_offered(found)}"
+
+
+def spelled(asked: Mapping[str, float]) -> str:
+    """Return resources as people write them."""
+    return " and ".join(_one(name, amount) for name, amount in asked.items()) or "anything"
+
+
+def _one(name: str, amount: float) -> str:
+    if name.startswith(_ACCELERATOR):
+        return f"accelerator {name.removeprefix(_ACCELERATOR)}"
+    if name == "memory":
+        return f"{amount / 2**30:g} GiB of memory"
+    return f"{amount:g} {name}"
+
+
+def _offered(nodes: list[Node]) -> str:
+    kinds = sorted({_of_node(node) for node in nodes})
+    return f"there are nodes with {'; '.join(kinds)}" if kinds else "there are no nodes"
+
+
+def _of_node(node: Node) -> str:
+    names = sorted(n for n in node.resources if n not in _BUILT_IN and not n.startswith("node:"))
+    plain = {n: node.resources[n] for n in ("CPU", "GPU", *names) if node.resources.get(n)}
+    return spelled(plain) if plain else "nothing to give"
 
 
 class Place(NamedTuple):
@@ -124,3 +219,114 @@ def listening(host: str, node: str) -> tuple[str, str]:
     if host == EngineEntry().host:
         return node, node
     return host, node if host in _EVERYWHERE else host
+
+
+class Library:
+    """Ray, connected.
+
+    Attributes:
+        ray: the module.
+        address: of the cluster.
+
+    Args:
+        options: which cluster.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster cannot be joined or started.
+    """
+
+    def __init__(self, options: RayOptions) -> None:
+        address = options.address or os.environ.get("RAY_ADDRESS")
+        here = address in (None, "local")
+        os.environ.setdefault(_NO_REPORTS, "0")
+        name, value = (_SEVERAL_MACHINES, "0") if here else (_TRIES, "1")
+        os.environ.setdefault(name, value)
+        self.ray = imported()
+        self._ours = not self.ray.is_initialized()
+        if self._ours:
+            how = _local(options) if here else _existing(self.ray, str(address))
+            _join(self.ray, how, address)
+        self.address = str(self.ray.get_runtime_context().gcs_address)
+
+    def nodes(self) -> list[Node]:
+        """Return the nodes that are alive."""
+        return [
+            Node(str(n["NodeID"]), str(n["NodeManagerAddress"]), dict(n["Resources"]))
+            for n in self.ray.nodes()
+            if n["Alive"]
+        ]
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        if self._ours:
+            self.ray.shutdown()
+
+
+def imported() -> ModuleType:
+    """Return the ray module.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import ray
+
+        if not hasattr(ray, "init"):  # a folder of that name, such as that of its logs in /tmp
+            raise ImportError
+    except ImportError:
+        raise ConfigError(
+            "backend ray needs Ray, which is not installed: pip install 'hexgen-vllm[ray]'."
+        ) from None
+    module: ModuleType = ray
+    return module
+
+
+def _local(options: RayOptions) -> dict[str, Any]:
+    custom = dict(options.local_resources)
+    named = {"num_cpus": custom.pop("CPU", None), "num_gpus": custom.pop("GPU", None)}
+    return {
+        "address": "local",
+        "include_dashboard": False,
+        "object_store_memory": _STORE_BYTES,
+        "resources": custom,
+        **{name: amount for name, amount in named.items() if amount is not None},
+    }
+
+
+def _existing(ray: ModuleType, address: str) -> dict[str, Any]:
+    """Return how to join the cluster at ``address``, after a look whether anybody answers there."""
+    if address != "auto" and not _ADDRESS.fullmatch(address):
+        raise ConfigError(
+            f"ray address must be host:port or auto, not {address!r}; a machine that is no node of "
+            f"the cluster cannot start engines in it."
+        )
+    try:
+        found = ray._private.services.canonicalize_bootstrap_address_or_die(address)
+    except (ConnectionError, ValueError):
+        raise ConfigError(
+            "no Ray cluster was found on this machine: start one, or give its host:port."
+        ) from None
+    except OSError as error:  # its name
+        raise ConfigError(f"no Ray cluster answers at {address}: {_reason(error)}.") from None
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        where = address if address == found else f"{address} ({found})"
+        raise ConfigError(f"no Ray cluster answers at {where}: {_reason(error)}.") from None
+    return {"address": address}
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).rstrip(".").lower()
+
+
+def _join(ray: ModuleType, how: dict[str, Any], address: str | None) -> None:
+    try:
+        ray.init(**how, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # ray raises whatever its layers raise
+        why = " ".join(str(error).split())
+        first = why.partition(". ")[0].rstrip(".") or type(error).__name__
+        if how["address"] == "local":
+            raise ConfigError(f"a Ray cluster could not be started here: {first}.") from None
+        raise ConfigError(f"the Ray cluster at {address} cannot be joined: {first}.") from None

@@ -12,18 +12,14 @@ from typing import Any, Final
 import aiohttp
 
 from hexgen_vllm.clock import Clock, SystemClock
-from hexgen_vllm.cluster.health import wait_healthy
-from hexgen_vllm.cluster.ray import demand
+from hexgen_vllm.cluster.processes import wait_healthy
+from hexgen_vllm.cluster.ray import nodes as demand
 from hexgen_vllm.cluster.ray.autoscale import Autoscale
-from hexgen_vllm.cluster.ray.group import Group
-from hexgen_vllm.cluster.ray.library import Library
-from hexgen_vllm.cluster.ray.replica import Replica
-from hexgen_vllm.cluster.ray.roster import Roster, Unlisted
-from hexgen_vllm.cluster.ray.router_client import RouterClient
-from hexgen_vllm.cluster.ray.router_process import RouterProcess
-from hexgen_vllm.cluster.running import Running
+from hexgen_vllm.cluster.ray.engines import Group, Replica
+from hexgen_vllm.cluster.ray.nodes import Library
+from hexgen_vllm.cluster.ray.router import Roster, RouterClient, RouterProcess, Unlisted
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry
-from hexgen_vllm.cluster.supervisor import all_or_first_error
+from hexgen_vllm.cluster.supervisor import Running, all_or_first_error
 from hexgen_vllm.errors import ConfigError
 
 _LOOK_S: Final = 0.2

@@ -11,14 +11,13 @@ import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from importlib import import_module
 from typing import Any, Final
 
 from hexgen_vllm.config import EngineOptions, add_arguments, from_mapping, given
+from hexgen_vllm.engine.options import SCHEDULER, is_ours
 from hexgen_vllm.errors import ConfigError, HexgenError, UnsupportedVLLM
 
-SCHEDULER: Final = "hexgen_vllm.UrgencyScheduler"
-MIDDLEWARE: Final = "hexgen_vllm.engine.middleware.HexgenMiddleware"
+MIDDLEWARE: Final = "hexgen_vllm.engine.server.middleware.HexgenMiddleware"
 URGENCY: Final = "urgency"
 PREFIX: Final = "hexgen-"
 GROUP: Final = "hexgen"
@@ -115,7 +114,7 @@ def rust_frontend() -> bool:
 
 def _keep_kv(target: Any, options: Mapping[str, Any]) -> None:
     if options.get("host_kv_gib"):
-        from hexgen_vllm.engine.swap_setup import choose_connector  # loads torch
+        from hexgen_vllm.engine.swap.setup import choose_connector  # loads torch
 
         choose_connector(target, options)
 
@@ -133,21 +132,6 @@ def _is_wanted(target: Any) -> bool:
             f"--scheduling-policy {URGENCY} and --scheduler-cls {scheduler} exclude each other."
         )
     return ours or policy == URGENCY or (policy is None and scheduler is None)
-
-
-def is_ours(scheduler_cls: Any) -> bool:
-    """Tell whether ``scheduler_cls`` (a class or its path) is our scheduler or made from it."""
-    if scheduler_cls == SCHEDULER:
-        return True
-    if isinstance(scheduler_cls, str) and not scheduler_cls.startswith("vllm."):
-        module, _, name = scheduler_cls.rpartition(".")
-        try:
-            scheduler_cls = getattr(import_module(module), name, None)
-        except HexgenError:
-            raise
-        except Exception:  # of a module of somebody else: vLLM will say so in its own words
-            return False
-    return hasattr(scheduler_cls, "hexgen_stats")
 
 
 def take_place(vllm_config: Any, scheduler_cls: Any) -> None:

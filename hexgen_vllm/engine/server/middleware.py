@@ -8,6 +8,15 @@
 * ``GET /metrics`` gets the same telemetry as ``hexgen_vllm_*`` metrics after vLLM's own.
 
 Everything else, and every response to a generation request, passes through untouched.
+Bodies: prompts are long and bodies are mostly prompt, so that a body is parsed only when it brings
+``vllm_xargs`` of its own. Otherwise the member is spliced in behind the opening brace: this
+neither mends a malformed body nor breaks a well-formed one.
+
+``service_tier`` ``flex`` or ``batch`` says that nobody waits for the answer; the second is not in
+vLLM's list and goes on as the first.
+
+vllm-router passes ``vllm_xargs.agentic_context`` on as a nested object, which vLLM refuses; it is
+read and taken out, so that our scheduler works behind that router.
 """
 
 from __future__ import annotations
@@ -16,21 +25,221 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from itertools import accumulate
 from typing import Any, Final
 
 from hexgen_vllm import wire
-from hexgen_vllm.engine import request_body
-from hexgen_vllm.engine.exposition import exposition
-from hexgen_vllm.engine.stats_api import StatsReader, StatsUnavailable
+from hexgen_vllm.engine.server.stats_api import StatsReader, StatsUnavailable
 from hexgen_vllm.errors import BadRequest
+
+PREFIX: Final = "hexgen_vllm_"
+_HOST_KV_BY_REASON: Final = {
+    "dropped_tokens": ("host_kv_dropped_tokens_total", "Saved tokens never loaded, by reason."),
+    "refused_tokens": ("host_kv_refused_tokens_total", "Tokens not saved, by reason."),
+}
+MEMBER: Final = "vllm_xargs"
+AGENTIC: Final = "agentic_context"
+TIER: Final = "service_tier"
+_BATCH_TIERS: Final = ("flex", "batch")
+_BLANKS: Final = b" \t\r\n"
+STATS_PATH: Final = "/hexgen/stats"
+METRICS_PATH: Final = "/metrics"
+MAX_BODY_BYTES: Final = 64 * 2**20
+"""Longest body that is looked into. vLLM itself sets no limit, so a longer one without our
+headers passes unread; with them it is refused."""
+_PREFIX: Final = wire.HEADER_PREFIX.encode()
+_NEGOTIATION: Final = (b"accept", b"accept-encoding")
+# Snapshot field -> metric name, kind, help.
+_SINGLE: Final = {
+    "running": ("running", "gauge", "Calls in the batch."),
+    "waiting": ("waiting", "gauge", "Calls queued in the engine."),
+    "kv_usage": ("kv_usage_ratio", "gauge", "Share of KV blocks in use, 0 to 1."),
+    "kv_tokens": ("kv_tokens", "gauge", "Tokens that the KV cache holds."),
+    "max_num_seqs": ("max_num_seqs", "gauge", "Calls that the batch can hold."),
+    "prefill_share": ("prefill_time_ratio", "gauge", "Share of recent busy time on prefill."),
+    "fit_error": ("step_cost_error_ratio", "gauge", "Median relative error of the step-cost fit."),
+    "steps": ("steps_total", "counter", "Steps that computed something."),
+    "recomputed_tokens": (
+        "recomputed_tokens_total",
+        "counter",
+        "Tokens computed again after a preemption.",
+    ),
+    "batch_tokens_given_up": (
+        "batch_tokens_given_up_total",
+        "counter",
+        "Tokens that calls without deadline did not write because others could not bear it.",
+    ),
+    "length_error": (
+        "length_error_ratio",
+        "gauge",
+        "Mean relative error of the output lengths expected lately.",
+    ),
+    "bad_metadata": ("bad_metadata_total", "counter", "Metadata values that could not be read."),
+}
+# The same for the fields of the snapshot's ``host_kv``.
+_HOST_KV: Final = {
+    "capacity_bytes": ("host_kv_capacity_bytes", "gauge", "Host memory for preempted calls' KV."),
+    "used_bytes": ("host_kv_used_bytes", "gauge", "Host memory that holds preempted calls' KV."),
+    "copies": ("host_kv_copies", "gauge", "Preempted calls whose KV is in host memory."),
+    "saved_tokens": ("host_kv_saved_tokens_total", "counter", "Tokens whose KV was saved."),
+    "saved_bytes": ("host_kv_saved_bytes_total", "counter", "Bytes of KV that were saved."),
+    "restored_tokens": ("host_kv_restored_tokens_total", "counter", "Tokens whose KV was loaded."),
+    "restored_bytes": ("host_kv_restored_bytes_total", "counter", "Bytes of KV that were loaded."),
+    "cached_tokens": (
+        "host_kv_cached_tokens_total",
+        "counter",
+        "Saved tokens that the prefix cache still held when they were wanted.",
+    ),
+    "save_bytes_per_s": ("host_kv_save_bytes_per_second", "gauge", "Bandwidth of saves."),
+    "restore_bytes_per_s": ("host_kv_restore_bytes_per_second", "gauge", "Bandwidth of loads."),
+}
+
+
+def _escaped(value: object) -> str:
+    return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _labelled(labels: Mapping[str, object]) -> str:
+    inside = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    return f"{{{inside}}}" if inside else ""
+
+
+class _Page:
+    """Metrics in order, each with the samples of all ranks together."""
+
+    def __init__(self) -> None:
+        self.labels: Mapping[str, object] = {}  # that every sample gets
+        self._families: dict[str, list[str]] = {}
+
+    def metric(
+        self, name: str, kind: str, text: str, samples: Mapping[tuple[str, str] | None, Any]
+    ) -> None:
+        """Add samples, keyed by their own label; ``None`` values are left out."""
+        known = {label: value for label, value in samples.items() if value is not None}
+        if not known:
+            return
+        head = [f"# HELP {PREFIX}{name} {text}", f"# TYPE {PREFIX}{name} {kind}"]
+        lines = self._families.setdefault(name, head)
+        for label, value in known.items():
+            own = {label[0]: label[1]} if label is not None else {}
+            lines.append(f"{PREFIX}{name}{_labelled({**self.labels, **own})} {value}")
+
+    def text(self) -> str:
+        """Return the page."""
+        return "\n".join(line for lines in self._families.values() for line in lines) + "\n"
+
+
+def exposition(*snapshots: Mapping[str, Any]) -> str:
+    """Return the metrics of an engine; what it does not know is left out.
+
+    Args:
+        snapshots: as :func:`hexgen_vllm.engine.telemetry.snapshot` returns them, one for each
+            data-parallel rank. With several, samples say whose they are as vLLM's own do, by
+            ``engine``.
+    """
+    page = _Page()
+    for rank, snapshot in enumerate(snapshots):
+        if len(snapshots) > 1:
+            page.labels = {"engine": snapshot.get("engine", rank)}
+        _add(page, snapshot)
+    return page.text()
+
+
+def _add(page: _Page, snapshot: Mapping[str, Any]) -> None:
+    page.metric("info", "gauge", "Always 1; the order in force.", {("order", snapshot["order"]): 1})
+    for field, (name, kind, text) in _SINGLE.items():
+        page.metric(name, kind, text, {None: snapshot.get(field)})
+    page.metric(
+        "preemptions_total",
+        "counter",
+        "Preemptions by cause.",
+        {("cause", cause): n for cause, n in snapshot["preemptions"].items()},
+    )
+    page.metric(
+        "step_cost",
+        "gauge",
+        "Coefficients of the fitted step cost, in seconds.",
+        {("coefficient", name): v for name, v in (snapshot["cost"] or {}).items()},
+    )
+    bounds = [*map(str, snapshot["slack_bounds_s"]), "+Inf"]
+    page.metric(
+        "slack_calls",
+        "gauge",
+        "Running and waiting calls whose slack is at most le seconds.",
+        {("le", b): n for b, n in zip(bounds, accumulate(snapshot["slack_counts"]), strict=True)},
+    )
+    if snapshot.get("host_kv"):
+        _add_host_kv(page, snapshot["host_kv"])
+
+
+def _add_host_kv(page: _Page, host_kv: Mapping[str, Any]) -> None:
+    for field, (name, kind, text) in _HOST_KV.items():
+        page.metric(name, kind, text, {None: host_kv.get(field)})
+    for field, (name, text) in _HOST_KV_BY_REASON.items():
+        by_reason = host_kv.get(field, {}).items()
+        page.metric(name, "counter", text, {("reason", reason): n for reason, n in by_reason})
+
+
+def with_fields(body: bytes, said: wire.CallMeta) -> bytes:
+    """Return ``body`` with the fields of ``said`` among its ``vllm_xargs``.
+
+    A body that is not a JSON object comes back as it is: vLLM has the words for what is wrong.
+
+    Args:
+        body: the whole body, JSON in any encoding JSON allows.
+        said: what the headers said; a field of it wins over the body's, and a ``hexgen_*`` key
+            over the body's agentic context.
+
+    Raises:
+        BadRequest: a ``hexgen_*`` key of the body is unknown or has a bad value.
+    """
+    mentions = MEMBER.encode() in body or TIER.encode() in body
+    if mentions or json.detect_encoding(body) != "utf-8":
+        return _parsed(body, said)
+    ours = wire.to_xargs(said)
+    return _spliced(body, ours) if ours else body
+
+
+def _spliced(body: bytes, ours: dict[str, Any]) -> bytes:
+    inner = body.lstrip(_BLANKS)
+    if not inner.startswith(b"{"):
+        return body
+    rest = inner[1:].lstrip(_BLANKS)
+    comma = b"" if rest.startswith(b"}") else b","
+    return b'{"%s":%s' % (MEMBER.encode(), json.dumps(ours).encode()) + comma + rest
+
+
+def _parsed(body: bytes, said: wire.CallMeta) -> bytes:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    if not isinstance(document, dict):
+        return body
+    theirs = document.get(MEMBER)
+    if theirs is None:
+        theirs = {}
+    if not isinstance(theirs, dict):
+        return body
+    written = wire.from_xargs(theirs)
+    if document.get(TIER) in _BATCH_TIERS:
+        said = wire.merged(said, wire.merged(written, wire.CallMeta(service_class=wire.BATCH)))
+        document[TIER] = _BATCH_TIERS[0]
+    context = theirs.get(AGENTIC)
+    if isinstance(context, dict):
+        theirs = {name: value for name, value in theirs.items() if name != AGENTIC}
+        said = wire.merged(said, wire.merged(written, wire.from_agentic_context(context)))
+    elif said == wire.CallMeta():
+        return body
+    return json.dumps({**document, MEMBER: {**theirs, **wire.to_xargs(said)}}).encode()
+
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 GENERATION: Final = frozenset(
     (
         "/v1/completions",
@@ -40,14 +249,6 @@ GENERATION: Final = frozenset(
         "/invocations",
     )
 )
-STATS_PATH: Final = "/hexgen/stats"
-METRICS_PATH: Final = "/metrics"
-MAX_BODY_BYTES: Final = 64 * 2**20
-"""Longest body that is looked into. vLLM itself sets no limit, so a longer one without our
-headers passes unread; with them it is refused."""
-
-_PREFIX: Final = wire.HEADER_PREFIX.encode()
-_NEGOTIATION: Final = (b"accept", b"accept-encoding")
 
 
 class HexgenMiddleware:
@@ -77,7 +278,7 @@ class HexgenMiddleware:
             said = wire.from_headers(_our_headers(scope))
             pieces, more = await _read_body(receive, self._max_body_bytes)
             if not more:
-                body = request_body.with_fields(b"".join(pieces), said)
+                body = with_fields(b"".join(pieces), said)
                 scope, pieces = _with_length(scope, len(body)), [body]
             elif said != wire.CallMeta():
                 raise _too_large(self._max_body_bytes)

@@ -1,19 +1,25 @@
 """vLLM's KV connector that keeps the KV of preempted calls in host memory.
 
 vLLM makes one in the scheduler and one in each worker. The scheduler tells it of a preemption
-itself (:meth:`hexgen_vllm.engine.swap_planner.SwapPlanner.preempting`), because vLLM's interface
+itself (:meth:`hexgen_vllm.engine.swap.planner.SwapPlanner.preempting`), because vLLM's interface
 has no call for that; the rest goes through the interface. Other schedulers need a patched vLLM
-(:mod:`hexgen_vllm.engine.other_scheduler`).
+(:class:`OtherScheduler`).
 
 Order in a step. The scheduler preempts, which frees blocks, and may give them away at once. The
 worker saves in ``handle_preemptions``, before anything of the step writes KV and, on the same
 stream, after everything of the step before. It then loads, which other calls of the step may rely
 on, and then runs the forward pass.
+
+Under a scheduler that is not ours, vLLM has to tell connectors of preemptions. A stock vLLM does
+not; ``patches/0001-connector-learns-of-preemption`` adds it. Nothing is measured
+and no deadline known there: rates are the options' until the end, and all calls equally urgent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -22,16 +28,68 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from hexgen_vllm.engine import compat, swap_setup
+from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.compat import Seam
-from hexgen_vllm.engine.host_pool import HostPool, RecordSpace
-from hexgen_vllm.engine.kv_copier import Copier, make_copier
-from hexgen_vllm.engine.kv_swap_worker import SwapWorker
-from hexgen_vllm.engine.other_scheduler import OtherScheduler, require_teller
-from hexgen_vllm.engine.scheduler import options_of
-from hexgen_vllm.engine.swap_messages import SwapMeta, SwapReport
-from hexgen_vllm.engine.swap_planner import SwapPlanner
+from hexgen_vllm.engine.options import SCHEDULER, is_ours, options_of
+from hexgen_vllm.engine.swap import setup
+from hexgen_vllm.engine.swap.messages import SwapMeta, SwapReport
+from hexgen_vllm.engine.swap.planner import SwapPlanner
+from hexgen_vllm.engine.swap.pool import HostPool, RecordSpace
+from hexgen_vllm.engine.swap.worker import Copier, SwapWorker, make_copier
+from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.kernels import BlockLayout
+from hexgen_vllm.policy.cost import ServiceRates
+
+HOOK: Final = "update_state_before_preempt"
+WRITTEN_BEFORE_SAVES: Final = ("new_block_ids_to_zero", "kv_cache_block_copies")
+"""What of a step Model Runner V2 does to blocks before ``handle_preemptions``."""
+
+
+@dataclass(slots=True)
+class AnyCall:
+    """Stands for the state of a call; see :class:`hexgen_vllm.engine.swap.pool.Owner`."""
+
+    latest_start_s: float
+    kept_tokens: int = 0
+
+
+class OtherScheduler:
+    """Does what :class:`hexgen_vllm.engine.scheduler.UrgencyScheduler` does for the planner."""
+
+    def __init__(self, planner: SwapPlanner, options: EngineOptions) -> None:
+        self._planner, self._rates = planner, ServiceRates.seeds(options)
+
+    def preempting(self, request: Any, blocks: Sequence[Any], *, reset: bool) -> None:
+        """Have the KV of a call saved, unless our own scheduler has done so.
+
+        Args:
+            request: the call.
+            blocks: its KV blocks.
+            reset: it is preempted by a reset of the prefix cache: the weights may be new.
+        """
+        if hasattr(request, "hexgen"):
+            return
+        if reset:
+            self._planner.forget_all("reset")
+        elif not request.resumable:  # the tokens of a session may change while it waits
+            now = time.monotonic()
+            self._planner.preempting(request, AnyCall(now), blocks, self._rates, now)
+
+
+def require_teller(vllm_config: Any) -> None:
+    """Check that somebody will tell the connector of preemptions.
+
+    Raises:
+        ConfigError: the scheduler is not ours, and vLLM has no call for it.
+    """
+    scheduler_cls = vllm_config.scheduler_config.scheduler_cls
+    if not (is_ours(scheduler_cls) or hasattr(KVConnectorBase_V1, HOOK)):
+        raise ConfigError(
+            f"host_kv_gib needs --scheduler-cls {SCHEDULER}, "
+            "or a vLLM that `hexgen-vllm patch apply` has patched."
+        )
+
 
 _SEAMS: Final = (
     Seam(KVConnectorBase_V1, "__init__", ("self", "vllm_config", "role", "kv_cache_config")),
@@ -59,12 +117,8 @@ _SEAMS: Final = (
 )
 
 
-WRITTEN_BEFORE_SAVES: Final = ("new_block_ids_to_zero", "kv_cache_block_copies")
-"""What of a step Model Runner V2 does to blocks before ``handle_preemptions``."""
-
-
 class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
-    """Chosen by ``host_kv_gib``; see :mod:`hexgen_vllm.engine.swap_setup`.
+    """Chosen by ``host_kv_gib``; see :mod:`hexgen_vllm.engine.swap.setup`.
 
     Attributes:
         planner: the scheduler's half; ``None`` in a worker.
@@ -82,7 +136,7 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
         compat.check_seams(_SEAMS)
         super().__init__(vllm_config, role, kv_cache_config)
         options = options_of(vllm_config)
-        size = swap_setup.pool_size(vllm_config, kv_cache_config, options.host_kv_gib)
+        size = setup.pool_size(vllm_config, kv_cache_config, options.host_kv_gib)
         self._records, self._num_blocks = size.records, kv_cache_config.num_blocks
         self.worker: SwapWorker | None = None
         self.planner: SwapPlanner | None = None

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from hexgen_vllm.engine.host_pool import Extent
+from hexgen_vllm.engine.swap.pool import Extent
 
 
 class Save(NamedTuple):

@@ -8,20 +8,151 @@ with those. If they are gone nevertheless, it is of no use and the call is compu
 How many tokens. The KV of ``num_computed_tokens`` tokens is there once the step in flight has
 ended, and workers save after it. Of drafted tokens in it some may be rejected; their KV is saved
 too and never loaded, because a load ends before the last token that the call really has.
+
+The ledger keeps what became of the KV of preempted calls, and how fast it was copied.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
-from hexgen_vllm.engine.host_pool import HostCopy, HostPool, Owner
-from hexgen_vllm.engine.swap_ledger import SwapLedger
-from hexgen_vllm.engine.swap_messages import Load, Save, SwapMeta
+from hexgen_vllm.engine.swap.messages import (
+    Load,
+    Save,
+    SwapMeta,
+    SwapReport,
+)
+from hexgen_vllm.engine.swap.pool import (
+    HostCopy,
+    HostPool,
+    Owner,
+)
+from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, leaves_head, weigh
-from hexgen_vllm.policy.service import ServiceRates
 
+_DECAY: Final = 0.9
+_WEIGHT: Final = 0.1
+_MOST_SLOWER: Final = 4.0
+_FIRST_HEAD_RISK: Final = 0.1
 _BESIDE_FROM_S: Final = 0.002
+
+
+class Bandwidth:
+    """Bytes per second of recent copies in one direction.
+
+    A copy that took far longer than those before counts as a few times as long only: were it
+    believed, one pause of the process would make copies look so slow that none is made any more,
+    and none would show that they are not.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = self._seconds = 0.0
+
+    def observe(self, num_bytes: int, seconds: float) -> None:
+        """Learn that a copy took ``seconds``; nothing copied teaches nothing."""
+        if num_bytes > 0 and 0.0 < seconds < math.inf:
+            usual = self.rate()
+            if usual is not None:
+                seconds = min(seconds, _MOST_SLOWER * num_bytes / usual)
+            self._bytes = _DECAY * self._bytes + num_bytes
+            self._seconds = _DECAY * self._seconds + seconds
+
+    def rate(self) -> float | None:
+        """Return bytes per second, ``None`` while unknown."""
+        return self._bytes / self._seconds if self._seconds else None
+
+
+class SwapLedger:
+    """Counts since start, and running means.
+
+    Args:
+        block_size: tokens per block.
+        block_bytes: bytes per block on all workers together.
+
+    Attributes:
+        out: bandwidth to host memory.
+        back: bandwidth back to the device.
+        survival: share of unshared KV that the prefix cache still held when it was wanted.
+        head_risk: how often shared KV was gone by then.
+    """
+
+    def __init__(self, block_size: int, block_bytes: int) -> None:
+        self._block_size, self._block_bytes = block_size, block_bytes
+        self.out, self.back = Bandwidth(), Bandwidth()
+        self.survival = 0.0
+        self.head_risk = _FIRST_HEAD_RISK
+        self._tokens: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+
+    def reported(self, report: SwapReport) -> None:
+        """Take in what workers measured."""
+        self.out.observe(report.out_bytes, report.out_s)
+        self.back.observe(report.in_bytes, report.in_s)
+
+    def saved(self, tokens: int, blocks: int) -> None:
+        """Note that ``tokens`` tokens are saved in ``blocks`` blocks."""
+        self._tokens["saved"] += tokens
+        self._tokens["saved_bytes"] += blocks * self._block_bytes
+
+    def resumed(self, copy: HostCopy, wanted: int, tokens: int, blocks: int) -> None:
+        """Note that a call goes on from its copy.
+
+        Args:
+            copy: its copy.
+            wanted: tokens of KV that it can use, from its start.
+            tokens: tokens that are loaded.
+            blocks: blocks that are loaded.
+        """
+        self._tokens["cached"] += copy.local - copy.first_block * self._block_size
+        self._tokens["restored"] += tokens
+        self._tokens["restored_bytes"] += blocks * self._block_bytes
+        self._look(copy, wanted)
+
+    def headless(self, copy: HostCopy) -> None:
+        """Note that a copy is of no use, because the shared head that it leaves out is gone."""
+        self._look(copy, copy.tokens)
+        self.dropped(copy, "headless")
+
+    def _look(self, copy: HostCopy, wanted: int) -> None:
+        """Learn from what the prefix cache holds of a call that comes back."""
+        shared = copy.shared_blocks * self._block_size
+        if shared:
+            self.head_risk += _WEIGHT * ((copy.local < shared) - self.head_risk)
+        if copy.local >= shared:
+            found = (copy.local - shared) / max(wanted - shared, 1)
+            self.survival += _WEIGHT * (min(found, 1.0) - self.survival)
+
+    def dropped(self, copy: HostCopy, why: str) -> None:
+        """Note that a copy went unused."""
+        self._dropped[why] += copy.tokens - copy.first_block * self._block_size
+
+    def refused(self, tokens: int, why: str) -> None:
+        """Note that ``tokens`` tokens of KV are not kept."""
+        self._refused[why] += tokens
+
+    def stats(self) -> dict[str, Any]:
+        """Return everything as plain JSON values; ``None`` means unknown.
+
+        ``cached_tokens`` were saved and then found in the prefix cache; ``dropped_tokens`` were
+        saved in vain and ``refused_tokens`` not saved at all, by reason.
+        """
+        return {
+            "saved_tokens": self._tokens["saved"],
+            "saved_bytes": self._tokens["saved_bytes"],
+            "restored_tokens": self._tokens["restored"],
+            "restored_bytes": self._tokens["restored_bytes"],
+            "cached_tokens": self._tokens["cached"],
+            "dropped_tokens": dict(self._dropped),
+            "refused_tokens": dict(self._refused),
+            "save_bytes_per_s": self.out.rate(),
+            "restore_bytes_per_s": self.back.rate(),
+            "survival": self.survival,
+            "head_risk": self.head_risk,
+        }
 
 
 class SwapPlanner:

@@ -13,11 +13,11 @@ from vllm.config import KVTransferConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.engine.swap_planner import SwapPlanner
+from hexgen_vllm.engine.swap.planner import SwapPlanner
 from hexgen_vllm.errors import ConfigError
 
 CONNECTOR: Final = "HostKVConnector"
-MODULE: Final = "hexgen_vllm.engine.kv_swap"
+MODULE: Final = "hexgen_vllm.engine.swap.connector"
 _OPTION: Final = "host_kv_gib"
 _GIB: Final = 1 << 30
 

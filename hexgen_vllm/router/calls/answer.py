@@ -11,7 +11,14 @@ from typing import Final
 
 from aiohttp import web
 
-from hexgen_vllm.router.answers import (
+from hexgen_vllm.router.calls.call import Job
+from hexgen_vllm.router.engines.attempt import Attempt
+from hexgen_vllm.router.engines.watch import (
+    TAIL_BYTES,
+    StreamWatch,
+    find_usage,
+)
+from hexgen_vllm.router.errors import (
     EngineFailed,
     Outcome,
     as_event,
@@ -20,12 +27,9 @@ from hexgen_vllm.router.answers import (
     refused_by_engine,
     told_event,
 )
-from hexgen_vllm.router.attempt import Attempt
-from hexgen_vllm.router.engine_answer import Answer
-from hexgen_vllm.router.http_request import SENT
-from hexgen_vllm.router.job import Job
+from hexgen_vllm.router.http.client import Answer
+from hexgen_vllm.router.http.messages import SENT
 from hexgen_vllm.router.service import Service
-from hexgen_vllm.router.watch import TAIL_BYTES, StreamWatch, find_usage
 
 MAX_WHOLE_BYTES: Final = 4 * 2**20
 """Answers up to this size are read before they are passed on, so that one that breaks can still

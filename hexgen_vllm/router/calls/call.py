@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from hexgen_vllm.router.answers import Outcome
+from hexgen_vllm.router.calls.intake import Accepted
 from hexgen_vllm.router.endpoints import Endpoint
-from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.intake import Accepted
-from hexgen_vllm.router.tracing import NO_TRACE, CallTrace
-from hexgen_vllm.router.watch import Usage
+from hexgen_vllm.router.engines.watch import Usage
+from hexgen_vllm.router.errors import Fault, Outcome
+from hexgen_vllm.router.http.messages import Request
+from hexgen_vllm.router.observe.tracing import NO_TRACE, CallTrace
 from hexgen_vllm.types import CallResult, Placement
+
+_LOG: Final = logging.getLogger("hexgen_vllm.router.call")
+
+
+def call_ended(job: Job, now: float) -> None:
+    """Log the end of a call: at level info when an engine or the router failed, else at debug."""
+    failed = job.outcome.ending.fault in (Fault.ENGINE, Fault.ROUTER)
+    level = logging.INFO if failed else logging.DEBUG
+    if not _LOG.isEnabledFor(level):
+        return
+    call = None if job.accepted is None else job.accepted.call
+    _LOG.log(
+        level,
+        "call ended outcome=%s endpoint=%s engine=%s tries=%d took_s=%.3f workflow=%s stage=%s "
+        "prompt_tokens=%s output_tokens=%s request_id=%s",
+        job.outcome,
+        job.endpoint.name,
+        "" if job.placement is None else job.placement.engine_id,
+        job.tries,
+        now - job.began_s,
+        "" if call is None else call.workflow_id.replace(" ", "-"),
+        "" if call is None else call.stage,
+        job.result.prompt_tokens,
+        job.result.output_tokens,
+        job.request_id,
+    )
+
 
 _ACTS: Final = ("DELETE", "PATCH", "POST", "PUT")
 _ABORTED: Final = CallResult(ok=False, reason="abort")

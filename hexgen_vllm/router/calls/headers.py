@@ -21,20 +21,20 @@ from typing import Final
 from yarl import URL
 
 from hexgen_vllm import wire
-from hexgen_vllm.router.http_request import Pairs
-from hexgen_vllm.router.intake import PRIORITY_HEADER, SESSION_HEADER, Accepted
+from hexgen_vllm.router.calls.intake import (
+    PRIORITY_HEADER,
+    SESSION_HEADER,
+    Accepted,
+)
+from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SERVER, Pairs
 from hexgen_vllm.types import EngineKind, Placement
 
 ENGINE_HEADER: Final = "x-hexgen-engine"
-REQUEST_ID_HEADER: Final = "x-request-id"
-SERVER: Final = "hexgen-vllm"
 # A step of client priority outranks every difference in due time: 1e12 ms are 31 years.
 PRIORITY_STEP: Final = 10**12
 _MOST_STEPS: Final = 10**6
 _INT64: Final = 2**63 - 1
-
 LEAST_DEADLINE_S: Final = 0.001
-
 _HOP_BY_HOP: Final = (
     "connection",
     "keep-alive",

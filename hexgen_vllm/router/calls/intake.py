@@ -18,11 +18,15 @@ from hexgen_vllm import wire
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.policy.claims import MAX_PRIORITY
 from hexgen_vllm.router import conventions
+from hexgen_vllm.router.calls.prompt import (
+    Prompt,
+    TokenRatios,
+    chain,
+    read_prompt,
+)
 from hexgen_vllm.router.conventions import Foreign
 from hexgen_vllm.router.endpoints import Endpoint
-from hexgen_vllm.router.http_body import LARGE_BYTES, aside
-from hexgen_vllm.router.http_request import Names, Pairs
-from hexgen_vllm.router.prompt import Prompt, TokenRatios, chain, read_prompt
+from hexgen_vllm.router.http.messages import LARGE_BYTES, Names, Pairs, aside
 from hexgen_vllm.router.tenants import ANYBODY, Client
 from hexgen_vllm.types import NO_DEADLINE, Call
 

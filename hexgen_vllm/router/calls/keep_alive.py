@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from hexgen_vllm.router import outbound
-from hexgen_vllm.router.job import Job
+from hexgen_vllm.router.calls.call import Job
+from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SERVER
 
 COMMENT: Final = b": keep-alive\n\n"
 _HEAD: Final = (
     b"Content-Type: text/event-stream; charset=utf-8\r\n",
     b"Cache-Control: no-cache\r\n",
-    f"Server: {outbound.SERVER}\r\n".encode(),
+    f"Server: {SERVER}\r\n".encode(),
 )
 
 
@@ -53,5 +53,5 @@ def _comment(job: Job) -> None:
         job.request.send(COMMENT)
         return
     job.kept_alive = True
-    said = f"{outbound.REQUEST_ID_HEADER}: {job.request_id or ''}\r\n".encode()
+    said = f"{REQUEST_ID_HEADER}: {job.request_id or ''}\r\n".encode()
     job.request.begin(200, [*_HEAD, said], None, COMMENT)

@@ -10,10 +10,10 @@ import asyncio
 from types import TracebackType
 from typing import Final
 
-from hexgen_vllm.router.answers import EngineFailed, Outcome
-from hexgen_vllm.router.engine_answer import Answer
-from hexgen_vllm.router.http_request import Request
-from hexgen_vllm.router.watch import StreamWatch
+from hexgen_vllm.router.engines.watch import StreamWatch
+from hexgen_vllm.router.errors import ClientGone, EngineFailed, Outcome
+from hexgen_vllm.router.http.client import Answer
+from hexgen_vllm.router.http.messages import Request
 
 _UNREAD_BYTES: Final = 2**16
 _LINGER_S: Final = 1.0  # for an engine to end an answer that has said that it is at its end
@@ -127,10 +127,6 @@ class Attempt:
     def client_is_slow(self) -> bool:
         """Whether what was sent to the client still waits to be read."""
         return self._request.unsent > 0
-
-
-class ClientGone(Exception):  # noqa: N818 - not a defect
-    """The client closed its connection, or does not read from it."""
 
 
 def _forget_cancel(task: asyncio.Task[object] | None) -> None:

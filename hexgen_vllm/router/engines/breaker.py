@@ -10,56 +10,8 @@ It knows no clock: times are passed in.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
-from hexgen_vllm.config import option
-from hexgen_vllm.policy.liveness import Patience
-from hexgen_vllm.router.discovery.options import DiscoveryOptions
-
-
-@dataclass(frozen=True)
-class HealthOptions(DiscoveryOptions):
-    """When an engine is taken out and brought back."""
-
-    cb_failure_threshold: int = option(5, "failed calls in a row that take an engine out", least=1)
-    cb_success_threshold: int = option(
-        2, "calls that must succeed, one at a time, to bring it back", least=1
-    )
-    cb_timeout_duration_secs: float = option(
-        10.0, "time until an engine that was taken out is tried, seconds", least=1e-3
-    )
-    cb_window_duration_secs: float = option(
-        60.0, "time over which the share of failed calls counts, seconds", least=1e-3
-    )
-    cb_error_ratio: float = option(
-        0.5, "share of failed calls that takes an engine out, 1 for never", least=0.0, most=1.0
-    )
-    cb_least_calls: int = option(20, "calls in the window before the share counts", least=1)
-    disable_circuit_breaker: bool = option(False, "take no engine out for calls that fail")
-    engine_stall_secs: float = option(
-        10.0,
-        "least silence of an engine at work that makes it stalled, seconds, beside what its steps"
-        " and prefills take; three times that while its health check passes; 0 never",
-        least=0.0,
-    )
-    engine_stall_steps: float = option(
-        50.0, "predicted steps of an engine at work that are added to that", least=0.0
-    )
-    engine_cold_secs: float = option(
-        300.0,
-        "longest silence of an engine that has done nothing since it started, or that nobody could"
-        " stand in for while its health checks fail, seconds",
-        least=0.0,
-    )
-    lost_stream_timeout_secs: float = option(
-        30.0, "longest silence within an answer of an engine that is down, seconds", least=1e-3
-    )
-
-    @property
-    def patience(self) -> Patience:
-        """How long engines may be silent."""
-        least_s, steps = self.engine_stall_secs, self.engine_stall_steps
-        return Patience(least_s, steps, self.engine_cold_secs)
+from hexgen_vllm.router.options import HealthOptions
 
 
 class Phase(enum.Enum):

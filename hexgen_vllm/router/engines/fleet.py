@@ -3,7 +3,7 @@
 An engine gets calls when its health checks pass, nobody drains it, and its circuit breaker is
 closed; while the breaker is on trial it gets one at a time. An engine that was down comes back on
 trial. Its data-parallel ranks share all that; calls are placed on each of them
-(:mod:`~hexgen_vllm.router.targets`).
+(:mod:`~hexgen_vllm.router.engines.ranks`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from typing import Any, Final
 from yarl import URL
 
 from hexgen_vllm.errors import BadRequest
-from hexgen_vllm.router.answers import ENDINGS, EngineFailed, Outcome
-from hexgen_vllm.router.attempt import Guard
-from hexgen_vllm.router.breaker import Breaker, Phase
+from hexgen_vllm.router.engines.attempt import Guard
+from hexgen_vllm.router.engines.breaker import Breaker, Phase
+from hexgen_vllm.router.engines.probe import Found, names
+from hexgen_vllm.router.engines.ranks import worker_of
+from hexgen_vllm.router.errors import (
+    ENDINGS,
+    EngineFailed,
+    Outcome,
+)
 from hexgen_vllm.router.options import RouterOptions, Worker
-from hexgen_vllm.router.probe import Found, names
 from hexgen_vllm.router.service import Service
-from hexgen_vllm.router.targets import worker_of
 from hexgen_vllm.types import EngineKind, EngineSpec, EngineState
 
 _MOST_ADDRESSES: Final = 64  # that are remembered

@@ -5,27 +5,139 @@ intervals). A connection that is refused takes it down at once, an answer that i
 after ``health_failure_threshold`` in a row. No answer in time takes it down after as many, unless
 it works, or nobody else could (:func:`~hexgen_vllm.policy.liveness.deaf_is_down`). It comes back
 after ``health_success_threshold`` good checks in a row.
+
+Notices engines that have calls and do nothing: stopped, deadlocked, or cut off.
+
+A connection to such an engine stays open and its health check may even pass, since another
+process answers it. What tells is silence: an engine that runs moves all its sequences in every
+step. How long a silence may be says :mod:`~hexgen_vllm.policy.liveness`; here is found out how
+long it is. Calls of which no sign would be known - no answer has begun, and the engine counts no
+steps - tell nothing, and nothing is concluded; nor do answers that their client does not read.
+An engine with several data-parallel ranks is stalled when one of them is.
+
+The tasks that watch the engines, one each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from hexgen_vllm.clock import Clock
-from hexgen_vllm.policy.liveness import deaf_is_down
-from hexgen_vllm.router.fleet import Engine, Fleet
-from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.probe import Probe, Unreachable
-from hexgen_vllm.router.reports import Telemetry
+from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.engines import UNMEASURED
+from hexgen_vllm.policy.liveness import Silence, borne_s, deaf_is_down
+from hexgen_vllm.router.engines.attempt import Attempt, Guard
+from hexgen_vllm.router.engines.fleet import Engine, Fleet
+from hexgen_vllm.router.engines.probe import Found, Probe, Unreachable
+from hexgen_vllm.router.engines.ranks import worker_of
+from hexgen_vllm.router.engines.telemetry import Telemetry
+from hexgen_vllm.router.errors import Outcome
+from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.router.service import Service
-from hexgen_vllm.types import EngineKind, EngineReport
+from hexgen_vllm.types import EngineKind, EngineReport, EngineState
 
 _LOG = logging.getLogger(__name__)
 _DOWN_INTERVAL_S = 1.0
 _STOCK_INTERVAL_S = 2.0  # stock metrics are long texts
 _STALE_S = 5.0
+
+
+@dataclass(slots=True)
+class _Pulse:
+    """Signs of life of one target."""
+
+    since_s: float
+    steps: int | None = None
+    longest_s: float = 0.0
+    seen: dict[Attempt, int] = field(default_factory=dict)
+
+
+class Stalls:
+    """Looks at all engines about once a second.
+
+    Args:
+        options: limits.
+        fleet: is told of engines that stall and revive.
+        guard: has the tries under way.
+        coordinator: has the loads and rates of engines.
+    """
+
+    def __init__(
+        self, options: RouterOptions, fleet: Fleet, guard: Guard, coordinator: Coordinator
+    ) -> None:
+        self._options, self._fleet, self._guard = options, fleet, guard
+        self._loads = coordinator.engines
+        self._pulses: dict[str, _Pulse] = {}
+
+    def tick(self, now: float) -> None:
+        """Find stalled engines, and end the answers that an engine which is down owes."""
+        engines = list(self._fleet.engines.values())
+        tries: dict[str, list[Attempt]] = {target: [] for e in engines for target in e.targets}
+        for attempt in self._guard.attempts:
+            if not attempt.client_is_slow():
+                tries.setdefault(attempt.target, []).append(attempt)
+        for engine in engines:
+            for target in engine.targets:
+                self._look(engine, target, tries[target], now)
+        self._pulses = {n: p for n, p in self._pulses.items() if n in tries}
+        self._give_up(tries, now)
+
+    def _look(self, engine: Engine, target: str, tries: list[Attempt], now: float) -> None:
+        pulse, steps = self._pulses.setdefault(target, _Pulse(now)), engine.steps.get(target)
+        was_idle = not pulse.seen
+        moved = any(a.progress > pulse.seen.get(a, 0) for a in tries)
+        stepped = steps is not None and steps > (pulse.steps or 0)
+        pulse.seen = {a: a.progress for a in tries}
+        if steps is not None:
+            pulse.steps = steps
+        if moved or stepped:
+            engine.worked(target, now)
+            if not was_idle and target in engine.warm:
+                pulse.longest_s = max(pulse.longest_s, now - pulse.since_s)
+            self._fleet.revived(engine, target)
+        if moved or stepped or was_idle or not tries:
+            pulse.since_s = now
+            engine.silent.pop(target, None)
+            return
+        engine.silent[target] = now - pulse.since_s
+        if self._is_stalled(engine, target, tries, pulse, now):
+            why = f"it has done nothing for {now - pulse.since_s:.0f} s"
+            self._fleet.stalled(engine, target, why)
+
+    def _is_stalled(
+        self, engine: Engine, target: str, tries: list[Attempt], pulse: _Pulse, now: float
+    ) -> bool:
+        load = self._loads.get(target)
+        if load is None or engine.state is EngineState.DOWN:
+            return False
+        if target not in engine.steps and not any(a.progress for a in tries):
+            return False
+        cost = load.cost() or UNMEASURED
+        silence = Silence(
+            warm=target in engine.warm,
+            healthy=engine.failing_since_s is None,
+            others=self._fleet.others(engine),
+            step_s=load.token_s(cost),
+            prefill_s=cost.prefill_s(load.queued_prefill_tokens()),
+            longest_s=pulse.longest_s,
+        )
+        return now - pulse.since_s > borne_s(self._options.patience, silence)
+
+    def _give_up(self, tries: dict[str, list[Attempt]], now: float) -> None:
+        limit_s = self._options.lost_stream_timeout_secs
+        for target, attempts in tries.items():
+            engine = self._fleet.engines.get(worker_of(target))
+            if engine is None or not engine.up or target in engine.stalled:
+                _end_silent(attempts, limit_s, now)
+
+
+def _end_silent(attempts: Iterable[Attempt], limit_s: float, now: float) -> None:
+    for attempt in attempts:
+        if attempt.silent_s(now) > limit_s:
+            attempt.abort(Outcome.TIMEOUT)
 
 
 class Watcher:
@@ -190,3 +302,81 @@ class Watcher:
             self._fleet.restarted(self._engine.name)
         for target, reading in readings.items():
             self._service.engine_reported(target, reading.report)
+
+
+class Watchers:
+    """Starts and stops watching.
+
+    Attributes:
+        probe: what they ask engines with.
+
+    Args:
+        fleet: whose picture is kept true.
+        service: takes telemetry.
+        probe: asks engines.
+        options: intervals and thresholds.
+        clock: their time.
+    """
+
+    def __init__(
+        self, fleet: Fleet, service: Service, probe: Probe, options: RouterOptions, clock: Clock
+    ) -> None:
+        self.probe = probe
+        self._fleet, self._service, self._options = fleet, service, options
+        self._clock = clock
+        self._watchers: dict[str, Watcher] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start(self) -> None:
+        """Watch every engine of the fleet."""
+        for engine in self._fleet.engines.values():
+            self._watch(engine)
+
+    def add(self, worker: Worker, found: Found) -> None:
+        """Take in an engine that was just looked at, and watch it."""
+        engine = self._fleet.add(worker)
+        self._fleet.joined(worker.name, found)
+        self._watch(engine)
+
+    def expect(self, worker: Worker) -> None:
+        """Take in an engine that may not be up yet, and watch it."""
+        self._watch(self._fleet.add(worker))
+
+    def retire(self, name: str, why: str) -> None:
+        """Give an engine no new calls; forget it once its calls have ended."""
+        self._fleet.drain(name, why=why)
+        self._fleet.engines[name].leaving = True
+        self.sweep()
+
+    def remove(self, name: str) -> None:
+        """Forget an engine."""
+        self._watchers.pop(name, None)
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
+        self._fleet.remove(name)
+
+    def sweep(self) -> None:
+        """Forget the engines that were to leave and whose calls have ended."""
+        loads = self._service.coordinator.engines
+        for name, engine in list(self._fleet.engines.items()):
+            busy = any(t in loads and loads[t].in_flight for t in engine.targets)
+            if engine.leaving and not busy:
+                self.remove(name)
+
+    def suspect(self, name: str) -> None:
+        """Check an engine now: something failed there."""
+        watcher = self._watchers.get(name)
+        if watcher is not None:
+            watcher.suspect()
+
+    def tasks(self) -> Iterable[asyncio.Task[None]]:
+        """Return the tasks under way; who stops the router cancels them."""
+        return tuple(self._tasks.values())
+
+    def _watch(self, engine: Engine) -> None:
+        watcher = Watcher(
+            engine, self._fleet, self._service, self.probe, self._options, self._clock
+        )
+        self._watchers[engine.name] = watcher
+        self._tasks[engine.name] = asyncio.create_task(watcher.run())

@@ -11,11 +11,11 @@ from typing import Any, Final, NamedTuple
 import aiohttp
 
 from hexgen_vllm.errors import HexgenError
-from hexgen_vllm.router import reports
-from hexgen_vllm.router.broken import is_short
+from hexgen_vllm.router.engines import telemetry as reports
+from hexgen_vllm.router.engines.ranks import targets_of
+from hexgen_vllm.router.engines.telemetry import Telemetry
+from hexgen_vllm.router.http.errors import is_short
 from hexgen_vllm.router.options import RouterOptions, Worker
-from hexgen_vllm.router.reports import Telemetry
-from hexgen_vllm.router.targets import targets_of
 from hexgen_vllm.types import EngineKind, EngineReport, EngineSpec
 
 STATS_PATH: Final = "/hexgen/stats"

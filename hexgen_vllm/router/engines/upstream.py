@@ -6,7 +6,7 @@ from typing import Final
 
 import aiohttp
 
-from hexgen_vllm.router import tls
+from hexgen_vllm.router import access
 from hexgen_vllm.router.options import RouterOptions
 
 # uvicorn closes idle connections after 5 s; one that it is about to close must not be used.
@@ -19,7 +19,7 @@ def new_session(options: RouterOptions) -> aiohttp.ClientSession:
     """Return the one client session: no limit, no cookies, nothing decoded or added."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
-            limit=0, keepalive_timeout=_KEEPALIVE_S, ssl=tls.for_engines(options)
+            limit=0, keepalive_timeout=_KEEPALIVE_S, ssl=access.for_engines(options)
         ),
         # The guard watches for silence; a timer per event would cost more than the event.
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=options.connect_timeout_secs),

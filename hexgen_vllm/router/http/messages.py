@@ -1,36 +1,134 @@
-"""A request as the router's own server reads it, and the way back to its client.
+"""Requests as the router's own server reads them, and the way back to their clients.
 
 Nothing is worked out before somebody asks for it: a call needs names and values as they came, the
 body, and the methods that write the answer straight to the connection.
+
+Bodies are put together, and what was compressed is put in the clear.
+
+The event loop serves all clients, so it does nothing for one of them that takes long. Work on more
+than :data:`LARGE_BYTES` goes to :func:`aside`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 from urllib.parse import unquote
 
 from aiohttp import web
+from aiohttp.helpers import rfc822_formatted_time
 from multidict import CIMultiDict, CIMultiDictProxy, MultiDictProxy
 from yarl import URL
 
 from hexgen_vllm.errors import Refused
-from hexgen_vllm.router.http_body import in_the_clear
 from hexgen_vllm.router.tenants import ANYBODY
 
 if TYPE_CHECKING:
-    from hexgen_vllm.router.http_connection import Connection
+    from hexgen_vllm.router.http.server import Connection
 
+
+REQUEST_ID_HEADER: Final = "x-request-id"
+SERVER: Final = "hexgen-vllm"
+_FRAMING = frozenset(("content-length", "connection"))
+LARGE_BYTES: Final = 64 * 1024
+"""Size from which a body is worked on beside the event loop.
+
+The worst JSON of this size, lists of nothing, takes 9 ms to decode and to look through (Python
+3.11, 2 GHz); text takes 0.1 ms. To change threads costs 0.1 ms.
+"""
+MOST_INFLATED: Final = 64 * 2**20
+"""Bytes that a compressed body may grow to, whatever may be sent in the clear."""
+_MOST_RATIO: Final = 200  # JSON of real calls has 3 to 20, of one prompt many times over 100
+_NO_RATIO_BYTES: Final = 2**20  # up to here any ratio is good
+_WINDOWS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 47}
+_RAW_DEFLATE: Final = -15
+# One that works while another one waits for memory; more would only take turns.
+_THREADS: Final = ThreadPoolExecutor(2, thread_name_prefix="hexgen-body")
 SENT: Final = web.Response()
 """What a handler returns that has written the answer itself."""
-
-Pairs = list[tuple[bytes, bytes]]
 _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
 _KEYS: Final[dict[bytes, str]] = {}
 _MOST_KEYS: Final = 512
 _SMALL_BYTES: Final = 1024
+
+
+def parts(response: web.StreamResponse) -> tuple[list[bytes], bytes]:
+    """Return the header lines of ``response``, without a length, and its body."""
+    body = response.body if isinstance(response, web.Response) else None
+    content = bytes(body) if isinstance(body, bytes | bytearray) else b""
+    headers = response.headers
+    headers.setdefault("Server", SERVER)
+    headers.setdefault("Date", rfc822_formatted_time())
+    if content:
+        headers.setdefault("Content-Type", "application/octet-stream")
+    kept = ((k, v) for k, v in headers.items() if k.lower() not in _FRAMING)
+    return [f"{k}: {v}\r\n".encode("utf-8", "surrogateescape") for k, v in kept], content
+
+
+_Result = TypeVar("_Result")
+Pieces = Sequence[bytes | bytearray]
+
+
+class LateBody(Exception):  # noqa: N818 - named after what happened
+    """A body did not arrive in time."""
+
+
+async def aside(work: Callable[..., _Result], *args: object) -> _Result:
+    """Return ``work(*args)``, done beside the event loop; it must touch nothing that is shared."""
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work, *args)
+
+
+async def in_the_clear(pieces: Pieces, size: int, encoding: str, most: int) -> bytes:
+    """Return the body that came in ``pieces``.
+
+    Args:
+        pieces: all of it.
+        size: bytes of all pieces.
+        encoding: how it is compressed, as ``Content-Encoding`` says it.
+        most: bytes that it may hold, up to :data:`MOST_INFLATED` if it is compressed.
+
+    Raises:
+        HTTPRequestEntityTooLarge: it holds more.
+        RequestPayloadError: it is not compressed as it says.
+    """
+    if size > LARGE_BYTES:
+        return await aside(_clear, pieces, encoding, most)
+    if encoding == "identity" or not size:
+        return b"".join(pieces)
+    try:
+        return _clear(pieces, encoding, min(most, LARGE_BYTES))
+    except web.HTTPRequestEntityTooLarge:
+        if most <= LARGE_BYTES:
+            raise
+        return await aside(_clear, pieces, encoding, most)
+
+
+def _clear(pieces: Pieces, encoding: str, most: int) -> bytes:
+    raw = b"".join(pieces)
+    if encoding == "identity":
+        return raw
+    window = _WINDOWS.get(encoding)
+    if window is None:
+        raise web.RequestPayloadError(f"no such encoding: {encoding}")
+    most = min(most, MOST_INFLATED, max(_MOST_RATIO * len(raw), _NO_RATIO_BYTES))
+    for bits in (window, _RAW_DEFLATE) if encoding == "deflate" else (window,):
+        tool = zlib.decompressobj(bits)
+        try:
+            found = tool.decompress(raw, most + 1)
+        except zlib.error:
+            continue
+        if len(found) > most:
+            raise web.HTTPRequestEntityTooLarge(most, len(found))
+        if tool.eof:
+            return found
+    raise web.RequestPayloadError("the body is not compressed as it says")
+
+
+Pairs = list[tuple[bytes, bytes]]
 
 
 class Names(dict[str, str]):

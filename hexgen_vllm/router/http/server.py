@@ -1,28 +1,40 @@
-"""One client's connection: requests are read, served one after the other, and answered.
+"""The router's own HTTP/1.1 server: as little work per request and per event as Python allows.
 
-One task serves one request. What comes while a request is answered waits unread.
+Of each client's connection, requests are read, served one after the other, and answered. One task
+serves one request. What comes while a request is answered waits unread.
+
+Everything around it (listening, TLS, shutting down) is aiohttp's; only the connections are ours.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Final, cast
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, cast
 
+import httptools
 from aiohttp import web
 
-from hexgen_vllm.router import answers, http_answer
-from hexgen_vllm.router.http_reader import Reader
-from hexgen_vllm.router.http_request import SENT, Request, Source
+from hexgen_vllm.router import errors
+from hexgen_vllm.router.http import messages
+from hexgen_vllm.router.http.messages import (
+    SENT,
+    Buffered,
+    LateBody,
+    Pairs,
+    Request,
+    Source,
+)
 
-if TYPE_CHECKING:
-    from hexgen_vllm.router.http_server import Server
-
+_MAX_HEAD_BYTES: Final = 64 * 1024
+_MAX_HEADER_BYTES: Final = 8 * 1024
+_MAX_HEADERS: Final = 512
+_MAX_READY: Final = 512  # requests read ahead of the one that is answered
 _LOG = logging.getLogger(__name__)
 _MAX_AHEAD_BYTES: Final = 2**20  # of requests that came too early
 SWEEP_S: Final = 5.0
 """Seconds between two looks at a connection."""
-
 _IDLE_SWEEPS: Final = 15  # 75 s of silence
 _HEAD_SWEEPS: Final = 6  # 30 s for the head of a request
 # A body must come at a least rate, or many clients could keep much waiting with little effort. Both
@@ -35,6 +47,133 @@ _LEAST_READ_BYTES: Final = 2**14  # of an answer, within _IDLE_SWEEPS
 _LINGER_S: Final = 2.0
 _MAX_LINGER_BYTES: Final = 2**24
 _MAX_TOLD: Final = 16  # clients that are told at once why they are turned away
+_MAX_BUFFERED_BYTES: Final = 2**30
+_MAX_CONNECTIONS: Final = 64  # enough for who only reads metrics
+
+
+class Reader(asyncio.Protocol):
+    """The half of a connection that reads."""
+
+    def __init__(self) -> None:
+        self._ready: list[Request] = []  # begun to be read, not to be served
+        self._reading: Request | None = None  # its body is not complete
+        self._refusal: tuple[str, int] | None = None  # for what follows the requests in _ready
+        self._deaf = self._resuming = False
+        self._quiet = 0  # sweeps since something of use came
+        self._head_bytes = 0  # what came since the last head, piece of a body or end
+        self._field_bytes = 0  # names and values of the present head, or trailer, so far
+        self._too_long = False
+        self._target, self._pairs = b"", cast(Pairs, [])
+        self._parser = httptools.HttpRequestParser(self)
+
+    def _parse(self, data: bytes) -> bytes:
+        """Read requests, up to one that asks for an upgrade; return what follows it."""
+        rest = b""
+        if self._reading is None and not self._head_bytes:
+            self._quiet = 0
+        self._head_bytes += len(data)
+        try:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = data[upgrade.args[0] :]
+                self._stay()
+        except httptools.HttpParserError:
+            if self._too_long:
+                self._refuse_rest("The headers are too long.", 431)
+            else:
+                self._refuse_rest("The request is not valid HTTP.", 400)
+        if self._head_bytes > _MAX_HEAD_BYTES:
+            self._refuse_rest("The headers are too long.", 431)
+        return rest
+
+    def _stay(self) -> None:
+        """Go on as if no upgrade had been asked for; the parser has left out the body."""
+        self._parser = httptools.HttpRequestParser(self)
+        if self._reading is not None:
+            self._resuming = True
+            self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % self._reading.framing())
+            self._resuming = False
+
+    def _refuse_rest(self, why: str, status: int) -> None:
+        """Answer what was read, then refuse what cannot be read, and read no more."""
+        if self._deaf:
+            return
+        self._deaf, self._refusal = True, (why, status)
+        if self._reading is not None:
+            late = status == 408
+            self._reading.fail(LateBody(why) if late else web.RequestPayloadError(why))
+            self._reading = None
+
+    # What the parser finds
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        self._target, self._pairs, self._field_bytes = b"", [], 0
+
+    def on_url(self, url: bytes) -> None:
+        """Take in a piece of the target."""
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take in a header, or one that follows a body, which nobody gets.
+
+        Raises:
+            ValueError: it is too long, which the parser reports as its own error.
+        """
+        size = len(name) + len(value)
+        self._field_bytes += size
+        if size > _MAX_HEADER_BYTES or self._field_bytes > _MAX_HEAD_BYTES:
+            self._too_long = True  # in one packet as in many
+            raise ValueError
+        self._pairs.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """Make the request; its body may still be on the way.
+
+        Raises:
+            ValueError: its end is not certain, its target is none, its head is too long, or too
+                many requests were sent ahead.
+        """
+        if self._resuming:
+            return
+        target = self._target
+        self._too_long = len(self._pairs) > _MAX_HEADERS or len(target) > _MAX_HEAD_BYTES
+        if self._too_long:
+            raise ValueError
+        self._head_bytes = self._quiet = self._field_bytes = 0
+        pairs, self._pairs = self._pairs, []
+        can_chunk = self._parser.get_http_version() != "1.0"
+        request = Request(
+            cast("Connection", self),
+            self._parser.get_method().decode("latin-1"),
+            target.decode("utf-8", "surrogateescape"),
+            pairs,
+            persists=self._parser.should_keep_alive(),
+            can_chunk=can_chunk,
+        )
+        if target[:1] != b"/" or b"%" in target or b"#" in target:
+            request.aim(httptools.parse_url(target))
+        old_and_chunked = not can_chunk and "transfer-encoding" in request.names
+        if old_and_chunked or len(self._ready) == _MAX_READY:
+            raise ValueError
+        request.expect(int(request.names.get("content-length", 0)))
+        self._reading = request
+        self._ready.append(request)
+
+    def on_body(self, piece: bytes) -> None:
+        """Take in a piece of a body."""
+        self._head_bytes = self._quiet = 0
+        if self._reading is not None:
+            self._reading.feed(piece)
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        self._head_bytes = 0
+        request = self._reading
+        if request is not None and not (self._parser.should_upgrade() and request.framing()):
+            request.feed_end()
+            self._reading = None
 
 
 class Connection(Reader):
@@ -89,8 +228,8 @@ class Connection(Reader):
         self._deaf = self._closing = True
         request = Request(self, "GET", "/", [], persists=False, can_chunk=False)
         text = "The router has as many connections as it may."
-        refused = answers.refused(answers.Outcome.OUT_OF_CONNECTIONS, text)
-        self._write_response(request, answers.from_error(refused, None))
+        refused = errors.refused(errors.Outcome.OUT_OF_CONNECTIONS, text)
+        self._write_response(request, errors.from_error(refused, None))
         self._linger()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -155,7 +294,7 @@ class Connection(Reader):
             self.abort()
         except Exception:
             _LOG.exception("request failed")
-            self._write_response(request, answers.error_response("The router failed.", 500))
+            self._write_response(request, errors.error_response("The router failed.", 500))
         finally:
             self.buffered.size -= request.held
             request.held = 0
@@ -203,14 +342,14 @@ class Connection(Reader):
     def _write_refusal(self, why: str, status: int) -> None:
         self._deaf = self._closing = True
         request = Request(self, "GET", "/", [], persists=False, can_chunk=False)
-        self._write_response(request, answers.error_response(why, status))
+        self._write_response(request, errors.error_response(why, status))
         self._linger()
 
     def _write_response(self, request: Request, response: web.StreamResponse) -> None:
         if request.answering:  # too late for another answer
             self.abort()
             return
-        request.reply(response.status, *http_answer.parts(response))
+        request.reply(response.status, *messages.parts(response))
 
     # For requests and the server
 
@@ -286,3 +425,66 @@ class Connection(Reader):
         """Close it now."""
         if self.transport is not None:
             self.transport.abort()
+
+
+Handle = Callable[[Request], Awaitable[web.StreamResponse]]
+Mark = Callable[[Request, web.StreamResponse], None]
+
+
+class Server(web.Server):
+    """Serves connections with ``handle``.
+
+    Args:
+        handle: answers a request; it has to catch its own errors.
+        max_body_bytes: largest body taken.
+        mark: adds headers to every answer; ``None`` adds nothing.
+        max_buffered_bytes: most bytes of bodies held at once.
+        max_connections: most clients connected at once; more are told so and turned away.
+
+    Attributes:
+        open: connections there are.
+        refused: connections that were one too many.
+        buffered: bytes of bodies held.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        *,
+        max_body_bytes: int,
+        mark: Mark | None = None,
+        max_buffered_bytes: int = _MAX_BUFFERED_BYTES,
+        max_connections: int = _MAX_CONNECTIONS,
+    ) -> None:
+        super().__init__(cast(Any, handle))
+        self.handle, self.max_body_bytes, self.mark = handle, max_body_bytes, mark
+        self.buffered = Buffered(max_buffered_bytes)
+        self.max_connections, self.refused = max_connections, 0
+        self.open: set[Connection] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def __call__(self) -> Any:
+        """Return the protocol for a new connection."""
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+        return Connection(self, self._loop)
+
+    def _sweep(self) -> None:
+        self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+        for connection in list(self.open):
+            connection.sweep()
+
+    def pre_shutdown(self) -> None:
+        """Let no connection take another request."""
+        for connection in list(self.open):
+            connection.close_when_idle()
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """Wait up to ``timeout`` seconds for requests under way; close all connections."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        tasks = [c.task for c in self.open if c.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout)
+        for connection in list(self.open):
+            connection.abort()

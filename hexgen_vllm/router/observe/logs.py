@@ -11,13 +11,9 @@ import logging
 import re
 from typing import Any, Final
 
-from hexgen_vllm.router.answers import Fault
-from hexgen_vllm.router.job import Job
-
 FORMATS: Final = ("text", "json")
 _TEXT: Final = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _PLACE: Final = re.compile(r"(?:\s*\b(?P<key>\w+)=)?(?P<form>%(?:\.\d+)?[a-z])|%%")
-_LOG: Final = logging.getLogger("hexgen_vllm.router.call")
 
 
 def set_up(level: str, form: str) -> None:
@@ -60,27 +56,3 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
     event = _PLACE.sub(filled, str(record.msg)) if record.args else str(record.msg)
     return {"event": event.strip(), **fields}
-
-
-def call_ended(job: Job, now: float) -> None:
-    """Log the end of a call: at level info when an engine or the router failed, else at debug."""
-    failed = job.outcome.ending.fault in (Fault.ENGINE, Fault.ROUTER)
-    level = logging.INFO if failed else logging.DEBUG
-    if not _LOG.isEnabledFor(level):
-        return
-    call = None if job.accepted is None else job.accepted.call
-    _LOG.log(
-        level,
-        "call ended outcome=%s endpoint=%s engine=%s tries=%d took_s=%.3f workflow=%s stage=%s "
-        "prompt_tokens=%s output_tokens=%s request_id=%s",
-        job.outcome,
-        job.endpoint.name,
-        "" if job.placement is None else job.placement.engine_id,
-        job.tries,
-        now - job.began_s,
-        "" if call is None else call.workflow_id.replace(" ", "-"),
-        "" if call is None else call.stage,
-        job.result.prompt_tokens,
-        job.result.output_tokens,
-        job.request_id,
-    )

@@ -22,8 +22,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from hexgen_vllm import __version__
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.answers import Outcome
-from hexgen_vllm.router.tracing import CallTrace, Tracing
+from hexgen_vllm.router.errors import Outcome
+from hexgen_vllm.router.observe.tracing import CallTrace, Tracing
 from hexgen_vllm.types import Call, CallResult, Placement
 
 _PROTOCOL: Final = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"

@@ -1,6 +1,6 @@
 """Traces of calls: what a relay says while it works, and the tracing that does nothing.
 
-With ``--otlp-traces-endpoint`` the spans of :mod:`hexgen_vllm.router.otel` take their place.
+With ``--otlp-traces-endpoint`` the spans of :mod:`.otel` take their place.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Final
 
-from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.types import Call, CallResult, Placement
 
 
@@ -48,20 +47,3 @@ class Tracing:
 
     def close(self) -> None:
         """Send what was not sent yet; may take seconds."""
-
-
-def open_tracing(endpoint: str | None, policy: str) -> Tracing:
-    """Return what traces calls: nothing without an ``endpoint``.
-
-    Raises:
-        ConfigError: the packages that sending needs are missing, or the endpoint is wrong.
-    """
-    if endpoint is None:
-        return Tracing()
-    try:
-        from hexgen_vllm.router import otel
-    except ImportError:
-        raise ConfigError(
-            "otlp_traces_endpoint needs OpenTelemetry (pip install 'hexgen-vllm[otel]')."
-        ) from None
-    return otel.OtelTracing(otel.exporter(endpoint), policy)

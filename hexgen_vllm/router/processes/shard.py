@@ -6,7 +6,8 @@ without a workflow stay where they came in. If the owner cannot be reached, whic
 long as it takes to start a new one, the call is served where it is.
 
 All processes see the engines' own telemetry. What they have placed and the engines may not have
-reported yet, they ask each other a few times a second.
+reported yet, they ask each other a few times a second. Their
+metrics are shown as those of one.
 """
 
 from __future__ import annotations
@@ -14,30 +15,99 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 from aiohttp import web
 
 from hexgen_vllm.errors import HexgenError
-from hexgen_vllm.policy.elsewhere import Elsewhere
-from hexgen_vllm.router import answers, outbound
+from hexgen_vllm.policy.engines import Elsewhere
+from hexgen_vllm.router import errors
+from hexgen_vllm.router.calls import headers
 from hexgen_vllm.router.context import Context, read_body
-from hexgen_vllm.router.engine_answer import Answer
-from hexgen_vllm.router.engine_pool import UnixPool
-from hexgen_vllm.router.http_request import SENT, Request
+from hexgen_vllm.router.http.client import Answer, UnixPool
+from hexgen_vllm.router.http.messages import SENT, Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
-from hexgen_vllm.router.overview import Overview
-from hexgen_vllm.router.overview_sum import total
-from hexgen_vllm.router.routes import LOAD_PATH, Route, Scope
-from hexgen_vllm.router.shard_metrics import merged
-from hexgen_vllm.router.spot import Spot
-from hexgen_vllm.router.ui_page import DATA_PATH, data_response
+from hexgen_vllm.router.processes.spot import Spot
+from hexgen_vllm.router.routes import DATA_PATH, LOAD_PATH, Route, Scope
+from hexgen_vllm.router.status.overview import Overview, data_response, total
 
+_SAMPLE: Final = re.compile(r"^(?P<key>[a-zA-Z_:][\w:]*(?:\{.*\})?) (?P<value>\S+)$")
+# Counters that every process reads from the engines.
+_SEEN_BY_ALL: Final = "_engine_preemptions_total"
 _ASK_S: Final = 0.25
 _PATIENCE_S: Final = 2.0
 _CONNECT_S: Final = 1.0
 _SMALL_BYTES: Final = 2**20
 _LOG = logging.getLogger(__name__)
+# Gauges that count what one process has; all others are the same in every process.
+_SUMMED: Final = (
+    "open_calls",
+    "held_calls",
+    "held_tokens",
+    "slack_calls",
+    "workflows_at_risk",
+    "open_workflows",
+    "engine_calls",
+    "engine_tokens",
+)
+
+
+def merged(texts: Sequence[str]) -> str:
+    """Return one exposition: counters and histograms summed, of most gauges the largest value.
+
+    Args:
+        texts: expositions in Prometheus's text format.
+    """
+    kinds: dict[str, str] = {}
+    lines: list[str] = []
+    values: dict[str, list[float]] = {}
+    for text in texts:
+        for line in text.splitlines():
+            found = _SAMPLE.match(line)
+            if line.startswith("# TYPE "):
+                kinds[line.split()[2]] = line.split()[3]
+            if found is None:
+                if line not in values:
+                    values[line] = []
+                    lines.append(line)
+            else:
+                key = found["key"]
+                if key not in values:
+                    values[key] = []
+                    lines.append(key)
+                values[key].append(float(found["value"]))
+    return "\n".join(_line(line, values[line], kinds) for line in _grouped(lines)) + "\n"
+
+
+def _line(key: str, values: list[float], kinds: dict[str, str]) -> str:
+    if not values:
+        return key
+    name = key.partition("{")[0]
+    gauge = kinds.get(name) == "gauge"
+    summed = name.endswith(_SUMMED) if gauge else not name.endswith(_SEEN_BY_ALL)
+    if name.endswith("_created"):
+        return f"{key} {min(values)!r}"
+    return f"{key} {sum(values) if summed else max(values)!r}"
+
+
+def _grouped(lines: list[str]) -> list[str]:
+    """Return the lines with all samples of a metric behind its comments."""
+    order: dict[str, list[str]] = {}
+    family = ""
+    for line in lines:
+        if line.startswith("# "):
+            family = line.split()[2]
+        elif not _of(line, family):
+            family = next((known for known in order if _of(line, known)), family)
+        order.setdefault(family, []).append(line)
+    return [line for found in order.values() for line in found]
+
+
+def _of(line: str, family: str) -> bool:
+    name = line.partition("{")[0].partition(" ")[0]
+    return name == family or re.sub(r"_(bucket|sum|count|total|created)$", "", name) == family
 
 
 class Shard:
@@ -97,7 +167,7 @@ class Shard:
             await _relay(answer, request)
         except OSError:
             if request.answering:
-                return answers.hung_up(request)
+                return errors.hung_up(request)
             _LOG.warning("served elsewhere than it belongs: process %d does not answer", owner)
             return None
         finally:
@@ -108,7 +178,7 @@ class Shard:
 
     async def _ask(self, index: int, request: Request) -> Answer:
         body = await read_body(request)
-        head = outbound.passed_on_head(request.method, request.path_qs, request.pairs, len(body))
+        head = headers.passed_on_head(request.method, request.path_qs, request.pairs, len(body))
         return await self._pool.ask(self._spot.socket(index), head, body)
 
     async def _tell_others(self, request: Request) -> None:
@@ -176,7 +246,7 @@ class Shard:
 async def _relay(answer: Answer, request: Request) -> None:
     """Write another process's answer as it is."""
     request.marked = True
-    head = outbound.passed_back_lines(answer.pairs)
+    head = headers.passed_back_lines(answer.pairs)
     length = answer.header(b"content-length")
     if length.isdecimal() and int(length) <= _SMALL_BYTES:
         request.reply(answer.status, head, await answer.body(_SMALL_BYTES) or b"")

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.broken import why
+from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.spot import Spot
+from hexgen_vllm.router.processes.spot import Spot
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)

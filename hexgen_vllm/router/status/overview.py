@@ -1,23 +1,42 @@
-"""What the page at ``/ui`` shows, as one JSON object: the state of the router at a glance."""
+"""What the page at ``/ui`` shows, as one JSON object: the state of the router at a glance.
+
+The page is one document without anything from elsewhere, under a strict policy. Several router
+processes show themselves as one. Of an engine everything is said but its address.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from importlib import resources
 from typing import Any, Final
+
+from aiohttp import web
 
 from hexgen_vllm import __version__
 from hexgen_vllm.router.context import Context
-from hexgen_vllm.router.fleet import Engine
-from hexgen_vllm.router.margins import SLACK_BOUNDS_S, Margin, by_workflow, histogram, margins
-from hexgen_vllm.router.outcomes import PERIOD_S
-from hexgen_vllm.types import Decision, Placement
+from hexgen_vllm.router.engines.fleet import Engine
+from hexgen_vllm.router.http.messages import Request
+from hexgen_vllm.router.metrics import (
+    SLACK_BOUNDS_S,
+    Margin,
+    by_workflow,
+    histogram,
+    margins,
+)
+from hexgen_vllm.router.observe.ledger import PERIOD_S
+from hexgen_vllm.types import Decision, EngineState, Placement
 
 SHOWN_WORKFLOWS: Final = 20
 SHOWN_DECISIONS: Final = 30
 SHOWN_TYPES: Final = 10
 FRESH_S: Final = 0.5
 _NO_TIME_S: Final = 1e-6  # a fit that says less per prompt token knows nothing of prefill
+_SUMMED: Final = ("max_num_seqs", "kv_tokens", "load")
 
 
 class Overview:
@@ -158,3 +177,156 @@ def decision(at_s: float, one: Decision, now: float) -> dict[str, Any]:
             "uncached_tokens": one.uncached_tokens,
         }
     return shown
+
+
+_Json = dict[str, Any]
+
+
+def total(parts: Sequence[_Json]) -> _Json:
+    """Return the overview of all processes; what all see alike is taken from the first.
+
+    Calls, workflows and decisions are each known to one process. Engines are known to all, but
+    the calls placed on them are not.
+
+    Args:
+        parts: at least one; the first is that of the process that was asked.
+    """
+    first = parts[0]
+    shown = sorted(
+        (one for part in parts for one in part["workflows"]["shown"]),
+        key=lambda one: float("inf") if one["slack_s"] is None else one["slack_s"],
+    )
+    decisions = sorted(
+        (one for part in parts for one in part["decisions"]), key=lambda one: float(one["age_s"])
+    )
+    workflows = _sums(part["workflows"] for part in parts)
+    slack = [part["slack"]["calls"] for part in parts]
+    return {
+        **first,
+        "up_s": min(part["up_s"] for part in parts),
+        "calls": _calls([part["calls"] for part in parts]),
+        "workflows": {**workflows, "shown": shown[:SHOWN_WORKFLOWS]},
+        "slack": {**first["slack"], "calls": [sum(column) for column in zip(*slack, strict=True)]},
+        "ended": _ended([part["ended"] for part in parts]),
+        "engines": [_engine(one, parts) for one in first["engines"]],
+        "decisions": decisions[:SHOWN_DECISIONS],
+    }
+
+
+def _sums(parts: Iterable[_Json]) -> _Json:
+    """Return the sums of all numbers, by key."""
+    found: Counter[str] = Counter()
+    for part in parts:
+        found.update({name: n for name, n in part.items() if isinstance(n, int | float)})
+    return dict(found)
+
+
+def _calls(parts: Sequence[_Json]) -> _Json:
+    failed = _sums(part["failed"] for part in parts)
+    oldest_s = max(part["oldest_held_s"] for part in parts)
+    return {**_sums(parts), "oldest_held_s": oldest_s, "failed": failed}
+
+
+def _ended(parts: Sequence[_Json]) -> _Json:
+    """Return the sums of periods and types; periods of two processes begin at different moments."""
+    types: dict[str, list[_Json]] = {}
+    for part in parts:
+        for one in part["types"]:
+            types.setdefault(one["type"], []).append(one)
+    counts = [{"type": name, **_sums(of)} for name, of in types.items()]
+    counts.sort(key=lambda one: -sum(n for n in one.values() if isinstance(n, int)))
+    columns = zip(*(part["periods"] for part in parts), strict=True)
+    return {
+        **parts[0],
+        "periods": [_sums(column) for column in columns],
+        "types": counts[:SHOWN_TYPES],
+    }
+
+
+def _engine(one: _Json, parts: Sequence[_Json]) -> _Json:
+    same = [e for part in parts for e in part["engines"] if e["name"] == one["name"]]
+    placed = {name: sum(e.get(name) or 0 for e in same) for name in ("calls", "tokens")}
+    return {**one, **{name: n for name, n in placed.items() if name in one}}
+
+
+class UiPage:
+    """Handlers of the page and of what it shows."""
+
+    def __init__(self, context: Context) -> None:
+        self._overview = Overview(context)
+        self._page, self._policy = document()
+
+    async def page(self, request: Request) -> web.StreamResponse:
+        """Show the page; it needs no key, what it asks for does."""
+        headers = {
+            "Cache-Control": "no-cache",
+            "Content-Security-Policy": self._policy,
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+        }
+        return web.Response(
+            body=self._page, content_type="text/html", charset="utf-8", headers=headers
+        )
+
+    async def data(self, request: Request) -> web.StreamResponse:
+        """Say what the page shows now."""
+        return data_response(self._overview.body())
+
+
+def data_response(body: bytes) -> web.Response:
+    """Return the answer that says what the page shows."""
+    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    return web.Response(body=body, content_type="application/json", headers=headers)
+
+
+def document() -> tuple[bytes, str]:
+    """Return the page and its content security policy.
+
+    Only the page's own style and script may run, and they may only talk to this router.
+    """
+    folder = resources.files("hexgen_vllm.router") / "ui"
+    page, style, script = (
+        (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
+    )
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:; "
+        f"style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page.replace("{style}", style).replace("{script}", script).encode(), policy
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def worker_view(context: Context, engine: Engine) -> dict[str, Any]:
+    """Return an engine as ``/workers`` shows it; limits and load are those of all its ranks."""
+    ranks = [target_view(context, engine, target) for target in engine.targets]
+    sums = {name: _sum(rank[name] for rank in ranks) for name in _SUMMED}
+    return {**ranks[0], "name": engine.name, **sums, "data_parallel_size": len(ranks)}
+
+
+def target_view(context: Context, engine: Engine, target: str) -> dict[str, Any]:
+    """Return what is known of an engine, or of one of its ranks."""
+    load = context.service.coordinator.engines.get(target)
+    spec = engine.targets[target]
+    return {
+        "name": target,
+        "state": engine.state.value,
+        "is_healthy": engine.state is not EngineState.DOWN,
+        "reason": engine.why,
+        "kind": None if spec is None else spec.kind.value,
+        "models": sorted(spec.models) if spec is not None else [],
+        "max_num_seqs": None if spec is None else spec.max_num_seqs,
+        "kv_tokens": None if spec is None else spec.kv_tokens,
+        "max_model_len": None if spec is None else spec.max_model_len,
+        "load": 0 if load is None else len(load.in_flight),
+    }
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return sum(known) if len(known) == len(found) else None

@@ -9,14 +9,14 @@ from collections.abc import Sequence as TypingSequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
+from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.preemption import RunningView
-from hexgen_vllm.policy.service import output_left
 from hexgen_vllm.policy.victims import VictimSearch, uncredited_start_s
-from hexgen_vllm.sim.prefix_cache import Hit, Link
-from hexgen_vllm.sim.sequence import Sequence
+from hexgen_vllm.sim.engine.prefix_cache import Hit, Link
+from hexgen_vllm.sim.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from hexgen_vllm.sim.batch import Batch
+    from hexgen_vllm.sim.engine.scheduler import Batch
 
 _KEY: Final = attrgetter("rank", "key_s")
 

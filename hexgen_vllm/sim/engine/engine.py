@@ -20,10 +20,9 @@ from typing import Final, Protocol
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import HexgenError
-from hexgen_vllm.policy.cost_model import CostFit
-from hexgen_vllm.sim.batch import Batch
-from hexgen_vllm.sim.model import EngineModel
-from hexgen_vllm.sim.sequence import Sequence
+from hexgen_vllm.policy.cost import CostFit
+from hexgen_vllm.sim.engine.scheduler import Batch
+from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.types import EngineReport
 
 _NEVER: Final = math.inf

@@ -9,6 +9,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
+from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.pace import (
     EVERY_STEPS,
     MOST_WAITING,
@@ -17,11 +18,10 @@ from hexgen_vllm.policy.pace import (
     Places,
     TightCall,
 )
-from hexgen_vllm.policy.service import output_left
-from hexgen_vllm.sim.sequence import Sequence
+from hexgen_vllm.sim.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from hexgen_vllm.sim.batch import Batch
+    from hexgen_vllm.sim.engine.scheduler import Batch
 
 _ORDER: Final = attrgetter("rank", "key_s")
 

@@ -4,29 +4,287 @@ Running calls first, in order, each with its tokens out of the step's budget and
 the pool; the last of them is preempted when blocks run out. Then, if nobody was preempted,
 waiting calls while budget, slots and blocks last, each with what the prefix cache has of it, and
 only if its whole prompt fits. Order and displacement are the live scheduler's policies.
+
+Waiting calls are in vLLM's own order, or in ours by key. Calls of demoted workflows stay behind all
+others, but not for ever.
+
+KV of preempted calls is kept in host memory or computed again, by the live engine's rule. Host
+memory is taken for unlimited and copies for as fast out as in; both hold up the step that
+they are part of. The device's prefix cache is taken to have lost what was preempted by the time
+it is wanted, which the live engine learns instead.
+
+In a step in which KV blocks or tokens are short, calls are served one by one, as vLLM does. Whoever
+finds no block for its tokens takes those of the last call in the order, of itself at last. What a
+victim had been given in this step goes back to the budget.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import islice
 from operator import attrgetter
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.cost_model import CostFit
+from hexgen_vllm.policy.cost import CostFit, ServiceRates
 from hexgen_vllm.policy.order import LateWatch, demotes
-from hexgen_vllm.sim.decodes import DecodeClock
-from hexgen_vllm.sim.demoted import Demoted
-from hexgen_vllm.sim.displacing import Displacer
-from hexgen_vllm.sim.keeping import keeper_of
-from hexgen_vllm.sim.model import EngineModel
-from hexgen_vllm.sim.pacing import Pacer
-from hexgen_vllm.sim.prefix_cache import BlockPool
-from hexgen_vllm.sim.pricing import Pricing
-from hexgen_vllm.sim.queues import ArrivalQueue, KeyQueue, WaitingQueue
-from hexgen_vllm.sim.sequence import Sequence
-from hexgen_vllm.sim.tight import TightStep
+from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, Retention, weigh
+from hexgen_vllm.policy.urgency import UrgencyHeap
+from hexgen_vllm.sim.engine.cost import DecodeClock, Pricing
+from hexgen_vllm.sim.engine.displacing import Displacer
+from hexgen_vllm.sim.engine.pacing import Pacer
+from hexgen_vllm.sim.engine.prefix_cache import BlockPool
+from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 
+_TIGHT_KEY: Final = attrgetter("paused", "rank", "key_s")  # who is left out gives way first
 _KEY: Final = attrgetter("rank", "key_s")
+
+
+class Demoted:
+    """Demoted calls of one engine, in order of arrival.
+
+    As in the live engine, a call that has waited for as long as it may is ordered among the
+    others from then on, as if that moment were its deadline.
+
+    Args:
+        most_s: seconds that a call may wait.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._calls: deque[tuple[float, Sequence]] = deque()  # when they age, oldest first
+
+    @property
+    def ages_s(self) -> float:
+        """When the next call ages; ``inf`` if there is none."""
+        return self._calls[0][0] if self._calls else float("inf")
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        """Note a call that arrives; only a demoted one counts."""
+        if sequence.background:
+            self._calls.append((now + self._most_s, sequence))
+
+    def aged(self, now: float) -> list[Sequence]:
+        """End the demotion of calls that have waited long enough, and return them."""
+        found = []
+        while self.ages_s <= now:
+            deadline_s, sequence = self._calls.popleft()
+            if sequence.tokens < sequence.total_tokens:  # it has not ended
+                sequence.background = False
+                sequence.deadline_s, sequence.tail_s = deadline_s, 0.0
+                found.append(sequence)
+        return found
+
+
+class Keeper:
+    """Decides about one engine's preempted calls.
+
+    Args:
+        tokens_per_s: KV copied each way.
+        keep: ``auto``, ``always`` or ``never``.
+        block_size: tokens of a KV block.
+    """
+
+    def __init__(self, tokens_per_s: float, keep: str, block_size: int) -> None:
+        self._rate, self._keep, self._block_size = tokens_per_s, keep, block_size
+        self._copy = CopyRates(tokens_per_s, tokens_per_s)
+
+    def keep(self, sequence: Sequence, pool: BlockPool, rates: ServiceRates) -> int:
+        """Let a call that is preempted keep its KV if that pays; return the tokens to copy."""
+        tokens = sequence.computed
+        blocks = max(-(-tokens // self._block_size), 1)
+        own = tokens * pool.exclusive(sequence.holding, blocks, ()).held // blocks
+        if not self.weigh(tokens, tokens - own, rates).keep:
+            return 0
+        sequence.saved_tokens = tokens
+        return own
+
+    def weigh(self, tokens: int, shared: int, rates: ServiceRates) -> Retention:
+        """Return what becomes of ``tokens`` tokens of KV, ``shared`` of them held by others."""
+        again = RecomputeRates(rates.prefill_token_s, rates.prefill_context_s)
+        return weigh(Held(tokens, shared, 1.0), again, self._copy, self._keep)
+
+    def seconds(self, tokens: int) -> float:
+        """Return the time of copying ``tokens`` tokens one way."""
+        return tokens / self._rate
+
+
+def keeper_of(model: EngineModel, options: EngineOptions) -> Keeper | None:
+    """Return the keeper of an engine, ``None`` where KV is always computed again."""
+    rate = model.kv_copy_tokens_per_s
+    return None if rate is None else Keeper(rate, options.keep_kv, model.block_size)
+
+
+class WaitingQueue(Protocol):
+    """What an engine asks of its queue."""
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a call that arrives."""
+
+    def push_back(self, sequence: Sequence) -> None:
+        """Add a call that lost its place in the batch."""
+
+    def peek(self) -> Sequence:
+        """Return the next call; the queue must not be empty."""
+
+    def pop(self) -> Sequence:
+        """Take out the next call; the queue must not be empty."""
+
+    def rekey(self, sequence: Sequence) -> None:
+        """Move a queued call to its present key."""
+
+    def first(self, most: int) -> list[Sequence]:
+        """Return up to ``most`` calls that are next, in order."""
+
+    def unordered(self) -> list[Sequence]:
+        """Return what is queued, in no particular order."""
+
+    def __contains__(self, sequence: object) -> bool:
+        """Return whether a call is queued."""
+
+
+class ArrivalQueue:
+    """Stock vLLM, ``fcfs``: in order of arrival, calls that lost their place in front."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Sequence] = deque()
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a call at the end."""
+        self._queue.append(sequence)
+
+    def push_back(self, sequence: Sequence) -> None:
+        """Add a call in front."""
+        self._queue.appendleft(sequence)
+
+    def pop(self) -> Sequence:
+        """Take out the next call."""
+        return self._queue.popleft()
+
+    def peek(self) -> Sequence:
+        """Return the next call."""
+        return self._queue[0]
+
+    def __contains__(self, sequence: object) -> bool:
+        return sequence in self._queue
+
+    def rekey(self, sequence: Sequence) -> None:
+        """Do nothing: keys do not count."""
+
+    def first(self, most: int) -> list[Sequence]:
+        """Return up to ``most`` calls that are next."""
+        return list(islice(self._queue, most))
+
+    def unordered(self) -> list[Sequence]:
+        """Return what is queued."""
+        return list(self._queue)
+
+
+class KeyQueue:
+    """By key, then arrival, over the live engine's own heap."""
+
+    def __init__(self) -> None:
+        self._heap: UrgencyHeap[Sequence] = UrgencyHeap()
+
+    def peek(self) -> Sequence:
+        """Return the next call."""
+        return self._heap.peek()
+
+    def pop(self) -> Sequence:
+        """Take out the next call."""
+        return self._heap.pop()
+
+    def first(self, most: int) -> list[Sequence]:
+        """Return up to ``most`` calls that are next, in order."""
+        return self._heap.first(most)
+
+    def unordered(self) -> list[Sequence]:
+        """Return what is queued."""
+        return self._heap.unordered()
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a call."""
+        sequence.queued_start_s = sequence.latest_start_s
+        self._heap.push(sequence, sequence.key_s, sequence.arrived_s, sequence.rank)
+
+    def push_back(self, sequence: Sequence) -> None:
+        """Add a call that lost its place."""
+        self.push(sequence)
+
+    def __contains__(self, sequence: object) -> bool:
+        return sequence in self._heap
+
+    def rekey(self, sequence: Sequence) -> None:
+        """Move a queued call to its present key."""
+        sequence.queued_start_s = sequence.latest_start_s
+        self._heap.rekey(sequence, sequence.key_s, sequence.rank)
+
+
+class TightStep:
+    """Schedules the running calls of one step."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._served: list[Sequence] = []
+        self._given: dict[int, int] = {}  # tokens, by identity of the call
+
+    def schedule(self, budget: int) -> tuple[int, bool]:
+        """Give tokens; return the budget left and whether any call was preempted."""
+        batch, served, given = self._batch, self._served, self._given
+        if not batch.stock:
+            batch.reprice()
+            batch.running.sort(key=_TIGHT_KEY)
+        before = batch.preemptions
+        while len(served) < len(batch.running) and budget > 0:
+            sequence = batch.running[len(served)]
+            if sequence.paused:
+                break
+            back = self._make_room(sequence, budget)
+            if sequence not in batch.running:
+                budget += back
+                break
+            given[id(sequence)] = tokens = self._serve(sequence, budget)
+            budget += back - tokens  # what came back is for those after it, as in vLLM
+            served.append(sequence)
+        batch.missed = [s for s in batch.running if s.decoding and id(s) not in given]
+        return budget, batch.preemptions > before
+
+    def _make_room(self, sequence: Sequence, budget: int) -> int:
+        """Preempt until ``sequence`` has its blocks, itself at last; return tokens given back."""
+        batch, back = self._batch, 0
+        while self._blocks_for(sequence, budget) > batch.pool.free:
+            victim = self._last()
+            if victim in self._served:
+                self._served.remove(victim)
+                back += self._given.pop(id(victim))
+                if victim.decoding:  # it has the block of this step already
+                    size, tokens = batch.model.block_size, batch.clock.tokens(victim)
+                    victim.holding.blocks = -(-tokens // size)
+            batch.preempt(victim)
+            if victim is sequence:
+                break
+        return back
+
+    def _last(self) -> Sequence:
+        """Return the running call that gives way first."""
+        batch = self._batch
+        if batch.stock and not batch.by_arrival:
+            return max(batch.running, key=lambda s: (s.rank, s.key_s, s.arrived_s))
+        return batch.running[-1]
+
+    def _blocks_for(self, sequence: Sequence, budget: int) -> int:
+        batch = self._batch
+        size = batch.model.block_size
+        if sequence.decoding:
+            return int((batch.clock.tokens(sequence) - 1) % size == 0)
+        end = min(sequence.computed + budget, sequence.tokens)
+        return -(-end // size) - sequence.holding.blocks
+
+    def _serve(self, sequence: Sequence, budget: int) -> int:
+        if sequence.decoding:
+            self._batch.pool.take(self._blocks_for(sequence, budget))
+            return 1
+        return self._batch.give_chunk(sequence, budget)
 
 
 class Plan(NamedTuple):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from hexgen_vllm.sim.prefix_cache import Link
-from hexgen_vllm.sim.workload import Layer
+from hexgen_vllm.sim.engine.prefix_cache import Link
+from hexgen_vllm.sim.workloads.workload import Layer
 
 # Within a workflow many prompts have the same layers; across workflows few do.
 _REMEMBERED = 4096

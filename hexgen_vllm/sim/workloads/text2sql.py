@@ -7,17 +7,20 @@ one unit test, unit tester, evaluations in parallel, unit tester.
 Prompts share three layers token for token: the stage's template, the database schema, and what
 the workflow's own calls share. Databases and templates are the same for every seed, as they are
 for a service; questions, lengths and the rest of every prompt are not.
+
+Distributions of lengths are given by a few quantiles, with straight lines between them.
 """
 
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Final
 
 from hexgen_vllm.config import check, option
-from hexgen_vllm.sim.quantiles import Quantiles, quantiles
-from hexgen_vllm.sim.workload import (
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.sim.workloads.workload import (
     CallSpec,
     Group,
     Layer,
@@ -27,6 +30,46 @@ from hexgen_vllm.sim.workload import (
 )
 
 TYPE: Final = "text2sql"
+WITH_SCHEMA: Final = frozenset({"generate_candidate/a", "generate_candidate/b", "revise"})
+KEYWORDS_SHARE: Final = 2 / 3  # of workflows that extract keywords
+UNTESTED_SHARE: Final = 0.044  # of workflows that write no unit test, hence evaluate nothing
+EVALUATIONS: Final = {3: 10, 4: 12, 5: 30, 6: 34}  # parallel evaluations: weight
+SKEWED_ROUNDS: Final = {0: 10, 1: 14, 2: 12, 3: 14, 4: 10, 5: 10, 7: 4, 8: 6, 9: 10}
+MAX_ROUNDS: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """A distribution of token counts.
+
+    Attributes:
+        points: (share, tokens) pairs, shares rising from 0 to 1, tokens never falling.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        shares = [share for share, _ in self.points]
+        tokens = [value for _, value in self.points]
+        rising = shares == sorted(set(shares)) and tokens == sorted(tokens)
+        if len(shares) < 2 or shares[0] != 0 or shares[-1] != 1 or not rising:
+            raise ConfigError("quantiles must go from share 0 to share 1 and never fall.")
+
+    def at(self, share: float) -> int:
+        """Return the token count that ``share`` of draws do not exceed; share is in [0, 1]."""
+        index = min(bisect_right(self.points, (share, float("inf"))), len(self.points) - 1)
+        (left, low), (right, high) = self.points[index - 1], self.points[index]
+        return round(low + (high - low) * (share - left) / (right - left))
+
+    def draw(self, rng: random.Random) -> int:
+        """Return one draw."""
+        return self.at(rng.random())
+
+
+def quantiles(*points: tuple[float, float]) -> Quantiles:
+    """Return the distribution through ``points``, each (percent, tokens)."""
+    return Quantiles(tuple((percent / 100, tokens) for percent, tokens in points))
+
 
 # Tokens of each fixed stage template; the two candidates have a prompt of their own each.
 TEMPLATES: Final[dict[str, int]] = {
@@ -39,8 +82,6 @@ TEMPLATES: Final[dict[str, int]] = {
     "generate_unit_test": 436,
     "evaluate": 261,
 }
-WITH_SCHEMA: Final = frozenset({"generate_candidate/a", "generate_candidate/b", "revise"})
-
 # Prompt tokens by part. EVIDENCE and QUESTION depend on the question, PAIR and TESTED on the
 # candidates' length; parts that depend on the same thing are drawn at the same share.
 SCHEMA: Final = quantiles((0, 1900), (5, 2450), (50, 2600), (75, 3400), (90, 4800), (100, 5200))
@@ -48,7 +89,6 @@ QUESTION: Final = quantiles((0, 5), (5, 7), (50, 37), (95, 120), (100, 130))
 EVIDENCE: Final = quantiles((0, 15), (5, 20), (50, 110), (95, 420), (100, 560))
 PAIR: Final = quantiles((0, 330), (5, 364), (50, 680), (95, 1050), (100, 1180))
 TESTED: Final = quantiles((0, 380), (5, 470), (50, 725), (95, 1580), (100, 1720))
-
 # Prompt tokens that belong to one call alone.
 OWN: Final[dict[str, Quantiles]] = {
     "information_retriever": quantiles((0, 88), (50, 95), (100, 99)),
@@ -73,12 +113,6 @@ OUTPUT: Final[dict[str, Quantiles]] = {
     "generate_unit_test": quantiles((0, 25), (5, 31), (50, 100), (95, 245), (100, 260)),
     "evaluate": quantiles((0, 22), (88, 22), (95, 123), (100, 357)),
 }
-
-KEYWORDS_SHARE: Final = 2 / 3  # of workflows that extract keywords
-UNTESTED_SHARE: Final = 0.044  # of workflows that write no unit test, hence evaluate nothing
-EVALUATIONS: Final = {3: 10, 4: 12, 5: 30, 6: 34}  # parallel evaluations: weight
-SKEWED_ROUNDS: Final = {0: 10, 1: 14, 2: 12, 3: 14, 4: 10, 5: 10, 7: 4, 8: 6, 9: 10}
-MAX_ROUNDS: Final = 10
 
 
 @dataclass(frozen=True)

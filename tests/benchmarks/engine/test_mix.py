@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.engine.mix import by_class, play
+from benchmarks.engine.mix_scenarios import mixed, overload
 from hexgen_vllm import cli
-from hexgen_vllm.bench.mix import by_class, play
-from hexgen_vllm.bench.mix_scenarios import mixed, overload
 from hexgen_vllm.config import EngineOptions
 
 OURS = EngineOptions()

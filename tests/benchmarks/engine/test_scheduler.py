@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hexgen_vllm.bench import scheduler
+from benchmarks.engine import scheduler
 from hexgen_vllm.cli import main
 
 pytestmark = pytest.mark.engine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hexgen_vllm.bench import sim
+from benchmarks.engine import sim
 from hexgen_vllm.cli import main
 
 TINY = ["--speed-workflows=3", "--repeats=2", "--memory-workflows=3", "--grid-workflows=2"]

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm import cli
-from hexgen_vllm.bench.evaluation import (
+from benchmarks.evaluation.evaluation import (
     FIGURES,
     ORACLE,
     OURS,
@@ -23,7 +22,7 @@ from hexgen_vllm.bench.evaluation import (
     summary,
     tenths,
 )
-from hexgen_vllm.bench.report_runs import (
+from benchmarks.evaluation.report_runs import (
     RIVALS,
     Cell,
     Size,
@@ -33,10 +32,11 @@ from hexgen_vllm.bench.report_runs import (
     capping,
     planned,
 )
+from hexgen_vllm import cli
 from hexgen_vllm.sim.policies import NAMES
 from hexgen_vllm.sim.scenario_file import load
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCENARIOS = sorted((ROOT / "examples/scenarios/evaluation").glob("[!a]*.yaml"))
 AT_95 = FIGURES["best_rival_md95"]
 TINY = """# a tiny scenario

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.evaluation.report_live import (
+    KEY,
+    least_margin,
+    ratio,
+    section,
+)
 from hexgen_vllm import cli
-from hexgen_vllm.bench.report_live import KEY, least_margin, ratio, section
 
 
 def run(policy: str, seed: int, min_deadline_95_s: float | None) -> dict[str, Any]:

@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from hexgen_vllm.bench import router, router_engine, router_measure, router_sides
-from hexgen_vllm.bench.router_load import PROGRAM, Call
-from hexgen_vllm.bench.router_sides import OURS, PROGRAM_MODE, ROUND_ROBIN
+from benchmarks.router import (
+    router,
+    router_engine,
+    router_measure,
+    router_sides,
+)
+from benchmarks.router.router_load import PROGRAM, Call
+from benchmarks.router.router_sides import (
+    OURS,
+    PROGRAM_MODE,
+    ROUND_ROBIN,
+)
 from hexgen_vllm.cli import main
 
 RUN = {

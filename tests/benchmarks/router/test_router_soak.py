@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.bench import router_engine, soak
-from hexgen_vllm.bench.router_load import Call
+from benchmarks.router import router_engine, soak
+from benchmarks.router.router_load import Call
 from hexgen_vllm.cli import main
 
 CLEAN = {

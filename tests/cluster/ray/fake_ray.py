@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from hexgen_vllm.cluster.ray.demand import Node
-from hexgen_vllm.cluster.ray.host import Place, Started
+from hexgen_vllm.cluster.ray.nodes import Node, Place, Started
 
 
 class Broken(Exception):  # noqa: N818 - stands for those of Ray
@@ -69,7 +68,7 @@ class FakeRay:
 
 
 class FakeLibrary:
-    """Stands for :class:`hexgen_vllm.cluster.ray.library.Library`."""
+    """Stands for :class:`hexgen_vllm.cluster.ray.nodes.Library`."""
 
     address = "nowhere"
 

@@ -9,9 +9,9 @@ import pytest
 
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.cluster import ClusterSpec, EngineEntry
-from hexgen_vllm.cluster.ray import replica
-from hexgen_vllm.cluster.ray.library import Library
-from hexgen_vllm.cluster.ray.replica import Replica
+from hexgen_vllm.cluster.ray import engines
+from hexgen_vllm.cluster.ray.engines import Replica
+from hexgen_vllm.cluster.ray.nodes import Library
 from tests.cluster.ray.fake_ray import FakeLibrary, FakeRay
 
 URL = "http://127.0.0.1:1"
@@ -77,7 +77,7 @@ async def test_one_that_dies_while_it_leaves_is_not() -> None:
 async def test_one_that_finds_no_node_says_so_until_it_has_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(replica, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(engines, "_PATIENCE_S", 0.0)
     scene = Scene()
     scene.ray.room.clear()
     running = asyncio.ensure_future(scene.replica.run())

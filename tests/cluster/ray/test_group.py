@@ -6,9 +6,8 @@ import asyncio
 from typing import Any, cast
 
 from hexgen_vllm.cluster import EngineEntry
-from hexgen_vllm.cluster.ray.group import Group
-from hexgen_vllm.cluster.ray.replica import Replica
-from hexgen_vllm.cluster.ray.roster import Roster
+from hexgen_vllm.cluster.ray.engines import Group, Replica
+from hexgen_vllm.cluster.ray.router import Roster
 
 
 class FakeReplica:

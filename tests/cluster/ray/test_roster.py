@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from hexgen_vllm.cluster.ray.roster import Roster
-from hexgen_vllm.cluster.ray.router_client import RouterAway, RouterClient
+from hexgen_vllm.cluster.ray.router import Roster, RouterAway, RouterClient
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineState

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.engine.headless import Setup
+from benchmarks.engine.headless import Setup
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
 from tests.engine.nomodel.harness import FakeEngine
 

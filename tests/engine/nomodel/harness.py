@@ -16,8 +16,13 @@ from typing import Any
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
+from benchmarks.engine.headless import (
+    Setup,
+    block_hasher,
+    build_scheduler,
+    make_request,
+)
 from hexgen_vllm import wire
-from hexgen_vllm.engine.headless import Setup, block_hasher, build_scheduler, make_request
 
 PRIME = (1 << 61) - 1
 

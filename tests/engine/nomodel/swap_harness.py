@@ -10,11 +10,10 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
-from hexgen_vllm.engine.headless import Setup
-from hexgen_vllm.engine.kv_copier import HostCopier
-from hexgen_vllm.engine.kv_swap import HostKVConnector
-from hexgen_vllm.engine.kv_swap_worker import SwapWorker
+from benchmarks.engine.headless import Setup
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
+from hexgen_vllm.engine.swap.connector import HostKVConnector
+from hexgen_vllm.engine.swap.worker import HostCopier, SwapWorker
 from hexgen_vllm.kernels import BlockLayout
 from tests.engine.nomodel.harness import FakeEngine, FakeWorker
 

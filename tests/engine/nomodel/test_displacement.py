@@ -15,8 +15,8 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from hexgen_vllm.engine.headless import Setup, vllm_config
-from hexgen_vllm.engine.scheduler import options_of
+from benchmarks.engine.headless import Setup, vllm_config
+from hexgen_vllm.engine.options import options_of
 from hexgen_vllm.wire import CallMeta
 from tests.engine.nomodel.conftest import Build
 from tests.engine.nomodel.harness import FakeEngine, expected

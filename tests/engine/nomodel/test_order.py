@@ -7,8 +7,7 @@ import random
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from hexgen_vllm.policy.slack import hexgen_key, latest_start
-from hexgen_vllm.policy.urgency import BACKGROUND_S
+from hexgen_vllm.policy.urgency import BACKGROUND_S, hexgen_key, latest_start
 from hexgen_vllm.wire import CallMeta
 from tests.engine.nomodel.conftest import Build
 from tests.engine.nomodel.harness import FakeEngine, expected

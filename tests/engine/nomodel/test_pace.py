@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.engine.pace import Pace, PacedScheduler, PacedUrgencyScheduler
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.testing.pace import (
+    Pace,
+    PacedScheduler,
+    PacedUrgencyScheduler,
+)
 from tests.engine.nomodel.conftest import Build
 from tests.engine.nomodel.harness import expected
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from hexgen_vllm.engine.other_scheduler import HOOK
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
+from hexgen_vllm.engine.swap.connector import HOOK
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.patch.tree import ABSENT, APPLIED, Tree
 from tests.engine.nomodel.harness import FakeEngine, expected, prompt

@@ -10,7 +10,7 @@ import pytest
 from vllm.v1.engine import core_client
 from vllm.v1.engine.core import EngineCore
 
-from hexgen_vllm.engine.exposition import exposition
+from hexgen_vllm.engine.server.middleware import exposition
 from hexgen_vllm.types import StepCost
 from tests.engine.nomodel.conftest import Build
 from tests.engine.nomodel.harness import FakeEngine

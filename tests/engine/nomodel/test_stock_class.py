@@ -12,11 +12,16 @@ from vllm.config import SchedulerConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from hexgen_vllm.engine import arguments, compat
-from hexgen_vllm.engine.headless import Setup, build_scheduler, vllm_config
-from hexgen_vllm.engine.pace import PacedScheduler, PacedUrgencyScheduler
+from benchmarks.engine.headless import (
+    Setup,
+    build_scheduler,
+    vllm_config,
+)
+from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
+from hexgen_vllm.engine.server import arguments
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.testing.pace import PacedScheduler, PacedUrgencyScheduler
 from tests.engine.nomodel.conftest import Build
 from tests.engine.nomodel.harness import expected
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import vllm
 
-from hexgen_vllm.engine.kv_swap import WRITTEN_BEFORE_SAVES
+from hexgen_vllm.engine.swap.connector import WRITTEN_BEFORE_SAVES
 from tests.engine.nomodel.harness import expected
 from tests.engine.nomodel.swap_harness import SwapEngine
 from tests.engine.nomodel.test_exact import Load

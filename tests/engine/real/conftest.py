@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def model() -> str:
     """Return the folder of a model of two small layers, built once per checkout."""
     folder = CACHE / "tiny-model-e2e"
-    make = [sys.executable, "-m", "hexgen_vllm.engine.tiny_model", str(folder)]
+    make = [sys.executable, "-m", "hexgen_vllm.testing.tiny_model", str(folder)]
     subprocess.run([*make, "--hidden=128", "--layers=2"], check=True, capture_output=True)
     return str(folder)
 

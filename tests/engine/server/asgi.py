@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from hexgen_vllm.engine.middleware import App, Message, Receive, Scope, Send
+from hexgen_vllm.engine.server.middleware import (
+    App,
+    Message,
+    Receive,
+    Scope,
+    Send,
+)
 
 
 @dataclass

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.engine import arguments
-from hexgen_vllm.engine.arguments import MIDDLEWARE, SCHEDULER
+from hexgen_vllm.engine.options import SCHEDULER
+from hexgen_vllm.engine.server import arguments
+from hexgen_vllm.engine.server.arguments import MIDDLEWARE
 from hexgen_vllm.errors import ConfigError, UnsupportedVLLM
 
 

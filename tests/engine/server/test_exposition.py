@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hexgen_vllm.engine.exposition import exposition
+from hexgen_vllm.engine.server.middleware import exposition
 
 SNAPSHOT: dict[str, Any] = {
     "order": "slack",

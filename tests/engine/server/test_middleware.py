@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.engine.middleware import GENERATION, HexgenMiddleware
-from tests.engine.serve.asgi import Application, request
+from hexgen_vllm.engine.server.middleware import GENERATION, HexgenMiddleware
+from tests.engine.server.asgi import Application, request
 
 COMPLETIONS = "/v1/completions"
 BODY = b'{"prompt": "x"}'

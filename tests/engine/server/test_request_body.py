@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hexgen_vllm.engine.request_body import with_fields
+from hexgen_vllm.engine.server.middleware import with_fields
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.wire import CallMeta
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.engine import stats_api
-from hexgen_vllm.engine.stats_api import StatsReader, StatsUnavailable
+from hexgen_vllm.engine.server import stats_api
+from hexgen_vllm.engine.server.stats_api import StatsReader, StatsUnavailable
 
 
 class SlowCore:

@@ -17,7 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from hexgen_vllm.engine.kv_swap import HostKVConnector
+from hexgen_vllm.engine.swap.connector import HostKVConnector
 
 BLOCK = 32  # the CPU's attention wants multiples of 32
 CALLS = 36

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from hexgen_vllm.engine.swap_ledger import Bandwidth
+from hexgen_vllm.engine.swap.planner import Bandwidth
 
 RATE = 24e9
 

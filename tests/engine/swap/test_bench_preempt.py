@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.engine.tiny_model import TinySpec, build
+from hexgen_vllm.testing.tiny_model import TinySpec, build
 
 SMALL = [
     *("--in-flight", "6", "--workflows", "8", "--prompt", "60", "120", "--output", "40", "90"),

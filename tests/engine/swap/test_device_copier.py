@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from hexgen_vllm.engine import kv_copier
-from hexgen_vllm.engine.host_pool import Extent
-from hexgen_vllm.engine.kv_copier import DeviceCopier, make_copier
-from hexgen_vllm.engine.kv_swap_worker import SwapWorker
-from hexgen_vllm.engine.swap_messages import Load, Save
+from hexgen_vllm.engine.swap import worker as kv_copier
+from hexgen_vllm.engine.swap.messages import Load, Save
+from hexgen_vllm.engine.swap.pool import Extent
+from hexgen_vllm.engine.swap.worker import DeviceCopier, SwapWorker, make_copier
 from hexgen_vllm.kernels import BlockLayout
 
 Log = list[tuple[str, str]]

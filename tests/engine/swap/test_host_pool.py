@@ -6,8 +6,13 @@ import random
 
 import pytest
 
-from hexgen_vllm.engine.host_pool import Extent, HostCopy, HostPool, RecordSpace
 from hexgen_vllm.engine.requests import CallState
+from hexgen_vllm.engine.swap.pool import (
+    Extent,
+    HostCopy,
+    HostPool,
+    RecordSpace,
+)
 
 NOW = 100.0
 

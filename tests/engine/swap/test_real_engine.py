@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from hexgen_vllm.engine.swap_setup import pool_size, transfer_config
-from hexgen_vllm.engine.tiny_model import TinySpec, build
+from hexgen_vllm.engine.swap.setup import pool_size, transfer_config
+from hexgen_vllm.testing.tiny_model import TinySpec, build
 from tests.engine import cpu_worker
 from tests.engine.patched import copy_sources, put_in_place
 from tests.engine.swap.real_engine import (

@@ -18,7 +18,8 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.engine import arguments, swap_setup
+from hexgen_vllm.engine.server import arguments
+from hexgen_vllm.engine.swap import setup
 from hexgen_vllm.errors import ConfigError
 
 FULL = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float16)
@@ -45,18 +46,18 @@ def parallel(**sizes: int) -> SimpleNamespace:
 
 def test_our_connector_is_chosen_where_host_memory_is_set_aside() -> None:
     args = target()
-    swap_setup.choose_connector(args, {"host_kv_gib": 1.0})
+    setup.choose_connector(args, {"host_kv_gib": 1.0})
     chosen = args.kv_transfer_config
     assert chosen.kv_connector == "HostKVConnector"
     assert not chosen.is_kv_consumer
-    swap_setup.choose_connector(args, {"host_kv_gib": 1.0})
+    setup.choose_connector(args, {"host_kv_gib": 1.0})
     assert args.kv_transfer_config is chosen
 
 
 @pytest.mark.parametrize("options", [{}, {"host_kv_gib": 0.0}, {"keep_kv": "always"}])
 def test_without_host_memory_nothing_is_touched(options: dict[str, Any]) -> None:
     args = target(kv_transfer_config="something of the user's")
-    swap_setup.choose_connector(args, options)
+    setup.choose_connector(args, options)
     assert args.kv_transfer_config == "something of the user's"
 
 
@@ -77,18 +78,18 @@ def test_without_host_memory_nothing_is_touched(options: dict[str, Any]) -> None
 )
 def test_another_connector_is_refused_by_name(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=rf"host_kv_gib cannot .* connector \(.*{name}\)\.$"):
-        swap_setup.choose_connector(target(**changes), {"host_kv_gib": 1.0})
+        setup.choose_connector(target(**changes), {"host_kv_gib": 1.0})
 
 
 def test_the_pool_is_counted_in_blocks_of_all_workers() -> None:
-    found = swap_setup.pool_size(parallel(), kv_cache(FULL), 1.0)
+    found = setup.pool_size(parallel(), kv_cache(FULL), 1.0)
     assert found == (2**30 // (4 * 8192), 16, 4 * 8192)
-    assert swap_setup.pool_size(parallel(world_size=2), kv_cache(FULL), 1.0) == (
+    assert setup.pool_size(parallel(world_size=2), kv_cache(FULL), 1.0) == (
         2**30 // (8 * 8192),
         16,
         8 * 8192,
     )
-    assert swap_setup.pool_size(parallel(), kv_cache(MLA), 1.0).records > 0
+    assert setup.pool_size(parallel(), kv_cache(MLA), 1.0).records > 0
 
 
 @pytest.mark.parametrize(
@@ -106,15 +107,15 @@ def test_what_cannot_be_kept_is_refused(
     config: Any, cache: KVCacheConfig, gib: float, sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"^host_kv_gib[^.]*{sentence}"):
-        swap_setup.pool_size(config, cache, gib)
+        setup.pool_size(config, cache, gib)
 
 
 def test_a_scheduler_whose_engine_has_another_connector_says_what_to_do() -> None:
     options = EngineOptions(host_kv_gib=1.0)
     for connector in (None, object()):
         with pytest.raises(ConfigError, match=r"plugin .* kv_connector HostKVConnector"):
-            swap_setup.planner_of(connector, options)
-        assert swap_setup.planner_of(connector, replace(options, host_kv_gib=0.0)) is None
+            setup.planner_of(connector, options)
+        assert setup.planner_of(connector, replace(options, host_kv_gib=0.0)) is None
 
 
 @pytest.mark.parametrize("scheduler", ["hexgen_vllm.UrgencyScheduler", None])
@@ -125,7 +126,7 @@ def test_the_command_line_is_completed(scheduler: str | None) -> None:
         additional_config={"hexgen": {"host_kv_gib": 2}},
     )
     arguments.resolve(args)
-    assert args.kv_transfer_config.kv_connector_module_path == "hexgen_vllm.engine.kv_swap"
+    assert args.kv_transfer_config.kv_connector_module_path == "hexgen_vllm.engine.swap.connector"
     again = args.kv_transfer_config
     arguments.resolve(args)
     assert args.kv_transfer_config is again

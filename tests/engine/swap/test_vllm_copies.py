@@ -12,8 +12,8 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.kv_offload.cpu import swap_blocks_triton
 
-from hexgen_vllm.engine import vllm_copies
-from hexgen_vllm.kernels.subjects import CopyBed, CopyCase
+from benchmarks.engine import vllm_copies
+from benchmarks.kv.subjects import CopyBed, CopyCase
 
 NAMES = ("swap_blocks", "swap_blocks_batch")
 

@@ -10,10 +10,14 @@ import pytest
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 
-from hexgen_vllm.engine.host_pool import Extent
-from hexgen_vllm.engine.kv_copier import HostCopier, make_copier
-from hexgen_vllm.engine.kv_swap_worker import SwapWorker
-from hexgen_vllm.engine.swap_messages import Load, Save, SwapMeta, SwapReport
+from hexgen_vllm.engine.swap.messages import (
+    Load,
+    Save,
+    SwapMeta,
+    SwapReport,
+)
+from hexgen_vllm.engine.swap.pool import Extent
+from hexgen_vllm.engine.swap.worker import HostCopier, SwapWorker, make_copier
 from hexgen_vllm.kernels import BlockLayout
 
 BLOCKS = 12

@@ -10,11 +10,11 @@ import pytest
 from yarl import URL
 
 from hexgen_vllm import wire
-from hexgen_vllm.router import outbound
+from hexgen_vllm.router.calls import headers as outbound
+from hexgen_vllm.router.calls.intake import Accepted
+from hexgen_vllm.router.calls.prompt import Prompt
 from hexgen_vllm.router.endpoints import ENDPOINTS
-from hexgen_vllm.router.http_request import Pairs
-from hexgen_vllm.router.intake import Accepted
-from hexgen_vllm.router.prompt import Prompt
+from hexgen_vllm.router.http.messages import Pairs
 from hexgen_vllm.types import Call, EngineKind, Placement
 
 NOW, EPOCH = 1000.0, 900.0

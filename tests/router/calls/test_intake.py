@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from hexgen_vllm.errors import BadRequest
+from hexgen_vllm.router.calls.intake import (
+    Accepted,
+    Intake,
+    decoded,
+)
+from hexgen_vllm.router.calls.prompt import TokenRatios
 from hexgen_vllm.router.endpoints import ENDPOINTS
-from hexgen_vllm.router.intake import Accepted, Intake, decoded
-from hexgen_vllm.router.prompt import TokenRatios
 from hexgen_vllm.types import NO_DEADLINE
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS = ENDPOINTS

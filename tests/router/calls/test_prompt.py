@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.prompt import (
+from hexgen_vllm.router.calls.prompt import (
     CHUNK_CHARS,
     CHUNK_TOKENS,
     MAX_CHUNKS,

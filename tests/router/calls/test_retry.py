@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from hexgen_vllm.router.calls.retry import RetryPolicy
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.retry import RetryPolicy
 
 
 def policy(**options: object) -> RetryPolicy:

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.stored import KEPT_S, MAX_RESPONSES, Stored, named, previous
+from hexgen_vllm.router.calls.stored import (
+    KEPT_S,
+    MAX_RESPONSES,
+    Stored,
+    named,
+    previous,
+)
 from hexgen_vllm.testing import fake_answers
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import open_stand

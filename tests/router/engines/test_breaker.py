@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.breaker import Breaker, HealthOptions, Phase
+from hexgen_vllm.router.engines.breaker import Breaker, Phase
+from hexgen_vllm.router.options import HealthOptions
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand

@@ -11,8 +11,8 @@ import pytest
 from multidict import CIMultiDict
 
 from hexgen_vllm.router.endpoints import ENDPOINTS
+from hexgen_vllm.router.engines.health import Watcher
 from hexgen_vllm.router.options import Worker
-from hexgen_vllm.router.watcher import Watcher
 from hexgen_vllm.testing.fake_server import FakeSettings
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineKind, EngineReport, EngineState
@@ -142,7 +142,7 @@ async def test_why_an_engine_is_not_up_is_said_once(caplog: pytest.LogCaptureFix
         late = parts.fleet.add(Worker("late", "http://127.0.0.1:9"))
         probe = parts.watchers.probe
         watcher = Watcher(late, parts.fleet, parts.service, probe, parts.options, parts.clock)
-        with caplog.at_level(logging.INFO, "hexgen_vllm.router.watcher"):
+        with caplog.at_level(logging.INFO, "hexgen_vllm.router.engines.health"):
             for _ in range(3):
                 await watcher.turn()
         assert [record.getMessage() for record in caplog.records if "late" in record.args] == [

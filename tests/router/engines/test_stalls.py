@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.answers import Outcome
+from hexgen_vllm.router.engines.probe import Probe, Unreachable
+from hexgen_vllm.router.errors import Outcome
 from hexgen_vllm.router.options import Worker
-from hexgen_vllm.router.probe import Probe, Unreachable
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router import reports
-from hexgen_vllm.router.reports import Telemetry
+from hexgen_vllm.router.engines import telemetry
+from hexgen_vllm.router.engines.telemetry import Telemetry
 from hexgen_vllm.types import EngineReport, StepCost
 
 SNAPSHOT: dict[str, Any] = {
@@ -46,7 +46,7 @@ vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="150"} 1.0
 
 
 def snapshot(**changes: Any) -> Telemetry:
-    (found,) = reports.from_stats({**SNAPSHOT, **changes})
+    (found,) = telemetry.from_stats({**SNAPSHOT, **changes})
     return found
 
 
@@ -64,9 +64,9 @@ def test_our_snapshot() -> None:
 @pytest.mark.parametrize("key", [k for k in SNAPSHOT if k not in ("order", "something_new")])
 def test_what_is_missing_or_odd_is_unknown(key: str, value: object) -> None:
     """And everything else is still read."""
-    (gone,) = reports.from_stats({k: v for k, v in SNAPSHOT.items() if k != key})
+    (gone,) = telemetry.from_stats({k: v for k, v in SNAPSHOT.items() if k != key})
     assert snapshot(**{key: value}) == gone != snapshot()
-    assert reports.from_stats({}) == (UNKNOWN,)
+    assert telemetry.from_stats({}) == (UNKNOWN,)
 
 
 def test_a_cost_with_a_hole_is_unknown() -> None:
@@ -76,42 +76,42 @@ def test_a_cost_with_a_hole_is_unknown() -> None:
 
 def test_our_snapshots_of_several_ranks() -> None:
     ranks = [SNAPSHOT, {**SNAPSHOT, "running": 7}, "broken"]
-    assert reports.from_stats({"ranks": ranks}) == (snapshot(), snapshot(running=7), UNKNOWN)
-    assert reports.from_stats({**SNAPSHOT, "ranks": []}) == (snapshot(),)
+    assert telemetry.from_stats({"ranks": ranks}) == (snapshot(), snapshot(running=7), UNKNOWN)
+    assert telemetry.from_stats({**SNAPSHOT, "ranks": []}) == (snapshot(),)
 
 
 def test_stock_metrics_tell_ranks_apart() -> None:
-    first, second = reports.from_metrics(METRICS)
+    first, second = telemetry.from_metrics(METRICS)
     assert first == Telemetry(EngineReport(None, None, 3, 1, 0.2, 5), kv_tokens=1200)
     assert second == Telemetry(EngineReport(None, None, 4, None, 0.4, None), kv_tokens=1200)
 
 
 def test_ranks_of_a_node_that_has_not_the_first_ones() -> None:
     text = METRICS.replace('engine="1"', 'engine="10"').replace('engine="0"', 'engine="9"')
-    assert reports.from_metrics(text) == reports.from_metrics(METRICS)
+    assert telemetry.from_metrics(text) == telemetry.from_metrics(METRICS)
 
 
 def test_ranks_together() -> None:
-    both = reports.together(reports.from_metrics(METRICS))
+    both = telemetry.together(telemetry.from_metrics(METRICS))
     assert both.kv_tokens == 2400
     assert both.report.kv_usage == pytest.approx(0.3)
     assert replace(both.report, kv_usage=None) == EngineReport(running=7)
-    assert reports.together((snapshot(),)) == snapshot()
-    pair = reports.together((snapshot(), snapshot(max_num_seqs=4)))
+    assert telemetry.together((snapshot(),)) == snapshot()
+    pair = telemetry.together((snapshot(), snapshot(max_num_seqs=4)))
     assert (pair.max_num_seqs, pair.steps, pair.max_num_batched_tokens) == (12, 2468, 1024)
     assert (pair.report.preemptions, pair.report.cost) == (6, None)
 
 
 def test_old_and_missing_names() -> None:
     old = METRICS.replace("kv_cache_usage_perc", "gpu_cache_usage_perc")
-    assert reports.from_metrics(old) == reports.from_metrics(METRICS)
+    assert telemetry.from_metrics(old) == telemetry.from_metrics(METRICS)
     for text in ("", "not metrics at all\n{}", 'vllm:num_requests_running{a="b"} NaN\n'):
-        assert reports.from_metrics(text) == ()
-    unlabelled = reports.from_metrics("vllm:num_requests_running 3.0\n")
+        assert telemetry.from_metrics(text) == ()
+    unlabelled = telemetry.from_metrics("vllm:num_requests_running 3.0\n")
     assert unlabelled == (Telemetry(EngineReport(running=3)),)
     partly = METRICS.replace('num_gpu_blocks="150"', 'num_gpu_blocks="None"', 1)
-    assert [one.kv_tokens for one in reports.from_metrics(partly)] == [None, 1200]
-    assert reports.together(reports.from_metrics(partly)).kv_tokens is None
+    assert [one.kv_tokens for one in telemetry.from_metrics(partly)] == [None, 1200]
+    assert telemetry.together(telemetry.from_metrics(partly)).kv_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -125,4 +125,4 @@ def test_old_and_missing_names() -> None:
     ],
 )  # fmt: skip
 def test_server_info(info: object, expected: tuple[str | None, int | None]) -> None:
-    assert reports.scheduling(info) == expected
+    assert telemetry.scheduling(info) == expected

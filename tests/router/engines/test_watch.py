@@ -9,9 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hexgen_vllm.router import watch
 from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
-from hexgen_vllm.router.watch import MAX_EVENT_BYTES, TAIL_BYTES, StreamWatch, Usage, find_usage
+from hexgen_vllm.router.engines import watch
+from hexgen_vllm.router.engines.watch import (
+    MAX_EVENT_BYTES,
+    TAIL_BYTES,
+    StreamWatch,
+    Usage,
+    find_usage,
+)
 from hexgen_vllm.testing import fake_answers
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES, _ = ENDPOINTS

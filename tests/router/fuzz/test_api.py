@@ -16,14 +16,14 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from hexgen_vllm.router import openapi
+from hexgen_vllm.router.status import pages
 from tests.router.fuzz.budget import budget
 from tests.router.fuzz.live import Live
 
 pytestmark = pytest.mark.slow
 
 load_all_checks()
-SCHEMA = schemathesis.openapi.from_dict(openapi.document())
+SCHEMA = schemathesis.openapi.from_dict(pages.document())
 OPERATIONS = [found.ok() for found in SCHEMA.get_all_operations()]
 CHECKS = [
     not_a_server_error,

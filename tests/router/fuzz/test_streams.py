@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hexgen_vllm.router import reports
 from hexgen_vllm.router.endpoints import ENDPOINTS, Endpoint
-from hexgen_vllm.router.watch import StreamWatch
+from hexgen_vllm.router.engines import telemetry
+from hexgen_vllm.router.engines.watch import StreamWatch
 from tests.router.fuzz.budget import budget
 from tests.router.fuzz.engine import chunked, whole
 from tests.router.fuzz.live import CHAT, Answer, Live
@@ -148,11 +148,11 @@ JSON = st.recursive(
 )
 def test_what_engines_report_is_read_or_unknown(stats: object, text: str) -> None:
     if isinstance(stats, dict):
-        for found in reports.from_stats(stats):
+        for found in telemetry.from_stats(stats):
             assert found.max_num_seqs is None or found.max_num_seqs > 0
-    reports.scheduling(stats)
+    telemetry.scheduling(stats)
     page = f'vllm:num_requests_running{{engine="{text}"}} {text}\nvllm:kv_cache_usage_perc {text}\n'
-    for found in reports.from_metrics(page):
+    for found in telemetry.from_metrics(page):
         assert found.report.kv_usage is None or 0 <= found.report.kv_usage <= 1
 
 

@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 from yarl import URL
 
-from hexgen_vllm.router import engine_pool
-from hexgen_vllm.router.broken import CannotConnect, EngineBroke
-from hexgen_vllm.router.engine_answer import in_time
-from hexgen_vllm.router.engine_pool import Pool
+from hexgen_vllm.router.http import client
+from hexgen_vllm.router.http.client import Pool, in_time
+from hexgen_vllm.router.http.errors import CannotConnect, EngineBroke
 from hexgen_vllm.testing.stand import Stand
 
 HEAD = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
@@ -81,7 +80,7 @@ async def test_calls_at_once_use_several() -> None:
 
 
 async def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_pool, "_KEEPALIVE_S", 0.02)
+    monkeypatch.setattr(client, "_KEEPALIVE_S", 0.02)
     async with engine(says(PLAIN)) as (pool, url, _):
         await whole(pool, url)
         while pool.open:
@@ -242,7 +241,7 @@ async def test_a_long_body_in_one_packet_with_its_head_is_no_long_head() -> None
 
 async def test_a_head_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slowly it drips, and whatever announced it; nothing of a head may take for ever."""
-    monkeypatch.setattr(engine_pool, "_HEAD_S", 0.05)
+    monkeypatch.setattr(client, "_HEAD_S", 0.05)
 
     async def drip(writer: asyncio.StreamWriter, _: int) -> None:
         writer.write(b"HTTP/1.1 102 Processing\r\n\r\n" + OK + b"X: ")
@@ -256,7 +255,7 @@ async def test_a_head_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_an_engine_may_announce_its_answer_and_think(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_pool, "_HEAD_S", 0.02)
+    monkeypatch.setattr(client, "_HEAD_S", 0.02)
 
     async def think(writer: asyncio.StreamWriter, _: int) -> None:
         writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")

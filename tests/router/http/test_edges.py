@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import pytest
 
-from hexgen_vllm.router import outbound
-from hexgen_vllm.router.broken import EngineBroke
-from hexgen_vllm.router.engine_answer import Answer
-from hexgen_vllm.router.http_connection import Connection
-from hexgen_vllm.router.http_request import Buffered, Request
+from hexgen_vllm.router.calls import headers as outbound
+from hexgen_vllm.router.http.client import Answer
+from hexgen_vllm.router.http.errors import EngineBroke
+from hexgen_vllm.router.http.messages import Buffered, Request
+from hexgen_vllm.router.http.server import Connection
 from hexgen_vllm.testing.fake_server import Fault
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
-from tests.router.test_engine_pool import HEAD, PLAIN, engine, says, whole
-from tests.router.test_http_server import Wire, _connections, call, request
+from tests.router.http.test_client import HEAD, PLAIN, engine, says, whole
+from tests.router.http.test_server import Wire, _connections, call, request
 
 PAGE = b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n"
 START = b"POST %b HTTP/1.1\r\nHost: a\r\n" % CHAT.encode()

@@ -11,7 +11,7 @@ import zlib
 import pytest
 from aiohttp import web
 
-from hexgen_vllm.router import http_body
+from hexgen_vllm.router.http import messages
 from hexgen_vllm.testing.fake_server import Fault
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 
@@ -172,10 +172,10 @@ async def test_a_small_body_that_is_large_in_the_clear_is_refused() -> None:
 
 async def test_a_compressed_body_has_a_bound_of_its_own() -> None:
     async def clear(raw: bytes, encoding: str = "gzip") -> int:
-        return len(await http_body.in_the_clear([raw], len(raw), encoding, 10**9))
+        return len(await messages.in_the_clear([raw], len(raw), encoding, 10**9))
 
     text = random.Random(1).randbytes(2**14).hex().encode()
-    much = text * (http_body.MOST_INFLATED // len(text))
+    much = text * (messages.MOST_INFLATED // len(text))
     assert await clear(gzip.compress(much, 1)) == len(much)
     assert await clear(gzip.compress(b"x" * 2**20)) == 2**20, "a little may be very compressible"
     assert await clear(much + text, "identity") == len(much + text)

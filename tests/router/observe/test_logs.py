@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router import logs
+from hexgen_vllm.router.observe import logs
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import BODIES, Stand, open_stand
 

@@ -8,9 +8,20 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.marginal_cost import FIRST
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.router.labels import OTHER, Names
-from hexgen_vllm.router.margins import SLACK_BOUNDS_S, by_workflow, histogram, margins
-from hexgen_vllm.router.outcomes import MAX_TYPES, PERIOD_S, PERIODS, Outcomes
+from hexgen_vllm.router.metrics import (
+    SLACK_BOUNDS_S,
+    by_workflow,
+    histogram,
+    margins,
+)
+from hexgen_vllm.router.observe.ledger import (
+    MAX_TYPES,
+    OTHER,
+    PERIOD_S,
+    PERIODS,
+    Names,
+    Outcomes,
+)
 from hexgen_vllm.types import Call, EngineReport, EngineSpec, StepCost
 
 COST = StepCost(c0=0.1, c1=0.0, c2=0.0, p0=0.0, p1=0.01, p2=0.0)  # 0.1 s a step, 100 tokens/s

@@ -19,9 +19,12 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router import app, otel, upstream
+from hexgen_vllm.router import app
+from hexgen_vllm.router.app import open_tracing
+from hexgen_vllm.router.engines import upstream
+from hexgen_vllm.router.observe import otel
+from hexgen_vllm.router.observe.tracing import NO_TRACE, Tracing
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.tracing import NO_TRACE, Tracing, open_tracing
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import CallResult
@@ -175,8 +178,8 @@ def test_a_wrong_protocol_and_a_missing_package_are_named(monkeypatch: pytest.Mo
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "pigeon")
     with pytest.raises(ConfigError, match="http/protobuf, not 'pigeon'"):
         open_tracing("http://127.0.0.1:4317", "slack")
-    monkeypatch.setitem(__import__("sys").modules, "hexgen_vllm.router.otel", None)
-    monkeypatch.delattr("hexgen_vllm.router.otel", raising=False)
+    monkeypatch.setitem(__import__("sys").modules, "hexgen_vllm.router.observe.otel", None)
+    monkeypatch.delattr("hexgen_vllm.router.observe.otel", raising=False)
     with pytest.raises(ConfigError, match=r"hexgen-vllm\[otel\]"):
         open_tracing("http://127.0.0.1:4317", "slack")
 

@@ -16,8 +16,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hexgen_vllm.router.shard_metrics import merged
-from hexgen_vllm.router.spot import Spot
+from hexgen_vllm.router.processes.shard import merged
+from hexgen_vllm.router.processes.spot import Spot
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import CHAT
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router import overview_sum
-from hexgen_vllm.router.overview import Overview
-from hexgen_vllm.router.shard_metrics import merged
+from hexgen_vllm.router.processes.shard import merged
+from hexgen_vllm.router.status import overview
+from hexgen_vllm.router.status.overview import Overview
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import open_stand
-from tests.router.test_processes import started
+from tests.router.processes.test_processes import started
 
 FINAL = {"x-hexgen-workflow-final": "1"}
 
@@ -39,12 +39,12 @@ async def part(*workflows: str, open_call: bool = False) -> dict[str, Any]:
 
 async def test_one_process_is_itself() -> None:
     one = await part("a1", "b1", open_call=True)
-    assert overview_sum.total([one]) == one
+    assert overview.total([one]) == one
 
 
 async def test_numbers_add_up_and_lists_are_merged() -> None:
     one, two = await part("a1", "b1", open_call=True), await part("a2", "a3", open_call=True)
-    both = overview_sum.total([one, two])
+    both = overview.total([one, two])
     assert both.keys() == one.keys()
     assert both["calls"]["answered"] == 4
     assert both["calls"]["open"] == both["workflows"]["open"] == both["workflows"]["late"] == 2

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.outcomes import OUTCOMES, PERIODS
+from hexgen_vllm.router.observe.ledger import OUTCOMES, PERIODS
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 from tests.router.browser import Tab, chromium, open_browser

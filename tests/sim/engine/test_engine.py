@@ -10,10 +10,9 @@ import pytest
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.decodes import MARK_TOKENS, DecodeClock
-from hexgen_vllm.sim.engine import Engine
-from hexgen_vllm.sim.model import EngineModel
-from hexgen_vllm.sim.sequence import Sequence
+from hexgen_vllm.sim.engine.cost import MARK_TOKENS, DecodeClock
+from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.types import Placement, StepCost
 from tests.parity.scenarios import draw
 from tests.parity.simulated import simulated

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hexgen_vllm.sim.prefix_cache import BlockPool, Holding
-from hexgen_vllm.sim.prompts import chunk_hashes, links, spans
-from hexgen_vllm.sim.workload import Layer
+from hexgen_vllm.sim.engine.prefix_cache import BlockPool, Holding
+from hexgen_vllm.sim.workloads.prompts import (
+    chunk_hashes,
+    links,
+    spans,
+)
+from hexgen_vllm.sim.workloads.workload import Layer
 from tests.sim.block_cache import Block, PlainCache
 
 SIZE = 16

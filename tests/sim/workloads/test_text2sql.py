@@ -9,8 +9,13 @@ from statistics import fmean
 import pytest
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.text2sql import TEMPLATES, Text2SqlOptions, schemas, text2sql
-from hexgen_vllm.sim.workload import CallSpec, WorkflowSpec
+from hexgen_vllm.sim.workloads.text2sql import (
+    TEMPLATES,
+    Text2SqlOptions,
+    schemas,
+    text2sql,
+)
+from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 
 # stage: calls per workflow, prompt p5/p50/p95, output p5/p50/p95 (ranges where traces differ)
 TABLE = {

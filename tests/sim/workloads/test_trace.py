@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.text2sql import text2sql
-from hexgen_vllm.sim.trace import parse_trace, read_trace, resample, stage_name
-from hexgen_vllm.sim.workload import WorkflowSpec
+from hexgen_vllm.sim.workloads.text2sql import text2sql
+from hexgen_vllm.sim.workloads.trace import (
+    parse_trace,
+    read_trace,
+    resample,
+    stage_name,
+)
+from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
 STEPS = [
     ("Information Retriever", 301, 26),

@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.arrivals import gamma_bursts, poisson, recorded
-from hexgen_vllm.sim.quantiles import quantiles
-from hexgen_vllm.sim.workload import (
+from hexgen_vllm.sim.workloads.text2sql import quantiles
+from hexgen_vllm.sim.workloads.workload import (
     CallSpec,
     Layer,
     WorkflowSpec,
+    gamma_bursts,
     generator,
+    poisson,
+    recorded,
     renamed,
     scaled,
     timed,

@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.mac_sql import TEMPLATES, mac_sql
-from hexgen_vllm.sim.map_reduce import map_reduce
-from hexgen_vllm.sim.react import react
 from hexgen_vllm.sim.scenario import WorkloadOptions
 from hexgen_vllm.sim.scenario_file import load
-from hexgen_vllm.sim.tenants import SHARES, mixed_tenants
-from hexgen_vllm.sim.workload import WorkflowSpec, workflow_stream
+from hexgen_vllm.sim.workloads.agents import (
+    SHARES,
+    TEMPLATES,
+    mac_sql,
+    map_reduce,
+    mixed_tenants,
+    react,
+)
+from hexgen_vllm.sim.workloads.workload import WorkflowSpec, workflow_stream
 
 KINDS = ("text2sql", "mac_sql", "react", "map_reduce", "mixed")
 

@@ -1,24 +1,37 @@
-"""All sources of one router: made from its options, run, shown."""
+"""All sources of one router: made from its options, run, shown.
+
+Metrics of discovery.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
 from hexgen_vllm.clock import Clock
-from hexgen_vllm.router.discovery.book import DNS, KUBERNETES, SourceBook
-from hexgen_vllm.router.discovery.members import Members
-from hexgen_vllm.router.discovery.names import parse_server
-from hexgen_vllm.router.discovery.options import DiscoveryOptions
-from hexgen_vllm.router.fleet import Fleet
-from hexgen_vllm.router.hosts import AllowedHosts
-from hexgen_vllm.router.watchers import Watchers
+from hexgen_vllm.router.addresses import AllowedHosts, parse_server
+from hexgen_vllm.router.engines.discovery.members import (
+    ANSWERS,
+    CHANGES,
+    DNS,
+    KUBERNETES,
+    Members,
+    SourceBook,
+)
+from hexgen_vllm.router.engines.fleet import Fleet
+from hexgen_vllm.router.engines.health import Watchers
+from hexgen_vllm.router.observe.families import counter, gauge
+from hexgen_vllm.router.options import DiscoveryOptions
 
 if TYPE_CHECKING:
-    from hexgen_vllm.router.discovery.dns_source import DnsSource
-    from hexgen_vllm.router.discovery.pod_api import PodApi
-    from hexgen_vllm.router.discovery.pod_source import PodSource
+    from hexgen_vllm.router.engines.discovery.dns import DnsSource
+    from hexgen_vllm.router.engines.discovery.kubernetes import PodApi, PodSource
+
 
 _RETRY_S: Final = 1.0
 _WATCH_S: Final = 60.0
@@ -88,9 +101,7 @@ class Discovery:
         if not options.worker_dns:
             return []
         # The package behind them is an extra.
-        from hexgen_vllm.router.discovery.dns_source import DnsSource
-        from hexgen_vllm.router.discovery.lookup import Lookup
-        from hexgen_vllm.router.discovery.resolver import Resolver
+        from hexgen_vllm.router.engines.discovery.dns import DnsSource, Lookup, Resolver
 
         text = options.worker_dns_server
         server = None if text is None else parse_server(text)
@@ -104,8 +115,7 @@ class Discovery:
 
     async def _kubernetes(self) -> PodSource:
         # The package behind them is an extra.
-        from hexgen_vllm.router.discovery.pod_api import PodApi
-        from hexgen_vllm.router.discovery.pod_source import PodSource
+        from hexgen_vllm.router.engines.discovery.kubernetes import PodApi, PodSource
 
         self._pods = PodApi(self._options, _WATCH_S)
         await self._pods.open()
@@ -125,3 +135,33 @@ class Discovery:
             await asyncio.sleep(_RETRY_S)
             for members in self._members:
                 members.retry()
+
+
+class DiscoveryMetrics(Collector):
+    """Reads the books of a discovery; services of one kind are counted together."""
+
+    def __init__(self, discovery: Discovery) -> None:
+        self._discovery = discovery
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric of discovery."""
+        lookups: Counter[tuple[str, ...]] = Counter()
+        changes: Counter[tuple[str, ...]] = Counter()
+        wanted: Counter[tuple[str, ...]] = Counter()
+        ages: dict[tuple[str, ...], float] = {}
+        for book, age_s in self._discovery.ages_s():
+            # Counters begin at 0, or Prometheus would not see their first increase.
+            lookups.update(dict.fromkeys(((book.kind, what) for what in ANSWERS), 0))
+            changes.update(dict.fromkeys(((book.kind, what) for what in CHANGES), 0))
+            lookups.update({(book.kind, outcome): n for outcome, n in book.lookups.items()})
+            changes.update({(book.kind, what): n for what, n in book.changes.items()})
+            wanted[(book.kind,)] += book.wanted
+            ages[(book.kind,)] = max(age_s, ages.get((book.kind,), 0.0))
+        yield counter("discovery_lookups", "Times that a source of engines was asked",
+                      ("source", "outcome"), lookups.items())  # fmt: skip
+        yield counter("discovery_changes", "Engines that discovery let join, drained, took back",
+                      ("source", "what"), changes.items())  # fmt: skip
+        yield gauge("discovery_engines", "Engines that sources name now",
+                    ("source",), wanted.items())  # fmt: skip
+        yield gauge("discovery_age_seconds", "Time since the last answer of a source, the oldest",
+                    ("source",), ages.items())  # fmt: skip

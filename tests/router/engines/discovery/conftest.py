@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.router.discovery.dns_server import DnsServer, dns_server
+from tests.router.engines.discovery.dns_server import DnsServer, dns_server
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineState
-from tests.router.discovery.dns_server import DnsServer
+from tests.router.engines.discovery.dns_server import DnsServer
 
 NAME, SRV = "engines.svc.test", "_http._tcp.engines.svc.test"
 

@@ -10,8 +10,8 @@ import pytest
 
 from hexgen_vllm import config
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.discovery import options as discovery_options
-from hexgen_vllm.router.discovery.names import (
+from hexgen_vllm.router import options as discovery_options
+from hexgen_vllm.router.addresses import (
     Address,
     DnsService,
     engine_name,

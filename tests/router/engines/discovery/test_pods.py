@@ -13,14 +13,14 @@ import trustme
 from kubernetes_asyncio.config import incluster_config, kube_config
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.discovery import pod_source
-from hexgen_vllm.router.discovery.pods import worker_of
+from hexgen_vllm.router.engines.discovery import kubernetes as pod_source
+from hexgen_vllm.router.engines.discovery.kubernetes import worker_of
 from hexgen_vllm.router.main import run
 from hexgen_vllm.router.options import Worker
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineState
-from tests.router.discovery.api_server import ApiServer, api_server, pod
+from tests.router.engines.discovery.api_server import ApiServer, api_server, pod
 
 SELECTED: dict[str, Any] = {
     "worker_urls": (),

@@ -9,9 +9,9 @@ from dns.resolver import BaseResolver
 from dns.resolver import Resolver as Settings
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.discovery.names import Address, parse_server
-from hexgen_vllm.router.discovery.resolver import NoAnswer, Resolver
-from tests.router.discovery.dns_server import DnsServer
+from hexgen_vllm.router.addresses import Address, parse_server
+from hexgen_vllm.router.engines.discovery.dns import NoAnswer, Resolver
+from tests.router.engines.discovery.dns_server import DnsServer
 
 
 def in_a_pod(server: DnsServer, folder: Path) -> Resolver:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Final
+
+from hexgen_vllm.config import EngineOptions, from_mapping
+from hexgen_vllm.engine import compat
+from hexgen_vllm.errors import ConfigError, HexgenError
+
+
+def options_of(vllm_config: Any) -> EngineOptions:
+    """Read ``additional_config["hexgen"]``.
+
+    Unless it says ``displace``, nobody is displaced where KV comes from other engines.
+
+    Raises:
+        ConfigError: it is not an object, or an option is unknown or out of bounds.
+    """
+    extra = getattr(vllm_config, "additional_config", None)
+    values = extra.get("hexgen", {}) if isinstance(extra, dict) else {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"additional_config.hexgen must be an object, not {values!r}.")
+    if "displace" not in values and compat.loads_from_others(vllm_config):
+        values = {**values, "displace": False}
+    return from_mapping(EngineOptions, values, where="hexgen option")
+
+
+SCHEDULER: Final = "hexgen_vllm.UrgencyScheduler"
+
+
+def is_ours(scheduler_cls: Any) -> bool:
+    """Tell whether ``scheduler_cls`` (a class or its path) is our scheduler or made from it."""
+    if scheduler_cls == SCHEDULER:
+        return True
+    if isinstance(scheduler_cls, str) and not scheduler_cls.startswith("vllm."):
+        module, _, name = scheduler_cls.rpartition(".")
+        try:
+            scheduler_cls = getattr(import_module(module), name, None)
+        except HexgenError:
+            raise
+        except Exception:  # of a module of somebody else: vLLM will say so in its own words
+            return False
+    return hasattr(scheduler_cls, "hexgen_stats")
