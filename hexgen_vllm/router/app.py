@@ -144,7 +144,12 @@ class MetricsPort:
         Raises:
             ConfigError: the address cannot be had.
         """
-        server = Server(self._answer, max_body_bytes=_MAX_BODY_BYTES)
+        server = Server(
+            self._answer,
+            refuse=errors.error_response,
+            turn_away=errors.too_many_connections,
+            max_body_bytes=_MAX_BODY_BYTES,
+        )
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_METRICS_S)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port, reuse_port=self._shared)
@@ -238,6 +243,8 @@ class Router:
         self._routes = Routes(parts)
         server = Server(
             self._handle,
+            refuse=errors.error_response,
+            turn_away=errors.too_many_connections,
             max_body_bytes=self._options.max_payload_size,
             max_buffered_bytes=self._options.max_buffered_bytes,
             max_connections=self._max_connections(),
@@ -375,6 +382,8 @@ class Router:
 
     async def _handle(self, request: Request) -> web.StreamResponse:
         """Answer any request; errors become OpenAI error objects."""
+        if request.client is None:
+            request.client = ANYBODY
         response = await self._answer(request)
         if request.path == METRICS_PATH and not (request.client.sees_all or request.came_from_here):
             response = _for_everybody(response)

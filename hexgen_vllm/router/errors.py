@@ -336,3 +336,9 @@ def hung_up(request: Request) -> web.Response:
     """Close the client's connection and return what aiohttp wants: an answer nobody gets."""
     request.hang_up()
     return web.Response(status=499)
+
+
+def too_many_connections() -> web.Response:
+    """Return the answer to a client that is one too many."""
+    text = "The router has as many connections as it may."
+    return from_error(refused(Outcome.OUT_OF_CONNECTIONS, text), None)

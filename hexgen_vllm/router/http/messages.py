@@ -25,7 +25,6 @@ from multidict import CIMultiDict, CIMultiDictProxy, MultiDictProxy
 from yarl import URL
 
 from hexgen_vllm.errors import Refused
-from hexgen_vllm.router.tenants import ANYBODY
 
 if TYPE_CHECKING:
     from hexgen_vllm.router.http.server import Connection
@@ -170,7 +169,7 @@ class Request:
         path_qs: path and query as they came, without what stands before or behind them.
         path: the path in the clear, without a query.
         params: what stands in the path for the parameters of its route.
-        client: who asks, as its key says.
+        client: who asks, for whoever handles it to say.
         pairs: header names and values as they came.
         names: the same by lower-case name.
         persists: whether another request may follow on its connection.
@@ -196,7 +195,7 @@ class Request:
         self.method, self.path_qs = method, target
         self.path = target.partition("?")[0]
         self.params: Mapping[str, str] = {}
-        self.client = ANYBODY
+        self.client: Any = None
         self.pairs = pairs
         self.persists, self._can_chunk = persists, can_chunk
         self.names = names = Names()

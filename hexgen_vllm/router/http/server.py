@@ -16,7 +16,6 @@ from typing import Any, Final, cast
 import httptools
 from aiohttp import web
 
-from hexgen_vllm.router import errors
 from hexgen_vllm.router.http import messages
 from hexgen_vllm.router.http.messages import (
     SENT,
@@ -227,9 +226,7 @@ class Connection(Reader):
             return
         self._deaf = self._closing = True
         request = Request(self, "GET", "/", [], persists=False, can_chunk=False)
-        text = "The router has as many connections as it may."
-        refused = errors.refused(errors.Outcome.OUT_OF_CONNECTIONS, text)
-        self._write_response(request, errors.from_error(refused, None))
+        self._write_response(request, server.turn_away())
         self._linger()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -294,7 +291,7 @@ class Connection(Reader):
             self.abort()
         except Exception:
             _LOG.exception("request failed")
-            self._write_response(request, errors.error_response("The router failed.", 500))
+            self._write_response(request, self._server.refuse("The router failed.", 500))
         finally:
             self.buffered.size -= request.held
             request.held = 0
@@ -342,7 +339,7 @@ class Connection(Reader):
     def _write_refusal(self, why: str, status: int) -> None:
         self._deaf = self._closing = True
         request = Request(self, "GET", "/", [], persists=False, can_chunk=False)
-        self._write_response(request, errors.error_response(why, status))
+        self._write_response(request, self._server.refuse(why, status))
         self._linger()
 
     def _write_response(self, request: Request, response: web.StreamResponse) -> None:
@@ -429,6 +426,8 @@ class Connection(Reader):
 
 Handle = Callable[[Request], Awaitable[web.StreamResponse]]
 Mark = Callable[[Request, web.StreamResponse], None]
+Refuse = Callable[[str, int], web.Response]
+TurnAway = Callable[[], web.Response]
 
 
 class Server(web.Server):
@@ -436,6 +435,8 @@ class Server(web.Server):
 
     Args:
         handle: answers a request; it has to catch its own errors.
+        refuse: makes the answer to what is no request, of a sentence and a status.
+        turn_away: makes the answer to a client that is one too many.
         max_body_bytes: largest body taken.
         mark: adds headers to every answer; ``None`` adds nothing.
         max_buffered_bytes: most bytes of bodies held at once.
@@ -451,13 +452,16 @@ class Server(web.Server):
         self,
         handle: Handle,
         *,
+        refuse: Refuse,
+        turn_away: TurnAway,
         max_body_bytes: int,
         mark: Mark | None = None,
         max_buffered_bytes: int = _MAX_BUFFERED_BYTES,
         max_connections: int = _MAX_CONNECTIONS,
     ) -> None:
         super().__init__(cast(Any, handle))
-        self.handle, self.max_body_bytes, self.mark = handle, max_body_bytes, mark
+        self.handle, self.refuse, self.turn_away = handle, refuse, turn_away
+        self.max_body_bytes, self.mark = max_body_bytes, mark
         self.buffered = Buffered(max_buffered_bytes)
         self.max_connections, self.refused = max_connections, 0
         self.open: set[Connection] = set()
