@@ -152,7 +152,7 @@ bench-router: env
 	@HEXGEN_COMPILE=1 $(PIP_INSTALL) --no-build-isolation --no-deps --target .cache/compiled .
 	@test -x .cache/peer/bin/vllm-router || { $(PYTHON) -m venv .cache/peer && \
 	  .cache/peer/bin/pip install --quiet --disable-pip-version-check vllm-router==$(PEER_VERSION); }
-	@cd out && PYTHONPATH=$(CURDIR)/.cache/compiled $(abspath $(PY)) -m hexgen_vllm \
+	@cd out && PYTHONPATH=$(CURDIR)/.cache/compiled:$(CURDIR) $(abspath $(PY)) -m hexgen_vllm \
 	  bench router --peer $(CURDIR)/.cache/peer/bin/vllm-router --json router.json
 
 clean:

@@ -36,27 +36,30 @@ PATCHES = ROOT / "patches"
 KERNELS = Path("hexgen_vllm", "kernels")
 BUILDERS = ("build_cpu", "build_cuda")
 COMPILES = frozenset(("bdist_wheel", "build", "build_ext", "install"))  # of what pip asks for
-SIMULATES = (
-    "batch", "decodes", "demoted", "displacing", "engine", "keeping", "loop", "model",
-    "prefix_cache", "pricing", "prompts", "queues", "records", "sequence", "simulator", "tight",
-    "truth", "workload",
+PACKAGE = Path("hexgen_vllm")
+COMPILED_FOLDERS = (
+    "policy", "sim/engine", "sim/workloads",
+    "router/calls", "router/engines", "router/http", "router/observe",
 )  # fmt: skip
-ROUTES = (
-    "answers", "app", "attempt", "context", "conventions", "endpoints", "engine_answer",
-    "engine_pool", "fleet", "http_connection", "http_reader", "http_request", "intake", "job",
-    "keys", "labels", "ledger", "logs", "outbound", "outcomes", "passing", "prompt", "recorder",
-    "relay", "retry", "service", "stored", "targets", "watch",
+COMPILED_FILES = (
+    "clock", "types", "wire", "sim/simulator",
+    "router/access", "router/app", "router/context", "router/endpoints", "router/errors",
+    "router/relay", "router/service",
 )  # fmt: skip
-COMPILED = [
-    "hexgen_vllm/clock.py",
-    "hexgen_vllm/types.py",
-    "hexgen_vllm/wire.py",
-    *sorted(
-        f"hexgen_vllm/policy/{path.name}" for path in ROOT.glob("hexgen_vllm/policy/[a-z]*.py")
-    ),
-    *(f"hexgen_vllm/sim/{name}.py" for name in SIMULATES),
-    *(f"hexgen_vllm/router/{name}.py" for name in ROUTES),
-]
+INTERPRETED = (
+    "router/http/errors",  # a subclass of OSError cannot be compiled
+    "router/observe/otel",  # OpenTelemetry may be missing where it is built
+    "router/observe/tracing",  # subclassed by what is not compiled
+)
+
+
+def to_compile() -> list[str]:
+    """Return the files that mypyc gets."""
+    found = {path for folder in COMPILED_FOLDERS for path in (ROOT / PACKAGE / folder).glob("*.py")}
+    found |= {ROOT / PACKAGE / f"{name}.py" for name in COMPILED_FILES}
+    found -= {ROOT / PACKAGE / f"{name}.py" for name in INTERPRETED}
+    own = {path.relative_to(ROOT) for path in found if path.name != "__init__.py"}
+    return sorted(map(str, own))
 
 
 def mode_of(variable: str, otherwise: str) -> str:
@@ -110,7 +113,7 @@ def compiled() -> list[Extension]:
     # Libraries that are not there when a wheel is built count as Any.
     options = ("--config-file=", "--ignore-missing-imports")
     try:
-        return list(mypycify([*options, *COMPILED], opt_level="3", debug_level="0"))
+        return list(mypycify([*options, *to_compile()], opt_level="3", debug_level="0"))
     except SystemExit:  # it has said why
         leave_as_it_is("mypyc does not take it")
         return []

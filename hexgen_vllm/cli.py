@@ -2,7 +2,8 @@
 
 Each subcommand lives beside the code it starts, in a module with ``add_arguments(parser)`` and
 ``main(args) -> int``; it is imported only when it is asked for, so that ``--help`` is quick and a
-router needs neither torch nor vLLM.
+router needs neither torch nor vLLM. Benchmarks and tools are no part of the package: those
+commands work in a clone of the repository.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 from hexgen_vllm import __version__
-from hexgen_vllm.errors import HexgenError
+from hexgen_vllm.errors import ConfigError, HexgenError
 
 COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("router",): ("hexgen_vllm.router.main", "place workflow calls on several engines"),
@@ -82,17 +85,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, rest = _split(arguments)
     if words not in COMMANDS:
         return _explain(words, rest)
-    module = import_module(COMMANDS[words][0])
     parser = _Parser(prog=" ".join(("hexgen-vllm", *words)), description=COMMANDS[words][1])
-    module.add_arguments(parser)
-    args = parser.parse_args(rest)
     try:
+        module = _load(COMMANDS[words][0])
+        module.add_arguments(parser)
+        args = parser.parse_args(rest)
         return int(module.main(args))
     except HexgenError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _load(name: str) -> ModuleType:
+    """Import the module of a command; one outside the package lies beside it in a clone.
+
+    Raises:
+        ConfigError: it lies outside, and this is no clone.
+    """
+    folder = name.partition(".")[0]
+    clone = Path(__file__).resolve().parents[1]
+    if (clone / folder / "__init__.py").exists() and str(clone) not in sys.path:
+        sys.path.append(str(clone))
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(
+            f"{name} is not part of the installed package; run this in a clone of the repository."
+        ) from None
 
 
 def _explain(words: tuple[str, ...], rest: Sequence[str]) -> int:

@@ -78,7 +78,7 @@ ALPHAS: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CAPS: Final = (6, 10, 15, 22, 32, 48)
 """Open workflows per engine."""
 TUNING_SEED: Final = 101
-_SOURCES: Final = ("policy", "sim", "metrics")
+_SOURCES: Final = ("policy", "sim", "report")
 _KEPT_LATENCIES: Final = 2_000
 
 

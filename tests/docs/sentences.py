@@ -9,12 +9,13 @@ from typing import Final
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "hexgen_vllm"
+PLACES: Final = ("hexgen_vllm", "benchmarks", "tools")
 ERRORS: Final = frozenset(("ConfigError", "UnsupportedVLLM", "ProcessFailed"))
 HOLE: Final = "…"
 
 
 def sentences(*parts: str) -> dict[str, str]:
-    """Return sentence and file of every error below ``parts`` of the package.
+    """Return sentence and file of every error below ``parts`` of package, benchmarks and tools.
 
     What is filled in is an ellipsis.
     """
@@ -27,7 +28,8 @@ def sentences(*parts: str) -> dict[str, str]:
 
 def files(parts: Sequence[str]) -> list[Path]:
     """Return the source files named, and those below the folders named."""
-    chosen = [PACKAGE / part for part in parts]
+    named = (ROOT / place / part for place in PLACES for part in parts)
+    chosen = [path for path in named if path.exists()]
     return sorted(
         file for path in chosen for file in (path.rglob("*.py") if path.is_dir() else [path])
     )

@@ -285,7 +285,7 @@ def document() -> tuple[bytes, str]:
 
     Only the page's own style and script may run, and they may only talk to this router.
     """
-    folder = resources.files("hexgen_vllm.router") / "ui"
+    folder = resources.files("hexgen_vllm.router.status") / "ui"
     page, style, script = (
         (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
     )
