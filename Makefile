@@ -1,6 +1,7 @@
 # Every target does its own set-up: `make demo` and `make test` work in a fresh clone.
 #
 #   make env            .venv with vLLM (CUDA build with an NVIDIA GPU, CPU build without) and this package
+#   make check          lint, types and the tests of what decides, under a minute: for every change
 #   make test           lint, types, all tests, test-versions and test-clients
 #   make test-fast      lint, types and the tests that need no engine
 #   make test-versions  the no-model suite on the other vLLM versions
@@ -45,6 +46,8 @@ ENGINE_STAMP := $(STAMPS)/engine-$(ENGINE)-$(VLLM_VERSION)
 PACKAGE_STAMP := $(STAMPS)/package-$(SETUP_HASH)
 
 TINY_MODEL := out/tiny-model
+# What `make check` runs: no network, no process, no engine.
+CHECKED := tests/policy tests/sim tests/tune tests/client tests/test_boundaries.py
 NO_ENGINE := not engine and not e2e and not slow and not gpu and not versions
 
 # Nothing phones home, nothing is fetched, and small CPU engines stay small and steady.
@@ -58,7 +61,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env lint format types test test-fast test-versions test-upstream test-clients demo agent-demo bench-router clean
+.PHONY: help env lint format types check test test-fast test-versions test-upstream test-clients demo agent-demo bench-router clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -109,9 +112,13 @@ installed-cpu-build = $(PY) -c 'import importlib.metadata as m; print(m.version(
 lint: env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --cache-dir .cache/import-linter
 
 types: env
 	$(PY) -m mypy
+
+check: lint types
+	$(PY) -m pytest -q -m "$(NO_ENGINE)" $(CHECKED)
 
 format: env
 	$(PY) -m ruff format .

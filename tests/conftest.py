@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +27,28 @@ QUIET = {
 }
 for name, value in QUIET.items():  # at import: libraries read some of these only once
     os.environ.setdefault(name, value)
+
+
+FOLDERS = Path(__file__).parent
+ENGINES = ("engine/nomodel", "engine/real", "engine/swap")
+MARKS = re.compile(r"^pytestmark = (.*)$", re.M)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import files of which no test is to run: vLLM alone takes half a minute."""
+    wanted = config.option.markexpr
+    if " or " in wanted:
+        return None
+    unwanted = set(re.findall(r"\bnot (\w+)", wanted))
+    if collection_path.is_dir():
+        inside = collection_path.is_relative_to(FOLDERS)
+        here = collection_path.relative_to(FOLDERS).as_posix() if inside else ""
+        return True if "engine" in unwanted and here in ENGINES else None
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    marks = MARKS.search(collection_path.read_text(encoding="utf-8"))
+    names = set(re.findall(r"mark\.(\w+)", marks[1])) if marks else set()
+    return True if names & unwanted else None
 
 
 def has_gpu() -> bool:

@@ -17,9 +17,9 @@ measure once. Rules that weigh by speed get the truth in the simulator.
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
@@ -95,7 +95,7 @@ class PowerOfTwo(Dispatch):
     """Two engines drawn at random, the one with fewer outstanding tokens (Ray Serve LLM)."""
 
     def __init__(self, options: DispatchOptions) -> None:
-        self._draw = random.Random(0)
+        self._draw = Random(0)
 
     def choose(
         self,

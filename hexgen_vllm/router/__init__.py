@@ -1,13 +1,20 @@
 """The router: OpenAI endpoints in front of several engines.
 
-    app        routes, life cycle              (http_server, keys, tls, cors, pages, admin, ui_page)
-    intake     a request becomes a Call        (endpoints, prompt, conventions, identity)
-    service    drives policy.coordinator with asyncio and a real clock
-    relay      bytes from engine to client     (outbound, engine_pool, attempt, passing, retry)
-    fleet      the engines, who gets calls     (watchers, watcher, probe, reports, breaker, stalls)
-    metrics    what happened                   (ledger, outcomes, overview, logs, tracing)
-    shard      one of several processes        (shard_main, spot)
-    main       the command line                (options, config_file)
+    main        the command line
+    app         routes, life cycle, the port for metrics
+    routes      the one table of routes; endpoints: those of calls
+    relay       one call from its arrival to its end
+    admin       what operators change
+    status/     what the router shows of itself: pages, the overview at /ui
+    context     what all of these share
+    metrics     what happened, in Prometheus' form
+    calls/      a request becomes a call, and an engine's answer the client's
+    engines/    the engines, who of them gets calls, tries on them, discovery
+    service     drives policy.coordinator with asyncio and a real clock
+    observe/    ledger, logs, traces, recent workflows
+    access      keys, origins, TLS
+    http/       the router's own HTTP server and client; knows nothing of the router
+    processes/  several processes that share a port
 
 Bodies and events pass through byte for byte; what engines are told travels in headers.
 """

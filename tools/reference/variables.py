@@ -15,6 +15,7 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
         "with `--otlp-traces-endpoint`: `grpc`, the default, or `http/protobuf`",
     ),
     "RAY_ADDRESS": ("cluster", "Ray cluster to join (`--ray-address`)"),
+    "VLLM_API_KEY": ("engine", "vLLM's key; `/hexgen/stats` asks for it as well"),
     "VLLM_PLUGINS": ("engine", "vLLM's list of plugins to load; if set, it must name `hexgen`"),
     "HEXGEN_KERNELS": (
         "engine",
