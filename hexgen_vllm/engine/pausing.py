@@ -32,6 +32,7 @@ from hexgen_vllm.policy.pace import (
 )
 from hexgen_vllm.types import StepCost
 
+_LEAST_STEPS: Final = 2  # between two plans, however calls come and go
 _ORDER: Final = attrgetter("hexgen.rank", "hexgen.key_s")
 
 
@@ -80,7 +81,8 @@ class Pauser:
             return
         members = (len(scheduler.running), len(scheduler.waiting))
         self._countdown -= 1
-        if self._countdown <= 0 or members != self._members:
+        changed = members != self._members and self._countdown <= EVERY_STEPS - _LEAST_STEPS
+        if self._countdown <= 0 or changed:
             self._countdown, self._members = EVERY_STEPS, members
             self._plan(now)
         if not self._out:

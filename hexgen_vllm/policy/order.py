@@ -25,7 +25,7 @@ oldest of them waits no longer than it takes a place to become free.
 from __future__ import annotations
 
 from heapq import heappop, heappush
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.urgency import (
@@ -39,6 +39,9 @@ from hexgen_vllm.policy.urgency import (
 from hexgen_vllm.types import NO_DEADLINE
 
 T = TypeVar("T")
+
+MOST_LATE: Final = 32
+"""Calls put behind the others in one step; a burst of them must not hold it up."""
 
 
 class Placed(Protocol):
@@ -122,10 +125,10 @@ class LateWatch(Generic[T]):
         self._count += 1
         heappush(self._heap, (late_from_s, self._count, item))
 
-    def late(self, now: float) -> list[T]:
-        """Take out and return those whose moment has passed."""
-        found = []
-        while self._heap and self._heap[0][0] < now:
+    def late(self, now: float, most: int = MOST_LATE) -> list[T]:
+        """Take out and return up to ``most`` of those whose moment has passed."""
+        found: list[T] = []
+        while self._heap and self._heap[0][0] < now and len(found) < most:
             found.append(heappop(self._heap)[2])
         return found
 
