@@ -1,20 +1,28 @@
 """The decisions, as pure functions of values and ``now``.
 
-    estimate     distributions learned from what was seen
-    workflow     what comes after a call: remaining critical path, with the retry posterior
-    cost_model   step cost of an engine, fitted online
-    slack        latest start, slack, and the paper's stage budgets
-    prefixes     what an engine's prefix cache probably holds
-    load         what an engine is doing and what one more call would mean
-    engines      the engines there are, and which of them a call may go to
-    dispatch     which engine
-    urgency      order of waiting calls
-    preemption   which running call gives way
-    overload     hopeless test, bounds of the queue, fair shares
-    held         calls that wait for room, in order
-    demand       length, tail and due time of a call
-    protection   overload rules applied to open calls
-    coordinator  the state machine that joins them; router and simulator drive it
+    coordinator    the state machine that joins them; router and simulator drive it
+    calls          what the policies hand each other about one call
+    claims         what a client's deadline or priority counts for
+    workflow       what comes after a call: remaining critical path, with the retry posterior
+    estimates      length, tail and due time of a call, as the router sees them
+    outlook        the same, as an engine learns it of its own calls
+    cost           step cost of an engine, fitted online
+    engines        what each engine is doing, and what one more call would mean there
+    placements     every placement policy by name
+    dispatch       what a placement is; the simple ones and the paper's
+    marginal_cost  the default placement
+    rivals         placements of other systems
+    queue          calls that wait for room, in order
+    overload       hopeless test, bounds of the queue, fair shares
+    protection     overload rules applied to open calls
+    urgency        keys of waiting calls, and the heap that orders them
+    order          where a call stands in an engine's order
+    pace           which calls without deadline are left out of a step
+    preemption     which running call gives way
+    victims        the search for such calls, over the first few that wait
+    retention      whether the KV of a preempted call is kept in host memory
+    liveness       when a silent engine is taken for stalled
+    scaling        how many engines there should be
 
 Nothing here reads a clock, does I/O, logs, draws random numbers, or knows torch or vLLM.
 """
