@@ -17,6 +17,7 @@ _LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.I)
 _TOKENS: Final = re.compile(rb'"max_tokens": ?(\d+)')
 _SEED: Final = re.compile(rb'"seed": ?(\d+)')
 _STREAM: Final = re.compile(rb'"stream": ?true')
+_MOST_STEPS: Final = 1000
 _DONE: Final = b"data: [DONE]\n\n"
 _SSE_HEAD: Final = (
     b"HTTP/1.1 200 OK\r\ndate: Mon, 01 Jan 2024 00:00:00 GMT\r\nserver: uvicorn\r\n"
@@ -144,19 +145,24 @@ class FastEngine:
             if self.step_s:
                 self.steps += 1
                 for stream in list(self.streams.values()):
-                    stream.send()
+                    stream.send(stream.per_step)
 
 
 class Stream:
-    """One answer under way."""
+    """One answer under way.
 
-    __slots__ = ("_at", "_chunks", "_engine", "_seed", "_transport")
+    Attributes:
+        per_step: events that follow a step: 1, but more in answers of thousands of tokens.
+    """
+
+    __slots__ = ("_at", "_chunks", "_engine", "_seed", "_transport", "per_step")
 
     def __init__(
         self, engine: FastEngine, seed: int, tokens: int, transport: asyncio.Transport
     ) -> None:
         self._engine, self._seed, self._transport = engine, seed, transport
         self._chunks, self._at = _chunks(tokens), 1
+        self.per_step = max(tokens // _MOST_STEPS, 1)
         transport.write(_SSE_HEAD + self._chunks[0])
 
     def send(self, count: int = 1) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -19,6 +20,7 @@ import httptools
 from benchmarks.router import router_engine
 
 PATH: Final = "/v1/chat/completions"
+_NARROW_BYTES: Final = 4096
 PROGRAM: Final = "program"
 _PROMPT: Final = "Which of the customers ordered more than once in the last year? " * 10
 _LONGEST_S: Final = 30.0  # a call that takes longer is lost
@@ -124,6 +126,10 @@ class _Connection(asyncio.Protocol):
         call.sent_s = perf_counter()
         self.transport.write(request)
 
+    def read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
     def serves(self, call: Call) -> bool:
         return self._call is call
 
@@ -197,24 +203,27 @@ class Client:
         *,
         stream: bool,
         patience_s: float = _LONGEST_S,
+        still_s: float = 0.0,
         seed: int | None = None,
     ) -> Call:
         """Make one call and return it when its answer is complete or has broken off.
 
-        After ``patience_s`` seconds the client hangs up; the call then has status 0. Without a
+        After ``patience_s`` seconds the client hangs up; the call then has status 0. For
+        ``still_s`` seconds it does not read what comes, and little fits on the way. Without a
         ``seed`` it is the next call of the latest workflow.
         """
         call = Call(self.calls if seed is None else seed, tokens, stream)
         self.calls += 1
         self.underway[call.seed] = call
         loop = asyncio.get_running_loop()
-        connection = self._idle_one()
+        connection = None if still_s else self._idle_one()
         if connection is None:
-            _, connection = await loop.create_connection(
-                lambda: _Connection(self), "127.0.0.1", self._port
-            )
+            connection = await self._new_one(narrow=still_s > 0.0)
         done: asyncio.Future[Call] = loop.create_future()
         connection.send(call, done)
+        if still_s:
+            connection.transport.pause_reading()
+            loop.call_later(still_s, connection.read_on)
         try:
             await asyncio.wait_for(done, patience_s)
         except asyncio.TimeoutError:
@@ -224,6 +233,15 @@ class Client:
         self.judge(call)
         call.body.clear()
         return call
+
+    async def _new_one(self, *, narrow: bool) -> _Connection:
+        loop, made = asyncio.get_running_loop(), socket.socket()
+        if narrow:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _NARROW_BYTES)
+        made.setblocking(False)
+        await loop.sock_connect(made, ("127.0.0.1", self._port))
+        _, connection = await loop.create_connection(lambda: _Connection(self), sock=made)
+        return connection
 
     def _idle_one(self) -> _Connection | None:
         oldest_s = perf_counter() - _IDLE_S

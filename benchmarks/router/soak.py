@@ -1,10 +1,12 @@
-"""``hexgen-vllm bench soak``: the router for a long time, with clients that leave and engines
-that die.
+"""``hexgen-vllm bench soak``: the router for a long time, with clients that leave or do not read,
+engines that die, and descriptors that run out.
 
-Whole answers and streams, some of which their clients abandon, go through a router process to
-three fake engines; every few seconds one of them dies and comes back. Each answer is compared
-byte for byte. It fails if memory grows, if anything is open in the router when the load has
-ended, if a call came to no end that its client saw, or if the book of calls does not balance.
+Whole answers and streams go through a router process to three fake engines. Some clients abandon
+their calls; some stop reading for a while, some for good. Every few seconds an engine dies and
+comes back; now and then the router has no file descriptor left. Each answer is compared byte for
+byte. It fails if memory grows, if anything is open in the router when the load has ended, if a
+call came to no end that its client saw, if the book of calls does not balance, or if the router
+took an engine out that was there.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Coroutine, Iterable
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -22,11 +27,8 @@ from typing import Any, Final
 
 from benchmarks.router import router_engine
 from benchmarks.router.router_engine import FastEngine
-from benchmarks.router.router_load import (
-    STAGES,
-    Call,
-    Client,
-)
+from benchmarks.router.router_load import STAGES, Call, Client
+from benchmarks.router.soak_router import STALL_S
 from hexgen_vllm.errors import ConfigError
 
 _ENGINES: Final = 3
@@ -34,10 +36,22 @@ _SETTLE_S: Final = 15.0
 _CHURN_S: Final = (3.0, 10.0)  # between two deaths
 _DOWN_S: Final = (0.2, 3.0)
 _IMPATIENT: Final = 0.1  # share of calls whose client leaves
+_SLOW_EVERY_S: Final = (2.0, 6.0)  # between two clients that stop reading
+_SLOW_TOKENS: Final = (500, 1500)
+_PAUSE_S: Final = (1.0, 4.0)  # less than the router bears
+_STUCK: Final = 0.4  # share of clients that stop reading for good,
+_STUCK_S: Final = 4 * STALL_S  # which is much more than it bears,
+_STUCK_TOKENS: Final = 20_000  # with answers that no buffer on the way can hold
+_SLOW_PATIENCE_S: Final = 120.0
+_SHORT_EVERY_S: Final = (15.0, 45.0)  # between two shortages
+_SHORT_S: Final = (0.5, 3.0)
+_NOTICED_S: Final = 5.0  # after its return an engine may still be found dead
 _MUST_BE_0: Final = (
     "open_calls", "tries", "held", "waiting", "in_flight", "open_workflows", "engine_connections",
 )  # fmt: skip
 Sample = dict[str, Any]
+Span = tuple[float, float]
+"""From when to when, seconds of the system's monotonic clock."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +101,9 @@ class _Judge(Client):
 
     Attributes:
         seen: number of calls by what their clients saw; ``wrong bytes`` and ``dropped`` are bad.
+        left: calls whose clients may leave.
+        stuck: calls whose clients stop reading for good.
+        short: when the router had no descriptors.
     """
 
     def __init__(self, port: int) -> None:
@@ -94,6 +111,8 @@ class _Judge(Client):
         self.seen: Counter[str] = Counter()
         self.port = port
         self.left: set[int] = set()
+        self.stuck: set[int] = set()
+        self.short: list[Span] = []
 
     def judge(self, call: Call) -> None:
         """Count ``call``."""
@@ -107,19 +126,33 @@ class _Judge(Client):
             return "left"
         if call.status >= 400:
             return "refused" if b'"error"' in body else "wrong bytes"
+        if not call.status and not body and _within(call.sent_s, self.short):
+            return "turned away"  # systems close what there is no descriptor for
+        expected = b"".join(router_engine.events(call.tokens))
+        if not call.status and call.seed in self.stuck:
+            return "cut off" if expected.startswith(body) else "wrong bytes"
         if not call.status or not call.stream:
             return "dropped"
         sent, _, error = body.rpartition(b'data: {"error"')
-        whole = b"".join(router_engine.events(call.tokens)).startswith(sent)
-        return "error event" if error and whole else "wrong bytes"
+        return "error event" if error and expected.startswith(sent) else "wrong bytes"
+
+
+def _within(at: float, spans: Iterable[Span]) -> bool:
+    return any(begin <= at <= end for begin, end in spans)
 
 
 class _Router:
-    """The router process."""
+    """The router process.
+
+    Attributes:
+        samples: that were taken.
+        outs: name of an engine and time, for each engine that the router took out.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+        self._process, self._lock = process, asyncio.Lock()
         self.samples: list[Sample] = []
+        self.outs: list[tuple[str, float]] = []
 
     async def line(self) -> str:
         if self._process.stdout is None:
@@ -129,13 +162,25 @@ class _Router:
             raise ConfigError("the router process ended.")
         return found
 
-    async def sample(self, at_s: float) -> Sample:
+    async def _ask(self, what: str) -> Sample:
         if self._process.stdin is None:
             raise RuntimeError("it has no input")
-        self._process.stdin.write(b"\n")
-        found: Sample = {"at_s": round(at_s, 1), **json.loads(await self.line())}
+        async with self._lock:
+            self._process.stdin.write(f"{what}\n".encode())
+            found: Sample = json.loads(await self.line())
+        return found
+
+    async def sample(self, at_s: float) -> Sample:
+        found = {"at_s": round(at_s, 1), **await self._ask("")}
+        self.outs += [(name, at) for name, at in found.pop("outs")]
         self.samples.append(found)
         return found
+
+    async def run_short(self, length_s: float) -> Span:
+        """Leave it without descriptors for a time; return when that was."""
+        began = perf_counter()
+        await self._ask(str(length_s))
+        return began, perf_counter()
 
     async def stop(self) -> None:
         if self._process.stdin is not None:
@@ -156,7 +201,7 @@ async def _soak(args: argparse.Namespace) -> dict[str, Any]:
     client = _Judge(int(await router.line()))
     try:
         before = await _when(router, 0.0, lambda s: s["engines_up"] == _ENGINES)
-        deaths = await _load(args, rng, engines, client, router)
+        away = await _load(args, rng, engines, client, router)
         client.close()
         after = await _when(router, args.minutes * 60.0, lambda s: not left_over(before, s))
     finally:
@@ -165,7 +210,10 @@ async def _soak(args: argparse.Namespace) -> dict[str, Any]:
             await engine.stop()
     return {
         "seen": dict(client.seen),
-        "deaths": deaths,
+        "deaths": sum(map(len, away.values())),
+        "shortages": len(client.short),
+        "outs": len(router.outs),
+        "without_cause": without_cause(router.outs, away),
         "asked": client.calls,
         "before": before,
         "after": after,
@@ -189,25 +237,58 @@ async def _load(
     engines: list[FastEngine],
     client: _Judge,
     router: _Router,
-) -> int:
-    """Call, and let engines die, until the time is over; return the number of deaths."""
+) -> dict[str, list[Span]]:
+    """Call, and let things go wrong, until the time is over.
+
+    Returns:
+        When each engine was away, by the name that the router has for it.
+    """
     began, calls = perf_counter(), set[asyncio.Task[None]]()
-    churn = asyncio.ensure_future(_churn(engines, rng))
-    sample_at, workflows = 0.0, 0
-    while (now := perf_counter() - began) < args.minutes * 60.0:
-        task = asyncio.ensure_future(_workflow(client, rng, workflows))
-        workflows += 1
+    away: dict[str, list[Span]] = {f"engine-{i}": [] for i in range(len(engines))}
+    trouble = [
+        asyncio.ensure_future(_churn(engines, away, rng)),
+        asyncio.ensure_future(_shortages(router, client, rng)),
+        asyncio.ensure_future(_sampling(router, args.every)),
+    ]
+
+    def start(work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
         calls.add(task)
         task.add_done_callback(calls.discard)
-        if now >= sample_at:
-            sample_at = now + args.every
-            await router.sample(now)
+
+    slow_at, workflows = rng.uniform(*_SLOW_EVERY_S), 0
+    while (now := perf_counter() - began) < args.minutes * 60.0:
+        start(_workflow(client, rng, workflows))
+        workflows += 1
+        if now >= slow_at:
+            slow_at = now + rng.uniform(*_SLOW_EVERY_S)
+            start(_slow(client, rng, workflows))
+            workflows += 1
         await asyncio.sleep(rng.expovariate(args.rate / STAGES))
-    churn.cancel()
-    if calls:
+    for task in trouble:
+        task.cancel()
+    await asyncio.gather(*trouble)
+    while calls:
         await asyncio.wait(calls)
-    (deaths,) = await asyncio.gather(churn)
-    return deaths
+    return away
+
+
+async def _sampling(router: _Router, every_s: float) -> None:
+    """Take samples until cancelled."""
+    began = perf_counter()
+    with suppress(asyncio.CancelledError):
+        while True:
+            await asyncio.shield(router.sample(perf_counter() - began))
+            await asyncio.sleep(every_s)
+
+
+async def _shortages(router: _Router, client: _Judge, rng: random.Random) -> None:
+    """Take the router's descriptors, again and again, until cancelled."""
+    with suppress(asyncio.CancelledError):
+        while True:
+            await asyncio.sleep(rng.uniform(*_SHORT_EVERY_S))
+            client.short.append((perf_counter(), inf))
+            client.short[-1] = await asyncio.shield(router.run_short(rng.uniform(*_SHORT_S)))
 
 
 async def _workflow(client: _Judge, rng: random.Random, number: int) -> None:
@@ -221,32 +302,67 @@ async def _workflow(client: _Judge, rng: random.Random, number: int) -> None:
             client.left.discard(seed)
         else:
             await client.call(tokens, stream=stream, seed=seed)
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(
+    await _finish(client, number)
+
+
+async def _slow(client: _Judge, rng: random.Random, number: int) -> None:
+    """Call for a stream and stop reading it: for a while, or for longer than the router bears."""
+    seed, stuck = STAGES * number, rng.random() < _STUCK
+    tokens, still_s = rng.randint(*_SLOW_TOKENS), rng.uniform(*_PAUSE_S)
+    if stuck:
+        client.stuck.add(seed)
+        tokens, still_s = _STUCK_TOKENS, _STUCK_S
+    await client.call(tokens, stream=True, seed=seed, still_s=still_s, patience_s=_SLOW_PATIENCE_S)
+    client.stuck.discard(seed)
+    await _finish(client, number)
+
+
+async def _finish(client: _Judge, number: int) -> None:
+    """Say that a workflow is over, until the router has heard it."""
+    said = (
         f"POST /finish_session?session_id=w{number} HTTP/1.1\r\nHost: a\r\n"
-        "Content-Length: 0\r\nConnection: close\r\n\r\n".encode()
+        "Content-Length: 0\r\nConnection: close\r\n\r\n"
     )
-    await reader.read()
-    writer.close()
+    heard = b""
+    while not heard.startswith(b"HTTP/1.1 200"):
+        with suppress(OSError):  # no descriptor for this connection
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+            writer.write(said.encode())
+            heard = await reader.read()
+            writer.close()
+        if not heard:
+            await asyncio.sleep(0.5)
 
 
-async def _churn(engines: list[FastEngine], rng: random.Random) -> int:
-    """Kill engines and start them again until cancelled; return how often."""
-    deaths = 0
+async def _churn(
+    engines: list[FastEngine], away: dict[str, list[Span]], rng: random.Random
+) -> None:
+    """Kill engines and start them again until cancelled; note in ``away`` when they were dead."""
     down: FastEngine | None = None
+    spans: list[Span] = []
     try:
         while True:
             await asyncio.sleep(rng.uniform(*_CHURN_S))
-            down = rng.choice(engines)
+            i = rng.randrange(len(engines))
+            down, spans = engines[i], away[f"engine-{i}"]
+            spans.append((perf_counter(), inf))
             await down.stop()
-            deaths += 1
             await asyncio.sleep(rng.uniform(*_DOWN_S))
             await down.start()
+            spans[-1] = spans[-1][0], perf_counter()
             down = None
     except asyncio.CancelledError:
         if down is not None:
             await down.start()
-        return deaths
+            spans[-1] = spans[-1][0], perf_counter()
+
+
+def without_cause(
+    outs: Iterable[tuple[str, float]], away: dict[str, list[Span]]
+) -> list[tuple[str, float]]:
+    """Return of the engines that the router took out (and when) those that were there."""
+    late = {name: [(a, b + _NOTICED_S) for a, b in spans] for name, spans in away.items()}
+    return [(name, at) for name, at in outs if not _within(at, late[name])]
 
 
 def left_over(before: Sample, after: Sample) -> list[str]:
@@ -265,6 +381,7 @@ def verdict(found: dict[str, Any], max_growth_mib: float) -> list[str]:
     wrong += [f"{seen[bad]} calls: {bad}" for bad in ("wrong bytes", "dropped") if seen.get(bad)]
     if sum(seen.values()) != found["asked"]:
         wrong.append(f"{found['asked']} calls asked, {sum(seen.values())} came to an end")
+    wrong += [f"{name} was taken out without cause" for name, _ in found["without_cause"]]
     if after["arrived"] != after["answered"] + sum(after["failed"].values()):
         wrong.append("the book of calls does not balance")
     quarters = found["rss_mib"]
@@ -291,7 +408,8 @@ def text(found: dict[str, Any]) -> str:
     seen = ", ".join(f"{n} {what}" for what, n in sorted(found["seen"].items()))
     lines = [
         f"{found['asked']} calls in {found['minutes']:g} minutes: {seen}",
-        f"{found['deaths']} deaths of engines, {after['retries']} retries",
+        f"{found['deaths']} deaths of engines, {found['outs']} times taken out, "
+        f"{found['shortages']} shortages of descriptors, {after['retries']} retries",
         f"RSS {rss['second_quarter']} MiB in the second quarter, {rss['last_quarter']} MiB in the "
         f"last, {rss['most']} MiB at most",
         f"at the end: {after['tasks']} tasks, {after['files']} open files "
