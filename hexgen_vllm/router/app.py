@@ -236,9 +236,9 @@ class Router:
             await session.close()
             raise
         self.context = context
-        self._relay = Relay(context)
         if self._spot is not None:
             self._shard = Shard(self._spot, context)
+        self._relay = Relay(context, None if self._shard is None else self._shard.engine_of)
         parts = Parts(Pages(context), Admin(context), self._relay, self._shard)
         self._routes = Routes(parts)
         server = Server(

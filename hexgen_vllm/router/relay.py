@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
@@ -56,14 +57,22 @@ _MOST_SAID_BYTES: Final = 4096
 _PATIENCE_S: Final = 1.0
 _ASK_TIMEOUT: Final = aiohttp.ClientTimeout(total=2.0)
 _ASKING: Final = 4
+AskOthers = Callable[[str], Awaitable[str | None]]
 _LOG = logging.getLogger(__name__)
 
 
 class Relay:
-    """Answers the requests of the generation endpoints."""
+    """Answers the requests of the generation endpoints.
 
-    def __init__(self, context: Context) -> None:
+    Args:
+        context: parts of the router.
+        ask_others: asks the router's other processes which engine has a stored response; ``None``
+            when there are none.
+    """
+
+    def __init__(self, context: Context, ask_others: AskOthers | None = None) -> None:
         self._context, options = context, context.options
+        self._ask_others = ask_others
         self._asking = asyncio.Semaphore(_ASKING)
         self._engine_key = options.engine_api_key
         self._pool = Pool(options.connect_timeout_secs, access.for_engines(options))
@@ -200,26 +209,29 @@ class Relay:
         """Return the engine that has the response that a request is about, ``None`` if any may.
 
         Raises:
-            BadRequest: the engine has left, and the response with it.
+            BadRequest: the engine has left, and the response with it, or the response is none of
+                this tenant.
         """
-        context, now = self._context, self._context.clock.now()
-        response = stored.named(job.request.path)
-        if response is None and job.endpoint.name == "responses" and job.accepted is not None:
-            response = stored.previous(job.accepted.body)
+        context, now, accepted = self._context, self._context.clock.now(), job.accepted
+        if accepted is None:
+            return None
+        response = stored.named(job.request.path) or accepted.follows
         if response is None:
             return None
-        name = context.stored.engine_of(response, now)
+        own_id = job.own_id(response)
+        name = context.stored.engine_of(own_id, now)
         if name is None:
-            name = await self._found(job, response, now)
+            name = await self._found(job, response, own_id)
+            if name is not None:
+                context.stored.note(own_id, name, now)
         if name is None:
+            if own_id != response:
+                raise _not_there(f"Response with id {response!r} not found.")
             return None
         engine = context.fleet.engines.get(name)
         if engine is None:
-            raise BadRequest(
-                f"Response with id {response!r} is no longer there: its engine has left.",
-                status=404,
-                param="response_id",
-            )
+            text = f"Response with id {response!r} is no longer there: its engine has left."
+            raise _not_there(text)
         return engine
 
     def _least_busy(self, job: Job, call: Call) -> Placement:
@@ -319,28 +331,32 @@ class Relay:
         if leads is not None:
             head.append(f"Location: {leads}\r\n".encode("utf-8", "surrogateescape"))
         if answer.status == 200 and job.endpoint.name == "responses":
-            job.learn = partial(self._learn_response, attempt.engine)
+            job.learn = partial(self._learn_response, job, attempt.engine)
         if answer.status == 200 and _is_stream(answer):
             return await StreamPass(job, attempt, self._context.service, head).run(answer)
         return await whole_pass(job, attempt, answer, head)
 
-    def _learn_response(self, engine: str, answer: bytes) -> None:
-        self._context.stored.learn(answer, engine, self._context.clock.now())
+    def _learn_response(self, job: Job, engine: str, answer: bytes) -> None:
+        response = stored.told(answer)
+        if response is not None:
+            self._context.stored.note(job.own_id(response), engine, self._context.clock.now())
 
-    async def _found(self, job: Job, response: str, now: float) -> str | None:
-        """Ask the engines for a response that another process saw, or this one before it started.
+    async def _found(self, job: Job, response: str, own_id: str) -> str | None:
+        """Ask for a response that another process saw, or this one before it started.
 
-        Only a few such questions are under way at once: ids are the clients' to choose.
+        Engines do not know whose their responses are, so where they belong to tenants only the
+        router's processes are asked. Only a few such questions are under way at once: ids are the
+        clients' to choose.
         """
-        context, ready = self._context, self._context.fleet.ready()
-        if len(ready) < 2 or not stored.is_id(response):
+        if not stored.is_id(response):
             return None
         async with self._asking:
+            name = None if self._ask_others is None else await self._ask_others(own_id)
+            ready = self._context.fleet.ready()
+            if name is not None or own_id != response or len(ready) < 2:
+                return name
             found = await asyncio.gather(*(self._has(job, e, response) for e in ready))
-        name = next((e.name for e, has in zip(ready, found, strict=True) if has), None)
-        if name is not None:
-            context.stored.note(response, name, now)
-        return name
+        return next((e.name for e, has in zip(ready, found, strict=True) if has), None)
 
     async def _has(self, job: Job, engine: Engine, response: str) -> bool:
         key = self._key_for_engine(job.request)
@@ -381,6 +397,10 @@ class Relay:
         if accepted is not None and result.prompt_tokens and not accepted.prompt.ids:
             model, chars = accepted.call.model, accepted.prompt.chars
             self._context.ratios.learn(model, chars, result.prompt_tokens)
+
+
+def _not_there(text: str) -> BadRequest:
+    return BadRequest(text, status=404, param="response_id")
 
 
 def _was_not_begun(failure: EngineFailed) -> bool:

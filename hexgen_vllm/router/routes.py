@@ -32,6 +32,7 @@ PATH: Final = "/ui"
 DATA_PATH: Final = "/ui/data"
 Handler = Callable[[Request], Awaitable[web.StreamResponse]]
 LOAD_PATH: Final = "/shard/load"
+RESPONSE_PATH: Final = "/shard/response"
 _PARAM: Final = re.compile(r"\{(\w+)\}")
 _NO_PARAMS: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -198,6 +199,8 @@ def _table() -> Iterator[Route]:
 
     yield Route("GET", LOAD_PATH, lambda at: at.need_shard().load, process, here, status,
                 "What calls a process has placed.")
+    yield Route("GET", RESPONSE_PATH, lambda at: at.need_shard().response, process, here, status,
+                "Which engine has a stored response.", query=("id*",))
 
 
 # fmt: on

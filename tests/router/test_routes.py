@@ -7,7 +7,7 @@ import re
 import pytest
 
 from hexgen_vllm.cluster.processes import free_ports
-from hexgen_vllm.router.routes import Access, Group, Route, public
+from hexgen_vllm.router.routes import ROUTES, Access, Group, Route, public
 from hexgen_vllm.testing.stand import Stand, open_stand
 
 
@@ -77,8 +77,11 @@ async def test_nobody_is_led_elsewhere(stand: Stand, path: str) -> None:
         assert "Location" not in answer.headers
 
 
-async def test_what_processes_say_to_each_other_is_not_there_for_others(stand: Stand) -> None:
+@pytest.mark.parametrize("path", [r.path for r in ROUTES if r.access is Access.PROCESS])
+async def test_what_processes_say_to_each_other_is_not_there_for_others(
+    stand: Stand, path: str
+) -> None:
     for method in ("GET", "POST"):
-        async with stand.client.request(method, stand.router.url + "/shard/load") as answer:
+        async with stand.client.request(method, stand.router.url + path) as answer:
             assert answer.status in (403, 404)
             assert "Allow" not in answer.headers

@@ -13,6 +13,7 @@ from hexgen_vllm.router.engines.watch import Usage
 from hexgen_vllm.router.errors import Fault, Outcome
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.observe.tracing import NO_TRACE, CallTrace
+from hexgen_vllm.router.tenants import DEFAULT_TENANT, Client
 from hexgen_vllm.types import CallResult, Placement
 
 _LOG: Final = logging.getLogger("hexgen_vllm.router.call")
@@ -105,6 +106,12 @@ class Job:
     def repeats(self) -> bool:
         """Whether it may be sent again when an engine may have begun it."""
         return self.endpoint.known or self.request.method not in _ACTS
+
+    def own_id(self, response: str) -> str:
+        """Return what a stored response of its tenant is known by in the router."""
+        client: Client = self.request.client
+        tenant = DEFAULT_TENANT if self.accepted is None else self.accepted.call.tenant
+        return client.own_id(tenant, response)
 
     def first_token(self, now: float) -> None:
         """Note the first token of a stream."""

@@ -68,6 +68,7 @@ class Accepted:
         service_class: ``batch`` for a call that nobody waits for, ``None`` where nothing is said.
         said: headers that replace the client's, by lower-case name.
         clamped: what the client claimed beyond its ceiling.
+        follows: the stored response that it goes on from, ``None`` if none.
     """
 
     call: Call
@@ -80,6 +81,7 @@ class Accepted:
     service_class: str | None
     said: Mapping[str, str]
     clamped: tuple[str, ...]
+    follows: str | None
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -94,11 +96,12 @@ class Accepted:
         *,
         said: Mapping[str, str] = _NOTHING,
         clamped: tuple[str, ...] = (),
+        follows: str | None = None,
     ) -> None:
         self.call, self.endpoint, self.pairs = call, endpoint, pairs
         self.body, self.prompt, self.session_id = body, prompt, session_id
         self.priority, self.service_class = priority, service_class
-        self.said, self.clamped = said, clamped
+        self.said, self.clamped, self.follows = said, clamped, follows
 
 
 class Parsed(NamedTuple):
@@ -200,6 +203,8 @@ class Intake:
             headers_said = _said_for(client, call, session_id, names, body)
             if session_id is not None:
                 session_id = client.engine_id(call.tenant, session_id)
+            if client.scoped:
+                _check_response_id(body)
         return Accepted(
             call=call,
             endpoint=endpoint,
@@ -211,6 +216,7 @@ class Intake:
             service_class=said.service_class or (wire.BATCH if foreign.batch else None),
             said=headers_said,
             clamped=clamped,
+            follows=_follows(endpoint, body),
         )
 
     def tenant(self, names: Names) -> str | None:
@@ -316,6 +322,25 @@ def _said_for(
     if limited and (PRIORITY_HEADER in names or "priority" in body):
         said[PRIORITY_HEADER] = str(-call.priority)  # vLLM takes the header before the body
     return said
+
+
+def _follows(endpoint: Endpoint, body: Mapping[str, Any]) -> str | None:
+    """Return the stored response that a body goes on from, ``None`` if none."""
+    follows = body.get("previous_response_id")
+    reads = endpoint.name == "responses" or not endpoint.known
+    return follows if reads and isinstance(follows, str) and follows else None
+
+
+def _check_response_id(body: Mapping[str, Any]) -> None:
+    """Let nobody choose the id of a response: it could be that of another tenant's.
+
+    Raises:
+        BadRequest: the body asks for such an id.
+    """
+    asked = body.get("request_id")
+    if isinstance(asked, str) and asked.startswith("resp"):
+        text = "request_id must not begin with 'resp': the ids of responses are made by engines."
+        raise BadRequest(text, param="request_id")
 
 
 def _may_refuse(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:

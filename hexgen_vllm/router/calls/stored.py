@@ -1,17 +1,22 @@
-"""Which engine has which stored response: what follows one must go where it is."""
+"""Which engine has which stored response: what follows one must go where it is.
+
+Where ids belong to tenants, a response is known by its own and its tenant's: that of another tenant
+is not there.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
 from typing import Final
+from urllib.parse import unquote
 
 MAX_RESPONSES: Final = 2**16
 KEPT_S: Final = 24 * 3600.0
 PATH: Final = "/v1/responses/"
+_FOLDER: Final = "responses"
 _MAX_ID: Final = 256
 _ID: Final = re.compile(rb'"id"\s*:\s*"(resp[\w-]{1,250})"')
-_PREVIOUS: Final = re.compile(rb'"previous_response_id"\s*:\s*"([^"\\]{1,256})"')
 _WORD: Final = re.compile(r"resp[\w-]{1,250}", re.A)
 _LOOKED_AT: Final = 4096
 
@@ -21,12 +26,6 @@ class Stored:
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[str, float]] = OrderedDict()
-
-    def learn(self, answer: bytes, engine: str, now: float) -> None:
-        """Note the response that ``answer``, or the event that it begins with, is about."""
-        found = _ID.search(answer, 0, _LOOKED_AT)
-        if found is not None:
-            self.note(found[1].decode(), engine, now)
 
     def note(self, response: str, engine: str, now: float) -> None:
         """Note which engine has a response."""
@@ -51,14 +50,19 @@ def is_id(response: str) -> bool:
     return _WORD.fullmatch(response) is not None
 
 
-def previous(body: bytes) -> str | None:
-    """Return the response that a request to ``/v1/responses`` follows, if it names one."""
-    found = _PREVIOUS.search(body)
-    return None if found is None else found[1].decode("utf-8", "replace")
+def told(answer: bytes) -> str | None:
+    """Return the response that ``answer``, or the event that it begins with, is about."""
+    found = _ID.search(answer, 0, _LOOKED_AT)
+    return None if found is None else found[1].decode()
 
 
 def named(path: str) -> str | None:
-    """Return the response that a path is about, if it is about one."""
-    if not path.startswith(PATH):
+    """Return the response that a path is about, however it is written, if it is about one."""
+    if _FOLDER not in path and "%" not in path:
         return None
-    return path.removeprefix(PATH).partition("/")[0][:_MAX_ID] or None
+    for _ in range(3):  # an engine may stand behind something that decodes, too
+        path = unquote(path)
+    segments = [s for s in re.split(r"[/\\;?]+", path) if s and s != "."]
+    if _FOLDER not in segments[:-1]:
+        return None
+    return segments[segments.index(_FOLDER) + 1][:_MAX_ID]

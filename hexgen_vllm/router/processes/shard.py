@@ -18,6 +18,7 @@ import logging
 import re
 from collections.abc import Sequence
 from typing import Any, Final
+from urllib.parse import quote
 
 from aiohttp import web
 
@@ -30,7 +31,7 @@ from hexgen_vllm.router.http.client import Answer, UnixPool
 from hexgen_vllm.router.http.messages import SENT, Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.processes.spot import Spot
-from hexgen_vllm.router.routes import DATA_PATH, LOAD_PATH, Route, Scope
+from hexgen_vllm.router.routes import DATA_PATH, LOAD_PATH, RESPONSE_PATH, Route, Scope
 from hexgen_vllm.router.status.overview import Overview, data_response, total
 
 _SAMPLE: Final = re.compile(r"^(?P<key>[a-zA-Z_:][\w:]*(?:\{.*\})?) (?P<value>\S+)$")
@@ -200,6 +201,20 @@ class Shard:
             body=json.dumps({name: load.own() for name, load in engines}).encode(),
             content_type="application/json",
         )
+
+    async def response(self, request: Request) -> web.StreamResponse:
+        """Say which engine has a stored response, to another process."""
+        context = self._context
+        name = context.stored.engine_of(request.query.get("id", ""), context.clock.now())
+        body = json.dumps({"engine": name}).encode()
+        return web.Response(body=body, content_type="application/json")
+
+    async def engine_of(self, response: str) -> str | None:
+        """Ask the others which engine has a stored response; ``None`` if they do not know."""
+        path = f"{RESPONSE_PATH}?id={quote(response, safe='')}"
+        found = await asyncio.gather(*(self._get(i, path) for i in self._spot.others()))
+        names = [json.loads(raw)["engine"] for raw in found if raw]
+        return next((name for name in names if name is not None), None)
 
     async def run(self) -> None:
         """Ask the others for their calls, again and again."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
 from hexgen_vllm.router.calls.stored import (
     KEPT_S,
     MAX_RESPONSES,
     Stored,
     named,
-    previous,
+    told,
 )
 from hexgen_vllm.testing import fake_answers
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
@@ -22,10 +24,13 @@ from hexgen_vllm.testing.stand import open_stand
 PATH = "/v1/responses"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_call_goes_where_the_response_before_it_is(
-    monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
+def as_key(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have engines name their responses ``resp_0``, ``resp_1``, ..."""
     numbers = iter(range(100))
     whole, events = fake_answers.body, fake_answers.events
 
@@ -39,6 +44,11 @@ async def test_a_call_goes_where_the_response_before_it_is(
 
     monkeypatch.setattr(fake_answers, "body", named_body)
     monkeypatch.setattr(fake_answers, "events", named_events)
+
+
+@pytest.mark.usefixtures("numbered")
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_goes_where_the_response_before_it_is(stream: bool) -> None:
     async with open_stand(*[FakeSettings()] * 3, policy="round_robin") as stand:
         homes: dict[str, str] = {}
 
@@ -88,10 +98,71 @@ async def test_what_another_process_saw_is_asked_for(monkeypatch: pytest.MonkeyP
             assert answer.status == 200, "for an engine to say"
 
 
+@pytest.fixture
+def keys(tmp_path: Path) -> str:
+    path = tmp_path / "keys.yaml"
+    path.write_text(
+        "keys:\n  - {key: sk-a, tenant: a}\n  - {key: sk-b, tenant: b}\n"
+        "  - {key: sk-gate, tenant: gate, tenants: [a]}\n"
+    )
+    return str(path)
+
+
+ESCAPED = ("resp_0", "resp\\u005f0", "\\u0072esp_0")
+
+
+@pytest.mark.usefixtures("numbered")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("engines", [1, 3])
+async def test_a_response_is_its_tenants(
+    monkeypatch: pytest.MonkeyPatch, keys: str, engines: int, stream: bool
+) -> None:
+    page = FakeServer._page
+
+    def to_anybody(server: FakeServer, path: str) -> Any:
+        return {"id": "resp_0"} if path.startswith(f"{PATH}/") else page(server, path)
+
+    monkeypatch.setattr(FakeServer, "_page", to_anybody)
+    async with open_stand(*[FakeSettings()] * engines, api_keys=keys) as stand:
+        mine, others = as_key("sk-a"), as_key("sk-b")
+        for said in (mine, others):
+            async with stand.post(PATH, headers=said, stream=stream, max_tokens=2) as answer:
+                assert answer.status == 200
+                await answer.read()
+        asked = len(stand.received())
+
+        async def status(said: dict[str, str], method: str, path: str, body: str = "{}") -> int:
+            url = URL(f"{stand.router.url}{path}", encoded=True)
+            sent = {**said, "Content-Type": "application/json"}
+            async with stand.client.request(method, url, headers=sent, data=body) as answer:
+                if answer.status == 404:
+                    assert "error" in await answer.json()
+                return answer.status
+
+        paths = (f"{PATH}/resp_0", f"{PATH}/resp%5F0", f"{PATH}/resp_0/cancel",
+                 f"{PATH}/resp_0/input_items", f"/x{PATH}/resp_0", f"{PATH}//resp_0")  # fmt: skip
+        for path in paths:
+            for method in ("GET", "POST", "DELETE"):
+                assert await status(others, method, path) == 404, (method, path)
+        for text in ESCAPED:
+            for name in ("previous_response_id", "previous\\u005fresponse_id"):
+                body = f'{{"model": "tiny", "input": "x", "{name}": "{text}"}}'
+                assert await status(others, "POST", PATH, body) == 404
+                assert await status({**others, "x-hexgen-tenant": "a"}, "POST", PATH, body) == 404
+        assert len(stand.received()) == asked, "no engine was asked"
+        body = '{"model": "tiny", "input": "x", "request_id": "resp_0"}'
+        assert await status(others, "POST", PATH, body) == 400, "nobody takes the id of another"
+        for said in (mine, {**as_key("sk-gate"), "x-hexgen-tenant": "a"}):
+            assert await status(said, "GET", f"{PATH}/resp_0") == 200
+            body = '{"model": "tiny", "input": "x", "previous_response_id": "resp_0"}'
+            assert await status(said, "POST", PATH, body) == 200
+        stand.assert_settled()
+
+
 def test_what_is_known_is_bounded() -> None:
     stored = Stored()
     for i in range(MAX_RESPONSES + 10):
-        stored.learn(b'{"id": "resp_%d"}' % i, "a", 0.0)
+        stored.note(f"resp_{i}", "a", 0.0)
     assert stored.engine_of("resp_9", 1.0) is None
     assert stored.engine_of("resp_10", 1.0) == "a"
     assert stored.engine_of("resp_10", KEPT_S) == "a", "used since"
@@ -99,8 +170,10 @@ def test_what_is_known_is_bounded() -> None:
 
 
 def test_names() -> None:
-    assert previous(b'{"previous_response_id" : "resp_1"}') == "resp_1"
-    assert previous(b'{"input": "\\"previous_response_id\\": \\"x\\""}') is None
-    assert previous(b'{"previous_response_id": null}') is None
+    assert told(b'{"object": "response", "id" : "resp_1"}') == "resp_1"
+    assert told(b'{"id": "chatcmpl-1"}') is None
     assert named("/v1/responses/resp_1/cancel") == "resp_1"
+    assert named("/v1/responses%2Fresp_1") == "resp_1"
+    assert named("/v1/responses/./resp_1") == "resp_1"
     assert named("/v1/responses") is None
+    assert named("/v1/files/x") is None

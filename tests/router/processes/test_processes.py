@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import pytest
 
 from hexgen_vllm.router.processes.shard import merged
 from hexgen_vllm.router.processes.spot import Spot
+from hexgen_vllm.testing import fake_answers
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import CHAT
 
@@ -152,6 +154,49 @@ async def test_a_workflow_is_its_tenants_in_whatever_process(tmp_path: Path) -> 
         headers = {"Authorization": ""}
         async with router.client.get(f"{router.url}/metrics", headers=headers) as answer:
             assert 'tenant="a"' not in await answer.text()
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_response_is_found_from_whatever_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keyed: bool
+) -> None:
+    """Engines do not tell of responses here: only who saw the answer knows."""
+    numbers, whole = iter(range(1000)), fake_answers.body
+
+    def named_body(work: fake_answers.Work) -> bytes:
+        return json.dumps({**json.loads(whole(work)), "id": f"resp_{next(numbers)}"}).encode()
+
+    monkeypatch.setattr(fake_answers, "body", named_body)
+    path = tmp_path / "keys.yaml"
+    path.write_text("keys: [{key: sk-a, tenant: a}, {key: sk-b, tenant: b}]\n")
+    flags = {"api_keys": path, "admin_api_key": "adm"} if keyed else {}
+
+    async def ask(key: str, **more: Any) -> tuple[int, str, str, str]:
+        """Return status, id of the response, engine and process."""
+        said = {"Authorization": f"Bearer {key}"}
+        body = {"model": "tiny", "input": "x", "max_output_tokens": 1, **more}
+        url = f"{router.url}/v1/responses"
+        async with router.client.post(url, json=body, headers=said) as answer:
+            found = await answer.json()
+            engine = answer.headers.get("x-hexgen-engine", "")
+            return answer.status, found.get("id", ""), engine, answer.headers["x-hexgen-process"]
+
+    async with (
+        FakeServer() as one,
+        FakeServer() as other,
+        started(one.url, other.url, policy="round_robin", **flags) as router,
+    ):
+        first = [await ask("sk-a") for _ in range(6)]
+        assert len({engine for _, _, engine, _ in first}) == 2
+        for _, response, home, _ in first:
+            seen = set()
+            while len(seen) < 2:  # each process gets some of the connections
+                status, _, engine, process = await ask("sk-a", previous_response_id=response)
+                assert (status, engine) == (200, home)
+                seen.add(process)
+            if keyed:
+                refused = await ask("sk-b", previous_response_id=response)
+                assert refused[0] == 404
 
 
 async def test_streams_pass_from_process_to_process_unchanged() -> None:
