@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache, partial
 from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hexgen_vllm.errors import ConfigError
 
 T = TypeVar("T")
+
+_LOG: Final = logging.getLogger(__name__)
+RENAMED: Final = {"hexgen": "paper"}
+"""Earlier names of policies and engine orders: taken for one release more, with a warning."""
 
 
 def option(
@@ -28,6 +34,8 @@ def option(
     least: float | None = None,
     most: float | None = None,
     choices: tuple[str, ...] = (),
+    was: str = "",
+    renamed: Mapping[str, str] | None = None,
 ) -> Any:
     """Declare an option of a config dataclass.
 
@@ -37,15 +45,24 @@ def option(
         least: smallest legal number.
         most: largest legal number.
         choices: legal words.
+        was: an earlier name of the option, which is still taken.
+        renamed: earlier words for values, which are still taken, and what they are now.
     """
-    meta = {"doc": doc, "least": least, "most": most, "choices": choices}
+    meta = {
+        "doc": doc,
+        "least": least,
+        "most": most,
+        "choices": choices,
+        "was": was,
+        "renamed": renamed or {},
+    }
     if isinstance(default, tuple | dict | list):
         return field(default_factory=lambda: default, metadata=meta)
     return field(default=default, metadata=meta)
 
 
 def check(config: object) -> None:
-    """Validate every declared bound of ``config``.
+    """Validate every declared bound of ``config``; earlier words for values become today's.
 
     Raises:
         ConfigError: a value is out of bounds; the message names the option.
@@ -54,11 +71,58 @@ def check(config: object) -> None:
         value, meta = getattr(config, f.name), f.metadata
         if value is None or not meta:
             continue
+        if meta["renamed"]:
+            value = _todays(value, meta["renamed"])
+            object.__setattr__(config, f.name, value)  # frozen, and not yet in anybody's hands
         if isinstance(value, float | int) and not isinstance(value, bool):
             _check_number(f.name, value, meta["least"], meta["most"])
         if meta["choices"] and value not in meta["choices"]:
             words = ", ".join(meta["choices"])
             raise ConfigError(f"{f.name} must be one of {words}, not {value!r}.")
+
+
+def _todays(value: Any, renamed: Mapping[str, str]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_todays(one, renamed) for one in value)
+    return current(value, renamed) if isinstance(value, str) else value
+
+
+def current(name: str, renamed: Mapping[str, str] = RENAMED) -> str:
+    """Return what ``name`` is called today, and warn if it is an earlier name.
+
+    Args:
+        name: also of a variant, as ``hexgen a=0.4``.
+        renamed: earlier names and today's.
+    """
+    first, blank, rest = name.partition(" ")
+    if first not in renamed:
+        return name
+    _warn(f"the policy and order {first}", renamed[first])
+    return f"{renamed[first]}{blank}{rest}"
+
+
+def with_current_names(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` by today's names of the options of ``cls``, and with today's words.
+
+    Raises:
+        ConfigError: an option is given under both its names.
+    """
+    earlier = {f.metadata["was"]: f.name for f in fields(cls) if f.metadata.get("was")}
+    renamed = {f.name: f.metadata["renamed"] for f in fields(cls) if f.metadata}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        now = earlier.get(name, name)
+        if now != name:
+            _warn(name, now)
+            if now in values:
+                raise ConfigError(f"{name} is the earlier name of {now}; give one of them.")
+        found[now] = _todays(value, renamed.get(now, {}))
+    return found
+
+
+@cache  # once in a process
+def _warn(old: str, new: str) -> None:
+    _LOG.warning("%s is now called %s; the old name goes with the next release.", old, new)
 
 
 def _check_number(name: str, value: float, least: float | None, most: float | None) -> None:
@@ -123,6 +187,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "optio
     """
     hints = get_type_hints(cls)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    values = with_current_names(cls, values)
     for name in values:
         if name not in known:
             raise ConfigError(f"unknown {where} {name!r}; known are {', '.join(sorted(known))}.")
@@ -146,9 +211,37 @@ def add_arguments(parser: Any, cls: type[Any], *, prefix: str = "") -> None:
         elif get_origin(wanted) is Mapping:
             parser.add_argument(flag, nargs="+", metavar="NAME=NUMBER", **common)
         elif f.metadata["choices"]:
-            parser.add_argument(flag, choices=f.metadata["choices"], **common)
+            word = partial(current, renamed=f.metadata["renamed"])
+            parser.add_argument(flag, choices=f.metadata["choices"], type=word, **common)
         elif wanted in (int, float, str):
             parser.add_argument(flag, type=wanted, metavar=wanted.__name__.upper(), **common)
+        if f.metadata["was"]:
+            _add_earlier(parser, f, prefix)
+
+
+def _add_earlier(parser: Any, one: Field[Any], prefix: str) -> None:
+    """Take an option of text under its earlier flag as well, which the help leaves out."""
+
+    class Earlier(argparse.Action):
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: Any,
+            option_string: str | None = None,
+        ) -> None:
+            now = f"--{prefix}{one.name.replace('_', '-')}"
+            _warn(option_string or "", now)
+            setattr(namespace, self.dest, values)
+
+    parser.add_argument(
+        f"--{prefix}{one.metadata['was'].replace('_', '-')}",
+        action=Earlier,
+        dest=_dest(prefix, one.name),
+        default=None,
+        choices=one.metadata["choices"] or None,
+        help=argparse.SUPPRESS,
+    )
 
 
 def _said_default(one: Field[Any]) -> str:
@@ -177,8 +270,9 @@ class EngineOptions:
     order: str = option(
         "due",
         "order of calls with a deadline: due (deadline less what comes after the call), slack, "
-        "hexgen, edf or fcfs",
-        choices=("due", "slack", "hexgen", "edf", "fcfs", "priority"),
+        "paper (its urgency), edf or fcfs",
+        choices=("due", "slack", "paper", "edf", "fcfs", "priority"),
+        renamed=RENAMED,
     )
     demote_late: bool = option(
         True, "due: a call that cannot be on time any more comes after those that can"
@@ -251,7 +345,7 @@ class EngineOptions:
 
 PLACEMENT_NAMES: Final = (
     "slack",
-    "hexgen",
+    "paper",
     "round_robin",
     "least_outstanding",
     "earliest_finish",
@@ -272,14 +366,18 @@ class DispatchOptions:
 
     policy: str = option(
         "slack",
-        "how calls are placed: slack (ours), hexgen (the paper's), another of "
+        "how calls are placed: slack (ours), paper (HEXGEN-TEXT2SQL's), another of "
         "docs/policies.md, or FILE.py:Class",
+        renamed=RENAMED,
     )
-    alpha: float = option(0.2, "hexgen: weight of device speed against load", least=0.0, most=1.0)
-    hexgen_form: str = option(
-        "code", "hexgen: score of the public code or of the paper", choices=("code", "paper")
+    alpha: float = option(0.2, "paper: weight of device speed against load", least=0.0, most=1.0)
+    paper_form: str = option(
+        "code",
+        "paper: score of the public code or of the article",
+        choices=("code", "paper"),
+        was="hexgen_form",
     )
-    beta: float = option(1.0, "hexgen, paper form: seconds squared that scale 1/t_queue", least=0.0)
+    beta: float = option(1.0, "paper, form paper: seconds squared that scale 1/t_queue", least=0.0)
     externality: float = option(
         1.0, "slack: weight of the time a call adds to others on the engine", least=0.0
     )

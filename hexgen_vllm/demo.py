@@ -9,7 +9,7 @@ scheduler and model runner, ``hexgen_vllm.serve``, the router, HTTP and streamin
 |---|---|---|
 | ``round_robin+fcfs`` | in turn | stock vLLM |
 | ``least_outstanding+fcfs`` | fewest calls in flight | stock vLLM |
-| ``hexgen`` | the paper's score | the paper's urgency |
+| ``paper`` | the paper's score | the paper's urgency |
 | ``slack`` | earliest predicted finish | latest start, displacement |
 | ``vllm_router`` | vllm-router, where it is installed | stock vLLM |
 | ``vllm_router_program`` | the same with its program scheduling | stock vLLM |
@@ -35,7 +35,7 @@ from hexgen_vllm.bench import peer
 from hexgen_vllm.bench.live import run
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult
 from hexgen_vllm.cluster import Cluster, ClusterSpec, EngineEntry, ProcessFailed, RouterEntry
-from hexgen_vllm.config import add_arguments, check, given, option
+from hexgen_vllm.config import RENAMED, add_arguments, check, given, option
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.report import results
 from hexgen_vllm.report.plot import draw_attainment
@@ -68,7 +68,7 @@ class Contender(NamedTuple):
 _PACE: Final = "hexgen_vllm.testing.pace"
 FLEETS: Final = {
     "stock": Fleet("fcfs", f"{_PACE}.PacedScheduler", None),
-    "hexgen": Fleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "hexgen"),
+    "paper": Fleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "paper"),
     "slack": Fleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "slack"),
     # Without the middleware vLLM refuses what vllm-router's clients have to send.
     "behind vllm-router": Fleet(
@@ -81,7 +81,7 @@ FLEETS: Final = {
 CONTENDERS: Final = {
     "round_robin+fcfs": Contender("stock", "round_robin"),
     "least_outstanding+fcfs": Contender("stock", "least_outstanding"),
-    "hexgen": Contender("hexgen", "hexgen"),
+    "paper": Contender("paper", "paper"),
     "slack": Contender("slack", "slack"),
     **{mode: Contender("behind vllm-router") for mode in peer.MODES},
 }
@@ -114,7 +114,9 @@ class DemoOptions:
     )
     seeds: tuple[str, ...] = option(("0",), "one run of every policy for each seed")
     policies: tuple[str, ...] = option(
-        tuple(name for name in CONTENDERS if name not in peer.MODES), "what to compare"
+        tuple(name for name in CONTENDERS if name not in peer.MODES),
+        "what to compare",
+        renamed=RENAMED,
     )
     vllm_router: str = option("vllm-router", "the program behind policies vllm_router*")
 
@@ -166,7 +168,7 @@ def engine_entry(options: DemoOptions, fleet: Fleet, device: str) -> EngineEntry
 
 def router_entry(options: DemoOptions, placement: str) -> RouterEntry:
     """Return a router that places by ``placement``."""
-    own = {"alpha": options.alpha} if placement == "hexgen" else {}
+    own = {"alpha": options.alpha} if placement == "paper" else {}
     return RouterEntry(policy=placement, options={"default-deadline-s": options.deadline_s, **own})
 
 

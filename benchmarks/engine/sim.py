@@ -110,7 +110,7 @@ def peak_rss_mib(workflows: int) -> float:
 
 def _grid_point(workflows: int, task: tuple[float, int]) -> float:
     alpha, seed = task
-    simulation = _simulation(named("hexgen", DispatchOptions(alpha=alpha)))
+    simulation = _simulation(named("paper", DispatchOptions(alpha=alpha)))
     simulation.run(workload(workflows, seed))
     return percentile([r.latency_s for r in simulation.workflows if r.latency_s is not None], 0.95)
 

@@ -45,7 +45,7 @@ def section(rows: Sequence[Row], simulated: Sequence[Row] = ()) -> str:
     Args:
         rows: of the demo.
         simulated: the same load in the simulator. Of a policy that was played with several
-            values of a knob, as ``hexgen a=0.4``, the best counts.
+            values of a knob, as ``paper a=0.4``, the best counts.
     """
     seeds = sorted({row["seed"] for row in rows})
     heads = ("policy", *(f"seed {seed}" for seed in seeds), "mean", "simulated")

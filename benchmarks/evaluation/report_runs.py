@@ -46,7 +46,7 @@ from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 Row = dict[str, Any]
 Knobs = tuple[tuple[str, float], ...]
 
-PAPER: Final = "hexgen"
+PAPER: Final = "paper"
 RIVALS: Final = (
     "round_robin+fcfs",
     "weighted_round_robin+fcfs",

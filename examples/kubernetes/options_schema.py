@@ -24,7 +24,9 @@ def _known() -> Iterator[tuple[str, Schema]]:
         hints = get_type_hints(cls)
         for one in fields(cls):
             if one.metadata and not one.metadata.get("hidden"):
-                yield one.name.replace("_", "-"), _of(hints[one.name], one.metadata)
+                schema = _of(hints[one.name], one.metadata)
+                for name in filter(None, (one.name, one.metadata["was"])):
+                    yield name.replace("_", "-"), schema
 
 
 def _of(hint: Any, meta: Mapping[str, Any]) -> Schema:
@@ -34,6 +36,11 @@ def _of(hint: Any, meta: Mapping[str, Any]) -> Schema:
         return {"type": ["string", "array"], "items": {"type": "string"}}
     if get_origin(hint) is Mapping:
         return {"type": "object", "additionalProperties": {"type": "number"}}
-    bounds = {"minimum": meta["least"], "maximum": meta["most"], "enum": list(meta["choices"])}
+    bounds = {"minimum": meta["least"], "maximum": meta["most"], "enum": _words(meta)}
     found = {name: bound for name, bound in bounds.items() if bound not in (None, [])}
     return {"type": _TYPES[kinds[0] if kinds else hint], **found}
+
+
+def _words(meta: Mapping[str, Any]) -> list[str]:
+    """Return the words that are legal, earlier ones included; none where any text is."""
+    return [*meta["choices"], *(meta["renamed"] if meta["choices"] else ())]

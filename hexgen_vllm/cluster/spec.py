@@ -9,7 +9,15 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from hexgen_vllm.cluster.ray_options import Placement, RayOptions
-from hexgen_vllm.config import DispatchOptions, EngineOptions, check, from_mapping, option
+from hexgen_vllm.config import (
+    RENAMED,
+    DispatchOptions,
+    EngineOptions,
+    check,
+    from_mapping,
+    option,
+    with_current_names,
+)
 from hexgen_vllm.errors import ConfigError
 
 SCHEDULERS: Final = ("hexgen", "fcfs", "priority")
@@ -45,6 +53,7 @@ class EngineEntry:
 
     def __post_init__(self) -> None:
         check(self)
+        object.__setattr__(self, "hexgen", with_current_names(EngineOptions, self.hexgen))
 
     @property
     def placement(self) -> Placement:
@@ -105,14 +114,23 @@ class RouterEntry:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(0, "port to listen on, 0 for a free one", least=0, most=65535)
-    policy: str = option("slack", "how calls are placed")
+    policy: str = option("slack", "how calls are placed", renamed=RENAMED)
     options: Mapping[str, Any] = option({}, "other options of the router")
 
     def __post_init__(self) -> None:
         check(self)
         from_mapping(DispatchOptions, {"policy": self.policy})
-        for name, value in self.options.items():
+        options = dict(map(self._current, self.options.items()))
+        object.__setattr__(self, "options", options)
+        for name, value in options.items():
             self._check_option(name.replace("-", "_"), value)
+
+    @staticmethod
+    def _current(option: tuple[str, Any]) -> tuple[str, Any]:
+        """Return an option by the name that it has today."""
+        name = option[0].replace("-", "_")
+        ((now, value),) = with_current_names(DispatchOptions, {name: option[1]}).items()
+        return option[0] if now == name else now, value
 
     def _check_option(self, name: str, value: Any) -> None:
         from hexgen_vllm.router.options import RouterOptions

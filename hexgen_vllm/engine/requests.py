@@ -21,7 +21,7 @@ from hexgen_vllm.engine.compat import Request
 from hexgen_vllm.policy.cost import ServiceRates, output_left
 from hexgen_vllm.policy.order import put
 from hexgen_vllm.policy.outlook import Outlooks, without_deadline
-from hexgen_vllm.policy.urgency import hexgen_key, latest_start
+from hexgen_vllm.policy.urgency import latest_start, paper_key
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
 
 logger = logging.getLogger("vllm.hexgen")
@@ -152,9 +152,9 @@ class CallBook:
         left = output_left(call.expected_tokens, done, request.max_tokens)
         service_s = self.rates.service_s(max(ahead, 0), left)
         order, own_key_s = self._options.order, 0.0
-        if order == "hexgen":
+        if order == "paper":
             whole_s = self.rates.service_s(request.num_prompt_tokens, call.expected_tokens)
-            own_key_s = hexgen_key(call.arrived_s, call.deadline_s, call.tail_s, whole_s)
+            own_key_s = paper_key(call.arrived_s, call.deadline_s, call.tail_s, whole_s)
         put(call, order, _rank(request, self._options), call.turn, service_s, own_key_s)
 
     def late_from_s(self, request: Request) -> float:

@@ -7,7 +7,7 @@ call, given in order of their name, so that ties break the same way everywhere.
 |---|---|---|---|
 | ``round_robin`` | turn | nothing | nothing |
 | ``least_outstanding`` | fewest calls in flight | nothing | nothing |
-| ``hexgen`` | the paper's blend of speed fit and assigned work | solo times | the slow at alpha 1 |
+| ``paper`` | the paper's blend of speed fit and assigned work | solo times | the slow at alpha 1 |
 | ``slack`` | earliest predicted finish plus delay caused to others | rates | nothing |
 """
 
@@ -162,7 +162,7 @@ class LeastOutstanding(Dispatch):
         return Choice(level[self._turn % len(level)], -float(least), "fewest_calls")
 
 
-class HexGen(Dispatch):
+class PaperScore(Dispatch):
     """The dispatcher of HEXGEN-TEXT2SQL (arXiv 2505.05286).
 
     Form ``code`` (the public simulator, base = the first engine)::
@@ -194,11 +194,11 @@ class HexGen(Dispatch):
     ) -> Choice:
         """Return the engine with the highest score."""
         solo = [e.solo_s(demand, c) for e, c in zip(engines, costs(engines), strict=True)]
-        score = self._paper if self._options.hexgen_form == "paper" else self._code
+        score = self._paper if self._options.paper_form == "paper" else self._code
         scores = score(solo, engines)
         best = max(range(len(engines)), key=lambda i: (scores[i], -i))
         engines[best].assigned_s += solo[best]
-        return Choice(engines[best], scores[best], "hexgen_score")
+        return Choice(engines[best], scores[best], "paper_score")
 
     def _code(self, solo: list[float], engines: Sequence[EngineLoad]) -> list[float]:
         alpha, base = self._options.alpha, engines[0]

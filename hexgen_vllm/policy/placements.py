@@ -13,8 +13,8 @@ from hexgen_vllm.policy.dispatch import (
     Choice,
     Dispatch,
     EarliestFinish,
-    HexGen,
     LeastOutstanding,
+    PaperScore,
     RoundRobin,
 )
 from hexgen_vllm.policy.engines import EngineLoad
@@ -24,7 +24,7 @@ Placer = Callable[[DispatchOptions], Any]
 
 PLACEMENTS: Final[dict[str, Callable[[DispatchOptions], Dispatch]]] = {
     "slack": MarginalCost,
-    "hexgen": HexGen,
+    "paper": PaperScore,
     "round_robin": RoundRobin,
     "least_outstanding": LeastOutstanding,
     "earliest_finish": EarliestFinish,

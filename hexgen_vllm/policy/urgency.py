@@ -22,7 +22,7 @@ call of workflow w on engine e has
 with D the workflow's deadline, R the predicted critical path after the call and T the call's
 service time on e. While D, R and T stand, the order of L never changes with time.
 
-Per stage (HEXGEN-TEXT2SQL, arXiv 2505.05286, and its public code, ``hexgen``): when a call
+Per stage (HEXGEN-TEXT2SQL, arXiv 2505.05286, and its public code, ``paper``): when a call
 arrives at time a, its stage gets the share of the remaining budget that its own time has in the
 remaining work, and the call with the largest urgency goes first:
 
@@ -74,7 +74,7 @@ def stage_budget(budget_s: float, service_s: float, tail_s: float) -> float:
     return budget_s if work_s <= 0 else budget_s * service_s / work_s
 
 
-def hexgen_key(arrived_s: float, deadline_s: float, tail_s: float, service_s: float) -> float:
+def paper_key(arrived_s: float, deadline_s: float, tail_s: float, service_s: float) -> float:
     """Return the paper's order as a static key: smallest first is largest urgency first."""
     if math.isinf(deadline_s):
         return deadline_s
@@ -82,8 +82,8 @@ def hexgen_key(arrived_s: float, deadline_s: float, tail_s: float, service_s: fl
     return arrived_s + budget_s - service_s
 
 
-def hexgen_urgency(key_s: float, now: float) -> float:
-    """Return U at ``now`` of a call with :func:`hexgen_key` ``key_s``."""
+def paper_urgency(key_s: float, now: float) -> float:
+    """Return U at ``now`` of a call with :func:`paper_key` ``key_s``."""
     return now - key_s
 
 

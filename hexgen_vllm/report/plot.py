@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
 STYLES: Final = {
-    "hexgen": 0,
+    "paper": 0,
     "round_robin+fcfs": 1,
     "least_outstanding+fcfs": 2,
     "least_outstanding+edf": 3,
@@ -87,7 +87,7 @@ def draw_attainment(rows: Sequence[Row], path: Path) -> None:
 def styles(policies: Sequence[str]) -> dict[str, int]:
     """Return which colour and dash each policy of one plot has.
 
-    It is its own, or that of the policy it is a variant of (``hexgen a=0.2`` of ``hexgen``), or
+    It is its own, or that of the policy it is a variant of (``paper a=0.2`` of ``paper``), or
     the first one left if another has that. Beyond seven policies some look alike.
     """
     chosen: dict[str, int] = {}

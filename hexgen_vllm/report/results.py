@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hexgen_vllm.config import current
 from hexgen_vllm.errors import ConfigError
 
 Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """Return the runs in ``path``, none if it does not exist.
+    """Return the runs in ``path``, none if it does not exist, by today's names of policies.
 
     Raises:
         ConfigError: the file does not hold a list of runs.
@@ -27,6 +28,9 @@ def read(path: Path) -> list[Row]:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"{path} does not hold a list of results.")
+    for row in rows:
+        if isinstance(row.get("policy"), str):
+            row["policy"] = current(row["policy"])
     return rows
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from hexgen_vllm import config, descriptors, policy_file
-from hexgen_vllm.config import DispatchOptions, from_mapping
+from hexgen_vllm.config import DispatchOptions, from_mapping, with_current_names
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.observe import logs
@@ -57,6 +57,10 @@ def read_options(path: Path) -> tuple[Values, Values]:
         raise source.error((), "the file must be a mapping of options.")
     names = {f.name for f in fields(DispatchOptions)}
     keys = {key.replace("-", "_"): key for key in map(str, top)}
+    try:
+        keys = with_current_names(DispatchOptions, keys)
+    except ConfigError as error:
+        raise source.error((), error) from None
     values: Values = {name: top.get(key) for name, key in keys.items()}
     router = {name: value for name, value in values.items() if name not in names}
     dispatch = {name: value for name, value in values.items() if name in names}

@@ -32,7 +32,7 @@ _LOOK_S: Final = 5.0
 _SEARCH_LIMIT_S: Final = 900.0
 _SHARE: Final = 0.95
 _SEEDS: Final = ("1", "2", "3")
-_TUNED: Final = frozenset({"hexgen", "slack"})
+_TUNED: Final = frozenset({"paper", "slack"})
 
 Files = tuple[str, str]
 """Recent workflows as JSON lines, and the fleet as YAML (JSON is YAML)."""

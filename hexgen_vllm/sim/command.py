@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from hexgen_vllm.config import current
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.report import results as files
 from hexgen_vllm.report.plot import check_plot, draw_attainment
@@ -165,7 +166,9 @@ def _changed(scenario: Scenario, args: argparse.Namespace) -> Scenario:
         scenario = replace(scenario, simulation=simulation)
     if args.policies:
         known = {policy.name: policy for policy in scenario.policies}
-        chosen = tuple(known.get(name) or named(name) for name in args.policies)
+        chosen = tuple(
+            known.get(name) or known.get(current(name)) or named(name) for name in args.policies
+        )
         scenario = replace(scenario, policies=chosen)
     if args.seeds:
         if min(args.seeds) < 0:

@@ -1,12 +1,12 @@
 """The policies that every run can compare, by name: placement together with order in the engine.
 
-``slack``, ``hexgen`` (the paper's) and ``earliest_finish`` come with our engine and their own order
-in it; ``oracle`` is ``slack`` with true lengths and paths as its estimates. All others are
-``PLACEMENT+ORDER`` on stock vLLM, with a placement of :mod:`hexgen_vllm.policy.placements` and an
-order: ``fcfs``, or with vLLM's priorities ``edf`` (the deadline), ``plas`` (least attained service
-of the workflow first, Autellix, arXiv 2502.13965) or ``srpt`` (least remaining work first, by what
-was learned). A placement may also be ``FILE.py:Class``, with the order ``slack`` unless it says
-another.
+``slack``, ``paper`` (that of HEXGEN-TEXT2SQL) and ``earliest_finish`` come with our engine and
+their own order in it; ``oracle`` is ``slack`` with true lengths and paths as its estimates. All
+others are ``PLACEMENT+ORDER`` on stock vLLM, with a placement of
+:mod:`hexgen_vllm.policy.placements` and an order: ``fcfs``, or with vLLM's priorities ``edf`` (the
+deadline), ``plas`` (least attained service of the workflow first, Autellix, arXiv 2502.13965) or
+``srpt`` (least remaining work first, by what was learned). A placement may also be
+``FILE.py:Class``, with the order ``slack`` unless it says another.
 
 And the fleets that they run on. :data:`DEVICES` holds Llama-3.1-70B on four devices. Prefill rates
 and the decode step at batch 1 are fitted to latencies published for HEXGEN-TEXT2SQL (arXiv
@@ -30,7 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hexgen_vllm.config import DispatchOptions, EngineOptions
+from hexgen_vllm.config import DispatchOptions, EngineOptions, current
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.placements import PLACEMENTS
 from hexgen_vllm.policy_file import is_policy_file, load
@@ -51,7 +51,7 @@ FLEETS: Final[dict[str, tuple[tuple[str, int], ...]]] = {
     "reference-8": (("A100", 4), ("A6000", 2), ("L40S", 2)),
 }
 _SLOTS: Final = 64
-_OURS: Final = {"hexgen": "hexgen", "slack": "slack", "earliest_finish": "slack", "oracle": "slack"}
+_OURS: Final = {"paper": "paper", "slack": "slack", "earliest_finish": "slack", "oracle": "slack"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class Policy:
     @property
     def learns_rates(self) -> bool:
         """Whether it plays with rates that engines fit; the paper's policy has a table of them."""
-        ours = self.kind is EngineKind.HEXGEN and self.dispatch.policy != "hexgen"
+        ours = self.kind is EngineKind.HEXGEN and self.dispatch.policy != "paper"
         return ours and not self.oracle
 
 
@@ -152,7 +152,7 @@ ORDERS: Final[dict[str, tuple[str, EngineKind, str]]] = {
     "plas": ("priority", EngineKind.PRIORITY, "attained"),
     "srpt": ("priority", EngineKind.PRIORITY, "remaining"),
     "slack": ("slack", EngineKind.HEXGEN, "deadline"),
-    "hexgen": ("hexgen", EngineKind.HEXGEN, "deadline"),
+    "paper": ("paper", EngineKind.HEXGEN, "deadline"),
 }
 _STOCK: Final = tuple(name for name in PLACEMENTS if name not in _OURS)
 NAMES: Final = (
@@ -169,7 +169,9 @@ def named(
     Raises:
         ConfigError: there is no such policy.
     """
-    placement, _, order = name.partition("+")
+    placement, plus, order = current(name).partition("+")
+    order = current(order)
+    name = f"{placement}{plus}{order}"
     outside = is_policy_file(placement)
     if outside:
         load(placement)

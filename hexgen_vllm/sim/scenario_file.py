@@ -11,7 +11,7 @@
     deadline: {scale: 2.0}                           # multiples of the base SLO
     policies:
       - round_robin+fcfs
-      - {policy: hexgen, name: hexgen a=0.4, dispatch: {alpha: 0.4}}
+      - {policy: paper, name: paper a=0.4, dispatch: {alpha: 0.4}}
       - slack
     seeds: [1, 2, 3]
 """
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from hexgen_vllm.config import DispatchOptions, EngineOptions, from_mapping
+from hexgen_vllm.config import DispatchOptions, EngineOptions, from_mapping, with_current_names
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.policies import (
@@ -188,6 +188,10 @@ def _cost(source: Located, path: Key) -> StepCost:
 def _section(source: Located, path: Key, cls: type[T]) -> T:
     """Read a section into the dataclass ``cls``, each key checked on its own line."""
     given = _mapping(source, path)
+    try:
+        given = with_current_names(cls, given)
+    except ConfigError as error:
+        raise source.error(path, error) from None
     _refuse_unknown(source, path, given, tuple(f.name for f in fields(cls)))  # type: ignore[arg-type]
     values = {key: _shaped(source, path, key, value) for key, value in given.items()}
     for key, value in values.items():
@@ -248,8 +252,8 @@ def _policy(source: Located, path: Key, entry: object) -> Policy:
         return _checked(source, path, None, lambda: named(entry))
     given = _mapping(source, path)
     _refuse_unknown(source, path, given, ("policy", "name", "dispatch", "engine"))
-    policy, name = given.get("policy"), given.get("name", given.get("policy"))
-    if not isinstance(policy, str) or not isinstance(name, str):
+    policy, name = given.get("policy"), given.get("name")
+    if not isinstance(policy, str) or not isinstance(name, str | None):
         raise source.error(path, "a policy and its name must be text.")
     dispatch = engine = None
     if "dispatch" in given:
@@ -261,7 +265,7 @@ def _policy(source: Located, path: Key, entry: object) -> Policy:
         if made.kind is not EngineKind.HEXGEN:
             raise source.error((*path, "engine", "order"), f"{policy} has an order of its own.")
         made = replace(made, engine=engine)
-    return replace(made, name=name)
+    return made if name is None else replace(made, name=name)
 
 
 def _seeds(source: Located) -> tuple[int, ...]:

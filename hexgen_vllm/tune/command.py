@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hexgen_vllm.config import DispatchOptions, check, from_mapping, given, option
+from hexgen_vllm.config import (
+    RENAMED,
+    DispatchOptions,
+    check,
+    current,
+    from_mapping,
+    given,
+    option,
+)
 from hexgen_vllm.config import add_arguments as add_options
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.report import results
@@ -25,14 +33,14 @@ from hexgen_vllm.tune.replay import Generated, Recent, read
 from hexgen_vllm.tune.rivals import compare, compare_rates
 from hexgen_vllm.tune.search import Search
 
-_TUNED: Final = ("hexgen", "slack")
+_TUNED: Final = ("paper", "slack")
 
 
 @dataclass(frozen=True)
 class TuneOptions:
     """What is searched, and on what."""
 
-    policy: str = option("slack", "what is tuned", choices=_TUNED)
+    policy: str = option("slack", "what is tuned", choices=_TUNED, renamed=RENAMED)
     objective: str = option("min_deadline_95", "what for", choices=tuple(OBJECTIVES))
     knobs: tuple[str, ...] = option((), "only these knobs; none is all of the policy")
     grid: int | None = option(None, "points of a grid over the only knob, not a search", least=2)
@@ -67,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--live", action="store_true", help="only knobs that a running router can turn")
     add("--nice", type=int, default=0, metavar="N", help="lower this process's priority by N")
     add("--weight", nargs="+", default=[], metavar="TENANT=W", help="for --objective tenants")
-    add("--baseline", metavar="POLICY", choices=NAMES, help="compare with this policy")
+    add(
+        "--baseline", metavar="POLICY", type=current, choices=NAMES, help="compare with this policy"
+    )
     add("--sustained", action="store_true", help="with --baseline: compare sustained rates, too")
     add("--json", type=Path, metavar="OUT", help="write all candidates here")
     add("--plot", type=Path, metavar="OUT.png", help="draw loss against knobs here")
@@ -119,7 +129,7 @@ def _knobs(policy: Policy, options: TuneOptions, *, live: bool) -> list[Knob]:
     knobs = knobs_for(policy, options.knobs, live=live)
     if options.grid is None:
         return knobs
-    if not options.knobs and policy.name == "hexgen":
+    if not options.knobs and policy.name == "paper":
         return knobs[:1]  # the paper's grid is over alpha
     if len(knobs) != 1:
         raise ConfigError("grid takes exactly one knob; name it with --knobs.")

@@ -55,13 +55,13 @@ class Knob:
 
 
 KNOBS: Final = (
-    Knob("alpha", "dispatch", 0.0, 1.0, ("hexgen",)),
+    Knob("alpha", "dispatch", 0.0, 1.0, ("paper",)),
     Knob("externality", "dispatch", 0.0, 2.0, ("slack",)),
     Knob("stretch", "dispatch", 0.0, 6.0, ("slack",)),
     Knob("affinity_tokens", "dispatch", 50.0, 2000.0, ("wlcaff",), log=True),
     Knob("hold_depth", "dispatch", 0, 16, ("slack",), whole=True),
     Knob("length_quantile", "dispatch", 0.3, 0.95, ("slack",)),
-    Knob("slack_quantile", "dispatch", 0.3, 0.95, ("slack", "hexgen")),
+    Knob("slack_quantile", "dispatch", 0.3, 0.95, ("slack", "paper")),
     Knob("displace_slack_s", "engine", 0.2, 20.0, ("slack",), log=True, live=False),
     Knob("displace_gap_s", "engine", 0.1, 20.0, ("slack",), log=True, live=False),
 )

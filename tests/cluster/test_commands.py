@@ -61,10 +61,10 @@ THERE = EngineEntry(name="there", url="http://there")
 
 
 def test_the_router_gets_its_options_and_the_engines_by_name() -> None:
-    entry = RouterEntry(policy="hexgen", options={"alpha": 0.5, "queue-size": 7})
+    entry = RouterEntry(policy="paper", options={"alpha": 0.5, "queue-size": 7})
     assert router(entry, OURS, THERE) == [
         *(sys.executable, "-m", "hexgen_vllm.router"),
-        *("--host=127.0.0.1", "--port=8080", "--policy=hexgen", "--shutdown-timeout=15.0"),
+        *("--host=127.0.0.1", "--port=8080", "--policy=paper", "--shutdown-timeout=15.0"),
         *("--alpha=0.5", "--queue-size=7"),
         *("--worker-urls", "ours=http://ours", "there=http://there"),
     ]

@@ -41,7 +41,7 @@ engines:
     hexgen: {default-deadline-s: 30}
   - {name: there, url: "http://10.0.0.7:8000"}
   - {name: own, command: [serve-it, --port, "{port}"], port: 9000}
-router: {port: 8080, policy: hexgen, alpha: 0.5}
+router: {port: 8080, policy: paper, alpha: 0.5}
 restart: true
 log_dir: logs
 """,
@@ -71,7 +71,7 @@ log_dir: logs
                 env={"A": "1", "B": "two"},
             ),
         ),
-        router=RouterEntry(port=8080, policy="hexgen", options={"alpha": 0.5}),
+        router=RouterEntry(port=8080, policy="paper", options={"alpha": 0.5}),
         restart=True,
         log_dir="logs",
     )

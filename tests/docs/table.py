@@ -51,7 +51,7 @@ APPENDED: Final = (
     Appended("hexgen-vllm sim examples", "--workflows 10 --seed 1"),
     Appended("hexgen-vllm sim mine.yaml", "--workflows 10 --seed 1"),
     Appended("hexgen-vllm tune", "--workflows 20 --warmup 0 --seed 1 --budget 6 --jobs 1"),
-    Appended("--policy hexgen --grid 11", "--grid 2"),
+    Appended("--policy paper --grid 11", "--grid 2"),
     Appended("examples.text2sql --users 200", "--base-url http://127.0.0.1:30000/v1"),
     Appended("examples.text2sql", "--users 2 --max-rounds 1 --constrain --max-tokens 200"),
 )

@@ -194,7 +194,7 @@ SIM = (
     scenario("--timeline shows one run, not …; choose one --policy, --load and --seed.",
              PLAYED, "--timeline OUT --seed 1 2"),
     scenario("--seed must be 0 or more.", PLAYED, "--seed -1"),
-    scenario("--against takes one --policy.", PLAYED, "--against FILE --policy slack hexgen"),
+    scenario("--against takes one --policy.", PLAYED, "--against FILE --policy slack paper"),
     Mistake("… cannot be read as JSON: ….", "sim FLEET --against FILE", "no"),
     Mistake("… does not hold a list of results.", "sim FLEET --against FILE", "{}"),
     Mistake("… holds no live run.", "sim FLEET --against FILE", "[]"),

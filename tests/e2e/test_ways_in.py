@@ -101,11 +101,11 @@ def stock(forks: ForkServer, tiny_model: str, tmp_path_factory: pytest.TempPathF
 def test_vllm_with_its_own_flags(forks: ForkServer, tiny_model: str, log: Path) -> None:
     """Way b, without a flag of ours."""
     port = free_port()
-    options = json.dumps({"hexgen": {"order": "hexgen"}})
+    options = json.dumps({"hexgen": {"order": "paper"}})
     ours = ["--scheduler-cls=hexgen_vllm.UrgencyScheduler", f"--additional-config={options}"]
     program = forks.start(VLLM, ["serve", tiny_model, *ours, *small_engine(port)], log, SMALL)
     server = Server(program, port).wait_healthy()
-    assert server.get("/hexgen/stats").json["order"] == "hexgen"
+    assert server.get("/hexgen/stats").json["order"] == "paper"
     check_everything(server)
     assert program.stop() == 0
 

@@ -78,7 +78,7 @@ def test_stock(folder: Path, policy: str, group: int) -> None:
 
 @pytest.mark.parametrize("group", range(GROUPS))
 @pytest.mark.parametrize(
-    ("order", "displace"), [("slack", True), ("slack", False), ("hexgen", True), ("edf", True)]
+    ("order", "displace"), [("slack", True), ("slack", False), ("paper", True), ("edf", True)]
 )
 def test_urgency(folder: Path, order: str, displace: bool, group: int) -> None:
     options: dict[str, Any] = {"order": order, "displace": displace}

@@ -77,7 +77,7 @@ async def live(
     [
         named("round_robin+fcfs"),
         named("least_outstanding+edf"),
-        named("hexgen", DispatchOptions(alpha=0.4)),
+        named("paper", DispatchOptions(alpha=0.4)),
         named("slack"),
         named("slack", DispatchOptions(**PROTECT)),
     ],
@@ -109,8 +109,8 @@ async def test_they_are_equal_with_true_rates_too(workflows: tuple[WorkflowSpec,
 
 
 async def test_another_alpha_shows(workflows: tuple[WorkflowSpec, ...]) -> None:
-    expected, _ = simulated(workflows, named("hexgen", DispatchOptions(alpha=0.4)))
-    found, _ = await live(workflows, named("hexgen", DispatchOptions(alpha=0.41)))
+    expected, _ = simulated(workflows, named("paper", DispatchOptions(alpha=0.4)))
+    found, _ = await live(workflows, named("paper", DispatchOptions(alpha=0.41)))
     assert found != expected
 
 

@@ -22,7 +22,7 @@ from hexgen_vllm.types import (
 )
 
 FAST = StepCost(0.01, 0.0005, 0.0, 0.0, 1 / 8000, 0.0)
-POLICIES = ("round_robin", "least_outstanding", "hexgen", "slack")
+POLICIES = ("round_robin", "least_outstanding", "paper", "slack")
 
 
 def spec(name: str, slots: int = 4, models: frozenset[str] = frozenset()) -> EngineSpec:
@@ -271,7 +271,7 @@ def test_a_longer_answer_than_expected_is_expected_longer() -> None:
 
 
 def test_hexgen_spreads_by_assigned_work() -> None:
-    c = coordinator("hexgen", engines=2, alpha=0.0)
+    c = coordinator("paper", engines=2, alpha=0.0)
     counts = {"e0": 0, "e1": 0}
     for i in range(50):
         placed = placements(c.call_arrived(call(f"c{i}", 0.0, expected_output_tokens=10), 0.0))[0]

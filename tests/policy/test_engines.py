@@ -20,7 +20,7 @@ from hexgen_vllm.types import (
     StepCost,
 )
 
-POLICIES = ("round_robin", "least_outstanding", "hexgen", "slack")
+POLICIES = ("round_robin", "least_outstanding", "paper", "slack")
 # 10 ms a step, 1000 prompt tokens/s
 COST = StepCost(0.01, 0.0, 0.0, 0.0, 1e-3, 0.0)
 DONE = CallResult(ok=True, output_tokens=10)

@@ -85,8 +85,8 @@ def test_several_runs_of_a_policy_get_a_mean_with_their_range() -> None:
     rows = [
         row("slack", 1, p95_s=10.0),
         row("slack", 2, p95_s=20.0, on_time=4),
-        row("hexgen", 1),
-        row("hexgen", 2),
+        row("paper", 1),
+        row("paper", 2),
     ]
     table = render(rows).split("\n\n")
     assert len(table) == 3
@@ -103,11 +103,11 @@ def test_a_mean_that_one_run_lacks_is_not_made_up() -> None:
 
 
 def test_a_plot_is_written_where_asked(tmp_path: Path) -> None:
-    rows = [row(policy, seed) for seed in (1, 2) for policy in ("slack", "hexgen", "third")]
+    rows = [row(policy, seed) for seed in (1, 2) for policy in ("slack", "paper", "third")]
     for name in ("out.png", "deeper/out.svg"):
         draw_attainment(rows, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 5000
-    assert "hexgen" in (tmp_path / "deeper/out.svg").read_text()
+    assert "paper" in (tmp_path / "deeper/out.svg").read_text()
 
 
 def test_policies_are_told_apart_without_colour() -> None:
@@ -117,8 +117,8 @@ def test_policies_are_told_apart_without_colour() -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ["hexgen", "round_robin+fcfs", "least_outstanding+fcfs", "least_outstanding+edf", "slack"],
-        ["round_robin+fcfs", "least_outstanding+fcfs", "hexgen", "slack"],
+        ["paper", "round_robin+fcfs", "least_outstanding+fcfs", "least_outstanding+edf", "slack"],
+        ["round_robin+fcfs", "least_outstanding+fcfs", "paper", "slack"],
         list(CONTENDERS),
         ["slack", "another"],
     ],
@@ -135,9 +135,9 @@ def test_a_policy_looks_the_same_in_every_plot(names: list[str], tmp_path: Path)
 
 
 def test_variants_look_like_their_policy_while_they_can() -> None:
-    found = styles(["hexgen a=0.2", "slack", "hexgen a=0.4", "hexgen"])
-    assert found == {"hexgen": 0, "slack": 4, "hexgen a=0.2": 1, "hexgen a=0.4": 2}
-    assert styles(["round_robin+fcfs", "hexgen a=0.1"])["hexgen a=0.1"] == STYLES["hexgen"]
+    found = styles(["paper a=0.2", "slack", "paper a=0.4", "paper"])
+    assert found == {"paper": 0, "slack": 4, "paper a=0.2": 1, "paper a=0.4": 2}
+    assert styles(["round_robin+fcfs", "paper a=0.1"])["paper a=0.1"] == STYLES["paper"]
     assert set(styles([f"p{n}" for n in range(9)]).values()) == set(range(7))
 
 

@@ -28,7 +28,7 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "router.yaml"
     path.write_text(f"""
 worker-urls: [fast={URL}, http://10.0.0.2:8000]
-policy: hexgen
+policy: paper
 alpha: 0.5
 api_key: from-file
 queue-size: 7
@@ -44,7 +44,7 @@ def test_a_file_gives_options_of_both_kinds(file: Path) -> None:
     assert (options.api_key, options.queue_size, options.disable_retries) == (
         ("from-file",), 7, True,
     )  # fmt: skip
-    assert (dispatch.policy, dispatch.alpha) == ("hexgen", 0.5)
+    assert (dispatch.policy, dispatch.alpha) == ("paper", 0.5)
     assert dispatch.tenant_weights == {"batch": 0.5}
 
 

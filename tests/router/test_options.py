@@ -43,7 +43,7 @@ def test_wrong_workers_are_refused(urls: tuple[str, ...]) -> None:
 def test_flags_of_the_ecosystem_are_understood() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    line = f"""--worker-urls {A} {B} --policy hexgen --alpha 0.5 --host 0.0.0.0 --port 0
+    line = f"""--worker-urls {A} {B} --policy paper --alpha 0.5 --host 0.0.0.0 --port 0
         --request-timeout-secs 9 --health-check-interval-secs 1 --health-check-timeout-secs 2
         --health-failure-threshold 4 --health-success-threshold 5 --health-check-endpoint /ping
         --retry-max-retries 7 --retry-initial-backoff-ms 8 --retry-max-backoff-ms 90

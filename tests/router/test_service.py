@@ -25,7 +25,7 @@ from hexgen_vllm.types import (
     Placement,
 )
 
-POLICIES = ("round_robin", "least_outstanding", "hexgen", "slack")
+POLICIES = ("round_robin", "least_outstanding", "paper", "slack")
 GONE = CallResult(ok=False, reason="abort")
 
 

@@ -97,7 +97,7 @@ def test_open_workflows_are_bounded() -> None:
 class Stand:
     """A tuner of a router that has served 40 workflows, with a search that answers at once."""
 
-    def __init__(self, mode: str, *losses: float, policy: str = "hexgen") -> None:
+    def __init__(self, mode: str, *losses: float, policy: str = "paper") -> None:
         self.clock = ManualClock()
         self.coordinator = Coordinator(DispatchOptions(policy=policy))
         self.applied: list[dict[str, float]] = []
@@ -197,11 +197,11 @@ async def test_a_real_search_runs_apart() -> None:
     stand = Stand("auto")
     files = (stand.ring.text(), fleet_text(list(stand.coordinator.engines.values())))
     options = OnlineOptions(tune="auto", tune_simulations=6)
-    found = await search_apart(files, DispatchOptions(policy="hexgen", alpha=0.7), options)
+    found = await search_apart(files, DispatchOptions(policy="paper", alpha=0.7), options)
     assert found["trials"][0]["values"]["alpha"] == 0.7
     assert json.dumps(found["proposed"])
     with pytest.raises(SearchFailed, match="line 1 is not JSON"):
-        await search_apart(("nonsense", files[1]), DispatchOptions(policy="hexgen"), options)
+        await search_apart(("nonsense", files[1]), DispatchOptions(policy="paper"), options)
 
 
 async def test_the_router_records_and_shows_its_tuning() -> None:
@@ -246,7 +246,7 @@ async def test_tuning_is_off_by_default() -> None:
 
 
 async def test_knobs_turn_in_a_running_router() -> None:
-    async with open_stand(FakeSettings(), tune="auto", policy="hexgen") as stand:
+    async with open_stand(FakeSettings(), tune="auto", policy="paper") as stand:
         stand.context.service.retune({"alpha": 0.9})
         assert stand.context.service.coordinator.options.alpha == 0.9
         async with stand.post() as answer:

@@ -21,10 +21,10 @@ FLEET = fleet("reference-4")
 
 def a_live_row(**changes: Any) -> dict[str, Any]:
     """Return the row of a live run on an ideal machine: a simulated one under a live name."""
-    config = LiveConfig(policy="hexgen", seed=3, workflows=12, warmup=2, rate=0.3, deadline_s=120.0)
+    config = LiveConfig(policy="paper", seed=3, workflows=12, warmup=2, rate=0.3, deadline_s=120.0)
     specs = config.specs()
     live = {
-        "policy": "hexgen",
+        "policy": "paper",
         "seed": 3,
         "rate": 0.3,
         "workflows": 12,
@@ -74,7 +74,7 @@ def test_the_command_prints_both(tmp_path: Path, capsys: pytest.CaptureFixture[s
     live.write_text(json.dumps([a_live_row(policy="mine")]))
     known.write_text("fleet: reference-4\n")
     out = tmp_path / "simulated.json"
-    argv = ["sim", str(known), f"--against={live}", "--policy", "hexgen", f"--json={out}"]
+    argv = ["sim", str(known), f"--against={live}", "--policy", "paper", f"--json={out}"]
     assert main(argv) == 0
     assert "P50 within 0.0% (goal 10%)" in capsys.readouterr().out
-    assert json.loads(out.read_text())[0]["policy"] == "hexgen"
+    assert json.loads(out.read_text())[0]["policy"] == "paper"

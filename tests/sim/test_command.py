@@ -134,7 +134,7 @@ def changed(**sections: object) -> dict[str, Any]:
         (changed(arrivals={"times_s": [2.0] * 7 + [1.0]}), ("arrivals", "recorded arrival 8")),
         (changed(deadline={"scale": "long"}), ("deadline", "scale")),
         (changed(policies=["fifo"]), ("policies[0]", "'fifo'")),
-        (changed(policies=[{"policy": "hexgen", "dispatch": {"alpha": 2}}]), ("alpha", "line")),
+        (changed(policies=[{"policy": "paper", "dispatch": {"alpha": 2}}]), ("alpha", "line")),
         (changed(policies=[{"policy": "slack", "engine": {"oder": 1}}]), ("'oder'", "line")),
         (changed(seeds=[1, 1]), ("seeds", "different whole numbers")),
         (changed(fleet=[{"device": "abacus"}]), ("fleet[0]", "A100")),

@@ -251,13 +251,13 @@ def test_steps_vary_around_their_cost() -> None:
 
 def test_only_what_learns_rates_is_told_fitted_ones() -> None:
     for name, learns in (
-        ("slack", True), ("oracle", False), ("hexgen", False), ("round_robin+fcfs", False),
+        ("slack", True), ("oracle", False), ("paper", False), ("round_robin+fcfs", False),
     ):  # fmt: skip
         engine = engine_of(MODEL, named(name), SimOptions(), 1)
         assert (engine.batch.pricing.fit is not None) == learns
         assert engine_of(MODEL, named(name), SimOptions(rates="true"), 1).batch.pricing.fit is None
     assert engine_of(MODEL, named("slack"), SimOptions(), 1).report().cost is None
-    assert engine_of(MODEL, named("hexgen"), SimOptions(), 1).report().cost == COST
+    assert engine_of(MODEL, named("paper"), SimOptions(), 1).report().cost == COST
 
 
 def test_engines_order_by_assumed_rates_until_they_have_fitted_theirs() -> None:

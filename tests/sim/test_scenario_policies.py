@@ -17,7 +17,7 @@ def write(tmp_path: Path, entry: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("order", ["fcfs", "edf", "slack", "hexgen"])
+@pytest.mark.parametrize("order", ["fcfs", "edf", "slack", "paper"])
 def test_an_entry_sets_the_order_inside_our_engines(tmp_path: Path, order: str) -> None:
     path = write(tmp_path, f"{{policy: slack, engine: {{order: {order}, displace: false}}}}")
     (policy,) = load(path).policies
@@ -25,9 +25,9 @@ def test_an_entry_sets_the_order_inside_our_engines(tmp_path: Path, order: str) 
 
 
 def test_other_options_leave_the_order_of_the_policy(tmp_path: Path) -> None:
-    path = write(tmp_path, "{policy: hexgen, engine: {displace: false}}")
+    path = write(tmp_path, "{policy: paper, engine: {displace: false}}")
     (policy,) = load(path).policies
-    assert policy.engine.order == "hexgen"
+    assert policy.engine.order == "paper"
 
 
 def test_stock_engines_take_no_order_from_us(tmp_path: Path) -> None:

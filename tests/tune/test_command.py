@@ -45,7 +45,7 @@ def test_it_proposes_a_configuration_that_simulator_and_router_take(
 ) -> None:
     out, data = tmp_path / "proposed.yaml", tmp_path / "tuning.json"
     router = tmp_path / "router.yaml"
-    argv = ["tune", f"--fleet={fleet}", f"--trace={recent}", "--policy=hexgen", "--grid=3", *FAST]
+    argv = ["tune", f"--fleet={fleet}", f"--trace={recent}", "--policy=paper", "--grid=3", *FAST]
     argv += [f"--out={out}", f"--router-out={router}", f"--json={data}"]
     assert main([*argv, "--baseline=round_robin+fcfs"]) == 0
     text = capsys.readouterr().out
@@ -61,8 +61,8 @@ def test_it_proposes_a_configuration_that_simulator_and_router_take(
     scenario.write_text(yaml.safe_dump({**yaml.safe_load(fleet.read_text()), **rest}))
     assert load(scenario).policies[0].dispatch.alpha == row["proposed"]["alpha"]
     _, dispatch = read_options(router)
-    assert dispatch == {"policy": "hexgen", "alpha": row["proposed"]["alpha"]}
-    assert proposed["router"] == f"--policy hexgen --alpha {row['proposed']['alpha']:g}"
+    assert dispatch == {"policy": "paper", "alpha": row["proposed"]["alpha"]}
+    assert proposed["router"] == f"--policy paper --alpha {row['proposed']['alpha']:g}"
 
 
 def test_equal_tunings_are_equal(fleet: Path, recent: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_sustained_rates_end_at_the_capacity(
     fleet: Path, recent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "tuning.json"
-    argv = ["tune", f"--fleet={fleet}", f"--trace={recent}", "--policy=hexgen", "--grid=2", *FAST]
+    argv = ["tune", f"--fleet={fleet}", f"--trace={recent}", "--policy=paper", "--grid=2", *FAST]
     argv += ["--deadline-s=20", "--baseline=round_robin+fcfs", "--sustained", f"--json={data}"]
     assert main(argv) == 0
     found = json.loads(data.read_text())[0]["baseline"]

@@ -17,8 +17,8 @@ from hexgen_vllm.tune.knobs import KNOBS, Knob, applied, defaults, knobs_for
 from hexgen_vllm.tune.objective import chosen
 from hexgen_vllm.tune.search import Search, Task, Trial, latin_hypercube
 
-X = Knob("alpha", "dispatch", 0.0, 1.0, ("hexgen",))
-Y = Knob("slack_quantile", "dispatch", 0.0, 1.0, ("hexgen",))
+X = Knob("alpha", "dispatch", 0.0, 1.0, ("paper",))
+Y = Knob("slack_quantile", "dispatch", 0.0, 1.0, ("paper",))
 
 
 def bowl(values: dict[str, float]) -> float:

@@ -18,7 +18,7 @@ from typing import Final
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.cost import CostFit, ServiceRates, is_sampled, output_left
 from hexgen_vllm.policy.order import put
-from hexgen_vllm.policy.urgency import hexgen_key, latest_start
+from hexgen_vllm.policy.urgency import latest_start, paper_key
 from hexgen_vllm.sim.engine.sequence import Sequence
 from hexgen_vllm.types import StepCost
 
@@ -185,11 +185,9 @@ class Pricing:
         left = output_left(sequence.expected_tokens, done, sequence.most_tokens)
         service_s = self.rates.service_s(tokens - computed, left)
         own_key_s = sequence.priority_key
-        if self._order == "hexgen":
+        if self._order == "paper":
             whole_s = self.rates.service_s(sequence.prompt_tokens, sequence.expected_tokens)
-            own_key_s = hexgen_key(
-                sequence.arrived_s, sequence.deadline_s, sequence.tail_s, whole_s
-            )
+            own_key_s = paper_key(sequence.arrived_s, sequence.deadline_s, sequence.tail_s, whole_s)
         put(sequence, self._order, sequence.priority, sequence.arrived_s, service_s, own_key_s)
 
     def late_from_s(self, sequence: Sequence) -> float:

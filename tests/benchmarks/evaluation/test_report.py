@@ -160,11 +160,11 @@ def test_the_best_cap_has_most_on_time() -> None:
 
 
 def test_the_paper_has_its_best_alpha_in_each_cell() -> None:
-    rows = [run("hexgen alpha=0.1", 60.0), run("hexgen alpha=0.9", 50.0), run("slack", 40.0)]
-    rows += [run("hexgen alpha=0.1", 60.0, seed=2), run("hexgen alpha=0.9", 70.0, seed=2)]
+    rows = [run("paper alpha=0.1", 60.0), run("paper alpha=0.9", 50.0), run("slack", 40.0)]
+    rows += [run("paper alpha=0.1", 60.0, seed=2), run("paper alpha=0.9", 70.0, seed=2)]
     kept = best_alpha(rows)
     assert [(r["policy"], r["seed"], r["min_deadline_95_s"]) for r in kept] == [
-        ("slack", 1, 40.0), ("hexgen", 1, 50.0), ("hexgen", 2, 60.0),
+        ("slack", 1, 40.0), ("paper", 1, 50.0), ("paper", 2, 60.0),
     ]  # fmt: skip
 
 

@@ -35,10 +35,10 @@ LIVE = [
     run("vllm_router", 1, 4.0),
     run("vllm_router_program", 0, 6.0),
     run("vllm_router_program", 1, 8.0),
-    run("hexgen", 0, 4.0),
-    run("hexgen", 1, None),
+    run("paper", 0, 4.0),
+    run("paper", 1, None),
 ]
-SIMULATED = [run("hexgen a=0.2", 7, 5.0), run("hexgen a=0.4", 7, 3.5), run("slack", 7, 2.5)]
+SIMULATED = [run("paper a=0.2", 7, 5.0), run("paper a=0.4", 7, 3.5), run("slack", 7, 2.5)]
 
 
 def test_the_ratio_is_the_mean_of_ratios_seed_by_seed() -> None:
@@ -58,7 +58,7 @@ def test_there_is_no_ratio_without_both_sides_on_every_seed(missing: str) -> Non
 def test_the_page_shows_every_seed_and_the_simulator_beside_it() -> None:
     text = section(LIVE, SIMULATED)
     assert "| slack | 2.00 | 4.00 | 3.00 | 2.50 |" in text
-    assert "| hexgen | 4.00 | - | - | 3.50 |" in text
+    assert "| paper | 4.00 | - | - | 3.50 |" in text
     assert "| vllm_router | 3.00 | 4.00 | 3.50 | - |" in text
     assert "vllm_router_program needs 2.50× the deadline of slack" in text
 

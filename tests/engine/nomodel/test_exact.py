@@ -125,7 +125,7 @@ def test_tokens_are_those_of_a_lone_run(build: Build, name: str, seed: int) -> N
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
-@pytest.mark.parametrize("order", ["hexgen", "edf", "fcfs"])
+@pytest.mark.parametrize("order", ["paper", "edf", "fcfs"])
 def test_every_order_is_exact(build: Build, order: str, async_scheduling: bool) -> None:
     engine = build(blocks=24, async_scheduling=async_scheduling, hexgen={"order": order})
     load = Load(engine, seed=2)

@@ -7,7 +7,7 @@ import random
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from hexgen_vllm.policy.urgency import BACKGROUND_S, hexgen_key, latest_start
+from hexgen_vllm.policy.urgency import BACKGROUND_S, latest_start, paper_key
 from hexgen_vllm.wire import CallMeta
 from tests.engine.nomodel.conftest import Build
 from tests.engine.nomodel.harness import FakeEngine, expected
@@ -39,7 +39,7 @@ def add_four(engine: FakeEngine) -> None:
         ("slack", ["long-tail", "long-output", "soon-due", "short"]),
         ("edf", ["soon-due", "long-tail", "short", "long-output"]),
         ("fcfs", ["soon-due", "long-tail", "long-output", "short"]),
-        ("hexgen", ["long-tail", "long-output", "soon-due", "short"]),
+        ("paper", ["long-tail", "long-output", "soon-due", "short"]),
     ],
 )
 def test_the_queue_follows_the_order(build: Build, order: str, waiting: list[str]) -> None:
@@ -58,10 +58,10 @@ def test_the_keys_are_those_of_the_policy(build: Build) -> None:
     service_s = 20 / 100 + 390 / 10
     call = next(r for r in engine.scheduler.waiting if r.request_id == "long-output").hexgen
     assert call.key_s == pytest.approx(latest_start(start_s + 60, 5.0, service_s))
-    paper = build(max_num_seqs=1, hexgen={"order": "hexgen", "displace": False, **SEEDS})
+    paper = build(max_num_seqs=1, hexgen={"order": "paper", "displace": False, **SEEDS})
     add_four(paper)
     call = next(r for r in paper.scheduler.waiting if r.request_id == "long-output").hexgen
-    assert call.key_s == pytest.approx(hexgen_key(start_s, start_s + 60, 5.0, service_s))
+    assert call.key_s == pytest.approx(paper_key(start_s, start_s + 60, 5.0, service_s))
     assert call.latest_start_s == pytest.approx(latest_start(start_s + 60, 5.0, service_s))
 
 
@@ -85,7 +85,7 @@ def test_without_metadata_the_order_is_first_come(build: Build) -> None:
     assert engine.ended == [f"r{i}" for i in range(5)]
 
 
-@pytest.mark.parametrize("order", ["due", "slack", "edf", "hexgen", "fcfs"])
+@pytest.mark.parametrize("order", ["due", "slack", "edf", "paper", "fcfs"])
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_priority_comes_before_every_deadline(build: Build, order: str, policy: str) -> None:
     """Lower first, as in vLLM, and whatever word its own policy got."""
@@ -164,7 +164,7 @@ def test_background_gives_way_and_is_not_given_way_to(build: Build) -> None:
     assert engine.displaced() == 1
 
 
-@pytest.mark.parametrize("order", ["due", "slack", "edf", "hexgen", "fcfs"])
+@pytest.mark.parametrize("order", ["due", "slack", "edf", "paper", "fcfs"])
 def test_background_ages_behind_an_endless_stream(build: Build, order: str) -> None:
     bound_s = 3.0
     engine = build(max_num_seqs=1, hexgen={"order": order, "background_max_wait_s": bound_s})

@@ -80,7 +80,7 @@ class Churn:
             await engine.start()
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "least_outstanding", "hexgen", "slack"])
+@pytest.mark.parametrize("policy", ["round_robin", "least_outstanding", "paper", "slack"])
 async def test_random_workflows_under_churn(policy: str) -> None:
     settings = [FakeSettings(slots=3, step_s=0.0005, policy="fcfs") for _ in range(3)]
     async with open_stand(
