@@ -23,7 +23,6 @@ class ClientGone(Exception):  # noqa: N818 - not a defect
 
 
 _LOG = logging.getLogger(__name__)
-_LOGGED_BYTES: Final = 2000
 _REFUSALS: Final = {
     404: "The engine does not serve this endpoint.",
     501: "The engine cannot do this.",
@@ -264,8 +263,7 @@ def refused_by_engine(status: int, body: bytes | None, address: str) -> bytes:
     error = None if body is None else _error_in(body)
     if body is not None and error is not None and status < 500 and not _tells(body, address):
         return body
-    said = repr(body[:_LOGGED_BYTES]) if body is not None else "too long"
-    _LOG.warning("engine refused engine_url=%s status=%d body=%s", address, status, said)
+    _LOG.warning("engine refused engine_url=%s status=%d said=%r", address, status, clue(body))
     return json.dumps(_with_message(error or {}, _REFUSALS.get(status), status)).encode()
 
 
@@ -273,11 +271,34 @@ def _with_message(error: dict[str, Any], message: str | None, status: int) -> di
     """Return an error object with another message and what else ``error`` may say."""
     usual = "The engine refuses it." if status < 500 else "The engine failed."
     found = error_object(message or usual, status)
+    found["error"].update(_words(error))
+    return found
+
+
+def _words(error: dict[str, Any]) -> dict[str, int | str]:
+    """Return what kind of error it is, as far as that is said in words and numbers."""
+    found: dict[str, int | str] = {}
     for name in ("type", "code"):
         value = error.get(name)
         if type(value) is int or (isinstance(value, str) and _WORD.fullmatch(value)):
-            found["error"][name] = value
+            found[name] = value
     return found
+
+
+def clue(body: bytes | None) -> str:
+    """Return what logs may say of an engine's error: its kind and size, whether it has a trace.
+
+    Its text may repeat the prompt; whoever runs the engine finds it in the engine's own log.
+
+    Args:
+        body: what the engine said; ``None`` is more than was read.
+    """
+    if body is None:
+        return "a long text"
+    parts = [f"{name} {value}" for name, value in _words(_error_in(body) or {}).items()]
+    if _TRACE.search(body) is not None:
+        parts.append("Traceback")
+    return ", ".join((*parts, f"{len(body)} bytes"))
 
 
 def told_event(event: bytes, address: str) -> bytes:
@@ -299,7 +320,7 @@ def _told_data(found: re.Match[bytes], address: str) -> bytes:
     own_failure = type(code) is int and code >= 500
     if not (own_failure or _tells(data, address) or _ADDRESS.search(data)):
         return found.group()
-    _LOG.warning("engine failed engine_url=%s event=%r", address, data[:_LOGGED_BYTES])
+    _LOG.warning("engine failed engine_url=%s said=%r", address, clue(data))
     content = _with_message(error, None, code if type(code) is int else 500)
     kind = _decoded(data).get("type")
     if kind is not None:

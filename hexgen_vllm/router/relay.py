@@ -422,11 +422,12 @@ async def _said(answer: Answer) -> bytes:
 
 
 def _refused_by_engine(answer: Answer, said: bytes, address: str) -> EngineFailed:
-    """Return the error for an answer that another engine may better; its body is only logged."""
+    """Return the error for an answer that another engine may better; logs get a clue."""
     dead = _DEAD.search(said) is not None
     usual = answer.status in (429, 503) and not dead and b"Traceback" not in said
     level = logging.DEBUG if usual else logging.WARNING
-    _LOG.log(level, "engine refused engine_url=%s status=%d body=%r", address, answer.status, said)
+    what = errors.clue(said)
+    _LOG.log(level, "engine refused engine_url=%s status=%d said=%r", address, answer.status, what)
     if answer.status in (429, 503) and not dead:
         wait = answer.header(b"retry-after")
         return EngineFailed(

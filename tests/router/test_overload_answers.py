@@ -13,6 +13,11 @@ from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 
+STOCK = FakeSettings(slots=1, policy="fcfs")
+RATES = {"c0": 0.01, "c1": 1e-5, "c2": 0.0, "p0": 0.01, "p1": 1e-4, "p2": 0.0}
+MEASURED = FakeSettings(
+    slots=1, stats={"cost": RATES, "fit_error": 0.01, "max_num_seqs": 1, "kv_tokens": 10**5}
+)
 REASON = "x-llm-d-request-dropped-reason"
 
 
@@ -57,11 +62,13 @@ class Queue:
 
 
 @asynccontextmanager
-async def queue(clock: ManualClock | None = None, **options: Any) -> AsyncIterator[Queue]:
+async def queue(
+    clock: ManualClock | None = None,
+    engine: FakeSettings = STOCK,
+    **options: Any,
+) -> AsyncIterator[Queue]:
     dispatch = {"hold_depth": 0, **options.pop("dispatch", {})}
-    async with open_stand(
-        FakeSettings(slots=1, policy="fcfs"), clock=clock, dispatch=dispatch, **options
-    ) as stand:
+    async with open_stand(engine, clock=clock, dispatch=dispatch, **options) as stand:
         stand.engines[0].faults.append(Fault("hang", 1))
         first = {"x-hexgen-workflow-id": "begun"}
         blocker = await stand.post(stream=True, headers=first).__aenter__()
@@ -135,7 +142,9 @@ async def test_a_tenant_beyond_its_share_waits_for_the_others(
         tasks = []
         for tenant, calls, ms in (("meek", 1, "90000"), ("greedy", 4, "10000")):
             said = {"x-hexgen-tenant": tenant, "x-hexgen-workflow-deadline-ms": ms}
-            tasks += [await one.put(tenant, said, max_tokens=100) for _ in range(calls)]
+            tasks += [
+                await one.put(tenant, said, max_tokens=100, ignore_eos=True) for _ in range(calls)
+            ]
         one.let_go()
         await asyncio.wait(tasks)
         assert one.order().index("meek") == place
@@ -154,7 +163,9 @@ async def test_protect_puts_what_is_late_anyway_behind() -> None:
 
 
 async def test_protect_refuses_at_the_door() -> None:
-    async with queue(dispatch={"overload": "protect"}) as one:
+    async with queue(engine=MEASURED, dispatch={"overload": "protect"}) as one:
+        (engine,) = one.stand.context.service.coordinator.engines.values()
+        await one.stand.until(engine.cost)
         task = await one.put("hopeless", {"x-hexgen-workflow-deadline-ms": "1"})
         await asyncio.wait([task])
         assert refused(task, 429, "rejected-saturated")
@@ -187,3 +198,12 @@ async def test_priorities_go_before_deadlines_whoever_gives_them(
         one.let_go()
         await asyncio.wait(tasks)
         assert one.order() == ["first", "last"]
+
+
+async def test_protect_refuses_nobody_whose_time_cannot_be_known() -> None:
+    async with queue(dispatch={"overload": "protect"}) as one:
+        said = {"x-hexgen-workflow-deadline-ms": "60000"}
+        tasks = [await one.put(f"{i}", said, max_tokens=10**5) for i in range(3)]
+        assert not any(task.done() for task in tasks)
+        one.let_go()
+        assert {(await task).status for task in tasks} == {200}
