@@ -232,7 +232,7 @@ OTHERS = (
     Mistake("device: … is none of cpu, cuda and cuda:N.", "bench kv --device tpu"),
     Mistake("there is no scenario file in ….", "bench report --scenarios EMPTY"),
     Mistake("there is no scenario … in ….", "bench report --only none"),
-    Mistake("--workers and --workflows must be at least 1.", "bench report --workers 0"),
+    Mistake("--workers, --workflows and --seeds must be at least 1.", "bench report --workers 0"),
     Mistake("… is no installed vLLM: its _version.py tells no version.",
             "patch status --vllm EMPTY"),
 )  # fmt: skip

@@ -16,6 +16,10 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
     ),
     "RAY_ADDRESS": ("cluster", "Ray cluster to join (`--ray-address`)"),
     "VLLM_API_KEY": ("engine", "vLLM's key; `/hexgen/stats` asks for it as well"),
+    "VLLM_USE_RUST_FRONTEND": (
+        "engine",
+        "1 takes vLLM's server in Rust, which has no place for our middleware",
+    ),
     "VLLM_PLUGINS": ("engine", "vLLM's list of plugins to load; if set, it must name `hexgen`"),
     "HEXGEN_KERNELS": (
         "engine",
