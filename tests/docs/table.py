@@ -50,6 +50,7 @@ APPENDED: Final = (
     Appended("hexgen-vllm bench kv", "--parts sweep --page-kib 4 --blocks 1,4 --layers 1"),
     Appended("hexgen-vllm sim examples", "--workflows 10 --seed 1"),
     Appended("hexgen-vllm sim mine.yaml", "--workflows 10 --seed 1"),
+    Appended("hexgen-vllm sim overload.yaml", "--workflows 10 --seed 1"),
     Appended("hexgen-vllm tune", "--workflows 20 --warmup 0 --seed 1 --budget 6 --jobs 1"),
     Appended("--policy paper --grid 11", "--grid 2"),
     Appended("examples.text2sql --users 200", "--base-url http://127.0.0.1:30000/v1"),
