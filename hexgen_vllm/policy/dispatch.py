@@ -8,7 +8,8 @@ call, given in order of their name, so that ties break the same way everywhere.
 | ``round_robin`` | turn | nothing | nothing |
 | ``least_outstanding`` | fewest calls in flight | nothing | nothing |
 | ``paper`` | the paper's blend of speed fit and assigned work | solo times | the slow at alpha 1 |
-| ``slack`` | earliest predicted finish plus delay caused to others | rates | nothing |
+| ``earliest_finish`` | earliest predicted finish plus delay caused to others | rates | nothing |
+| ``slack`` | :mod:`hexgen_vllm.policy.marginal_cost` | rates | nothing |
 """
 
 from __future__ import annotations
