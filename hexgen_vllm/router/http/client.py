@@ -27,6 +27,7 @@ T = TypeVar("T")
 # uvicorn closes idle connections after 5 s; one that it is about to close must not be used.
 _KEEPALIVE_S: Final = 4.0
 _LARGE_BODY_BYTES: Final = 64 * 1024
+_PIECE_BYTES: Final = 256 * 1024  # of a large body: a transport copies what it cannot send at once
 # What an engine may send that is no body: heads, also of 1xx, trailers, sizes of chunks.
 _MAX_HEAD_BYTES: Final = 64 * 1024
 _MAX_HEADERS: Final = 512
@@ -240,7 +241,8 @@ class EngineConnection(asyncio.Protocol):
         self._answer: Answer | None = None
         self._pairs: Pairs = []
         self._pieces: list[bytes] = []
-        self._ended = self._keep = self._paused = False
+        self._ended = self._keep = self._paused = self._full = False
+        self._unsent = memoryview(b"")  # of a large body
         self._in_head = False
         self._head_end: asyncio.TimerHandle | None = None
         self._field_bytes = 0  # names and values of the present answer so far
@@ -258,8 +260,15 @@ class EngineConnection(asyncio.Protocol):
             self._transport.write(head + body)
         else:
             self._transport.write(head)
-            self._transport.write(body)
+            self._unsent = memoryview(body)
+            self._send_on()
         return answer
+
+    def _send_on(self) -> None:
+        """Send more of a large body, as long as the engine takes it."""
+        while self._unsent and not self._full and self._transport is not None:
+            piece, self._unsent = self._unsent[:_PIECE_BYTES], self._unsent[_PIECE_BYTES:]
+            self._transport.write(piece)
 
     def usable(self) -> bool:
         """Whether it is open."""
@@ -275,6 +284,15 @@ class EngineConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
         self._transport = cast(asyncio.Transport, transport)
+
+    def pause_writing(self) -> None:
+        """Send no more for now."""
+        self._full = True
+
+    def resume_writing(self) -> None:
+        """Send on."""
+        self._full = False
+        self._send_on()
 
     def data_received(self, data: bytes) -> None:
         """Take in what an engine sends; what comes together is handed on together."""
@@ -321,11 +339,13 @@ class EngineConnection(asyncio.Protocol):
 
     def _all_sent(self) -> bool:
         """Whether the engine did not answer before the end of the request."""
-        return self._transport is not None and not self._transport.get_write_buffer_size()
+        if self._unsent or self._transport is None:
+            return False
+        return not self._transport.get_write_buffer_size()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the answer under way; without a length the end of the connection is its end."""
-        self._transport = None
+        self._transport, self._unsent = None, memoryview(b"")
         self._pool.forget(self, self._address)
         if self._head_end is not None:
             self._head_end.cancel()

@@ -282,3 +282,38 @@ async def test_no_cancellation_is_lost_when_the_work_ends_in_the_same_turn() -> 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_large_body_is_sent_as_the_engine_takes_it() -> None:
+    """The rest is neither copied nor lost, and a connection with unsent bytes is not kept."""
+    body = bytes(range(256)) * 2**16
+    head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+    reads, got = asyncio.Event(), bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await reads.wait()
+        got.extend(await reader.readexactly(len(body)))
+        writer.write(PLAIN)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(PLAIN)  # before the body is read
+        await writer.drain()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url, pool = URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"), Pool(1.0)
+    sending = asyncio.ensure_future(pool.send(url, head, body))
+    while not pool.open:
+        await asyncio.sleep(0.001)
+    (connection,) = pool._open
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+        assert connection._transport is not None
+        assert connection._transport.get_write_buffer_size() < len(body) // 8
+    reads.set()
+    assert await (await sending).body(10) == b"abc"
+    assert got == body
+    early = await pool.send(url, head, body)
+    assert await early.body(10) == b"abc"
+    assert not connection.usable(), "the rest of that body is still to be sent"
+    pool.close()
+    server.close()
