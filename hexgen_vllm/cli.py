@@ -8,7 +8,6 @@ commands work in a clone of the repository.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,6 +16,7 @@ from types import ModuleType
 from typing import Final
 
 from hexgen_vllm import __version__
+from hexgen_vllm.config import Parser, known_names
 from hexgen_vllm.errors import ConfigError, HexgenError
 
 COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
@@ -45,15 +45,6 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("bench", "report"): ("benchmarks.evaluation.report", "compare all policies in the simulator"),
 }
 _GROUPS: Final = {"bench": "measure engines, scheduler, router, simulator and KV copies"}
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence and exit code 2."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Say what is wrong and leave."""
-        sentence = message if message.endswith(".") else f"{message}."
-        self.exit(2, f"{self.prog}: {sentence}\n")
 
 
 def _usage(words: tuple[str, ...]) -> str:
@@ -85,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, rest = _split(arguments)
     if words not in COMMANDS:
         return _explain(words, rest)
-    parser = _Parser(prog=" ".join(("hexgen-vllm", *words)), description=COMMANDS[words][1])
+    parser = Parser(prog=" ".join(("hexgen-vllm", *words)), description=COMMANDS[words][1])
     try:
         module = _load(COMMANDS[words][0])
         module.add_arguments(parser)
@@ -127,8 +118,8 @@ def _explain(words: tuple[str, ...], rest: Sequence[str]) -> int:
         print(_usage(words))
         return 0 if rest else 2
     names = sorted({path[len(words)] for path in COMMANDS if path[: len(words)] == words})
-    prog = " ".join(("hexgen-vllm", *words))
-    print(f"{prog}: unknown command {rest[0]!r}; known are {', '.join(names)}.", file=sys.stderr)
+    prog, known = " ".join(("hexgen-vllm", *words)), known_names(rest[0], names)
+    print(f"{prog}: unknown command {rest[0]!r}; known are {known}.", file=sys.stderr)
     return 2
 
 

@@ -12,15 +12,20 @@ import json
 import logging
 import math
 import re
+import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
 from functools import cache, partial
-from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hexgen_vllm.errors import ConfigError
 
 T = TypeVar("T")
+V = TypeVar("V")
+
+_LISTED: Final = 30  # as many names are read through for the right one
 
 _LOG: Final = logging.getLogger(__name__)
 RENAMED: Final = {"hexgen": "paper"}
@@ -36,6 +41,7 @@ def option(
     choices: tuple[str, ...] = (),
     was: str = "",
     renamed: Mapping[str, str] | None = None,
+    aliases: tuple[str, ...] = (),
 ) -> Any:
     """Declare an option of a config dataclass.
 
@@ -45,6 +51,7 @@ def option(
         least: smallest legal number.
         most: largest legal number.
         choices: legal words.
+        aliases: other names that it may be given by.
         was: an earlier name of the option, which is still taken.
         renamed: earlier words for values, which are still taken, and what they are now.
     """
@@ -53,12 +60,19 @@ def option(
         "least": least,
         "most": most,
         "choices": choices,
+        "aliases": aliases,
         "was": was,
         "renamed": renamed or {},
     }
     if isinstance(default, tuple | dict | list):
         return field(default_factory=lambda: default, metadata=meta)
     return field(default=default, metadata=meta)
+
+
+def shared(cls: type[Any], name: str) -> Any:
+    """Declare an option that is option ``name`` of ``cls`` in another dataclass, too."""
+    one = next(f for f in fields(cls) if f.name == name)
+    return field(default=one.default, metadata=one.metadata)
 
 
 def check(config: object) -> None:
@@ -105,17 +119,21 @@ def with_current_names(cls: type[Any], values: Mapping[str, Any]) -> dict[str, A
     """Return ``values`` by today's names of the options of ``cls``, and with today's words.
 
     Raises:
-        ConfigError: an option is given under both its names.
+        ConfigError: an option is given under two of its names.
     """
-    earlier = {f.metadata["was"]: f.name for f in fields(cls) if f.metadata.get("was")}
+    names = names_of(cls)
+    earlier = {f.metadata["was"] for f in fields(cls) if f.metadata.get("was")}
     renamed = {f.name: f.metadata["renamed"] for f in fields(cls) if f.metadata}
     found: dict[str, Any] = {}
     for name, value in values.items():
-        now = earlier.get(name, name)
-        if now != name:
+        now = names.get(name, name)
+        if name in earlier:
             _warn(name, now)
             if now in values:
                 raise ConfigError(f"{name} is the earlier name of {now}; give one of them.")
+        if now in found:
+            first = next(n for n in values if names.get(n) == now)
+            raise ConfigError(f"{first} and {name} are names of one option; give it once.")
         found[now] = _todays(value, renamed.get(now, {}))
     return found
 
@@ -179,6 +197,38 @@ def _named_numbers(name: str, words: Sequence[object]) -> dict[str, Any]:
     return found
 
 
+def known_names(name: str, known: Iterable[str]) -> str:
+    """Return ``known`` for a sentence about ``name``, which is none of them, and what was meant.
+
+    Of many names only those that are like it are listed, if there are any.
+    """
+    names = list(known)
+    near = _near(name, names)
+    if not near:
+        return ", ".join(names)
+    others = f"{len(names) - len(near)} others"
+    listed = names if len(names) <= _LISTED else [*near, others]
+    return f"{', '.join(listed)} (did you mean {' or '.join(map(repr, near))}?)"
+
+
+def _near(name: str, names: Sequence[str]) -> list[str]:
+    """Return those of ``names`` that are most like ``name``, nearest first."""
+    firsts = [set(letters) for letters in zip(name, *names, strict=False)]
+    same = next((i for i, letters in enumerate(firsts) if len(letters) > 1), len(firsts))
+    rest = {one[same:]: one for one in names}  # "--hexgen-" makes no two alike
+    return [rest[one] for one in get_close_matches(name[same:].lower(), rest, n=2)]
+
+
+def names_of(cls: type[Any]) -> dict[str, str]:
+    """Return the option that each name means: names of ``cls``, their aliases and earlier names."""
+    found = {f.name: f.name for f in fields(cls)}
+    for f in fields(cls):
+        found |= dict.fromkeys(f.metadata.get("aliases", ()), f.name)
+        if f.metadata.get("was"):
+            found[f.metadata["was"]] = f.name
+    return found
+
+
 def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "option") -> T:
     """Build config ``cls`` from decoded JSON or YAML.
 
@@ -186,37 +236,18 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "optio
         ConfigError: a name is unknown, or a value has the wrong type or is out of bounds.
     """
     hints = get_type_hints(cls)
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    known = sorted(f.name for f in fields(cls))  # type: ignore[arg-type]
     values = with_current_names(cls, values)
     for name in values:
         if name not in known:
-            raise ConfigError(f"unknown {where} {name!r}; known are {', '.join(sorted(known))}.")
+            raise ConfigError(f"unknown {where} {name!r}; known are {known_names(name, known)}.")
     return cls(**{n: _converted(n, v, hints[n]) for n, v in values.items()})
 
 
 def add_arguments(parser: Any, cls: type[Any], *, prefix: str = "") -> None:
     """Add one ``--{prefix}{name}`` per option of ``cls``; nothing given leaves nothing set."""
-    hints = get_type_hints(cls)
     for f in fields(cls):
-        if not f.metadata or f.metadata.get("hidden"):
-            continue
-        flag = f"--{prefix}{f.name.replace('_', '-')}"
-        wanted = _plain_type(hints[f.name])
-        text = f"{f.metadata['doc']}{_said_default(f)}".replace("%", "%%")
-        common: dict[str, Any] = {"dest": _dest(prefix, f.name), "default": None, "help": text}
-        if wanted is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        elif get_origin(wanted) is tuple:
-            parser.add_argument(flag, nargs="+", action="extend", **common)
-        elif get_origin(wanted) is Mapping:
-            parser.add_argument(flag, nargs="+", metavar="NAME=NUMBER", **common)
-        elif f.metadata["choices"]:
-            word = partial(current, renamed=f.metadata["renamed"])
-            parser.add_argument(flag, choices=f.metadata["choices"], type=word, **common)
-        elif wanted in (int, float, str):
-            parser.add_argument(flag, type=wanted, metavar=wanted.__name__.upper(), **common)
-        if f.metadata["was"]:
-            _add_earlier(parser, f, prefix)
+        add_argument(parser, cls, f.name, prefix=prefix)
 
 
 def _add_earlier(parser: Any, one: Field[Any], prefix: str) -> None:
@@ -244,6 +275,30 @@ def _add_earlier(parser: Any, one: Field[Any], prefix: str) -> None:
     )
 
 
+def add_argument(parser: Any, cls: type[Any], name: str, *, prefix: str = "") -> None:
+    """Add the flag of option ``name`` of ``cls``, and those of its aliases."""
+    f = next(f for f in fields(cls) if f.name == name)
+    if not f.metadata or f.metadata.get("hidden"):
+        return
+    flags = [f"--{prefix}{n.replace('_', '-')}" for n in (name, *f.metadata["aliases"])]
+    wanted = _plain_type(get_type_hints(cls)[name])
+    text = f"{f.metadata['doc']}{_said_default(f)}".replace("%", "%%")
+    common: dict[str, Any] = {"dest": _dest(prefix, name), "default": None, "help": text}
+    if wanted is bool:
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+    elif get_origin(wanted) is tuple:
+        parser.add_argument(*flags, nargs="+", action="extend", **common)
+    elif get_origin(wanted) is Mapping:
+        parser.add_argument(*flags, nargs="+", metavar="NAME=NUMBER", **common)
+    elif f.metadata["choices"]:
+        word = partial(current, renamed=f.metadata["renamed"])
+        parser.add_argument(*flags, choices=f.metadata["choices"], type=word, **common)
+    elif wanted in (int, float, str):
+        parser.add_argument(*flags, type=wanted, metavar=wanted.__name__.upper(), **common)
+    if f.metadata["was"]:
+        _add_earlier(parser, f, prefix)
+
+
 def _said_default(one: Field[Any]) -> str:
     """Return what help says of the default, in words of a command line; nothing for none."""
     value = one.default if one.default_factory is MISSING else one.default_factory()
@@ -255,6 +310,30 @@ def _said_default(one: Field[Any]) -> str:
 
 def _dest(prefix: str, name: str) -> str:
     return prefix.replace("-", "_") + name
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence and exit code 2; it says what was probably meant."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and remember the words for the sentence."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and leave."""
+        meant = dict.fromkeys(near for word in self._words for near in self._meant(word))
+        hint = f" (did you mean {' or '.join(meant)}?)" if meant else ""
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}{hint}.\n")
+
+    def _meant(self, word: str) -> Sequence[str]:
+        """Return the options that are like ``word``, none if it is one or the beginning of one."""
+        flag, known = word.partition("=")[0], list(self._option_string_actions)
+        if not flag.startswith("--") or flag == "--" or any(k.startswith(flag) for k in known):
+            return ()
+        return _near(flag, [one for one in known if one.startswith("--")])
 
 
 def given(args: argparse.Namespace, cls: type[Any], *, prefix: str = "") -> dict[str, Any]:

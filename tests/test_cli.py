@@ -47,6 +47,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("rooter",), ("unknown command 'rooter'", "router")),
         (("bench", "lvie"), ("hexgen-vllm bench", "unknown command 'lvie'", "live")),
         (("doctor", "--nonsense"), ("hexgen-vllm doctor", "--nonsense")),
+        (("doctor", "--jsn"), ("hexgen-vllm doctor", "did you mean --json?")),
+        (("sim", "--polcy", "slack"), ("hexgen-vllm sim", "did you mean --policy?")),
+        (("calibrat",), ("did you mean 'calibrate'?",)),
+        (("bench", "rooter"), ("did you mean 'router'?",)),
     ],
 )
 def test_mistakes_get_one_sentence_and_exit_2(

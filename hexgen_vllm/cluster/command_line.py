@@ -13,29 +13,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 from hexgen_vllm.cluster.file import load
 from hexgen_vllm.cluster.processes import ProcessFailed
 from hexgen_vllm.cluster.spec import ClusterSpec
 from hexgen_vllm.cluster.supervisor import Cluster, Running
+from hexgen_vllm.config import Parser
 from hexgen_vllm.errors import ConfigError
 
 PROG = "python -m hexgen_vllm.serve"
 BACKENDS: Final = ("local", "ray")
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong and leave."""
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}.\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = _Parser(prog=PROG, description="Start several engines and the router.")
+    parser = Parser(prog=PROG, description="Start several engines and the router.")
     parser.add_argument("--cluster", required=True, type=Path, metavar="FILE", help="cluster file")
     parser.add_argument("--log-dir", metavar="DIR", help="directory of the logs")
     parser.add_argument(

@@ -25,7 +25,7 @@ from typing import Any, Final
 from hexgen_vllm.cluster.commands import flags
 from hexgen_vllm.cluster.ray_options import Placement
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
-from hexgen_vllm.config import from_mapping
+from hexgen_vllm.config import from_mapping, known_names
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.yaml_files import (
     Key,
@@ -162,7 +162,7 @@ def load(path: Path) -> ClusterSpec:
     top = dict(_mapping(source, ()))
     for key in top:
         if key not in _KEYS:
-            known = ", ".join(sorted(_KEYS))
+            known = known_names(key, sorted(_KEYS))
             raise source.error((), f"unknown key {key!r}; known are {known}.", key=key)
     defaults = _engine_values(source, ("defaults",)) if "defaults" in top else {}
     top.pop("defaults", None)
@@ -251,4 +251,7 @@ def _router(source: Located) -> RouterEntry | None:
         checked = {key: value} if is_own else {"options": {key: value}}
         _located(source, path, key, RouterEntry, checked)
         (own if is_own else options)[key] = value
-    return RouterEntry(**own, options=options)
+    try:
+        return RouterEntry(**own, options=options)
+    except ConfigError as error:
+        raise source.error(path, error) from None

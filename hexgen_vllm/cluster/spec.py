@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -124,6 +124,7 @@ class RouterEntry:
         object.__setattr__(self, "options", options)
         for name, value in options.items():
             self._check_option(name.replace("-", "_"), value)
+        self._part({name.replace("-", "_"): value for name, value in self.options.items()})
 
     @staticmethod
     def _current(option: tuple[str, Any]) -> tuple[str, Any]:
@@ -137,11 +138,15 @@ class RouterEntry:
 
         if name in ("worker_urls", "host", "port", "policy"):
             raise ConfigError(f"{name} does not belong among the router's other options.")
-        known = [f.name for cls in (RouterOptions, DispatchOptions) for f in fields(cls)]
-        if name not in known:
-            raise ConfigError(f"unknown router option {name!r}; known are {', '.join(known)}.")
-        in_dispatch = any(f.name == name for f in fields(DispatchOptions))
-        from_mapping(DispatchOptions if in_dispatch else RouterOptions, {name: value})
+        router, dispatch = self._part({name: value})
+        from_mapping(DispatchOptions, dispatch)
+        from_mapping(RouterOptions, router)
+
+    @staticmethod
+    def _part(options: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        from hexgen_vllm.router.options import parted  # loads what routers need
+
+        return parted(options, "router option")
 
 
 @dataclass(frozen=True)

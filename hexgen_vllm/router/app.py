@@ -77,7 +77,7 @@ def new_context(
     service = Service(Coordinator(options.bounded(dispatch)), clock, ledger, recorder)
     tuning = None
     if recorder is not None:
-        tuning = Tuning(options, service.coordinator, clock, ring, service.retune)
+        tuning = Tuning(options.tuning, service.coordinator, clock, ring, service.retune)
     guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
     fleet = Fleet(options, service, guard)
     watchers = Watchers(fleet, service, Probe(session, options), options, clock)

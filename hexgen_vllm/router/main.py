@@ -26,11 +26,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from hexgen_vllm import config, descriptors, policy_file
-from hexgen_vllm.config import DispatchOptions, from_mapping, with_current_names
+from hexgen_vllm.config import DispatchOptions, from_mapping
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.observe import logs
-from hexgen_vllm.router.options import KEY_VARIABLES, RouterOptions
+from hexgen_vllm.router.options import (
+    GROUPS,
+    KEY_VARIABLES,
+    RouterOptions,
+    composed,
+    parted,
+)
 from hexgen_vllm.router.processes.spot import Spot
 from hexgen_vllm.router.processes.supervisor import CANNOT_START, Processes
 from hexgen_vllm.yaml_files import Located, read
@@ -51,32 +57,48 @@ def read_options(path: Path) -> tuple[Values, Values]:
         ConfigError: it cannot be read, or an option in it is unknown or wrong; one sentence that
             says in which line.
     """
-    source = read(path)
+    return options_in(read(path))
+
+
+def options_in(source: Located) -> tuple[Values, Values]:
+    """Return the options of the router and of placement that a file gives, already read.
+
+    Raises:
+        ConfigError: as :func:`read_options`.
+    """
     top = {} if source.value is None else source.value
     if not isinstance(top, Mapping):
         raise source.error((), "the file must be a mapping of options.")
-    names = {f.name for f in fields(DispatchOptions)}
-    keys = {key.replace("-", "_"): key for key in map(str, top)}
-    try:
-        keys = with_current_names(DispatchOptions, keys)
-    except ConfigError as error:
-        raise source.error((), error) from None
-    values: Values = {name: top.get(key) for name, key in keys.items()}
-    router = {name: value for name, value in values.items() if name not in names}
-    dispatch = {name: value for name, value in values.items() if name in names}
-    checked = _checked(source, keys, RouterOptions, router)
-    return checked, _checked(source, keys, DispatchOptions, dispatch)
+    keys: dict[str, str] = {}  # what the file calls each option
+    router: Mapping[str, str] = {}
+    dispatch: Mapping[str, str] = {}
+    for key in map(str, top):
+        name = key.replace("-", "_")
+        if name in keys:
+            problem = f"{keys[name]} and {key} are names of one option; give it once."
+            raise source.error((), problem, key=key)
+        keys[name] = key
+        try:
+            router, dispatch = parted(keys)
+        except ConfigError as error:
+            raise source.error((), error, key=key) from None
+    return _checked(source, router, RouterOptions), _checked(source, dispatch, DispatchOptions)
 
 
-def _checked(source: Located, keys: Mapping[str, str], cls: type[Any], values: Values) -> Values:
-    """Return ``values`` as ``cls`` takes them; an error names the line of the one that is wrong."""
+def _checked(source: Located, keys: Mapping[str, str], cls: type[Any]) -> Values:
+    """Return the values of ``keys``, by the names that ``cls`` has for them.
+
+    Raises:
+        ConfigError: one is wrong; the error names its line.
+    """
     found: Values = {}
-    for name, value in values.items():
+    for name, key in keys.items():
+        value = source.at((key,))
         several = get_origin(get_type_hints(cls).get(name)) is tuple
         try:
             found[name] = _texts(name, value) if several else value
         except ConfigError as error:
-            raise source.error((), error, key=keys[name]) from None
+            raise source.error((), error, key=key) from None
     problem = _problem(cls, found)
     if problem is None:
         return found
@@ -102,13 +124,16 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the router's options to ``parser``."""
-    router = parser.add_argument_group("router")
-    router.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
-    config.add_arguments(router, RouterOptions)
-    router.add_argument(
-        "--cors-allowed-origins", dest="allowed_origins", nargs="+", help=argparse.SUPPRESS
-    )
-    config.add_arguments(parser.add_argument_group("placement"), DispatchOptions)
+    parser.usage = "%(prog)s --worker-urls URL ... [options]"
+    own = {f.name for f in fields(RouterOptions)}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            if name == "config":
+                about = "YAML file of these options"
+                group.add_argument("--config", type=Path, metavar="FILE", help=about)
+            else:
+                config.add_argument(group, RouterOptions if name in own else DispatchOptions, name)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -163,15 +188,15 @@ def options_from(
         ConfigError: one of them is wrong.
     """
     router, dispatch = ({}, {}) if args.config is None else read_options(args.config)
+    values = router | dispatch
     for name, variable in KEY_VARIABLES.items():
         key = environment.get(variable)
         if key:
-            router[name] = key if name == "engine_api_key" else (key,)
-    router |= config.given(args, RouterOptions)
-    dispatch |= config.given(args, DispatchOptions)
-    placing = config.from_mapping(DispatchOptions, dispatch)
+            values[name] = key if name == "engine_api_key" else (key,)
+    values |= config.given(args, RouterOptions) | config.given(args, DispatchOptions)
+    options, placing = composed(values)
     policy_file.load(placing.policy)
-    return config.from_mapping(RouterOptions, router), placing
+    return options, placing
 
 
 async def _serve(
@@ -225,14 +250,9 @@ def _spare_collector() -> None:
     gc.freeze()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}.\n")
-
-
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the router as a program of its own and return its exit code."""
-    parser = _Parser(
+    parser = config.Parser(
         prog="python -m hexgen_vllm.router",
         description="Place calls of LLM workflows on several engines.",
     )

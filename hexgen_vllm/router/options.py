@@ -1,17 +1,28 @@
-"""Options of the router. Names follow vllm-router where the meaning is the same.
-Those about keys and TLS follow vLLM's.
+"""Options of the router: one flat value, and the groups in which they are shown.
+
+Names follow vllm-router where the meaning is the same; those about keys and TLS follow vLLM's.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from hexgen_vllm.config import DispatchOptions, check, option
+from hexgen_vllm.config import (
+    DispatchOptions,
+    check,
+    from_mapping,
+    known_names,
+    names_of,
+    option,
+    shared,
+    with_current_names,
+)
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.claims import MAX_PRIORITY
 from hexgen_vllm.policy.liveness import Patience
@@ -24,27 +35,168 @@ from hexgen_vllm.router.addresses import (
 from hexgen_vllm.router.tenants import read_keys
 from hexgen_vllm.tune.online import OnlineOptions
 
+T = TypeVar("T")
+
 KEY_VARIABLES: Final = {
     "api_key": "HEXGEN_ROUTER_API_KEY",
     "admin_api_key": "HEXGEN_ROUTER_ADMIN_API_KEY",
     "engine_api_key": "HEXGEN_ROUTER_ENGINE_API_KEY",
 }
 """Environment variables that hold keys, so that none shows in a list of processes."""
+
+GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
+    "engines": (
+        "worker_urls", "worker_allowed_hosts", "stock_scheduling", "intra_node_data_parallel_size",
+        "connect_timeout_secs", "stats_interval_secs",
+    ),
+    "service": (
+        "config", "host", "port", "router_workers", "log_level", "log_format", "prometheus_host",
+        "prometheus_port", "otlp_traces_endpoint", "shutdown_timeout", "max_payload_size",
+        "max_buffered_bytes", "max_connections", "request_id_headers",
+    ),
+    "placement": (
+        "policy", "default_deadline_s", "hold_depth", "prefix_affinity", "externality", "stretch",
+        "length_quantile", "slack_quantile", "default_output_tokens", "priority_by", "alpha",
+        "paper_form", "beta", "affinity_tokens",
+    ),
+    "keys and TLS": (
+        "api_key", "api_keys", "admin_api_key", "engine_api_key", "max_priority",
+        "min_deadline_ms", "allow_unauthenticated_admin", "ssl_certfile", "ssl_keyfile",
+        "ssl_ca_certs", "engine_ssl_ca_certs", "allowed_hosts", "allowed_origins",
+        "allow_credentials",
+    ),
+    "queue": (
+        "queue_size", "queue_timeout_secs", "max_concurrent_requests", "max_held_tokens",
+        "max_workflows",
+    ),
+    "overload": (
+        "overload", "fair_window_tokens", "tenant_weights", "entry_margin", "reject_at_entry",
+        "hopeless_quantile", "hopeless_pace", "background_share",
+    ),
+    "retries": (
+        "retry_max_retries", "disable_retries", "retry_initial_backoff_ms", "retry_max_backoff_ms",
+        "retry_backoff_multiplier", "retry_jitter_factor", "retry_budget_ratio",
+        "retry_budget_burst",
+    ),
+    "silence": (
+        "request_timeout_secs", "stream_stall_timeout_secs", "sse_keep_alive_interval",
+        "engine_stall_secs", "engine_stall_steps", "engine_cold_secs", "lost_stream_timeout_secs",
+    ),
+    "health": (
+        "health_check_endpoint", "health_check_interval_secs", "health_check_timeout_secs",
+        "health_failure_threshold", "health_success_threshold",
+    ),
+    "circuit breaker": (
+        "disable_circuit_breaker", "cb_failure_threshold", "cb_error_ratio", "cb_least_calls",
+        "cb_window_duration_secs", "cb_timeout_duration_secs", "cb_success_threshold",
+    ),
+    "discovery": (
+        "worker_dns", "worker_dns_records", "worker_dns_server", "worker_dns_refresh_secs",
+        "worker_dns_least_refresh_secs", "worker_dns_timeout_secs", "service_discovery",
+        "selector", "service_discovery_port", "service_discovery_namespace", "kubeconfig",
+    ),
+    "tuning": (
+        "tune", "tune_period_s", "tune_drift", "tune_least_s", "tune_workflows", "tune_ring",
+        "tune_simulations",
+    ),
+}  # fmt: skip
+"""What ``--help`` and the documentation show together, what is used most first; ``config`` is the
+file of options, and what :class:`RouterOptions` lacks is of :class:`DispatchOptions`."""
+
 _WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
 
 
-@dataclass(frozen=True)
-class AccessOptions(OnlineOptions):
-    """Keys, TLS, origins, and the hosts that engines may register from."""
+class Worker(NamedTuple):
+    """An engine server: what clients may know it by, and where it is."""
 
+    name: str
+    url: str
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """Options of the router and of its tuning; those of placement are ``DispatchOptions``."""
+
+    # Engines
+    worker_urls: tuple[str, ...] = option(
+        (), "engines, as http://host:port or name=http://host:port"
+    )
+    worker_allowed_hosts: tuple[str, ...] = option(
+        (),
+        "hosts that engines may be registered and discovered on: names with * and ?, addresses, "
+        "networks; by default those of --worker-urls and this machine, and wherever discovered",
+    )
+    stock_scheduling: str = option(
+        "auto",
+        "how stock vLLM engines order calls, where they do not say",
+        choices=("auto", "fcfs", "priority"),
+    )
+    intra_node_data_parallel_size: int = option(
+        0,
+        "data-parallel ranks of engines that do not say how many they have; each rank gets its own"
+        " calls, and 1 leaves that choice to all engines",
+        least=0,
+        most=1024,
+    )
+    connect_timeout_secs: float = option(
+        2.0, "longest wait for a connection to an engine, seconds", least=1e-3
+    )
+    stats_interval_secs: float = option(
+        0.5, "time between readings of an engine's telemetry, seconds", least=1e-2
+    )
+
+    # Service
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(30000, "port to listen on, 0 for a free one", least=0, most=65535)
+    router_workers: int = option(
+        1, "processes that share the port; each workflow belongs to one of them", least=1, most=64
+    )
+    log_level: str = option(
+        "info", "least severe messages to log", choices=("debug", "info", "warning", "error")
+    )
+    log_format: str = option(
+        "text", "log lines for people or as JSON objects", choices=("text", "json")
+    )
+    prometheus_host: str = option("127.0.0.1", "address of a port of its own for metrics")
+    prometheus_port: int = option(
+        0, "that port, 0 for none; metrics are at /metrics of --port too", least=0, most=65535
+    )
+    otlp_traces_endpoint: str | None = option(
+        None, "where OpenTelemetry spans of calls are sent; nowhere by default"
+    )
+    shutdown_timeout: float = option(
+        60.0, "time calls in flight have to end after SIGTERM, seconds", least=0.0
+    )
+    max_payload_size: int = option(2**26, "largest request body, bytes", least=1)
+    max_buffered_bytes: int = option(
+        2**30, "bytes of request bodies in the router at once, more are refused", least=1
+    )
+    max_connections: int = option(
+        0,
+        "clients connected at once to a process, more get 503; 0 for as many as its limit of file "
+        "descriptors allows",
+        least=0,
+    )
+    request_id_headers: tuple[str, ...] = option(
+        ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"),
+        "headers that may bring a request id, first one first",
+    )
+
+    # Placement
+
+    # Keys and TLS
     api_key: tuple[str, ...] = option(
         (), f"keys of which clients must present one (or ${KEY_VARIABLES['api_key']})"
+    )
+    api_keys: str | None = option(
+        None, "YAML file of keys: whose each is, and the most that its clients can claim"
     )
     admin_api_key: tuple[str, ...] = option(
         (), f"keys for admin routes, closed without (or ${KEY_VARIABLES['admin_api_key']})"
     )
-    api_keys: str | None = option(
-        None, "YAML file of keys: whose each is, and the most that its clients can claim"
+    engine_api_key: str | None = option(
+        None,
+        f"key presented to engines instead of the client's (or ${KEY_VARIABLES['engine_api_key']})",
     )
     max_priority: int | None = option(
         None,
@@ -57,20 +209,6 @@ class AccessOptions(OnlineOptions):
         0.0, "shortest deadline that counts of those clients, ms", least=0.0
     )
     allow_unauthenticated_admin: bool = option(False, "open admin routes to everybody")
-    engine_api_key: str | None = option(
-        None,
-        f"key presented to engines instead of the client's (or ${KEY_VARIABLES['engine_api_key']})",
-    )
-    worker_allowed_hosts: tuple[str, ...] = option(
-        (),
-        "hosts that engines may be registered and discovered on: names with * and ?, addresses, "
-        "networks; by default those of --worker-urls and this machine, and wherever discovered",
-    )
-    allowed_hosts: tuple[str, ...] = option(
-        (),
-        "names that clients may call a router by (Host) that needs no key and listens on this "
-        "machine only, with * and ?; addresses and local names always may",
-    )
     ssl_certfile: str | None = option(None, "serve HTTPS with this certificate chain, PEM")
     ssl_keyfile: str | None = option(None, "private key of --ssl-certfile, PEM")
     ssl_ca_certs: str | None = option(
@@ -79,38 +217,115 @@ class AccessOptions(OnlineOptions):
     engine_ssl_ca_certs: str | None = option(
         None, "authorities that vouch for https engines, PEM; by default the system's"
     )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names that clients may call a router by (Host) that needs no key and listens on this "
+        "machine only, with * and ?; addresses and local names always may",
+    )
     allowed_origins: tuple[str, ...] = option(
-        (), "web origins whose pages may call the router, * for all (CORS)"
+        (),
+        "web origins whose pages may call the router, * for all (CORS)",
+        aliases=("cors_allowed_origins",),
     )
     allow_credentials: bool = option(False, "let those pages send credentials (CORS)")
 
-    def check_access(self) -> None:
-        """Check what must fit together.
+    # Queue
+    queue_size: int = option(
+        4096,
+        "calls that may wait for an engine, 0 for no limit",
+        least=0,
+        aliases=("max_held_calls",),
+    )
+    queue_timeout_secs: float = option(
+        600.0,
+        "longest wait for an engine, seconds, 0 for no limit",
+        least=0.0,
+        aliases=("held_timeout_s",),
+    )
+    max_concurrent_requests: int = option(
+        0, "calls in the router at once, more are refused; 0 for no limit", least=0
+    )
 
-        Raises:
-            ConfigError: it does not.
-        """
-        check_patterns(self.worker_allowed_hosts)
-        if any("/" in name or ":" in name or not name for name in self.allowed_hosts):
-            raise ConfigError("allowed_hosts must be names without scheme, port and path.")
-        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
-            raise ConfigError("ssl_certfile must be given with ssl_keyfile and ssl_ca_certs.")
-        if self.allow_credentials and "*" in self.allowed_origins:
-            raise ConfigError("allowed_origins must name origins when allow_credentials is set.")
-        if any(not key for key in (*self.api_key, *self.admin_api_key)):
-            raise ConfigError("api_key and admin_api_key must not be empty.")
-        if self.api_keys is not None:
-            read_keys(Path(self.api_keys))
-        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "engine_ssl_ca_certs"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).is_file():
-                raise ConfigError(f"{name} must be a file, and {path} is none.")
+    # Overload
 
+    # Retries
+    retry_max_retries: int = option(3, "retries of a call before its first byte", least=0)
+    disable_retries: bool = option(False, "never send a call twice")
+    retry_initial_backoff_ms: float = option(50.0, "wait before the first retry, ms", least=0.0)
+    retry_max_backoff_ms: float = option(5000.0, "longest wait before a retry, ms", least=0.0)
+    retry_backoff_multiplier: float = option(1.5, "growth of the wait per retry", least=1.0)
+    retry_jitter_factor: float = option(
+        0.2, "share by which a wait varies at random", least=0.0, most=1.0
+    )
+    retry_budget_ratio: float = option(0.2, "retries allowed per call, on average", least=0.0)
+    retry_budget_burst: float = option(
+        100.0, "retries allowed at once after quiet times, and the most saved up", least=0.0
+    )
 
-@dataclass(frozen=True)
-class DiscoveryOptions(AccessOptions):
-    """Where engines are looked for."""
+    # Silence
+    request_timeout_secs: float = option(
+        1800.0, "longest wait for the first byte of an answer, seconds", least=1e-3
+    )
+    stream_stall_timeout_secs: float = option(
+        300.0, "longest silence within an answer, seconds", least=1e-3
+    )
+    sse_keep_alive_interval: float = option(
+        0.0,
+        "time between comments to clients whose streams have not begun, seconds; 0 sends none",
+        least=0.0,
+    )
+    engine_stall_secs: float = option(
+        10.0,
+        "least silence of an engine at work that makes it stalled, seconds, beside what its steps"
+        " and prefills take; three times that while its health check passes; 0 never",
+        least=0.0,
+    )
+    engine_stall_steps: float = option(
+        50.0, "predicted steps of an engine at work that are added to that", least=0.0
+    )
+    engine_cold_secs: float = option(
+        300.0,
+        "longest silence of an engine that has done nothing since it started, or that nobody could"
+        " stand in for while its health checks fail, seconds",
+        least=0.0,
+    )
+    lost_stream_timeout_secs: float = option(
+        30.0, "longest silence within an answer of an engine that is down, seconds", least=1e-3
+    )
 
+    # Health
+    health_check_endpoint: str = option("/health", "path of an engine's health check")
+    health_check_interval_secs: float = option(
+        5.0, "time between health checks of an engine, seconds", least=1e-3
+    )
+    health_check_timeout_secs: float = option(
+        5.0, "longest wait for a health check, seconds", least=1e-3
+    )
+    health_failure_threshold: int = option(
+        3, "failed health checks until an engine is down", least=1
+    )
+    health_success_threshold: int = option(
+        2, "passed health checks until an engine is up again", least=1
+    )
+
+    # Circuit breaker
+    disable_circuit_breaker: bool = option(False, "take no engine out for calls that fail")
+    cb_failure_threshold: int = option(5, "failed calls in a row that take an engine out", least=1)
+    cb_error_ratio: float = option(
+        0.5, "share of failed calls that takes an engine out, 1 for never", least=0.0, most=1.0
+    )
+    cb_least_calls: int = option(20, "calls in the window before the share counts", least=1)
+    cb_window_duration_secs: float = option(
+        60.0, "time over which the share of failed calls counts, seconds", least=1e-3
+    )
+    cb_timeout_duration_secs: float = option(
+        10.0, "time until an engine that was taken out is tried, seconds", least=1e-3
+    )
+    cb_success_threshold: int = option(
+        2, "calls that must succeed, one at a time, to bring it back", least=1
+    )
+
+    # Discovery
     worker_dns: tuple[str, ...] = option(
         (),
         "services whose addresses in DNS are engines: NAME:PORT for A and AAAA records, "
@@ -145,25 +360,31 @@ class DiscoveryOptions(AccessOptions):
         None, "file that says where the cluster is; by default the pod's own account, or kubectl's"
     )
 
-    def check_access(self) -> None:
-        """Check what must fit together.
+    # Tuning
+    tune: str = shared(OnlineOptions, "tune")
+    tune_period_s: float = shared(OnlineOptions, "tune_period_s")
+    tune_drift: float = shared(OnlineOptions, "tune_drift")
+    tune_least_s: float = shared(OnlineOptions, "tune_least_s")
+    tune_workflows: int = shared(OnlineOptions, "tune_workflows")
+    tune_ring: int = shared(OnlineOptions, "tune_ring")
+    tune_simulations: int = shared(OnlineOptions, "tune_simulations")
 
-        Raises:
-            ConfigError: it does not.
-        """
-        super().check_access()
-        self.dns_services()
-        if self.worker_dns_server is not None:
-            parse_server(self.worker_dns_server)
-        if self.worker_dns_least_refresh_secs > self.worker_dns_refresh_secs:
-            raise ConfigError(
-                "worker_dns_least_refresh_secs must be at most worker_dns_refresh_secs."
-            )
-        check_selector(self.selector)
-        if self.service_discovery != bool(self.selector):
-            raise ConfigError("service_discovery and selector must be given together.")
-        _check_installed("worker_dns", bool(self.worker_dns), "dns", "dns")
-        _check_installed("service_discovery", self.service_discovery, "kubernetes_asyncio", "k8s")
+    def __post_init__(self) -> None:
+        check(self)
+        _check_access(self)
+        _check_discovery(self)
+        self.workers()
+
+    @property
+    def patience(self) -> Patience:
+        """How long engines may be silent."""
+        least_s, steps = self.engine_stall_secs, self.engine_stall_steps
+        return Patience(least_s, steps, self.engine_cold_secs)
+
+    @property
+    def tuning(self) -> OnlineOptions:
+        """How it is tuned."""
+        return OnlineOptions(**{f.name: getattr(self, f.name) for f in fields(OnlineOptions)})
 
     @property
     def discovers(self) -> bool:
@@ -181,177 +402,6 @@ class DiscoveryOptions(AccessOptions):
             if found.count(one) > 1:
                 raise ConfigError(f"worker_dns must have different services, not two {one}.")
         return found
-
-
-@dataclass(frozen=True)
-class HealthOptions(DiscoveryOptions):
-    """When an engine is taken out and brought back."""
-
-    cb_failure_threshold: int = option(5, "failed calls in a row that take an engine out", least=1)
-    cb_success_threshold: int = option(
-        2, "calls that must succeed, one at a time, to bring it back", least=1
-    )
-    cb_timeout_duration_secs: float = option(
-        10.0, "time until an engine that was taken out is tried, seconds", least=1e-3
-    )
-    cb_window_duration_secs: float = option(
-        60.0, "time over which the share of failed calls counts, seconds", least=1e-3
-    )
-    cb_error_ratio: float = option(
-        0.5, "share of failed calls that takes an engine out, 1 for never", least=0.0, most=1.0
-    )
-    cb_least_calls: int = option(20, "calls in the window before the share counts", least=1)
-    disable_circuit_breaker: bool = option(False, "take no engine out for calls that fail")
-    engine_stall_secs: float = option(
-        10.0,
-        "least silence of an engine at work that makes it stalled, seconds, beside what its steps"
-        " and prefills take; three times that while its health check passes; 0 never",
-        least=0.0,
-    )
-    engine_stall_steps: float = option(
-        50.0, "predicted steps of an engine at work that are added to that", least=0.0
-    )
-    engine_cold_secs: float = option(
-        300.0,
-        "longest silence of an engine that has done nothing since it started, or that nobody could"
-        " stand in for while its health checks fail, seconds",
-        least=0.0,
-    )
-    lost_stream_timeout_secs: float = option(
-        30.0, "longest silence within an answer of an engine that is down, seconds", least=1e-3
-    )
-
-    @property
-    def patience(self) -> Patience:
-        """How long engines may be silent."""
-        least_s, steps = self.engine_stall_secs, self.engine_stall_steps
-        return Patience(least_s, steps, self.engine_cold_secs)
-
-
-def _check_installed(name: str, wanted: bool, module: str, extra: str) -> None:
-    if wanted and find_spec(module) is None:
-        raise ConfigError(f"{name} needs another package: pip install 'hexgen-vllm[{extra}]'.")
-
-
-class Worker(NamedTuple):
-    """An engine server: what clients may know it by, and where it is."""
-
-    name: str
-    url: str
-
-
-@dataclass(frozen=True)
-class RouterOptions(HealthOptions):
-    """Options of the router and of its tuning; those of placement are ``DispatchOptions``."""
-
-    worker_urls: tuple[str, ...] = option(
-        (), "engines, as http://host:port or name=http://host:port"
-    )
-    host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(30000, "port to listen on, 0 for a free one", least=0, most=65535)
-    prometheus_host: str = option("127.0.0.1", "address of a port of its own for metrics")
-    prometheus_port: int = option(
-        0, "that port, 0 for none; metrics are at /metrics of --port too", least=0, most=65535
-    )
-    stock_scheduling: str = option(
-        "auto",
-        "how stock vLLM engines order calls, where they do not say",
-        choices=("auto", "fcfs", "priority"),
-    )
-    request_timeout_secs: float = option(
-        1800.0, "longest wait for the first byte of an answer, seconds", least=1e-3
-    )
-    sse_keep_alive_interval: float = option(
-        0.0,
-        "time between comments to clients whose streams have not begun, seconds; 0 sends none",
-        least=0.0,
-    )
-    stream_stall_timeout_secs: float = option(
-        300.0, "longest silence within an answer, seconds", least=1e-3
-    )
-    intra_node_data_parallel_size: int = option(
-        0,
-        "data-parallel ranks of engines that do not say how many they have; each rank gets its own"
-        " calls, and 1 leaves that choice to all engines",
-        least=0,
-        most=1024,
-    )
-    connect_timeout_secs: float = option(
-        2.0, "longest wait for a connection to an engine, seconds", least=1e-3
-    )
-    health_check_interval_secs: float = option(
-        5.0, "time between health checks of an engine, seconds", least=1e-3
-    )
-    health_check_timeout_secs: float = option(
-        5.0, "longest wait for a health check, seconds", least=1e-3
-    )
-    health_failure_threshold: int = option(
-        3, "failed health checks until an engine is down", least=1
-    )
-    health_success_threshold: int = option(
-        2, "passed health checks until an engine is up again", least=1
-    )
-    health_check_endpoint: str = option("/health", "path of an engine's health check")
-    stats_interval_secs: float = option(
-        0.5, "time between readings of an engine's telemetry, seconds", least=1e-2
-    )
-    retry_max_retries: int = option(3, "retries of a call before its first byte", least=0)
-    retry_initial_backoff_ms: float = option(50.0, "wait before the first retry, ms", least=0.0)
-    retry_max_backoff_ms: float = option(5000.0, "longest wait before a retry, ms", least=0.0)
-    retry_backoff_multiplier: float = option(1.5, "growth of the wait per retry", least=1.0)
-    retry_jitter_factor: float = option(
-        0.2, "share by which a wait varies at random", least=0.0, most=1.0
-    )
-    retry_budget_ratio: float = option(0.2, "retries allowed per call, on average", least=0.0)
-    retry_budget_burst: float = option(
-        100.0, "retries allowed at once after quiet times, and the most saved up", least=0.0
-    )
-    disable_retries: bool = option(False, "never send a call twice")
-    max_concurrent_requests: int = option(
-        0, "calls in the router at once, more are refused; 0 for no limit", least=0
-    )
-    queue_size: int = option(
-        4096, "calls that may wait for an engine, 0 for no limit (also --max-held-calls)", least=0
-    )
-    queue_timeout_secs: float = option(
-        600.0,
-        "longest wait for an engine, seconds, 0 for no limit (also --held-timeout-s)",
-        least=0.0,
-    )
-    router_workers: int = option(
-        1, "processes that share the port; each workflow belongs to one of them", least=1, most=64
-    )
-    max_payload_size: int = option(2**26, "largest request body, bytes", least=1)
-    max_connections: int = option(
-        0,
-        "clients connected at once to a process, more get 503; 0 for as many as its limit of file "
-        "descriptors allows",
-        least=0,
-    )
-    max_buffered_bytes: int = option(
-        2**30, "bytes of request bodies in the router at once, more are refused", least=1
-    )
-    request_id_headers: tuple[str, ...] = option(
-        ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"),
-        "headers that may bring a request id, first one first",
-    )
-    shutdown_timeout: float = option(
-        60.0, "time calls in flight have to end after SIGTERM, seconds", least=0.0
-    )
-    log_level: str = option(
-        "info", "least severe messages to log", choices=("debug", "info", "warning", "error")
-    )
-    log_format: str = option(
-        "text", "log lines for people or as JSON objects", choices=("text", "json")
-    )
-    otlp_traces_endpoint: str | None = option(
-        None, "where OpenTelemetry spans of calls are sent; nowhere by default"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        self.check_access()
-        self.workers()
 
     def workers(self) -> tuple[Worker, ...]:
         """Return the engines; those without a name are ``engine-0``, ``engine-1``, ...
@@ -373,6 +423,82 @@ class RouterOptions(HealthOptions):
             max_held_calls=dispatch.max_held_calls or self.queue_size,
             held_timeout_s=dispatch.held_timeout_s or self.queue_timeout_secs,
         )
+
+
+def _option_name(name: str, where: str = "option") -> str:
+    """Return the option of the router or of placement that ``name`` or an alias of it means.
+
+    Raises:
+        ConfigError: there is none; it is called an unknown ``where``.
+    """
+    meant = names_of(DispatchOptions) | names_of(RouterOptions)
+    if name not in meant:
+        known = [one for names in GROUPS.values() for one in names if one in meant]
+        raise ConfigError(f"unknown {where} {name!r}; known are {known_names(name, known)}.")
+    return meant[name]
+
+
+def parted(values: Mapping[str, T], where: str = "option") -> tuple[dict[str, T], dict[str, T]]:
+    """Return those of ``values`` that :class:`RouterOptions` has, and those of placement.
+
+    Args:
+        values: by the names of options or their aliases.
+        where: what an unknown name is called.
+
+    Raises:
+        ConfigError: a name is unknown, or two mean the same option.
+    """
+    own = {f.name for f in fields(RouterOptions)}
+    router = {name: value for name, value in values.items() if _option_name(name, where) in own}
+    dispatch = {name: value for name, value in values.items() if name not in router}
+    return with_current_names(RouterOptions, router), with_current_names(DispatchOptions, dispatch)
+
+
+def composed(values: Mapping[str, Any]) -> tuple[RouterOptions, DispatchOptions]:
+    """Return the options that ``values`` give by their names, the others at their defaults.
+
+    Raises:
+        ConfigError: a name is unknown, a value is wrong, or two do not go together.
+    """
+    router, dispatch = parted(values)
+    placing = from_mapping(DispatchOptions, dispatch)
+    return from_mapping(RouterOptions, router), placing
+
+
+def _check_access(options: RouterOptions) -> None:
+    check_patterns(options.worker_allowed_hosts)
+    if any("/" in name or ":" in name or not name for name in options.allowed_hosts):
+        raise ConfigError("allowed_hosts must be names without scheme, port and path.")
+    if options.ssl_certfile is None and (options.ssl_keyfile or options.ssl_ca_certs):
+        raise ConfigError("ssl_certfile must be given with ssl_keyfile and ssl_ca_certs.")
+    if options.allow_credentials and "*" in options.allowed_origins:
+        raise ConfigError("allowed_origins must name origins when allow_credentials is set.")
+    if any(not key for key in (*options.api_key, *options.admin_api_key)):
+        raise ConfigError("api_key and admin_api_key must not be empty.")
+    if options.api_keys is not None:
+        read_keys(Path(options.api_keys))
+    for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "engine_ssl_ca_certs"):
+        path = getattr(options, name)
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"{name} must be a file, and {path} is none.")
+
+
+def _check_discovery(options: RouterOptions) -> None:
+    options.dns_services()
+    if options.worker_dns_server is not None:
+        parse_server(options.worker_dns_server)
+    if options.worker_dns_least_refresh_secs > options.worker_dns_refresh_secs:
+        raise ConfigError("worker_dns_least_refresh_secs must be at most worker_dns_refresh_secs.")
+    check_selector(options.selector)
+    if options.service_discovery != bool(options.selector):
+        raise ConfigError("service_discovery and selector must be given together.")
+    _check_installed("worker_dns", bool(options.worker_dns), "dns", "dns")
+    _check_installed("service_discovery", options.service_discovery, "kubernetes_asyncio", "k8s")
+
+
+def _check_installed(name: str, wanted: bool, module: str, extra: str) -> None:
+    if wanted and find_spec(module) is None:
+        raise ConfigError(f"{name} needs another package: pip install 'hexgen-vllm[{extra}]'.")
 
 
 def parse_worker(text: str, default_name: str) -> Worker:

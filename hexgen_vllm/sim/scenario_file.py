@@ -24,7 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from hexgen_vllm.config import DispatchOptions, EngineOptions, from_mapping, with_current_names
+from hexgen_vllm.config import (
+    DispatchOptions,
+    EngineOptions,
+    from_mapping,
+    known_names,
+    with_current_names,
+)
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.policies import (
@@ -295,5 +301,5 @@ def _refuse_unknown(
 ) -> None:
     for key in given:
         if key not in known:
-            names = ", ".join(known)
+            names = known_names(key, known)
             raise source.error(path, f"unknown key {key!r}; known are {names}.", key=key)

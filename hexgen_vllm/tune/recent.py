@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
+from hexgen_vllm.config import known_names
 from hexgen_vllm.errors import ConfigError
 
 MAX_CALLS: Final = 1024
@@ -140,7 +141,7 @@ def _check_keys(data: object, cls: type[Any], where: str) -> Mapping[str, Any]:
     names = [f.name for f in fields(cls)]
     for key in data:
         if key not in names:
-            raise ConfigError(f"{where}: unknown key {key!r}; known are {', '.join(names)}.")
+            raise ConfigError(f"{where}: unknown key {key!r}; known are {known_names(key, names)}.")
     for f in fields(cls):
         required = f.name not in ("tenant", "deadline_s", "latency_s", "cached")
         if required and f.name not in data:

@@ -67,6 +67,9 @@ def changed(**values: object) -> str:
 
 OPTIONS = (
     router("unknown … …; known are ….", file="nonsense: 1"),
+    router(
+        "… and … are names of one option; give it once.", file="queue-size: 5\nmax-held-calls: 5"
+    ),
     router("… must be one of …, not ….", file="policy: best"),
     router("… must be at least …, not ….", "--alpha -1"),
     router("… must be at most …, not ….", "--alpha 2"),
@@ -139,7 +142,7 @@ CLUSTER = (
             engine("name: a, model: m, scheduler: fcfs, hexgen: {order: edf}")),
     cluster("engines must have different names, but two are ….",
             "engines:\n  - {name: a, model: m}\n  - {name: a, model: m}\n"),
-    cluster("unknown router option …; known are ….",
+    cluster("unknown … …; known are ….",
             engine("name: a, model: m") + "router: {nonsense: 1}\n"),
     cluster("… does not belong among the router's other options.",
             engine("name: a, model: m") + "router: {worker-urls: [a]}\n"),

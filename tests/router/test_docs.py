@@ -12,7 +12,7 @@ import yaml
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.router.main import add_arguments, read_options
-from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.options import GROUPS, RouterOptions
 from hexgen_vllm.router.routes import Access, public
 from tests.router.fault_table import BEGIN, CASES, END, HEADINGS, Case, row
 
@@ -41,14 +41,35 @@ def test_the_fault_table_has_no_other_rows() -> None:
 def test_every_flag_is_documented_and_every_documented_flag_exists() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    known = {word for action in parser._actions for word in action.option_strings}
-    documented = set(FLAG.findall(TEXT))
-    assert documented <= known
-    options = {f.name for cls in (RouterOptions, DispatchOptions) for f in fields(cls)}
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    known = {word for action in shown for word in action.option_strings}
+    assert set(FLAG.findall(TEXT)) <= known
     grouped = TEXT.partition("## Options by group")[2].partition("\n## ")[0]
-    named = {flag[2:].replace("-", "_") for flag in FLAG.findall(grouped)}
-    assert options <= named
-    assert named - options <= {"config"}
+    assert known - set(FLAG.findall(grouped)) <= {"-h", "--help"} | {
+        k for k in known if k[:5] == "--no-"
+    }
+
+
+def test_the_groups_are_those_of_the_help_and_hold_each_option_once() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    shown = {
+        group.title: [
+            action.option_strings[0]
+            for action in group._group_actions
+            if action.help != argparse.SUPPRESS
+        ]
+        for group in parser._action_groups
+        if group.title in GROUPS
+    }
+    rows = re.findall(r"^\| ([a-zA-Z ]+) \| `(--[^`]*)` \|$", TEXT, re.M)
+    assert {title: flags.split() for title, flags in rows} == shown
+    assert [title for title, _ in rows] == list(shown) == list(GROUPS)
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert len(grouped) == len(set(grouped))
+    options = {f.name for cls in (RouterOptions, DispatchOptions) for f in fields(cls)}
+    aliases = {a for f in fields(RouterOptions) for a in f.metadata["aliases"]}
+    assert set(grouped) == options - aliases | {"config"}
 
 
 def test_every_route_is_documented_with_its_key() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 
 import pytest
 
 from hexgen_vllm import config
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.router.main import add_arguments, run
+from hexgen_vllm.router.main import add_arguments, options_from, run
 from hexgen_vllm.router.options import RouterOptions, Worker
+from hexgen_vllm.tune.online import OnlineOptions
 
 A, B = "http://10.0.0.1:8000", "https://b.example/base"
 
@@ -71,6 +74,101 @@ def test_the_queue_has_bounds_under_either_name() -> None:
     assert (found.max_held_calls, found.held_timeout_s) == (5, 6.0)
     given = DispatchOptions(max_held_calls=7, held_timeout_s=8.0)
     assert options.bounded(given) == given
+
+
+def parsed(line: str) -> tuple[RouterOptions, DispatchOptions]:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return options_from(parser.parse_args(line.split()), {})
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [("max_held_calls", "queue_size"), ("held_timeout_s", "queue_timeout_secs")],
+)
+def test_an_alias_is_the_option_itself_wherever_it_is_given(
+    tmp_path: Path, alias: str, name: str
+) -> None:
+    flag, main = (f"--{word.replace('_', '-')}" for word in (alias, name))
+    for line in (f"{flag} 7", f"{main} 9 {flag} 7"):
+        options, dispatch = parsed(f"--worker-urls {A} {line}")
+        assert getattr(options, name) == 7
+        assert getattr(options.bounded(dispatch), alias) == 7
+    file = tmp_path / "router.yaml"
+    file.write_text(f"{alias}: 7\n")
+    assert getattr(parsed(f"--config {file}")[0], name) == 7
+    # What the command line says goes before the file, by whatever name.
+    options, dispatch = parsed(f"--config {file} {main} 9")
+    assert getattr(options.bounded(dispatch), alias) == 9
+    for second in (name, name.replace("_", "-"), alias.replace("_", "-")):
+        file.write_text(f"{alias}: 7\n{second}: 7\n")
+        with pytest.raises(ConfigError, match=r"line 2: .* are names of one option"):
+            parsed(f"--config {file}")
+    with pytest.raises(ConfigError, match="names of one option"):
+        config.from_mapping(RouterOptions, {alias: 7, name: 9})
+
+
+def test_the_help_shows_the_defaults_that_are_in_force() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options, dispatch = parsed(f"--worker-urls {A}")
+    in_force = {**vars(options.bounded(dispatch)), **vars(options)}
+    shown = re.compile(r"\(default: (.*)\)$")
+    seen = 0
+    for action in parser._actions:
+        said = shown.search(action.help or "")
+        if said is None:
+            continue
+        names = [flag[2:].replace("-", "_") for flag in action.option_strings]
+        for value in (in_force[name] for name in names if name in in_force):
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            assert said[1] == (words.lower() if isinstance(value, bool) else words), names
+            seen += 1
+    assert seen > 50
+
+
+def test_options_inherit_from_nothing_and_tuning_gets_its_own() -> None:
+    assert RouterOptions.__bases__ == (object,)
+    tuning = RouterOptions(tune="auto", tune_workflows=40).tuning
+    assert tuning == OnlineOptions(tune="auto", tune_workflows=40)
+    assert RouterOptions().tuning == OnlineOptions()
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("--worker-urls a --polcy slack", "--policy"),
+        ("--worker-urls a --queue-sise=4", "--queue-size"),
+        ("--queue-siz 4 --nonsense", None),  # the beginning of a flag is the flag
+        ("--worker-urls a --xyzzy 1", None),
+    ],
+)
+def test_a_misspelt_flag_is_guessed(
+    line: str, meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(line.split())
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert (f"did you mean {meant}" in error) if meant else ("did you mean" not in error)
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("alpa", "alpha"),
+        ("queue-sise", "queue_size"),
+        ("Policy", "policy"),
+        ("worker-url", "worker_urls"),
+    ],
+)
+def test_a_misspelt_key_is_guessed_among_all_options(tmp_path: Path, key: str, meant: str) -> None:
+    file = tmp_path / "router.yaml"
+    file.write_text(f"{key}: 1\n")
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}'") as raised:
+        parsed(f"--config {file}")
+    assert len(str(raised.value).split("known are")[1]) < 100  # not all of them
 
 
 @pytest.mark.parametrize(

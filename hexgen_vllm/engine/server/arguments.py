@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Final
 
-from hexgen_vllm.config import EngineOptions, add_arguments, from_mapping, given
+from hexgen_vllm.config import EngineOptions, add_arguments, from_mapping, given, known_names
 from hexgen_vllm.engine.options import SCHEDULER, is_ours
 from hexgen_vllm.errors import ConfigError, HexgenError, UnsupportedVLLM
 
@@ -64,8 +64,9 @@ def _offer_policy(parser: Any, by_default: bool) -> None:
 def _refuse_unknown(rest: list[str]) -> None:
     for word in rest:
         if word.startswith(f"--{PREFIX}"):
-            known = ", ".join(_flag(f.name) for f in fields(EngineOptions))
-            raise ConfigError(f"unknown option {word.split('=', 1)[0]}; known are {known}.")
+            flag = word.split("=", 1)[0]
+            known = known_names(flag, [_flag(f.name) for f in fields(EngineOptions)])
+            raise ConfigError(f"unknown option {flag}; known are {known}.")
 
 
 def _add_group(parser: Any, by_default: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 
-from hexgen_vllm.router.options import HealthOptions
+from hexgen_vllm.router.options import RouterOptions
 
 
 class Phase(enum.Enum):
@@ -29,7 +29,7 @@ class Breaker:
         phase: whether calls may pass.
     """
 
-    def __init__(self, options: HealthOptions) -> None:
+    def __init__(self, options: RouterOptions) -> None:
         self._options = options
         self.phase = Phase.CLOSED
         self._in_a_row = self._passed = 0

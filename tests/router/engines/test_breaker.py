@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hexgen_vllm.router.engines.breaker import Breaker, Phase
-from hexgen_vllm.router.options import HealthOptions
+from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
@@ -18,7 +18,7 @@ BROKEN = Fault("status", status=500)
 
 
 def breaker(**options: Any) -> Breaker:
-    return Breaker(HealthOptions(**options))
+    return Breaker(RouterOptions(**options))
 
 
 def test_failures_in_a_row_are_too_many() -> None:

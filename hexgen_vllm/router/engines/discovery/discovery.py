@@ -26,7 +26,7 @@ from hexgen_vllm.router.engines.discovery.members import (
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.engines.health import Watchers
 from hexgen_vllm.router.observe.families import counter, gauge
-from hexgen_vllm.router.options import DiscoveryOptions
+from hexgen_vllm.router.options import RouterOptions
 
 if TYPE_CHECKING:
     from hexgen_vllm.router.engines.discovery.dns import DnsSource
@@ -52,7 +52,7 @@ class Discovery:
     """
 
     def __init__(
-        self, options: DiscoveryOptions, fleet: Fleet, watchers: Watchers, clock: Clock
+        self, options: RouterOptions, fleet: Fleet, watchers: Watchers, clock: Clock
     ) -> None:
         self.books: list[SourceBook] = []
         self.sources: list[DnsSource | PodSource] = []

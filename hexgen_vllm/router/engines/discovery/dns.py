@@ -31,7 +31,7 @@ from hexgen_vllm.router.engines.discovery.members import (
     Members,
     SourceBook,
 )
-from hexgen_vllm.router.options import DiscoveryOptions, Worker
+from hexgen_vllm.router.options import RouterOptions, Worker
 
 NXDOMAIN: Final = "nxdomain"
 _PAYLOAD_BYTES: Final = 1232  # fits every path; longer answers come over TCP
@@ -259,7 +259,7 @@ class DnsSource:
         lookup: Lookup,
         members: Members,
         book: SourceBook,
-        options: DiscoveryOptions,
+        options: RouterOptions,
         clock: Clock,
     ) -> None:
         self._lookup, self._members, self._book = lookup, members, book

@@ -30,7 +30,7 @@ from hexgen_vllm.router.engines.discovery.members import (
     Members,
     SourceBook,
 )
-from hexgen_vllm.router.options import DiscoveryOptions, Worker
+from hexgen_vllm.router.options import RouterOptions, Worker
 
 GONE: Final = "gone"
 FORBIDDEN: Final = "forbidden"
@@ -69,7 +69,7 @@ class PodApi:
         watch_s: how long one watch lasts, seconds.
     """
 
-    def __init__(self, options: DiscoveryOptions, watch_s: float) -> None:
+    def __init__(self, options: RouterOptions, watch_s: float) -> None:
         self._options, self._watch_s = options, watch_s
         self._client: client.ApiClient | None = None
 
@@ -286,7 +286,7 @@ class PodSource:
         api: PodApi,
         members: Members,
         book: SourceBook,
-        options: DiscoveryOptions,
+        options: RouterOptions,
         clock: Clock,
     ) -> None:
         self._api, self._members, self._book = api, members, book
