@@ -17,6 +17,8 @@ from typing import Any, Final
 from hexgen_vllm.errors import BadRequest
 
 HEADER_PREFIX: Final = "x-hexgen-"
+POLLER: Final = "hexgen-vllm-router"
+"""``User-Agent`` of what the router asks engines on its own account: health, telemetry, models."""
 XARGS_PREFIX: Final = "hexgen_"
 MAX_ID_CHARS: Final = 128
 MAX_TIME_MS: Final = 1e12

@@ -25,6 +25,45 @@ def options_of(vllm_config: Any) -> EngineOptions:
     return from_mapping(EngineOptions, values, where="hexgen option")
 
 
+def summary(options: EngineOptions) -> str:
+    """Return in one line what of urgency scheduling is on, as the engine says it at its start."""
+    late = " (late calls last)" if options.order == "due" and options.demote_late else ""
+    parts = [
+        f"order {options.order}{late}",
+        f"default deadline {_seconds(options.default_deadline_s)}",
+        f"displacement {_displacement(options)}",
+        f"pace {_switch(options.pace)}",
+        f"interactive share {options.interactive_share:g}",
+        f"host KV {_host_kv(options)}",
+        f"limits of clients: priority {_or_none(options.max_priority)}, deadline at least "
+        f"{_seconds(options.min_deadline_s or None)}",
+    ]
+    return f"Urgency scheduling: {'; '.join(parts)}."
+
+
+def _displacement(options: EngineOptions) -> str:
+    if not options.displace:
+        return "off"
+    slack, most = options.displace_slack_s, options.max_displacements
+    return f"on below {slack:g} s of slack, at most {most} times a call"
+
+
+def _host_kv(options: EngineOptions) -> str:
+    return f"{options.host_kv_gib:g} GiB ({options.keep_kv})" if options.host_kv_gib else "off"
+
+
+def _seconds(value: float | None) -> str:
+    return "none" if value is None else f"{value:g} s"
+
+
+def _or_none(value: int | None) -> str:
+    return "none" if value is None else str(value)
+
+
+def _switch(on: bool) -> str:
+    return "on" if on else "off"
+
+
 SCHEDULER: Final = "hexgen_vllm.UrgencyScheduler"
 
 

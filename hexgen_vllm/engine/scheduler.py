@@ -25,7 +25,7 @@ from typing import Any, Final
 from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.compat import Request, RequestStatus
 from hexgen_vllm.engine.displacement import Displacer
-from hexgen_vllm.engine.options import options_of
+from hexgen_vllm.engine.options import options_of, summary
 from hexgen_vllm.engine.pausing import Pauser
 from hexgen_vllm.engine.request_queue import (
     UrgencyQueue,
@@ -96,6 +96,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self._background: deque[tuple[float, str]] = deque()  # (ages at, id), oldest first
         self._to_rekey: list[Request] = []
         self._next_running = 0
+        logger.info("%s", summary(self.hexgen_options))
 
     def hexgen_stats(self) -> dict[str, Any]:
         """Return the engine's telemetry (:func:`hexgen_vllm.engine.telemetry.snapshot`)."""

@@ -6,6 +6,8 @@
 * ``GET /hexgen/stats`` is the scheduler's telemetry as JSON; with several data-parallel ranks,
   ``{"ranks": [...]}`` has that of each. With vLLM's ``--api-key`` it needs such a key.
 * ``GET /metrics`` gets the same telemetry as ``hexgen_vllm_*`` metrics after vLLM's own.
+* What the router asks on its own account, several times a second, is left out of the access log
+  unless the answer is an error. Other clients' requests of the same paths are logged.
 
 Everything else, and every response to a generation request, passes through untouched.
 Bodies: prompts are long and bodies are mostly prompt, so that a body is parsed only when it brings
@@ -24,8 +26,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any, Final
 
@@ -48,6 +52,7 @@ METRICS_PATH: Final = "/metrics"
 MAX_BODY_BYTES: Final = 64 * 2**20
 """Longest body that is looked into. vLLM itself sets no limit, so a longer one without our
 headers passes unread; with them it is refused."""
+_FIRST_ERROR: Final = 400
 _PREFIX: Final = wire.HEADER_PREFIX.encode()
 _NEGOTIATION: Final = (b"accept", b"accept-encoding")
 # Snapshot field -> metric name, kind, help.
@@ -251,6 +256,19 @@ GENERATION: Final = frozenset(
 )
 
 
+_ACCESS_LOG: Final = logging.getLogger("uvicorn.access")
+_polled: Final[ContextVar[bool]] = ContextVar("hexgen_polled", default=False)
+
+
+class _Polls(logging.Filter):
+    """Keeps answered polls of the router out of the access log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the line is written; uvicorn's last argument is the status."""
+        status = record.args[-1] if isinstance(record.args, tuple) and record.args else None
+        return not (_polled.get() and isinstance(status, int) and status < _FIRST_ERROR)
+
+
 class HexgenMiddleware:
     """See the module; vLLM makes one for each HTTP server (``--middleware``)."""
 
@@ -259,11 +277,16 @@ class HexgenMiddleware:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._stats = StatsReader()
+        if not any(isinstance(one, _Polls) for one in _ACCESS_LOG.filters):
+            _ACCESS_LOG.addFilter(_Polls())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection as the ASGI specification says."""
-        handle = self._handler(scope) if scope["type"] == "http" else self._app
-        await handle(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        _polled.set(_is_poll(scope))  # uvicorn writes the line in this same context
+        await self._handler(scope)(scope, receive, send)
 
     def _handler(self, scope: Scope) -> App:
         route = (scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
@@ -312,6 +335,10 @@ class HexgenMiddleware:
         # Without these headers the answer is plain text that can be appended to.
         headers = [(name, value) for name, value in scope["headers"] if name not in _NEGOTIATION]
         await self._app({**scope, "headers": headers}, receive, _appending(send, extra))
+
+
+def _is_poll(scope: Scope) -> bool:
+    return scope["method"] == "GET" and (b"user-agent", wire.POLLER.encode()) in scope["headers"]
 
 
 def _our_headers(scope: Scope) -> dict[str, str]:

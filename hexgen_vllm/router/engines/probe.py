@@ -17,6 +17,7 @@ from hexgen_vllm.router.engines.telemetry import Telemetry
 from hexgen_vllm.router.http.errors import is_short
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.types import EngineKind, EngineReport, EngineSpec
+from hexgen_vllm.wire import POLLER
 
 STATS_PATH: Final = "/hexgen/stats"
 _SHORT: Final = "the router has nothing left to connect with"
@@ -68,7 +69,9 @@ class Probe:
         self._options = options
         self._timeout = aiohttp.ClientTimeout(total=options.health_check_timeout_secs)
         key = options.engine_api_key
-        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._headers = {"User-Agent": POLLER}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
 
     async def healthy(self, worker: Worker) -> None:
         """Return if the engine passes its health check.
