@@ -1,17 +1,37 @@
-"""YAML whose every value remembers its line, so that an error can point at it."""
+"""YAML files as typed values; every error is one sentence with file, line and key.
+
+:func:`read` keeps the line of every key. :meth:`Located.options` makes a dataclass of
+:func:`hexgen_vllm.config.option` fields out of a mapping, :meth:`Located.typed` any other type.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+import types
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import msgspec
 import yaml
 
+from hexgen_vllm.config import known_names, with_current_names
 from hexgen_vllm.errors import ConfigError
 
+T = TypeVar("T")
 Key = tuple[str | int, ...]
+
+# PyYAML takes 1e-05, as other programs write numbers, for text.
+_SCIENTIFIC: Final = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}")
+_INDEX: Final = re.compile(r"\[([0-9]+)\]")
+_WORDS: Final[dict[Any, tuple[str, str]]] = {
+    str: ("text", "texts"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+}
+"""How one value of a type is called, and several."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +58,173 @@ class Located:
                 return None
         return value
 
-    def error(self, path: Key, problem: object, *, key: str | None = None) -> ConfigError:
+    def error(
+        self, path: Key, problem: object, *, key: str | None = None, at: Key | None = None
+    ) -> ConfigError:
         """Return an error that names file, line and ``path`` before saying ``problem``.
 
         Args:
             path: the place; its nearest parent that is there gives the line.
             problem: a sentence.
             key: a key at ``path`` whose line is the better one; ``problem`` names it.
+            at: the place whose line it is, if that is another.
         """
-        place = path if key is None else (*path, key)
+        place = at or (path if key is None else (*path, key))
         heads = (place[:n] for n in range(len(place), 0, -1))
         line = next((self.lines[head] for head in heads if head in self.lines), 1)
-        at = f"{spelled(path)}: " if path else ""
-        return ConfigError(f"{self.file} line {line}: {at}{problem}")
+        within = f"{spelled(path)}: " if path else ""
+        return ConfigError(f"{self.file} line {line}: {within}{problem}")
+
+    def mapping(
+        self, path: Key, known: Collection[str] | None = None, what: str = "key"
+    ) -> dict[str, Any]:
+        """Return the mapping at ``path``.
+
+        Args:
+            path: the place.
+            known: its legal keys; ``None`` is any.
+            what: what a sentence calls its keys.
+
+        Raises:
+            ConfigError: it is none, or a key is unknown.
+        """
+        value = self.at(path)
+        if not isinstance(value, dict):
+            raise self.error(path, "must be a mapping.")
+        for key in value:
+            if known is not None and key not in known:
+                raise self._unknown(path, what, key, known)
+        return value
+
+    def _unknown(self, path: Key, what: str, key: str, known: Collection[str]) -> ConfigError:
+        names = known_names(key, known)
+        return self.error(path, f"unknown {what} {key!r}; known are {names}.", key=key)
+
+    def typed(self, hint: Any, path: Key, *, choices: Collection[str] = ()) -> Any:
+        """Return the value at ``path`` as ``hint`` says, a tuple for a list where it says so.
+
+        Args:
+            hint: any type that msgspec converts to.
+            path: the place.
+            choices: legal words, so that ``true`` is one where YAML reads another thing.
+
+        Raises:
+            ConfigError: it is of another type.
+        """
+        value = self.at(path)
+        if isinstance(value, bool) and str(value).lower() in choices:
+            value = str(value).lower()
+        try:
+            return msgspec.convert(_numbers(value, hint), hint)
+        except msgspec.ValidationError as error:
+            item = _INDEX.search(str(error).rpartition(" - at ")[2])
+            place = (*path, int(item[1])) if item else path
+            problem = mistyped(spelled(path[-1:]), value, hint)
+            raise self.error(path[:-1], problem, at=place) from None
+
+    def given(
+        self, cls: type[Any], path: Key, *, without: Collection[str] = (), what: str = "key"
+    ) -> dict[str, Any]:
+        """Return the options of the dataclass ``cls`` that the mapping at ``path`` gives.
+
+        Keys may be written with dashes, and by earlier names of options.
+
+        Args:
+            cls: its fields are the legal keys.
+            path: the place.
+            without: keys that are not read here.
+            what: what a sentence calls the keys.
+
+        Raises:
+            ConfigError: a key is unknown or there twice, or a value is of the wrong type.
+        """
+        hints, metas = get_type_hints(cls), {f.name: f.metadata for f in fields(cls)}
+        keys: dict[str, str] = {}
+        for key in self.mapping(path):
+            if key in without:
+                continue
+            try:
+                (name,) = with_current_names(cls, {key.replace("-", "_"): None})
+            except ConfigError as error:
+                raise self.error(path, error, key=key) from None
+            if name not in metas:
+                raise self._unknown(path, what, key, (*without, *metas))
+            if name in keys:
+                first = keys[name]
+                raise self.error(
+                    path, f"{first} and {key} are names of one option; give it once.", key=key
+                )
+            keys[name] = key
+        return {
+            name: self.typed(hints[name], (*path, key), choices=metas[name].get("choices", ()))
+            for name, key in keys.items()
+        }
+
+    def options(self, cls: type[T], path: Key, *, what: str = "key") -> T:
+        """Return the mapping at ``path`` as a dataclass ``cls``.
+
+        Raises:
+            ConfigError: as :meth:`given` says, or a value is out of bounds.
+        """
+        given = self.given(cls, path, what=what)
+        return self.built(path, lambda: cls(**given))
+
+    def built(self, path: Key, build: Callable[[], T]) -> T:
+        """Return what ``build`` makes of the mapping at ``path``.
+
+        Raises:
+            ConfigError: what ``build`` raises, with the line of the first key that it names.
+        """
+        try:
+            return build()
+        except ConfigError as error:
+            found = self.at(path)
+            keys = {key.replace("-", "_"): key for key in found} if isinstance(found, dict) else {}
+            words = re.findall(r"\w+", str(error).replace("-", "_"))
+            named = next((keys[word] for word in words if word in keys), None)
+            raise self.error(path, error, key=named) from None
+
+
+def mistyped(name: str, value: object, hint: Any) -> ConfigError:
+    """Return an error about ``value``, which is not what ``hint`` says."""
+    wanted = _plain(hint)
+    origin, args = get_origin(wanted), get_args(wanted)
+    if origin in (tuple, list):
+        return ConfigError(f"{name} must be a list of {_several(args[0])}.")
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return ConfigError(f"{name} must be a mapping of names to {_several(args[1])}.")
+    if wanted is int and not isinstance(value, float):
+        wanted = float  # that it must be whole does not matter yet
+    kinds = args if origin in (Union, types.UnionType) else (wanted,)
+    called = " or ".join(_WORDS[one][0] for one in kinds if one in _WORDS)
+    return ConfigError(f"{name} must be {called}, not {value!r}.")
+
+
+def _several(hint: Any) -> str:
+    return _WORDS[hint][1] if hint in _WORDS else "values"
+
+
+def _plain(hint: Any) -> Any:
+    """Return the type under ``X | None``."""
+    if get_origin(hint) in (Union, types.UnionType):
+        found = [one for one in get_args(hint) if one is not types.NoneType]
+        return found[0] if len(found) == 1 else hint
+    return hint
+
+
+def _numbers(value: Any, hint: Any) -> Any:
+    """Return ``value`` with numbers where ``hint`` has them and YAML or msgspec see none."""
+    wanted = _plain(hint)
+    origin, args = get_origin(wanted), get_args(wanted)
+    if isinstance(value, list) and origin in (tuple, list):
+        return [_numbers(one, args[0]) for one in value]
+    if isinstance(value, dict) and origin is not None and len(args) == 2:
+        return {name: _numbers(one, args[1]) for name, one in value.items()}
+    if wanted not in (int, float):
+        return value
+    if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
+        value = float(value)
+    return int(value) if wanted is int and type(value) is float and value.is_integer() else value
 
 
 def spelled(path: Key) -> str:

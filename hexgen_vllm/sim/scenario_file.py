@@ -18,20 +18,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from hexgen_vllm.config import (
-    DispatchOptions,
-    EngineOptions,
-    from_mapping,
-    known_names,
-    with_current_names,
-)
-from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.policies import (
     DEVICES,
@@ -49,13 +41,7 @@ from hexgen_vllm.sim.scenario import (
 )
 from hexgen_vllm.sim.simulator import SimOptions
 from hexgen_vllm.types import EngineKind, StepCost
-from hexgen_vllm.yaml_files import (
-    Key,
-    Located,
-    read,
-)
-
-T = TypeVar("T")
+from hexgen_vllm.yaml_files import Key, Located, read
 
 _SECTIONS: Final[dict[str, type[Any]]] = {
     "workload": WorkloadOptions,
@@ -64,8 +50,10 @@ _SECTIONS: Final[dict[str, type[Any]]] = {
     "simulation": SimOptions,
 }
 _KEYS: Final = ("fleet", *_SECTIONS, "policies", "seeds")
-_LISTS: Final = frozenset(("loads", "rates", "times_s", "tenants"))
-_ENGINE_KEYS: Final = frozenset(f.name for f in fields(EngineModel)) - {"engine_id", "cost"}
+_POLICY_KEYS: Final = ("policy", "name", "dispatch", "engine")
+_ENTRY_KEYS: Final = ("name", "count", "cost")
+_ENGINE_KEYS: Final = tuple(f.name for f in fields(EngineModel) if f.metadata)
+_COSTS: Final = tuple(f.name for f in fields(StepCost))
 
 
 def load(path: Path) -> Scenario:
@@ -75,20 +63,19 @@ def load(path: Path) -> Scenario:
         ConfigError: the file, a key or a value is wrong; one sentence says where.
     """
     source = read(path)
-    top = _mapping(source, ())
-    _refuse_unknown(source, (), top, _KEYS)
+    top = source.mapping((), _KEYS)
     for key in ("fleet", "arrivals"):
         if key not in top:
             raise source.error((), f"{key!r} is missing.")
     values: dict[str, Any] = {
-        key: _section(source, (key,), cls) for key, cls in _SECTIONS.items() if key in top
+        key: source.options(cls, (key,)) for key, cls in _SECTIONS.items() if key in top
     }
     values["fleet"] = read_fleet(source, ("fleet",))
     if "policies" in top:
         values["policies"] = _policies(source)
     if "seeds" in top:
         values["seeds"] = _seeds(source)
-    scenario = _checked(source, ("arrivals",), "times_s", lambda: Scenario(**values))
+    scenario = source.built(("arrivals",), lambda: Scenario(**values))
     trace = scenario.workload.trace
     if trace is not None:
         found = str(path.parent / trace)
@@ -103,7 +90,7 @@ def load_fleet(path: Path) -> tuple[EngineModel, ...]:
         ConfigError: the file, a key or a value is wrong; one sentence says where.
     """
     source = read(path)
-    if "fleet" not in _mapping(source, ()):
+    if "fleet" not in source.mapping(()):
         raise source.error((), "'fleet' is missing.")
     return read_fleet(source, ("fleet",))
 
@@ -115,9 +102,9 @@ def load_simulation(path: Path) -> SimOptions:
         ConfigError: the file, a key or a value is wrong; one sentence says where.
     """
     source = read(path)
-    if "simulation" not in _mapping(source, ()):
+    if "simulation" not in source.mapping(()):
         return SimOptions()
-    return _section(source, ("simulation",), SimOptions)
+    return source.options(SimOptions, ("simulation",))
 
 
 def read_fleet(source: Located, path: Key) -> tuple[EngineModel, ...]:
@@ -140,133 +127,67 @@ def read_fleet(source: Located, path: Key) -> tuple[EngineModel, ...]:
 
 def _engines(source: Located, path: Key) -> list[EngineModel]:
     """Read one entry of a fleet, which may stand for several equal engines."""
-    given = dict(_mapping(source, path))
-    _refuse_unknown(source, path, given, ("name", "count", "cost", *sorted(_ENGINE_KEYS)))
-    device, name, count = given.get("device"), given.pop("name", None), given.pop("count", 1)
-    if device is not None and device not in DEVICES and "cost" not in given:
+    entry = source.mapping(path, (*_ENTRY_KEYS, *_ENGINE_KEYS))
+    given = source.given(EngineModel, path, without=_ENTRY_KEYS)
+    device = given.get("device")
+    if device is not None and device not in DEVICES and "cost" not in entry:
         known = ", ".join(DEVICES)
         raise source.error(
             path, f"device must be one of {known} or come with a cost.", key="device"
         )
-    if device is None and "cost" not in given:
+    if device is None and "cost" not in entry:
         raise source.error(path, "an engine needs a device or a cost.")
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10_000:
+    name = source.typed(str | None, (*path, "name"))
+    count = source.typed(int, (*path, "count")) if "count" in entry else 1
+    if not 1 <= count <= 10_000:
         raise source.error(path, "count must be a whole number from 1 to 10000.", key="count")
-    if name is not None and not isinstance(name, str):
-        raise source.error(path, "name must be text.", key="name")
-    cost = _cost(source, (*path, "cost")) if "cost" in given else None
-    given.pop("cost", None)
-    stem = name or (str(device).lower() if device else f"engine-{path[-1]}")
-    model = _engine(source, path, stem, cost, given)
+    stem = name or (device.lower() if device else f"engine-{path[-1]}")
+    if "cost" in entry:
+        base = EngineModel(stem, _cost(source, (*path, "cost")))
+    else:
+        base = engine_on(str(device), stem)
+    model = source.built(path, lambda: replace(base, **given))
     if count == 1 and name is not None:
         return [model]
     return [replace(model, engine_id=f"{stem}-{i}") for i in range(count)]
 
 
-def _engine(
-    source: Located, path: Key, name: str, cost: StepCost | None, given: Mapping[str, Any]
-) -> EngineModel:
-    base = EngineModel(name, cost) if cost is not None else engine_on(given["device"], name)
-    known = {f.name: getattr(base, f.name) for f in fields(EngineModel)}
-    for key, value in given.items():
-        _checked(source, path, key, partial(_model, {**known, key: value}))
-    return _model({**known, **given})
-
-
-def _model(values: Mapping[str, Any]) -> EngineModel:
-    return from_mapping(EngineModel, values, where="engine key")
-
-
 def _cost(source: Located, path: Key) -> StepCost:
-    given = _mapping(source, path)
-    names = tuple(f.name for f in fields(StepCost))
-    _refuse_unknown(source, path, given, names)
-    for name in names:
-        value = given.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value < 1e6:  # type: ignore[operator]
+    source.mapping(path, _COSTS)
+    given = {name: source.typed(float | None, (*path, name)) for name in _COSTS}
+    for name, value in given.items():
+        if value is None or not 0 <= value < 1e6:
             raise source.error(path, f"{name} must be a number of seconds, 0 or more.", key=name)
     if not given["c0"] + given["c1"] > 0:
         raise source.error(path, "a decode step must take time.", key="c0")
-    return StepCost(**{name: float(given[name]) for name in names})
-
-
-def _section(source: Located, path: Key, cls: type[T]) -> T:
-    """Read a section into the dataclass ``cls``, each key checked on its own line."""
-    given = _mapping(source, path)
-    try:
-        given = with_current_names(cls, given)
-    except ConfigError as error:
-        raise source.error(path, error) from None
-    _refuse_unknown(source, path, given, tuple(f.name for f in fields(cls)))  # type: ignore[arg-type]
-    values = {key: _shaped(source, path, key, value) for key, value in given.items()}
-    for key, value in values.items():
-        if key not in _LISTS or isinstance(value, str):
-            _checked(source, path, key, partial(_alone, cls, key, value))
-    try:
-        return from_mapping(cls, values, where="key")
-    except ConfigError as error:
-        raise source.error(path, error) from None
-
-
-def _alone(cls: type[Any], key: str, value: Any) -> None:
-    """Check one value; what else the section needs is filled in."""
-    needed = {"loads": (1.0,)} if cls is ArrivalOptions else {}
-    from_mapping(cls, {**needed, key: value}, where="key")
-
-
-def _shaped(source: Located, path: Key, key: str, value: Any) -> Any:
-    """Check the shape of lists and mappings, which the options themselves do not."""
-    if path == ("simulation",) and key == "rates":
-        return "true" if value is True else value  # what YAML makes of the word
-    if key not in _LISTS:
-        return value
-    if key == "tenants":
-        numbers = path == ("deadline",)
-        good = isinstance(value, Mapping) and all(map(_is_number, value.values()))
-        if numbers and not good:
-            raise source.error(path, "tenants must map names to scales.", key=key)
-        if not numbers and not _is_list_of(value, lambda v: isinstance(v, str)):
-            raise source.error(path, "tenants must be a list of names.", key=key)
-        return value
-    if not _is_list_of(value, _is_number):
-        raise source.error(path, f"{key} must be a list of numbers.", key=key)
-    return [float(v) for v in value]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_list_of(value: object, good: Callable[[object], bool]) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(good, value))
+    return StepCost(**given)
 
 
 def _policies(source: Located) -> tuple[Policy, ...]:
     listed = source.at(("policies",))
     if not isinstance(listed, list) or not listed:
         raise source.error(("policies",), "must be a list of at least one policy.")
-    found = [_policy(source, ("policies", index), entry) for index, entry in enumerate(listed)]
+    found = [_policy(source, ("policies", index)) for index in range(len(listed))]
     for index, policy in enumerate(found):
         if any(policy.name == other.name for other in found[:index]):
             raise source.error(("policies", index), f"the name {policy.name} is there twice.")
     return tuple(found)
 
 
-def _policy(source: Located, path: Key, entry: object) -> Policy:
+def _policy(source: Located, path: Key) -> Policy:
+    entry = source.at(path)
     if isinstance(entry, str):
-        return _checked(source, path, None, lambda: named(entry))
-    given = _mapping(source, path)
-    _refuse_unknown(source, path, given, ("policy", "name", "dispatch", "engine"))
+        return source.built(path, lambda: named(entry))
+    given: Mapping[str, Any] = source.mapping(path, _POLICY_KEYS)
     policy, name = given.get("policy"), given.get("name")
     if not isinstance(policy, str) or not isinstance(name, str | None):
         raise source.error(path, "a policy and its name must be text.")
     dispatch = engine = None
     if "dispatch" in given:
-        dispatch = _section(source, (*path, "dispatch"), DispatchOptions)
+        dispatch = source.options(DispatchOptions, (*path, "dispatch"))
     if "engine" in given:
-        engine = _section(source, (*path, "engine"), EngineOptions)
-    made = _checked(source, path, "policy", lambda: named(policy, dispatch, engine))
+        engine = source.options(EngineOptions, (*path, "engine"))
+    made = source.built(path, lambda: named(policy, dispatch, engine))
     if engine is not None and "order" in given["engine"]:
         if made.kind is not EngineKind.HEXGEN:
             raise source.error((*path, "engine", "order"), f"{policy} has an order of its own.")
@@ -280,26 +201,3 @@ def _seeds(source: Located) -> tuple[int, ...]:
     if not whole or not listed or len(set(listed)) < len(listed):
         raise source.error(("seeds",), "must be a list of different whole numbers, 0 or more.")
     return tuple(listed)
-
-
-def _checked(source: Located, path: Key, key: str | None, build: Callable[[], T]) -> T:
-    try:
-        return build()
-    except ConfigError as error:
-        raise source.error(path, error, key=key) from None
-
-
-def _mapping(source: Located, path: Key) -> Mapping[str, Any]:
-    value = source.at(path)
-    if not isinstance(value, Mapping):
-        raise source.error(path, "must be a mapping.")
-    return value
-
-
-def _refuse_unknown(
-    source: Located, path: Key, given: Mapping[str, Any], known: tuple[str, ...]
-) -> None:
-    for key in given:
-        if key not in known:
-            names = known_names(key, known)
-            raise source.error(path, f"unknown key {key!r}; known are {names}.", key=key)
