@@ -6,6 +6,7 @@
 #   make test-fast      lint, types and the tests that need no engine
 #   make test-versions  the no-model suite on the other vLLM versions
 #   make test-upstream  the tests that vLLM has of its scheduler, with ours in its place (50 MB once)
+#   make mutate         changes the policies in small ways: does a test notice? (ONLY=module; hours for all)
 #   make test-clients   the examples of LangChain and LlamaIndex, in an environment of their own
 #   make demo           two real engines and the router under four policies -> out/demo/
 #   make agent-demo     a text-to-SQL agent on real engines, stock against slack -> out/agent/
@@ -61,7 +62,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env lint format types check test test-fast test-versions test-upstream test-clients demo agent-demo bench-router clean
+.PHONY: help env lint format types check test test-fast test-versions test-upstream mutate test-clients demo agent-demo bench-router clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -136,6 +137,10 @@ test-versions: env
 
 test-upstream: env
 	$(PY) tools/upstream_tests.py
+
+mutate: env
+	@test -x $(VENV)/bin/mutmut || $(PIP_INSTALL) --no-build-isolation --editable '.[mutate]'
+	$(PY) -m tools.mutate $(ONLY)
 
 test-clients: env
 	$(PY) -m tests.examples.other_clients

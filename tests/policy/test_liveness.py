@@ -52,6 +52,10 @@ def test_zero_bears_any() -> None:
         (301.0, 1.0, True, True, False),
         (301.0, 11.0, True, True, True),
         (9.0, 30.0, True, True, False),
+        (10.0, 10.0, True, True, False),
+        (74.0, math.inf, True, False, False),
+        (75.0, math.inf, True, False, False),
+        (75.5, 75.5, True, False, True),
         (1301.0, 301.0, False, True, True),
     ],
 )

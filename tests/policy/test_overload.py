@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.overload import FairShares, entry_margin, hopeless_after
+from hexgen_vllm.policy.overload import (
+    FairShares,
+    crowded,
+    entry_margin,
+    expired,
+    fair_shares,
+    hopeless_after,
+    no_endpoints,
+    over_bounds,
+    saturated,
+    unattainable,
+)
 from hexgen_vllm.policy.queue import HeldCalls
 from hexgen_vllm.types import (
     Call,
@@ -204,6 +215,24 @@ def test_starvation_bound(share: float, background: int, seed: int) -> None:
         assert served_at[f"b{i}"] <= (i + 1) * (math.ceil(1 / share) + 1)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.25, 1.0])
+def test_demoted_calls_get_their_share_and_no_more(share: float) -> None:
+    """Over many placements while both wait: one of them after 1 / share of the others."""
+    options = {"overload": "protect", "reject_at_entry": False, "entry_margin": 0.0}
+    c = coordinator(background_share=share, **options)
+    c.call_arrived(call("run", 0.0, 1e6), 0.0)
+    running, turns, demoted = "run", 440, 0
+    for i in range(turns):
+        c.call_arrived(call(f"late{i}", 0.0, 0.1), 0.0)
+        c.call_arrived(call(f"fine{i}", 0.0, 1e6), 0.0)
+        (found,) = c.call_finished(running, DONE, 0.0)
+        assert isinstance(found, Placement)
+        assert found.background is found.call_id.startswith("late")
+        running, demoted = found.call_id, demoted + found.background
+    expected = turns / (1.0 / share + 1.0) if share else 0.0
+    assert demoted == pytest.approx(expected, abs=1.0)
+
+
 def test_demoted_calls_go_by_least_work_while_nobody_else_waits() -> None:
     held = HeldCalls(0.1)
     for name, work_s in (("long", 9.0), ("short", 1.0), ("mid", 5.0)):
@@ -331,3 +360,134 @@ def test_off_ignores_the_knobs_of_protect(seed: int) -> None:
 def test_weights_must_be_numbers_above_0() -> None:
     with pytest.raises(ConfigError, match="tenant_weights of a"):
         DispatchOptions(tenant_weights={"a": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason", "status"),
+    [
+        (saturated("c"), "rejected-saturated", 429),
+        (crowded("c"), "rejected-saturated", 429),
+        (unattainable("c"), "rejected-saturated", 429),
+        (expired("c", 5.4), "rejected-ttl-expired", 504),
+        (no_endpoints("c"), "rejected-no-endpoints", 503),
+    ],
+)
+def test_a_refusal_says_whose_it_is_and_why(refusal: Rejection, reason: str, status: int) -> None:
+    assert (refusal.call_id, refusal.reason, refusal.status) == ("c", reason, status)
+    sentence = refusal.message
+    assert sentence[0].isupper()
+    assert sentence.endswith(".")
+    assert not sentence[1:].isupper()
+
+
+def test_a_refusal_says_how_long_the_call_waited() -> None:
+    assert " 5 seconds" in expired("c", 5.4).message
+
+
+@pytest.mark.parametrize(("most", "fullness", "margin"), [
+    (0.5, 0.7, 0.5), (1.0, 0.7, 1.0), (2.0, 0.0, 1.0), (2.0, 0.5, 1.5), (3.0, 1.0, 3.0),
+])  # fmt: skip
+def test_each_term_of_the_margin(most: float, fullness: float, margin: float) -> None:
+    assert entry_margin(most, fullness) == margin
+
+
+@pytest.mark.parametrize(
+    ("most_calls", "most_tokens", "calls", "tokens", "over"),
+    [
+        (3, 0, 3, 10**9, False), (3, 0, 4, 0, True), (0, 100, 10**6, 100, False),
+        (0, 100, 0, 101, True), (0, 0, 10**6, 10**9, False), (3, 100, 4, 0, True),
+        (3, 100, 0, 101, True), (1, 1, 1, 1, False), (1, 0, 2, 0, True), (0, 1, 0, 2, True),
+    ],
+)  # fmt: skip
+def test_bounds_of_the_queue(
+    most_calls: int, most_tokens: int, calls: int, tokens: int, over: bool
+) -> None:
+    options = DispatchOptions(max_held_calls=most_calls, max_held_tokens=most_tokens)
+    assert over_bounds(options, calls, tokens) is over
+
+
+def shares(window: float | None = 100.0, **weights: float) -> FairShares:
+    return FairShares(window, weights)
+
+
+def test_a_tenant_is_ahead_beyond_a_window_more_than_the_least() -> None:
+    found = shares(heavy=2.0)
+    for tenant, tokens in (("a", 50), ("b", 150), ("heavy", 301), ("c", 151)):
+        found.served(tenant, tokens)
+    assert found.ahead(("a", "b", "heavy", "c")) == {"heavy", "c"}
+    assert found.ahead(("b", "heavy", "c")) == set(), "the least is one that waits"
+    assert found.ahead(("a", "b")) == set()
+    assert found.ahead(("new", "a", "b")) == {"b"}, "one never served counts as 0"
+    assert found.ahead(()) == set()
+    found.settled("a", -30)
+    assert found.ahead(("a", "b")) == {"b"}
+
+
+def test_who_was_away_starts_a_window_below_the_least_of_those_that_wait() -> None:
+    found = shares()
+    found.served("a", 1000)
+    found.served("b", 700)
+    found.served("late", 5)
+    found.waits("late", ("a", "b"))  # counts as 600 now
+    assert found.ahead(("a", "b", "late")) == {"a"}
+    found.served("late", 200)
+    assert found.ahead(("b", "late")) == set()
+    found.served("late", 1)
+    assert found.ahead(("b", "late")) == {"late"}
+    found.waits("b", ("late",))  # it has 701 now, the other 801
+    assert found.ahead(("b", "late")) == set()
+
+
+def test_who_was_served_more_keeps_it_when_it_waits_again() -> None:
+    found = shares()
+    found.served("a", 1000)
+    found.waits("a", ("b",))
+    assert found.ahead(("a", "b")) == {"a"}
+
+
+def test_who_comes_when_nobody_waits_is_measured_by_who_got_most() -> None:
+    found = shares()
+    found.served("a", 1000)
+    found.served("b", 10)
+    found.waits("new", ())  # 900
+    assert found.ahead(("new", "a")) == set()
+    found.served("new", 100)
+    assert found.ahead(("new", "a")) == set()
+    found.served("new", 101)
+    assert found.ahead(("new", "a")) == {"new"}
+
+
+def test_the_usual_window_is_eight_average_calls() -> None:
+    found = shares(None)
+    assert not found.strict
+    assert shares().strict
+    found.served("a", 100)  # a window of 800
+    found.settled("b", 900)
+    assert found.ahead(("a", "b")) == set()
+    found.settled("b", 1)
+    assert found.ahead(("a", "b")) == {"b"}
+    found.served("a", 200)  # the mean is 105, the window 840; a has 300
+    found.settled("b", 239)  # 1140
+    assert found.ahead(("a", "b")) == set()
+    found.settled("b", 1)
+    assert found.ahead(("a", "b")) == {"b"}
+
+
+def test_what_is_forgotten_of_tenants() -> None:
+    found = shares()
+    for tenant in ("a", "b", "c"):
+        found.served(tenant, 500)
+    found.forget(("a", "unknown"))
+    assert found.ahead(("a", "b", "c", "unknown")) == {"a"}
+
+
+@pytest.mark.parametrize(("window", "strict"), [(0, None), (-1, False), (1, True), (500, True)])
+def test_shares_of_an_option(window: int, strict: bool | None) -> None:
+    found = fair_shares(DispatchOptions(fair_window_tokens=window, tenant_weights={"w": 2.0}))
+    assert (found and found.strict) is strict
+    if window == 500:
+        assert found is not None
+        found.served("w", 1000)
+        assert found.ahead(("w", "x")) == set(), "by its weight, within the window"
+        found.served("w", 2)
+        assert found.ahead(("w", "x")) == {"w"}

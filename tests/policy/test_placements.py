@@ -130,6 +130,133 @@ def test_asked_prefixes_are_bounded_and_fade() -> None:
     assert len(asked._seen) <= 50_000
 
 
+def weight(policy: Dispatch, call: Demand, now: float = 0.0, factor: float = 1.0) -> float:
+    """Return w of a call that is placed on an idle engine with nothing to charge it for."""
+    one = engine("a", factor)
+    choice = policy.choose(call, [one], {}, now)
+    policy.placed(call, choice, now)
+    assert choice.forecast is not None
+    return choice.score / choice.forecast.finish_in_s
+
+
+FINISH_S = COST.p1 * 4000 + (100 + FIRST) * COST.step_s(1, 0)  # of the usual call, idle engine
+
+
+@pytest.mark.parametrize(
+    ("call", "now", "needs_s", "has_s"),
+    [
+        (demand(deadline_s=10.0), 0.0, FINISH_S, 10.0),
+        (demand(deadline_s=20.0), 0.0, FINISH_S, 20.0),
+        (demand(deadline_s=10.0, tail_s=2.0), 0.0, FINISH_S + 2.0, 10.0),
+        (demand(deadline_s=13.0, started_s=3.0), 3.0, FINISH_S, 10.0),
+        (demand(deadline_s=13.0, started_s=3.0), 4.5, FINISH_S + 1.5, 10.0),
+        (demand(deadline_s=14.0, started_s=3.0, tail_s=1.0), 4.0, FINISH_S + 2.0, 11.0),
+    ],
+)
+@pytest.mark.parametrize("c", [0.5, 1.0])
+def test_each_term_of_the_weight(
+    call: Demand, now: float, needs_s: float, has_s: float, c: float
+) -> None:
+    policy = placement(DispatchOptions(stretch=c))
+    first = demand(deadline_s=12.0)
+    assert weight(policy, first) == pytest.approx(1.0), "the first is the mean itself"
+    mean = FINISH_S / 12.0
+    rho = needs_s / has_s
+    assert weight(policy, call, now) == pytest.approx((rho / mean) ** c)
+    mean += 0.01 * (rho - mean)
+    assert weight(policy, first) == pytest.approx((FINISH_S / 12.0 / mean) ** c)
+
+
+def test_the_finish_in_the_weight_is_the_mean_over_engines() -> None:
+    policy = placement(DispatchOptions(stretch=1.0))
+    weight(policy, demand(deadline_s=12.0))
+    fast, slow = engine("fast"), engine("slow", 3.0)
+    found = policy.choose(demand(deadline_s=12.0), [fast, slow], {}, 0.0)
+    assert found.score == pytest.approx(2.0 * FINISH_S)
+
+
+@pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
+def test_the_weight_is_bounded_and_1_without_a_deadline(c: float) -> None:
+    policy = placement(DispatchOptions(stretch=c))
+    usual = demand(deadline_s=10.0)
+    weight(policy, usual)
+    assert weight(policy, demand()) == pytest.approx(1.0)
+    assert weight(policy, usual) == pytest.approx(1.0), "one without a deadline is not in the mean"
+    for call, now, bound in (
+        (demand(deadline_s=1e9), 0.0, 0.2),
+        (demand(deadline_s=-1.0), 0.0, 5.0),
+        (demand(deadline_s=10.0, started_s=10.0), 10.0, 5.0),
+        (demand(deadline_s=20.0, started_s=10.0), 0.0, 0.2),
+    ):
+        chosen_ = policy.choose(call, [engine("a")], {}, now)
+        assert chosen_.score == pytest.approx(bound * FINISH_S)
+
+
+def test_choices_that_are_not_taken_teach_nothing() -> None:
+    policy = placement(DispatchOptions(stretch=1.0))
+    weight(policy, demand(deadline_s=10.0))
+    policy.choose(demand(deadline_s=5.0), [engine("a")], {}, 0.0)
+    assert weight(policy, demand(deadline_s=10.0)) == pytest.approx(1.0)
+
+
+def test_other_knobs_count_from_then_on() -> None:
+    policy = placement(DispatchOptions(stretch=1.0))
+    weight(policy, demand(deadline_s=10.0))
+    policy.retuned(DispatchOptions(stretch=0.0))
+    assert weight(policy, demand(deadline_s=5.0)) == pytest.approx(1.0)
+    policy.retuned(DispatchOptions(stretch=1.0))
+    assert weight(policy, demand(deadline_s=5.0)) == pytest.approx(2.0)
+
+
+def test_equal_engines_go_by_name_and_claims_and_caches_count() -> None:
+    policy = placement(DispatchOptions(stretch=0.0))
+    one, two = engine("a"), engine("b")
+    found = policy.choose(demand(), [one, two], {}, 0.0)
+    assert (found.engine.engine_id, found.reason) == ("a", "marginal_cost")
+    full = [engine("a"), engine("b")]
+    for each in full:
+        fill(each, 64)
+    assert policy.choose(demand(), full, {}, 0.0).engine.engine_id == "a"
+    assert policy.choose(demand(), full, {"a": 64}, 0.0).engine.engine_id == "b"
+    known = demand(prefix=(1, 2))
+    two.prefixes.add(known.call)
+    assert policy.choose(known, [one, two], {}, 0.0).engine.engine_id == "b"
+    policy.retuned(DispatchOptions(stretch=0.0, prefix_affinity=False))
+    assert policy.choose(known, [one, two], {}, 0.0).engine.engine_id == "a"
+
+
+def test_a_placed_call_asks_for_its_prefix() -> None:
+    policy = placement(DispatchOptions(externality=1.0, stretch=0.0))
+    asks = demand(prefix=(1, 2, 3, 4))
+    beside = engine("b")
+    fill(beside, 2)
+    before = policy.choose(asks, [beside], {}, 0.0).score
+    chosen(policy, asks, engine("a"))
+    after = policy.choose(asks, [beside], {}, 0.0).score
+    assert before - after == pytest.approx(2 * COST.p1 * 2000), "each chunk is asked for once: half"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prefix", "uncached", "tokens"),
+    [
+        (5000, (1, 2, 3), 5000, 5000 - 2 * 500),  # two chunks known, one not, the rest is its own
+        (5000, (1, 2, 3), 4000, 4000 - 500),  # the first is cached
+        (5000, (1, 2, 3), 3000, 3000),  # both are
+        (5000, (1, 2, 3), 2500, 2500),  # in the middle of a chunk: no more than is computed
+        (5000, (), 4000, 4000),
+        (2000, (1, 2), 2000, 1000),
+    ],
+)
+def test_chunks_count_by_their_share_where_they_are_computed(
+    prompt: int, prefix: tuple[int, ...], uncached: int, tokens: float
+) -> None:
+    asked = AskedPrefixes()
+    asked.add(Call("x", "w", 0.0, 2000, prefix=(1, 2), prefix_chunk_tokens=1000))
+    call = Call("y", "w", 0.0, prompt, prefix=prefix, prefix_chunk_tokens=1000)
+    assert asked.shared(call, uncached, 1) == pytest.approx(tokens)
+    assert asked.shared(Call("y", "w", 0.0, prompt, prefix=prefix), uncached, 1) == uncached
+
+
 def test_a_workflow_that_is_long_against_its_deadline_gets_the_fast_engine() -> None:
     def where(tail_s: float, stretch: float) -> str:
         policy = placement(DispatchOptions(stretch=stretch))

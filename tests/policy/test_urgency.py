@@ -8,7 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hexgen_vllm.policy.urgency import BACKGROUND_S, UrgencyHeap, background_key
+from hexgen_vllm.policy.urgency import (
+    BACKGROUND_S,
+    BATCH_S,
+    LATE_S,
+    UrgencyHeap,
+    background_key,
+    batch_key,
+    hexgen_key,
+    hexgen_urgency,
+    late_key,
+    latest_start,
+    slack,
+    stage_budget,
+)
+from hexgen_vllm.types import NO_DEADLINE
 from hexgen_vllm.wire import MAX_TIME_MS
 
 
@@ -152,3 +166,39 @@ def test_the_first_few_are_those_that_would_come_out(seed: int) -> None:
         assert heap.first(most) == list(heap)[:most]
     assert heap.first(1) == [heap.peek()]
     assert UrgencyHeap[int]().first(3) == []
+
+
+def test_each_term_of_the_end_to_end_key() -> None:
+    assert latest_start(100.0, 20.0, 5.0) == 75.0
+    assert latest_start(NO_DEADLINE, 20.0, 5.0) == NO_DEADLINE
+    assert slack(75.0, 70.0) == 5.0
+    assert slack(75.0, 80.0) == -5.0
+
+
+@pytest.mark.parametrize(
+    ("service_s", "tail_s", "budget_s"),
+    [(5.0, 15.0, 22.5), (5.0, 0.0, 90.0), (0.0, 5.0, 0.0), (0.0, 0.0, 90.0), (0.25, 0.25, 45.0)],
+)
+def test_each_term_of_the_per_stage_key(service_s: float, tail_s: float, budget_s: float) -> None:
+    """A call of 10 s that is due at 100 s: b is its own share of 90 s."""
+    assert stage_budget(90.0, service_s, tail_s) == budget_s
+    key_s = hexgen_key(10.0, 100.0, tail_s, service_s)
+    assert key_s == 10.0 + budget_s - service_s
+    for now in (10.0, 30.0):
+        assert hexgen_urgency(key_s, now) == service_s - (budget_s - (now - 10.0))
+    assert hexgen_key(10.0, NO_DEADLINE, tail_s, service_s) == NO_DEADLINE
+
+
+def test_keys_of_classes() -> None:
+    assert late_key(5.0) == LATE_S + 5.0
+    assert batch_key(5.0) == BATCH_S + 5.0
+    assert background_key(5.0) == BACKGROUND_S + 5.0
+
+
+def test_an_empty_heap_is_false_and_a_filled_one_true() -> None:
+    heap: UrgencyHeap[str] = UrgencyHeap()
+    assert bool(heap) is False
+    heap.push("a", 1.5, 0.0)
+    assert bool(heap) is True
+    assert heap.key_of("a") == 1.5
+    assert heap.unordered() == ["a"]

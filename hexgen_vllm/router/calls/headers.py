@@ -62,9 +62,6 @@ _TELLING: Final = ("alt-svc", "content-location", "link", "location", "refresh",
 # Which pages may read an answer is for the router to say.
 _CORS: Final = tuple(f"access-control-{n}" for n in ("allow-origin", "allow-credentials",
                                                      "expose-headers"))  # fmt: skip
-_NOT_TO_CLIENT: Final = frozenset(
-    (*_HOP_BY_HOP, *_TELLING, *_CORS, "content-length", "date", "server", REQUEST_ID_HEADER)
-)
 _NOT_IN_HEAD: Final = frozenset(
     name.encode()
     for name in (*_HOP_BY_HOP, *_TELLING, *_CORS, "content-length", "server", REQUEST_ID_HEADER)

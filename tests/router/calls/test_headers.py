@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -197,6 +198,24 @@ def test_answers_keep_their_headers() -> None:
     lines = outbound.answer_head(pairs(GIVEN), "fast", "r1")
     text = b"".join(lines).decode()
     assert dict(line.split(": ", 1) for line in text.split("\r\n")[:-1]) == KEPT
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Alt-Svc", "Content-Location", "Link", "Location", "Refresh", "Via",  # where the engine is
+        "Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization",
+        "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade",  # of one connection
+        "Access-Control-Allow-Origin", "Access-Control-Allow-Credentials",
+        "Access-Control-Expose-Headers", "Content-Length", "Server", "X-Request-Id",  # ours to say
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("spell", [str, str.lower, str.upper])
+def test_a_client_is_not_told(name: str, spell: Callable[[str], str]) -> None:
+    given = [(spell(name).encode(), b"http://10.0.0.1:8000"), (b"X-Kept", b"1")]
+    head = b"".join(outbound.answer_head(given, "fast", "r1"))
+    assert b"10.0.0.1" not in head
+    assert b"X-Kept: 1\r\n" in head
 
 
 def test_an_answer_keeps_the_time_of_its_engine() -> None:

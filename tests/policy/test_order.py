@@ -1,0 +1,116 @@
+"""Where a call stands in an engine's order: each class, each order, each term of each key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.order import MOST_LATE, LateWatch, demotes, put
+from hexgen_vllm.policy.urgency import BACKGROUND_S, BATCH_S, LAST_RANK, LATE_S
+from hexgen_vllm.types import NO_DEADLINE
+
+
+@dataclass
+class State:
+    """A call due in 100 s, with 20 s of others after it."""
+
+    deadline_s: float = 100.0
+    tail_s: float = 20.0
+    arrived_s: float = 7.0
+    background: bool = False
+    late: bool = False
+    promoted: bool = False
+    rank: int = -99
+    key_s: float = -99.0
+    latest_start_s: float = -99.0
+
+
+@pytest.mark.parametrize(
+    ("order", "key_s"),
+    [("due", 80.0), ("slack", 75.0), ("edf", 100.0), ("fcfs", 7.0), ("sjf", 42.0), ("", 42.0)],
+)
+def test_a_call_with_a_deadline_stands_by_the_order_in_force(order: str, key_s: float) -> None:
+    call = State()
+    put(call, order, 3, turn=9.0, service_s=5.0, own_key_s=42.0)
+    assert (call.rank, call.key_s, call.latest_start_s) == (3, key_s, 75.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "rank", "key_s", "latest_start_s"),
+    [
+        (State(late=True), 3, LATE_S + 25.0, NO_DEADLINE),
+        (State(late=True, deadline_s=NO_DEADLINE), 3, LATE_S + 25.0, NO_DEADLINE),
+        (State(deadline_s=NO_DEADLINE), 3, BATCH_S + 9.0, NO_DEADLINE),
+        (State(deadline_s=NO_DEADLINE, promoted=True), 3, 9.0 - BATCH_S, NO_DEADLINE),
+        (State(late=True, promoted=True), 3, 9.0 - BATCH_S, NO_DEADLINE),
+        (State(promoted=True), 3, 80.0, 75.0),
+        (State(background=True), LAST_RANK, BACKGROUND_S + 25.0, BACKGROUND_S + 25.0),
+        (
+            State(background=True, late=True, promoted=True, deadline_s=NO_DEADLINE),
+            LAST_RANK,
+            BACKGROUND_S + 25.0,
+            BACKGROUND_S + 25.0,
+        ),
+    ],
+)
+def test_the_other_classes(call: State, rank: int, key_s: float, latest_start_s: float) -> None:
+    put(call, "due", 3, turn=9.0, service_s=5.0, own_key_s=42.0)
+    assert (call.rank, call.key_s, call.latest_start_s) == (rank, key_s, latest_start_s)
+
+
+def test_classes_come_in_their_order() -> None:
+    calls = [
+        State(deadline_s=NO_DEADLINE, promoted=True),
+        State(deadline_s=4e9),
+        State(late=True, tail_s=1e6),
+        State(deadline_s=NO_DEADLINE),
+    ]
+    for call in calls:
+        put(call, "due", 0, turn=4e9, service_s=0.0, own_key_s=0.0)
+    keys = [call.key_s for call in calls]
+    assert keys == sorted(keys)
+
+
+@pytest.mark.parametrize(
+    ("order", "demote_late", "expected"),
+    [("due", True, True), ("due", False, False), ("slack", True, False), ("edf", False, False)],
+)
+def test_only_the_order_due_puts_late_calls_last(
+    order: str, demote_late: bool, expected: bool
+) -> None:
+    assert demotes(EngineOptions(order=order, demote_late=demote_late)) is expected
+
+
+def test_calls_whose_moment_has_passed_are_taken_out_once_and_in_turn() -> None:
+    watch = LateWatch[str]()
+    assert watch.next_s == NO_DEADLINE
+    watch.add("never", NO_DEADLINE)
+    assert watch.next_s == NO_DEADLINE
+    for name, late_from_s in (("c", 3.0), ("a", 1.0), ("b", 2.0), ("b2", 2.0)):
+        watch.add(name, late_from_s)
+    assert watch.next_s == 1.0
+    assert watch.late(1.0) == [], "in time to the last moment"
+    assert watch.late(2.5) == ["a", "b", "b2"]
+    assert watch.late(2.5) == []
+    assert watch.next_s == 3.0
+    assert watch.late(9.0) == ["c"]
+    assert watch.next_s == NO_DEADLINE
+
+
+def test_a_burst_is_taken_out_in_parts() -> None:
+    watch = LateWatch[int]()
+    for i in range(MOST_LATE + 5):
+        watch.add(i, float(i))
+    assert watch.late(1e6, 3) == [0, 1, 2]
+    assert watch.late(1e6) == list(range(3, 3 + MOST_LATE))
+    assert watch.late(1e6) == [MOST_LATE + 3, MOST_LATE + 4]
+
+
+def test_what_is_watched_need_not_be_comparable() -> None:
+    watch = LateWatch[object]()
+    first, second = object(), object()
+    watch.add(first, 1.0)
+    watch.add(second, 1.0)
+    assert watch.late(2.0) == [first, second]
