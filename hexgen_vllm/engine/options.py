@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import Any, Final
 
 from hexgen_vllm.config import EngineOptions, from_mapping
-from hexgen_vllm.engine import compat
 from hexgen_vllm.errors import ConfigError, HexgenError
 
 
@@ -20,8 +19,11 @@ def options_of(vllm_config: Any) -> EngineOptions:
     values = extra.get("hexgen", {}) if isinstance(extra, dict) else {}
     if not isinstance(values, dict):
         raise ConfigError(f"additional_config.hexgen must be an object, not {values!r}.")
-    if "displace" not in values and compat.loads_from_others(vllm_config):
-        values = {**values, "displace": False}
+    if "displace" not in values:
+        from hexgen_vllm.engine import compat  # fails where vLLM is too old, and loads it
+
+        if compat.loads_from_others(vllm_config):
+            values = {**values, "displace": False}
     return from_mapping(EngineOptions, values, where="hexgen option")
 
 

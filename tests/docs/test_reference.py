@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from hexgen_vllm import cli
-from tests.docs.sentences import PACKAGE, ROOT
+from tests.docs.pages import ROOT
 from tools.reference import python_api
 from tools.reference.page import page
 from tools.reference.variables import VARIABLES
 
+PACKAGE = ROOT / "hexgen_vllm"
 COMMITTED = ROOT / "docs" / "reference.md"
 # One name behind what reads the environment, or written as a constant of its own.
 READ = re.compile(r"""environ(?:\.get\(|\.setdefault\(|\[)\s*["']([A-Z][A-Z0-9_]+)["']""")

@@ -175,7 +175,7 @@ def test_a_vllm_that_cannot_be_driven_refuses_only_who_asks(
 def test_the_help_has_our_group_with_every_default_once() -> None:
     text = " ".join(parser(by_default=True).format_help().split())
     assert "hexgen: Options of urgency scheduling" in text
-    assert "--hexgen-order {due,slack,hexgen,edf,fcfs" in text
+    assert "--hexgen-order {due,slack,paper,edf,fcfs" in text
     assert "edf or fcfs (default: due)" in text
     assert "--cluster FILE" in text
     assert "default: None" not in text

@@ -166,7 +166,8 @@ def test_what_a_file_switches_off_is_off(
 
 CHOICE = """
 import json, pathlib, sys, tempfile
-from hexgen_vllm.engine import headless, plugin
+from benchmarks.engine import headless
+from hexgen_vllm.engine import plugin
 plugin.register()
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs

@@ -1,17 +1,14 @@
-"""What the documentation says that commands say, they say: one mistake for each sentence."""
+"""Bad input of every command gets one sentence and exit code 2."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from hexgen_vllm import cli, serve
-from tests.docs.sentences import HOLE
-from tests.docs.test_errors import TEXTS, documented
 
 URL = "http://127.0.0.1:9"
 FLEET = "fleet: reference-4\n"
@@ -22,31 +19,31 @@ RECENT = {"type": "t", "arrived_s": 0, "calls": [
 
 
 class Mistake(NamedTuple):
-    """A command line, what its file says if it has one, and the sentence that answers."""
+    """What is wrong, in words for people, a command line, and what its file says if it has one."""
 
-    sentence: str
+    what: str
     words: str
     file: str = ""
 
 
-def router(sentence: str, words: str = "--config FILE", file: str = "") -> Mistake:
-    return Mistake(sentence, f"router {words}", file)
+def router(what: str, words: str = "--config FILE", file: str = "") -> Mistake:
+    return Mistake(what, f"router {words}", file)
 
 
-def cluster(sentence: str, file: str) -> Mistake:
-    return Mistake(sentence, "SERVE --cluster FILE", file)
+def cluster(what: str, file: str) -> Mistake:
+    return Mistake(what, "SERVE --cluster FILE", file)
 
 
-def scenario(sentence: str, file: str, words: str = "") -> Mistake:
-    return Mistake(sentence, f"sim FILE {words}", file)
+def scenario(what: str, file: str, words: str = "") -> Mistake:
+    return Mistake(what, f"sim FILE {words}", file)
 
 
-def tuned(sentence: str, words: str, file: str = FLEET) -> Mistake:
-    return Mistake(sentence, f"tune --fleet FILE {words}", file)
+def tuned(what: str, words: str, file: str = FLEET) -> Mistake:
+    return Mistake(what, f"tune --fleet FILE {words}", file)
 
 
-def recent(sentence: str, line: str) -> Mistake:
-    return Mistake(sentence, "tune --fleet FLEET --trace FILE.jsonl", line)
+def recent(what: str, line: str) -> Mistake:
+    return Mistake(what, "tune --fleet FLEET --trace FILE.jsonl", line)
 
 
 def engine(keys: str) -> str:
@@ -241,17 +238,10 @@ OTHERS = (
 MISTAKES = (*OPTIONS, *ROUTER, *DISCOVERY, *CLUSTER, *RAY, *SIM, *TUNE, *OTHERS)
 
 
-def pattern(sentence: str) -> re.Pattern[str]:
-    """Return what a sentence looks like on the screen, behind command, file, line and place."""
-    parts = [re.escape(part) for part in sentence.split(HOLE)]
-    return re.compile(rf"(?:.*[ :])?{'.*'.join(parts)}\n", re.DOTALL)
-
-
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.sentence)
-def test_a_mistake_gets_the_sentence_that_is_documented(
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.what)
+def test_bad_input_gets_a_sentence(
     mistake: Mistake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert any(mistake.sentence in documented(text) for text in TEXTS.values())
     files = {"FILE": mistake.file, "FLEET": FLEET, "PLAYED": PLAYED, "LIVE": LIVE}
     files["FILE.jsonl"] = mistake.file
     for name, text in files.items():
@@ -267,4 +257,6 @@ def test_a_mistake_gets_the_sentence_that_is_documented(
         code = int(left.code or 0)
     said = capsys.readouterr().err
     assert code == 2
-    assert pattern(mistake.sentence).fullmatch(said), said
+    assert said.endswith(".\n")
+    assert "Traceback" not in said
+    assert not said.startswith("usage:"), "the words are known; what they say is wrong"
