@@ -7,11 +7,16 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
-from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.config import PLACEMENT_NAMES, RENAMED, DispatchOptions
 from hexgen_vllm.router.options import RouterOptions
 
 _TYPES: Final = {bool: "boolean", int: "integer", float: "number", str: "string"}
 Schema = dict[str, Any]
+_POLICY: Final[Schema] = {
+    "type": "string",
+    "anyOf": [{"enum": [*PLACEMENT_NAMES, *RENAMED]}, {"pattern": r"\.py:"}],
+}
+"""A policy by its name, or a file of one's own."""
 
 
 def router_options() -> Schema:
@@ -24,7 +29,8 @@ def _known() -> Iterator[tuple[str, Schema]]:
         hints = get_type_hints(cls)
         for one in fields(cls):
             if one.metadata and not one.metadata.get("hidden"):
-                schema = _of(hints[one.name], one.metadata)
+                own = one.name == "policy"
+                schema = _POLICY if own else _of(hints[one.name], one.metadata)
                 for name in filter(None, (one.name, one.metadata["was"])):
                     yield name.replace("_", "-"), schema
 
