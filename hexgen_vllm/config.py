@@ -153,7 +153,7 @@ def _check_number(name: str, value: float, least: float | None, most: float | No
 
 
 # PyYAML takes 1e-05, as other programs write numbers, for text.
-_SCIENTIFIC: Final = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}")
+SCIENTIFIC: Final = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}")
 
 
 def _plain_type(hint: Any) -> Any:
@@ -172,7 +172,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if wanted is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} must be true or false, not {value!r}.")
     if wanted in (int, float):
-        if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
+        if isinstance(value, str) and SCIENTIFIC.fullmatch(value):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{name} must be a number, not {value!r}.")

@@ -16,14 +16,12 @@ from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hi
 import msgspec
 import yaml
 
-from hexgen_vllm.config import known_names, with_current_names
+from hexgen_vllm.config import SCIENTIFIC, known_names, with_current_names
 from hexgen_vllm.errors import ConfigError
 
 T = TypeVar("T")
 Key = tuple[str | int, ...]
 
-# PyYAML takes 1e-05, as other programs write numbers, for text.
-_SCIENTIFIC: Final = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}")
 _INDEX: Final = re.compile(r"\[([0-9]+)\]")
 _WORDS: Final[dict[Any, tuple[str, str]]] = {
     str: ("text", "texts"),
@@ -122,24 +120,24 @@ class Located:
             problem = mistyped(spelled(path[-1:]), value, hint)
             raise self.error(path[:-1], problem, at=place) from None
 
-    def given(
+    def keys(
         self, cls: type[Any], path: Key, *, without: Collection[str] = (), what: str = "key"
-    ) -> dict[str, Any]:
-        """Return the options of the dataclass ``cls`` that the mapping at ``path`` gives.
+    ) -> dict[str, str]:
+        """Return the key that the mapping at ``path`` has for each option that it gives.
 
-        Keys may be written with dashes, and by earlier names of options.
+        Keys may be written with dashes, and by aliases and earlier names of options.
 
         Args:
-            cls: its fields are the legal keys.
+            cls: a dataclass; its fields are the options.
             path: the place.
-            without: keys that are not read here.
+            without: legal keys that are no options.
             what: what a sentence calls the keys.
 
         Raises:
-            ConfigError: a key is unknown or there twice, or a value is of the wrong type.
+            ConfigError: a key is unknown, or two mean the same option.
         """
-        hints, metas = get_type_hints(cls), {f.name: f.metadata for f in fields(cls)}
-        keys: dict[str, str] = {}
+        names = [f.name for f in fields(cls) if f.name not in without]
+        found: dict[str, str] = {}
         for key in self.mapping(path):
             if key in without:
                 continue
@@ -147,14 +145,23 @@ class Located:
                 (name,) = with_current_names(cls, {key.replace("-", "_"): None})
             except ConfigError as error:
                 raise self.error(path, error, key=key) from None
-            if name not in metas:
-                raise self._unknown(path, what, key, (*without, *metas))
-            if name in keys:
-                first = keys[name]
+            if name not in names:
+                raise self._unknown(path, what, key, (*without, *names))
+            if name in found:
+                first = found[name]
                 raise self.error(
                     path, f"{first} and {key} are names of one option; give it once.", key=key
                 )
-            keys[name] = key
+            found[name] = key
+        return found
+
+    def given(self, cls: type[Any], path: Key, keys: Mapping[str, str]) -> dict[str, Any]:
+        """Return the options of the dataclass ``cls`` that stand under ``keys`` at ``path``.
+
+        Raises:
+            ConfigError: a value is of the wrong type.
+        """
+        hints, metas = get_type_hints(cls), {f.name: f.metadata for f in fields(cls)}
         return {
             name: self.typed(hints[name], (*path, key), choices=metas[name].get("choices", ()))
             for name, key in keys.items()
@@ -164,23 +171,30 @@ class Located:
         """Return the mapping at ``path`` as a dataclass ``cls``.
 
         Raises:
-            ConfigError: as :meth:`given` says, or a value is out of bounds.
+            ConfigError: as :meth:`keys` and :meth:`given` say, or a value is out of bounds.
         """
-        given = self.given(cls, path, what=what)
-        return self.built(path, lambda: cls(**given))
+        keys = self.keys(cls, path, what=what)
+        given = self.given(cls, path, keys)
+        return self.built(path, lambda: cls(**given), keys)
 
-    def built(self, path: Key, build: Callable[[], T]) -> T:
+    def built(self, path: Key, build: Callable[[], T], keys: Mapping[str, str] | None = None) -> T:
         """Return what ``build`` makes of the mapping at ``path``.
 
+        Args:
+            path: the place.
+            build: may refuse.
+            keys: the key there for each option; by default every key is named as its option.
+
         Raises:
-            ConfigError: what ``build`` raises, with the line of the first key that it names.
+            ConfigError: what ``build`` raises, with the line of the first option that it names.
         """
         try:
             return build()
         except ConfigError as error:
-            found = self.at(path)
-            keys = {key.replace("-", "_"): key for key in found} if isinstance(found, dict) else {}
-            words = re.findall(r"\w+", str(error).replace("-", "_"))
+            if keys is None:
+                found = self.at(path)
+                keys = {key: key for key in found} if isinstance(found, dict) else {}
+            words = re.findall(r"\w+", str(error))
             named = next((keys[word] for word in words if word in keys), None)
             raise self.error(path, error, key=named) from None
 
@@ -222,7 +236,7 @@ def _numbers(value: Any, hint: Any) -> Any:
         return {name: _numbers(one, args[1]) for name, one in value.items()}
     if wanted not in (int, float):
         return value
-    if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
+    if isinstance(value, str) and SCIENTIFIC.fullmatch(value):
         value = float(value)
     return int(value) if wanted is int and type(value) is float and value.is_integer() else value
 

@@ -84,7 +84,6 @@ ROUTER = (
     router("worker_urls must have different …, not two ….", f"--worker-urls {URL} {URL}"),
     router("worker_allowed_hosts must be hosts or networks without a port, not ….",
            f"--worker-urls {URL} --worker-allowed-hosts a:1"),
-    router("the file must be a mapping of options.", file="- a"),
     router("… must be text or a list of texts.", file="worker-urls: 1"),
     router("ssl_certfile must be given with ssl_keyfile and ssl_ca_certs.",
            f"--worker-urls {URL} --ssl-keyfile FILE", "x"),

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from hexgen_vllm import config, descriptors, policy_file
-from hexgen_vllm.config import DispatchOptions, from_mapping
+from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.observe import logs
@@ -66,13 +66,11 @@ def options_in(source: Located) -> tuple[Values, Values]:
     Raises:
         ConfigError: as :func:`read_options`.
     """
-    top = {} if source.value is None else source.value
-    if not isinstance(top, Mapping):
-        raise source.error((), "the file must be a mapping of options.")
+    top = {} if source.value is None else source.mapping(())
     keys: dict[str, str] = {}  # what the file calls each option
     router: Mapping[str, str] = {}
     dispatch: Mapping[str, str] = {}
-    for key in map(str, top):
+    for key in top:
         name = key.replace("-", "_")
         if name in keys:
             problem = f"{keys[name]} and {key} are names of one option; give it once."
@@ -82,37 +80,25 @@ def options_in(source: Located) -> tuple[Values, Values]:
             router, dispatch = parted(keys)
         except ConfigError as error:
             raise source.error((), error, key=key) from None
-    return _checked(source, router, RouterOptions), _checked(source, dispatch, DispatchOptions)
+    return _given(source, router, RouterOptions), _given(source, dispatch, DispatchOptions)
 
 
-def _checked(source: Located, keys: Mapping[str, str], cls: type[Any]) -> Values:
+def _given(source: Located, keys: Mapping[str, str], cls: type[Any]) -> Values:
     """Return the values of ``keys``, by the names that ``cls`` has for them.
 
     Raises:
         ConfigError: one is wrong; the error names its line.
     """
-    found: Values = {}
-    for name, key in keys.items():
-        value = source.at((key,))
-        several = get_origin(get_type_hints(cls).get(name)) is tuple
+    hints = get_type_hints(cls)
+    several = {n: key for n, key in keys.items() if get_origin(hints[n]) is tuple}
+    found = source.given(cls, (), {n: key for n, key in keys.items() if n not in several})
+    for name, key in several.items():
         try:
-            found[name] = _texts(name, value) if several else value
+            found[name] = _texts(name, source.at((key,)))
         except ConfigError as error:
             raise source.error((), error, key=key) from None
-    problem = _problem(cls, found)
-    if problem is None:
-        return found
-    # What is wrong alone is wrong in company; what needs company may be fine there.
-    alone = (keys[n] for n, value in found.items() if _problem(cls, {n: value}) == problem)
-    raise source.error((), problem, key=next(alone, None))
-
-
-def _problem(cls: type[Any], values: Values) -> str | None:
-    try:
-        from_mapping(cls, values)
-    except ConfigError as error:
-        return str(error)
-    return None
+    source.built((), lambda: cls(**found), keys)
+    return found
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

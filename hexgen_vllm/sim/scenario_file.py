@@ -128,7 +128,8 @@ def read_fleet(source: Located, path: Key) -> tuple[EngineModel, ...]:
 def _engines(source: Located, path: Key) -> list[EngineModel]:
     """Read one entry of a fleet, which may stand for several equal engines."""
     entry = source.mapping(path, (*_ENTRY_KEYS, *_ENGINE_KEYS))
-    given = source.given(EngineModel, path, without=_ENTRY_KEYS)
+    keys = source.keys(EngineModel, path, without=_ENTRY_KEYS)
+    given = source.given(EngineModel, path, keys)
     device = given.get("device")
     if device is not None and device not in DEVICES and "cost" not in entry:
         known = ", ".join(DEVICES)
@@ -146,7 +147,7 @@ def _engines(source: Located, path: Key) -> list[EngineModel]:
         base = EngineModel(stem, _cost(source, (*path, "cost")))
     else:
         base = engine_on(str(device), stem)
-    model = source.built(path, lambda: replace(base, **given))
+    model = source.built(path, lambda: replace(base, **given), keys)
     if count == 1 and name is not None:
         return [model]
     return [replace(model, engine_id=f"{stem}-{i}") for i in range(count)]

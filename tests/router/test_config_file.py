@@ -82,6 +82,11 @@ def test_wrong_weights_are_named(words: str) -> None:
         ("\nalpha: 2", "line 2: alpha must be at most 1"),
         ("worker-urls: [7]", "line 1: worker_urls must be text or a list of texts"),
         ("worker-urls: nowhere", "line 1: worker_urls must be like"),
+        ("policy: slack\nqueue-size: many", "line 2: queue-size must be a number, not 'many'"),
+        ("policy:\nalpha: 0.1", "line 1: policy must be text, not None"),
+        ("host: 2026-01-01", "line 1: host must be text"),
+        ("port: 1\nbeta: 1e-2\nalhpa: 1", r"line 3: .*did you mean 'alpha'"),
+        ("tenant-weights: {a: x}", "line 1: tenant-weights must be a mapping of names to numbers"),
         ("- a", "must be a mapping"),
         ("a: [", "not YAML"),
     ],
@@ -91,6 +96,13 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, sentence
     path.write_text(text)
     with pytest.raises(ConfigError, match=sentence):
         read(f"--config {path}")
+
+
+def test_a_number_may_be_written_as_other_programs_write_it(tmp_path: Path) -> None:
+    path = tmp_path / "router.yaml"
+    path.write_text("alpha: 1e-1\nqueue-size: 2e2\n")
+    options, dispatch = read(f"--config {path} --worker-urls {URL}")
+    assert (dispatch.alpha, options.queue_size) == (0.1, 200)
 
 
 def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:
