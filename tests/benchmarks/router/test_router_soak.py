@@ -23,6 +23,7 @@ def found(**changes: Any) -> dict[str, Any]:
     after = {**CLEAN, **changes.pop("after", {})}
     seen = changes.pop("seen", {"answered": 8, "refused": 2})
     return {"before": CLEAN, "after": after, "seen": seen, "asked": 10,
+            "without_cause": changes.pop("without_cause", []),
             "rss_mib": {"growth": changes.pop("growth", 0.5)}}  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def found(**changes: Any) -> dict[str, Any]:
         ({"seen": {"answered": 9, "wrong bytes": 1}}, "wrong bytes"),
         ({"seen": {"answered": 9}}, "9 came to an end"),
         ({"growth": 4.1}, "memory grew"),
+        ({"without_cause": [("e1", 3.0)]}, "without cause"),
     ],
 )
 def test_what_is_wrong_is_noticed(changes: dict[str, Any], word: str) -> None:
