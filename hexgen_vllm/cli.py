@@ -23,6 +23,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("router",): ("hexgen_vllm.router.main", "place workflow calls on several engines"),
     ("sim",): ("hexgen_vllm.sim.command", "play a scenario in virtual time"),
     ("check-policy",): ("hexgen_vllm.check_policy", "check a placement policy of your own"),
+    ("check",): ("hexgen_vllm.check_file", "list the mistakes of cluster, router, scenario files"),
     ("calibrate",): ("hexgen_vllm.calibrate.command", "measure an engine for the simulator"),
     ("tune",): ("hexgen_vllm.tune.command", "find the knobs for recent workflows"),
     ("patch",): ("hexgen_vllm.patch.command", "apply optional patches to the installed vLLM"),

@@ -32,6 +32,19 @@ _WORDS: Final[dict[Any, tuple[str, str]]] = {
 """How one value of a type is called, and several."""
 
 
+class LocatedError(ConfigError):
+    """A mistake in a file.
+
+    Attributes:
+        place: the path of what is wrong; nothing for the file as a whole.
+        line: of it, counted from 1.
+    """
+
+    def __init__(self, message: str, place: Key, line: int) -> None:
+        super().__init__(message)
+        self.place, self.line = place, line
+
+
 @dataclass(frozen=True)
 class Located:
     """Decoded YAML with the line of every key and list item.
@@ -71,7 +84,7 @@ class Located:
         heads = (place[:n] for n in range(len(place), 0, -1))
         line = next((self.lines[head] for head in heads if head in self.lines), 1)
         within = f"{spelled(path)}: " if path else ""
-        return ConfigError(f"{self.file} line {line}: {within}{problem}")
+        return LocatedError(f"{self.file} line {line}: {within}{problem}", place, line)
 
     def mapping(
         self, path: Key, known: Collection[str] | None = None, what: str = "key"
@@ -247,8 +260,12 @@ def spelled(path: Key) -> str:
     return text.removeprefix(".")
 
 
-def read(path: Path) -> Located:
+def read(path: Path, twice: list[LocatedError] | None = None) -> Located:
     """Read the YAML file ``path``.
+
+    Args:
+        path: of the file.
+        twice: gets the errors of keys that are there twice; without it the first one is raised.
 
     Raises:
         ConfigError: it cannot be read, is not YAML, or has a key twice.
@@ -257,7 +274,7 @@ def read(path: Path) -> Located:
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = None if node is None else _decoded(node, (), lines, str(path))
+        value = None if node is None else _decoded(node, (), lines, str(path), twice)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {_reason(error)}.") from None
     except yaml.MarkedYAMLError as error:
@@ -275,9 +292,19 @@ def _reason(error: Exception) -> str:
     return " ".join((said or type(error).__name__).split()).rstrip(".")
 
 
-def _decoded(node: yaml.Node, path: Key, lines: dict[Key, int], file: str) -> Any:
+def _decoded(
+    node: yaml.Node,
+    path: Key,
+    lines: dict[Key, int],
+    file: str,
+    twice: list[LocatedError] | None,
+) -> Any:
     if isinstance(node, yaml.SequenceNode):
-        return [_item(child, (*path, i), lines, file) for i, child in enumerate(node.value)]
+        items = []
+        for i, child in enumerate(node.value):
+            lines[(*path, i)] = child.start_mark.line + 1
+            items.append(_decoded(child, (*path, i), lines, file, twice))
+        return items
     if not isinstance(node, yaml.MappingNode):
         return _scalar(node)
     found: dict[str, Any] = {}
@@ -285,15 +312,17 @@ def _decoded(node: yaml.Node, path: Key, lines: dict[Key, int], file: str) -> An
         key = str(_scalar(key_node))
         line = key_node.start_mark.line + 1
         if key in found:
-            raise ConfigError(f"{file} line {line}: {spelled((*path, key))} is there twice.")
+            place = (*path, key)
+            error = LocatedError(
+                f"{file} line {line}: {spelled(place)} is there twice.", place, line
+            )
+            if twice is None:
+                raise error
+            twice.append(error)
+            continue
         lines[(*path, key)] = line
-        found[key] = _decoded(child, (*path, key), lines, file)
+        found[key] = _decoded(child, (*path, key), lines, file, twice)
     return found
-
-
-def _item(node: yaml.Node, path: Key, lines: dict[Key, int], file: str) -> Any:
-    lines[path] = node.start_mark.line + 1
-    return _decoded(node, path, lines, file)
 
 
 def _scalar(node: yaml.Node) -> Any:

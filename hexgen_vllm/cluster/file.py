@@ -40,7 +40,7 @@ _OWN_KEYS: Final = {  # arguments of vLLM that an entry has keys for
     "scheduling-policy": "scheduler",
 }
 _INHERITED_BY_COMMANDS: Final = ("host", "env", "device", "ray")
-_KEYS: Final = frozenset(f.name for f in fields(ClusterSpec)) | {"defaults"}
+KEYS: Final = frozenset(f.name for f in fields(ClusterSpec)) | {"defaults"}
 _ROUTER_KEYS: Final = frozenset(f.name for f in fields(RouterEntry)) - {"options"}
 Scalar = str | int | float
 Args = list[str] | dict[str, Any]
@@ -158,11 +158,19 @@ def load(path: Path) -> ClusterSpec:
     Raises:
         ConfigError: the file, a key or a value is wrong; one sentence says where.
     """
-    source = read(path)
+    return spec_in(read(path))
+
+
+def spec_in(source: Located) -> ClusterSpec:
+    """Return what a cluster file says that has been read.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
     top = dict(_mapping(source, ()))
     for key in top:
-        if key not in _KEYS:
-            known = known_names(key, sorted(_KEYS))
+        if key not in KEYS:
+            known = known_names(key, sorted(KEYS))
             raise source.error((), f"unknown key {key!r}; known are {known}.", key=key)
     defaults = _engine_values(source, ("defaults",)) if "defaults" in top else {}
     top.pop("defaults", None)

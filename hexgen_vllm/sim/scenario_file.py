@@ -49,7 +49,7 @@ _SECTIONS: Final[dict[str, type[Any]]] = {
     "deadline": DeadlineOptions,
     "simulation": SimOptions,
 }
-_KEYS: Final = ("fleet", *_SECTIONS, "policies", "seeds")
+KEYS: Final = ("fleet", *_SECTIONS, "policies", "seeds")
 _POLICY_KEYS: Final = ("policy", "name", "dispatch", "engine")
 _ENTRY_KEYS: Final = ("name", "count", "cost")
 _ENGINE_KEYS: Final = tuple(f.name for f in fields(EngineModel) if f.metadata)
@@ -62,8 +62,16 @@ def load(path: Path) -> Scenario:
     Raises:
         ConfigError: the file, a key or a value is wrong; one sentence says where.
     """
-    source = read(path)
-    top = source.mapping((), _KEYS)
+    return scenario_in(read(path))
+
+
+def scenario_in(source: Located) -> Scenario:
+    """Return the scenario of a file that has been read.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
+    top = source.mapping((), KEYS)
     for key in ("fleet", "arrivals"):
         if key not in top:
             raise source.error((), f"{key!r} is missing.")
@@ -78,7 +86,7 @@ def load(path: Path) -> Scenario:
     scenario = source.built(("arrivals",), lambda: Scenario(**values))
     trace = scenario.workload.trace
     if trace is not None:
-        found = str(path.parent / trace)
+        found = str(Path(source.file).parent / trace)
         scenario = replace(scenario, workload=replace(scenario.workload, trace=found))
     return scenario
 
