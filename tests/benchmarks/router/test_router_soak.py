@@ -62,11 +62,22 @@ async def test_calls_are_sorted_by_what_their_clients_saw() -> None:
         "dropped": Call(4, 3, False, status=0),
         "wrong bytes": Call(5, 3, True, body=[events[1], error], status=200),
         "left": Call(6, 3, True, body=[events[0]], status=0),
+        "cut off": Call(7, 3, True, body=[events[0]], status=0),
+        "turned away": Call(8, 3, True, status=0, sent_s=5.0),
     }
     judge.left.add(6)
+    judge.stuck.add(7)
+    judge.short.append((4.0, 6.0))
     for call in cases.values():
         judge.judge(call)
     assert judge.seen == dict.fromkeys(cases, 1)
+
+
+def test_only_what_was_away_is_taken_out_with_cause() -> None:
+    away = {"a": [(10.0, 12.0)], "b": []}
+    assert soak.without_cause([("a", 11.0), ("a", 13.0)], away) == []
+    wrong = [("a", 9.0), ("a", 60.0), ("b", 11.0)]
+    assert soak.without_cause(wrong, away) == wrong
 
 
 @pytest.mark.slow
