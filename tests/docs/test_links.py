@@ -32,6 +32,7 @@ FOLDERS: Final = tuple(
 # Options in the text that are not ours, by whose they are.
 OF_VLLM: Final = {
     "--additional-config", "--block-size", "--config", "--data-parallel-size",
+    "--disable-access-log-for-endpoints",
     "--enable-prefix-caching",
     "--enforce-eager", "--gpu-memory-utilization", "--kv-offloading-size",
     "--kv-transfer-config", "--max-num-batched-tokens", "--max-num-seqs", "--middleware",
