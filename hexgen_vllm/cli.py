@@ -29,6 +29,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("patch",): ("hexgen_vllm.patch.command", "apply optional patches to the installed vLLM"),
     ("reference",): ("tools.reference.command", "print options, files, endpoints, names"),
     ("doctor",): ("hexgen_vllm.doctor", "check this installation and say what is missing"),
+    ("completion",): ("hexgen_vllm.completion", "print what completes commands in a shell"),
     ("bench", "live"): ("hexgen_vllm.bench.live", "play workflows against real endpoints"),
     ("bench", "scheduler"): ("benchmarks.engine.scheduler", "time schedule() against stock vLLM"),
     ("bench", "preempt"): (
@@ -77,17 +78,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, rest = _split(arguments)
     if words not in COMMANDS:
         return _explain(words, rest)
-    parser = Parser(prog=" ".join(("hexgen-vllm", *words)), description=COMMANDS[words][1])
     try:
-        module = _load(COMMANDS[words][0])
-        module.add_arguments(parser)
+        module, parser = command(words)
         args = parser.parse_args(rest)
         return int(module.main(args))
     except HexgenError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"hexgen-vllm {' '.join(words)}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def command(words: tuple[str, ...]) -> tuple[ModuleType, Parser]:
+    """Return the module of a command and the parser of its options.
+
+    Raises:
+        ConfigError: it is not part of the installed package.
+    """
+    module = _load(COMMANDS[words][0])
+    parser = Parser(prog=" ".join(("hexgen-vllm", *words)), description=COMMANDS[words][1])
+    module.add_arguments(parser)
+    return module, parser
 
 
 def _load(name: str) -> ModuleType:
