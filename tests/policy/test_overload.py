@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -363,16 +364,19 @@ def test_weights_must_be_numbers_above_0() -> None:
 
 
 @pytest.mark.parametrize(
-    ("refusal", "reason", "status"),
+    ("refuse", "reason", "status"),
     [
-        (saturated("c"), "rejected-saturated", 429),
-        (crowded("c"), "rejected-saturated", 429),
-        (unattainable("c"), "rejected-saturated", 429),
-        (expired("c", 5.4), "rejected-ttl-expired", 504),
-        (no_endpoints("c"), "rejected-no-endpoints", 503),
+        (lambda: saturated("c"), "rejected-saturated", 429),
+        (lambda: crowded("c"), "rejected-saturated", 429),
+        (lambda: unattainable("c"), "rejected-saturated", 429),
+        (lambda: expired("c", 5.4), "rejected-ttl-expired", 504),
+        (lambda: no_endpoints("c"), "rejected-no-endpoints", 503),
     ],
 )
-def test_a_refusal_says_whose_it_is_and_why(refusal: Rejection, reason: str, status: int) -> None:
+def test_a_refusal_says_whose_it_is_and_why(
+    refuse: Callable[[], Rejection], reason: str, status: int
+) -> None:
+    refusal = refuse()
     assert (refusal.call_id, refusal.reason, refusal.status) == ("c", reason, status)
     sentence = refusal.message
     assert sentence[0].isupper()
