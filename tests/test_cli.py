@@ -15,6 +15,7 @@ import tomllib
 import hexgen_vllm
 from hexgen_vllm import cli, doctor
 
+OF_OTHERS = ("engine", "engine-cpu", "dev", "mutate")  # not for who runs a router
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -121,7 +122,7 @@ def test_doctor_knows_what_the_package_needs_and_its_extras() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert list(doctor.NEEDED) == project["dependencies"]
     extras = project["optional-dependencies"]
-    optional = {n: needs for n, needs in extras.items() if n not in {"engine", "engine-cpu", "dev"}}
+    optional = {n: needs for n, needs in extras.items() if n not in OF_OTHERS}
     assert list(doctor.EXTRAS) == list(optional)
     assert all(doctor.EXTRAS[name] in needs[0] for name, needs in optional.items())
 
