@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from hexgen_vllm.cluster.commands import flags
-from hexgen_vllm.cluster.ray_options import Placement
+from hexgen_vllm.cluster.ray_options import Placement, RayOptions
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
-from hexgen_vllm.config import from_mapping, known_names
+from hexgen_vllm.config import EngineOptions, from_mapping
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.yaml_files import (
     Key,
@@ -41,6 +41,11 @@ _OWN_KEYS: Final = {  # arguments of vLLM that an entry has keys for
 }
 _INHERITED_BY_COMMANDS: Final = ("host", "env", "device", "ray")
 KEYS: Final = frozenset(f.name for f in fields(ClusterSpec)) | {"defaults"}
+_BELOW: Final = frozenset(("defaults", "engines", "router"))
+_GROUPS: Final[dict[str, tuple[type[Any], str]]] = {
+    "hexgen": (EngineOptions, "hexgen option"),
+    "ray": (Placement, "ray key"),
+}
 _ROUTER_KEYS: Final = frozenset(f.name for f in fields(RouterEntry)) - {"options"}
 Scalar = str | int | float
 Args = list[str] | dict[str, Any]
@@ -92,30 +97,6 @@ def env(value: Any) -> dict[str, str]:
     return {str(name): str(item) for name, item in value.items()}
 
 
-def hexgen(value: Any) -> dict[str, Any]:
-    """Return options of the hexgen scheduler.
-
-    Raises:
-        ConfigError: it is not a mapping.
-    """
-    if not isinstance(value, Mapping):
-        raise ConfigError("hexgen must be a mapping of scheduler options.")
-    return {str(name).replace("-", "_"): item for name, item in value.items()}
-
-
-def ray(value: Any) -> dict[str, Any]:
-    """Return what an entry says about Ray, each value checked on its own.
-
-    Raises:
-        ConfigError: it is not a mapping, or a key or value is wrong.
-    """
-    if not isinstance(value, Mapping):
-        raise ConfigError("ray must be a mapping such as {resources: {fast: 1}}.")
-    found = {str(name).replace("-", "_"): item for name, item in value.items()}
-    from_mapping(Placement, found, where="ray key")
-    return found
-
-
 def device(value: Any) -> str:
     """Return the value of ``CUDA_VISIBLE_DEVICES``.
 
@@ -145,8 +126,6 @@ def _is_scalar(value: Any) -> bool:
 BY_KEY: Final[dict[str, Callable[[Any], Any]]] = {
     "args": args,
     "env": env,
-    "hexgen": hexgen,
-    "ray": ray,
     "device": device,
     "command": command,
 }
@@ -167,42 +146,20 @@ def spec_in(source: Located) -> ClusterSpec:
     Raises:
         ConfigError: as :func:`load`.
     """
-    top = dict(_mapping(source, ()))
-    for key in top:
-        if key not in KEYS:
-            known = known_names(key, sorted(KEYS))
-            raise source.error((), f"unknown key {key!r}; known are {known}.", key=key)
+    top = source.mapping((), sorted(KEYS))
     defaults = _engine_values(source, ("defaults",)) if "defaults" in top else {}
-    top.pop("defaults", None)
-    top["engines"] = _engines(source, defaults)
-    if "router" in top:
-        top["router"] = _router(source)
-    engines = {"engines": top.pop("engines")}
-    _located(source, (), "engines", ClusterSpec, engines)
-    for key, value in top.items():
-        _located(source, (), key, ClusterSpec, {**engines, key: value})
-    return from_mapping(ClusterSpec, {**engines, **top})
-
-
-def _mapping(source: Located, path: Key) -> Mapping[str, Any]:
-    value = source.at(path)
-    if not isinstance(value, Mapping):
-        raise source.error(path, "must be a mapping.")
-    return value
-
-
-def _located(
-    source: Located, path: Key, key: str, cls: type, values: Mapping[str, Any], what: str = "key"
-) -> None:
-    """Build ``cls`` from ``values``; a wrong one is an error on the line of ``key``."""
-    try:
-        from_mapping(cls, values, where=what)
-    except ConfigError as error:
-        raise source.error(path, error, key=key) from None
+    engines = _engines(source, defaults)
+    router = _router(source) if "router" in top else RouterEntry()
+    keys = {key: key for key in top if key not in _BELOW}
+    given = source.given(ClusterSpec, (), keys)
+    if "ray" in given:
+        ray = given["ray"]
+        source.built(("ray",), lambda: from_mapping(RayOptions, ray, where="ray key"))
+    return source.built((), lambda: ClusterSpec(engines, router, **given))
 
 
 def _engines(source: Located, defaults: Mapping[str, Any]) -> tuple[EngineEntry, ...]:
-    listed = source.at(()).get("engines")
+    listed = source.at(("engines",))
     if not isinstance(listed, list) or not listed:
         raise source.error(("engines",), "must be a list of at least one engine.")
     return tuple(_engine(source, ("engines", i), defaults) for i in range(len(listed)))
@@ -210,16 +167,21 @@ def _engines(source: Located, defaults: Mapping[str, Any]) -> tuple[EngineEntry,
 
 def _engine_values(source: Located, path: Key) -> dict[str, Any]:
     """Return the values at ``path``, each checked on its own."""
-    found: dict[str, Any] = {}
-    for key, value in _mapping(source, path).items():
-        if key not in BY_KEY:
-            _located(source, path, key, EngineEntry, {key: value}, "engine key")
-            found[key] = value
-            continue
+    keys = source.keys(EngineEntry, path, what="engine key")
+    shaped = {name: key for name, key in keys.items() if name in BY_KEY}
+    grouped = {name: key for name, key in keys.items() if name in _GROUPS}
+    plain = {n: key for n, key in keys.items() if n not in shaped and n not in grouped}
+    found = source.given(EngineEntry, path, plain)
+    source.built(path, lambda: EngineEntry(**found), keys)
+    for name, key in shaped.items():
         try:
-            found[key] = BY_KEY[key](value)
+            found[name] = BY_KEY[name](source.at((*path, key)))
         except ConfigError as error:
             raise source.error(path, error, key=key) from None
+    for name, key in grouped.items():
+        cls, what = _GROUPS[name]
+        source.options(cls, (*path, key), what=what)
+        found[name] = source.given(cls, (*path, key), source.keys(cls, (*path, key)))
     return found
 
 
@@ -252,14 +214,13 @@ def _router(source: Located) -> RouterEntry | None:
     path: Key = ("router",)
     if source.at(path) is False:
         return None
-    own: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    for key, value in _mapping(source, path).items():
-        is_own = key in _ROUTER_KEYS
-        checked = {key: value} if is_own else {"options": {key: value}}
-        _located(source, path, key, RouterEntry, checked)
-        (own if is_own else options)[key] = value
-    try:
-        return RouterEntry(**own, options=options)
-    except ConfigError as error:
-        raise source.error(path, error) from None
+    given = source.mapping(path)
+    own = source.given(RouterEntry, path, {key: key for key in given if key in _ROUTER_KEYS})
+    options = {key: value for key, value in given.items() if key not in _ROUTER_KEYS}
+    source.built(path, lambda: RouterEntry(**own))
+    for key, value in options.items():
+        try:
+            RouterEntry(options={key: value})
+        except ConfigError as error:
+            raise source.error(path, error, key=key) from None
+    return source.built(path, lambda: RouterEntry(**own, options=options))

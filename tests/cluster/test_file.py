@@ -107,6 +107,18 @@ def test_default_scheduler_options_do_not_reach_an_engine_with_another_scheduler
     assert [dict(engine.hexgen) for engine in spec.engines] == [{"order": "edf"}, {}]
 
 
+def test_a_number_may_be_written_as_other_programs_write_it(tmp_path: Path) -> None:
+    spec = read(
+        tmp_path,
+        "engines: [{name: a, model: m, port: 8e3, hexgen: {displace-slack-s: 1e-1}}]\n"
+        "stop_grace_s: 2e1\n",
+    )
+    (engine,) = spec.engines
+    assert (engine.port, engine.hexgen, spec.stop_grace_s) == (
+        8000, {"displace_slack_s": 0.1}, 20.0,
+    )  # fmt: skip
+
+
 ENGINE = "engines:\n  - name: a\n    model: m\n"
 
 
@@ -137,8 +149,18 @@ ENGINE = "engines:\n  - name: a\n    model: m\n"
         (ENGINE + "    env: {A: [1]}", "line 4: engines[0]: env must be a mapping of names"),
         (ENGINE + "    device: [1]", "line 4: engines[0]: device must be a number or text"),
         (ENGINE + "    command: x", "line 4: engines[0]: command must be a list of words."),
-        (ENGINE + "    hexgen: {ordr: x}", "line 2: engines[0]: unknown hexgen option 'ordr'; "),
-        (ENGINE + "    hexgen: [1]", "line 4: engines[0]: hexgen must be a mapping of "),
+        (
+            ENGINE + "    hexgen: {ordr: x}",
+            "line 4: engines[0].hexgen: unknown hexgen option 'ordr'",
+        ),
+        (ENGINE + "    hexgen:\n      pace: true\n      ordr: x", "line 6: engines[0].hexgen: "),
+        (ENGINE + "    hexgen: {max-displacements: x}", "max-displacements must be a number, not"),
+        (ENGINE + "    hexgen: [1]", "line 4: engines[0].hexgen: must be a mapping."),
+        (ENGINE + "    port: null", "line 4: engines[0]: port must be a number, not None."),
+        (ENGINE + "    host: 2026-01-01", "line 4: engines[0]: host must be text, not "),
+        (ENGINE + "    prot: 1", "(did you mean 'port'?)."),
+        (ENGINE + "rays: {}", "(did you mean 'ray'?)."),
+        (ENGINE + "ray: {least: 1}", "line 4: ray: unknown ray key 'least'"),
         (ENGINE + "    url: http://x", "line 2: engines[0]: model does not go with url."),
         (ENGINE + "    url: x", "line 2: engines[0]: url must be like http://host:port, not 'x'."),
         (ENGINE + "    command: [x]", "line 2: engines[0]: model does not go with command."),

@@ -46,7 +46,7 @@ ray: {address: auto, autoscale: false, scaling: {horizon_s: 10}}
         ("max_replicas: 0", "max_replicas must be at least 1, not 0."),
         ("max_replicas: two", "max_replicas must be a number, not 'two'."),
         ("max_replicas: 1.5", "max_replicas must be a whole number, not 1.5."),
-        ("resources: [fast]", "resources must be like NAME=NUMBER, not 'fast'."),
+        ("resources: [fast]", "resources must be a mapping of names to numbers."),
         ("resources: {fast: yes}", "resources must be a mapping of names to numbers"),
         ("resources: {fast: 0}", "resources must be more than 0, and fast is 0."),
         ("num_gpus: many", "num_gpus must be a number, not 'many'."),
