@@ -13,7 +13,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Final
 
-from hexgen_vllm.config import EngineOptions, add_arguments, from_mapping, given, known_names
+from hexgen_vllm.config import (
+    EngineOptions,
+    add_arguments,
+    from_mapping,
+    given,
+    known_names,
+    with_current_names,
+)
 from hexgen_vllm.engine.options import SCHEDULER, is_ours
 from hexgen_vllm.errors import ConfigError, HexgenError, UnsupportedVLLM
 
@@ -156,6 +163,6 @@ def _with_options(additional_config: Any, options: Mapping[str, Any]) -> dict[st
     given_there = additional_config.get("hexgen", {})
     if not isinstance(given_there, Mapping):
         raise ConfigError(f"additional_config.hexgen must be a mapping, not {given_there!r}.")
-    merged = {**given_there, **options}
+    merged = with_current_names(EngineOptions, {**given_there, **options})
     from_mapping(EngineOptions, merged, where="hexgen option")
     return {**additional_config, "hexgen": merged}

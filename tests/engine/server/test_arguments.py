@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.engine.options import SCHEDULER
+from hexgen_vllm.engine.options import SCHEDULER, options_of
 from hexgen_vllm.engine.server import arguments
 from hexgen_vllm.engine.server.arguments import MIDDLEWARE
 from hexgen_vllm.errors import ConfigError, UnsupportedVLLM
@@ -114,6 +114,17 @@ def test_options_of_both_kinds_are_merged_and_flags_win() -> None:
         "hexgen": {"order": "edf", "max_displacements": 1, "displace": False},
         "other": 2,
     }
+
+
+def test_an_order_by_its_earlier_name_is_handed_on_by_todays() -> None:
+    said = '--additional-config={"hexgen": {"order": "hexgen"}}'
+    by_file = parse("--scheduling-policy=urgency", said)
+    by_flag = parse("--scheduling-policy=urgency", "--hexgen-order=hexgen")
+    assert by_file["additional_config"] == {"hexgen": {"order": "paper"}}
+    assert by_flag == by_file
+    config = argparse.Namespace(additional_config={"hexgen": {"order": "hexgen", "pace": False}})
+    config.kv_transfer_config = None
+    assert options_of(config).order == "paper"
 
 
 def test_defaults_of_the_parser_are_not_written_to() -> None:
