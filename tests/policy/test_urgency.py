@@ -202,3 +202,11 @@ def test_an_empty_heap_is_false_and_a_filled_one_true() -> None:
     assert bool(heap) is True
     assert heap.key_of("a") == 1.5
     assert heap.unordered() == ["a"]
+
+
+def test_a_new_rank_moves_an_item_whose_key_stays() -> None:
+    heap: UrgencyHeap[str] = UrgencyHeap()
+    heap.push("a", 1.0, 0.0, rank=1)
+    heap.push("b", 2.0, 0.0, rank=0)
+    heap.rekey("a", 1.0, rank=0)
+    assert heap.pop() == "a"
