@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hexgen_vllm.cli import main
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.scenario_file import load
 
@@ -34,3 +35,20 @@ def test_stock_engines_take_no_order_from_us(tmp_path: Path) -> None:
     path = write(tmp_path, "{policy: least_outstanding+fcfs, engine: {order: slack}}")
     with pytest.raises(ConfigError, match=r"least_outstanding\+fcfs has an order of its own"):
         load(path)
+
+
+@pytest.mark.timeout(120)
+def test_demoted_calls_that_age_while_they_are_left_out_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "overload.yaml"
+    path.write_text(
+        "fleet: reference-4\n"
+        "workload: {workflows: 60, warmup: 0}\n"
+        "arrivals: {loads: [4.0]}\n"
+        "deadline: {scale: 1.5}\n"
+        "policies:\n"
+        "  - {policy: slack, dispatch: {overload: protect, reject_at_entry: false},"
+        " engine: {background_max_wait_s: 5}}\n"
+        "seeds: [1]\n",
+        encoding="utf-8",
+    )
+    assert main(["sim", str(path)]) == 0

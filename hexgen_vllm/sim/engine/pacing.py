@@ -66,10 +66,13 @@ class Pacer:
         """Leave out loose calls or take them in again; return those preempted for their KV."""
         batch = self._batch
         step, members = batch.clock.steps, (len(batch.running), batch.queued)
-        if step < self._next_step and members == self._members:
+        if step < self._next_step and members == self._members and self._some_run():
             return []
         waiting = batch.waiting.first(MOST_WAITING) if batch.queued else []
         tight = [s for s in batch.running if s.has_deadline]
+        for sequence in tight:
+            if sequence.paused:  # it was in the background when it was left out
+                batch.resume(sequence)
         tight += [s for s in waiting if s.has_deadline]
         loose = [s for s in batch.running if not s.has_deadline]
         self._members, self._next_step = members, step + EVERY_STEPS
@@ -102,6 +105,10 @@ class Pacer:
             tokens = batch.clock.size + wanted + max(plan.prefill_tokens, 1)
             batch.step_tokens = min(batch.step_tokens, tokens)
         return []
+
+    def _some_run(self) -> bool:
+        """Return whether a running call is not left out: one may have been demoted since."""
+        return not self._mixed or any(not s.paused for s in self._batch.running)
 
     def _release(self, loose: list[Sequence]) -> None:
         batch = self._batch
