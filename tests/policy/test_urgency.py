@@ -15,10 +15,10 @@ from hexgen_vllm.policy.urgency import (
     UrgencyHeap,
     background_key,
     batch_key,
-    hexgen_key,
-    hexgen_urgency,
     late_key,
     latest_start,
+    paper_key,
+    paper_urgency,
     slack,
     stage_budget,
 )
@@ -182,11 +182,11 @@ def test_each_term_of_the_end_to_end_key() -> None:
 def test_each_term_of_the_per_stage_key(service_s: float, tail_s: float, budget_s: float) -> None:
     """A call of 10 s that is due at 100 s: b is its own share of 90 s."""
     assert stage_budget(90.0, service_s, tail_s) == budget_s
-    key_s = hexgen_key(10.0, 100.0, tail_s, service_s)
+    key_s = paper_key(10.0, 100.0, tail_s, service_s)
     assert key_s == 10.0 + budget_s - service_s
     for now in (10.0, 30.0):
-        assert hexgen_urgency(key_s, now) == service_s - (budget_s - (now - 10.0))
-    assert hexgen_key(10.0, NO_DEADLINE, tail_s, service_s) == NO_DEADLINE
+        assert paper_urgency(key_s, now) == service_s - (budget_s - (now - 10.0))
+    assert paper_key(10.0, NO_DEADLINE, tail_s, service_s) == NO_DEADLINE
 
 
 def test_keys_of_classes() -> None:
