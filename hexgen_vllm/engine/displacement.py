@@ -6,13 +6,14 @@ needs, from cheap to dear.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.compat import PauseState, Request
-from hexgen_vllm.engine.request_queue import by_key, growth
+from hexgen_vllm.engine.request_queue import BY_KEY, by_key, growth
 from hexgen_vllm.engine.requests import CallBook, CallState
 from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.preemption import RunningView
@@ -26,6 +27,7 @@ class Displacer:
         self._scheduler, self._book = scheduler, book
         self._search: VictimSearch[Request] = VictimSearch(self, options)
         self._step = 0
+        self._last = (0, -math.inf)  # no running call comes after this place in the order
 
     @property
     def reason(self) -> str:
@@ -35,7 +37,21 @@ class Displacer:
     def victims(self, now: float) -> list[Request]:
         """Return whom to preempt before this step; a look puts ``running`` in the queue's order."""
         self._step += 1
+        if self._is_in_order():
+            return []  # the usual case, and the cheap one: the batch is not looked at
         return self._search.victims(now, self._step)
+
+    def placed(self, request: Request) -> None:
+        """Note that ``request`` runs at its present key: it is new in the batch, or re-keyed."""
+        self._last = max(self._last, BY_KEY(request))
+
+    def _is_in_order(self) -> bool:
+        """Return whether all that wait certainly come after all that run."""
+        scheduler = self._scheduler
+        if getattr(scheduler, compat.SECOND_QUEUE):
+            return False
+        first = scheduler.waiting.first(1)
+        return not first or BY_KEY(first[0]) >= self._last
 
     # What the search asks.
 
@@ -61,10 +77,13 @@ class Displacer:
 
     def worst(self) -> tuple[int, bool]:
         """Return the largest rank in the batch, and whether all of it has deadlines."""
-        if self._scheduler.hexgen_all_due:
+        scheduler = self._scheduler
+        if scheduler.hexgen_all_due:
             return 0, True
-        calls = [r.hexgen for r in self._scheduler.running]
-        return max((c.rank for c in calls), default=0), all(c.has_deadline for c in calls)
+        rank = 0
+        if scheduler.hexgen_ranked:
+            rank = max([r.hexgen.rank for r in scheduler.running], default=0)
+        return rank, not scheduler.hexgen_loose_running()
 
     def size(self) -> int:
         """Return the number of running calls."""
@@ -74,6 +93,7 @@ class Displacer:
         """Put the batch into the queue's order and return it."""
         by_key(self._scheduler.running)
         running: list[Request] = self._scheduler.running
+        self._last = BY_KEY(running[-1])
         return running
 
     def room(self) -> tuple[int, int]:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any, Final
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.compat import PauseState, Request
+from hexgen_vllm.engine.request_queue import BY_KEY
 from hexgen_vllm.engine.requests import CallBook
 from hexgen_vllm.engine.telemetry import StepMeter
 from hexgen_vllm.policy.cost import output_left
@@ -33,7 +33,7 @@ from hexgen_vllm.policy.pace import (
 from hexgen_vllm.types import StepCost
 
 _LEAST_STEPS: Final = 2  # between two plans, however calls come and go
-_ORDER: Final = attrgetter("hexgen.rank", "hexgen.key_s")
+_FEW: Final = 32  # one call in so many that comes or goes makes no early plan
 
 
 class Pauser:
@@ -81,7 +81,10 @@ class Pauser:
             return
         members = (len(scheduler.running), len(scheduler.waiting))
         self._countdown -= 1
-        changed = members != self._members and self._countdown <= EVERY_STEPS - _LEAST_STEPS
+        running, waiting = self._members
+        moved = abs(members[0] - running) + abs(members[1] - waiting)
+        early = self._countdown <= EVERY_STEPS - _LEAST_STEPS
+        changed = early and moved > running // _FEW
         if self._countdown <= 0 or changed:
             self._countdown, self._members = EVERY_STEPS, members
             self._plan(now)
@@ -138,15 +141,23 @@ class Pauser:
             return  # nothing is known of the time of a step
         running: list[Request] = scheduler.running
         waiting = [r for r in compat.first_waiting(scheduler, MOST_WAITING) if _can_start(r)]
-        due = [r for r in running if r.hexgen.has_deadline]
+        loose = scheduler.hexgen_loose_running()
         entering = [r for r in waiting if r.hexgen.has_deadline]
-        if not due and not entering:
+        if len(loose) == len(running) and not entering:
             return
-        uncached = self._book.rates.uncached
-        tight = [self._tight(r, 1.0) for r in due] + [self._tight(r, uncached) for r in entering]
-        best = min(r.hexgen.rank for r in (*due, *entering))
-        free = [r for r in running if self._may_wait(r, best)]
-        free.sort(key=_ORDER)
+        if not loose and len(entering) == len(waiting) and self._is_nearly_full():
+            self.control.rest()
+            return  # there is nobody to slow down, nor will be before the next plan
+        due = running
+        if loose:
+            out = {id(r) for r in loose}
+            due = [r for r in running if id(r) not in out]
+        tight = _tight(due, 1.0) + _tight(entering, self._book.rates.uncached)
+        best = 0
+        if scheduler.hexgen_ranked:
+            best = min(r.hexgen.rank for r in (*due, *entering))
+        free = [r for r in loose if _may_wait(r, best)]
+        free.sort(key=BY_KEY)
         plan = self._decide(tight, free, cost, now)
         self._out.update(r.request_id for r in free[plan.keep :])
         self._bound(plan, tight, len(entering) + sum(r.hexgen.promoted for r in waiting))
@@ -174,22 +185,33 @@ class Pauser:
             wanted = sum(call.prefill_left for call in tight)
             self._most_tokens = decodes + wanted + plan.prefill_tokens
 
-    def _tight(self, request: Request, uncached: float) -> TightCall:
-        call = request.hexgen
+    def _is_nearly_full(self) -> bool:
+        """Return whether more than the waiting calls looked at cannot get in before a plan."""
+        scheduler = self._scheduler
+        inside = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
+        return bool(compat.max_active(scheduler) - inside <= MOST_WAITING // 2)
+
+
+def _tight(requests: list[Request], uncached: float) -> list[TightCall]:
+    found = []
+    for request in requests:
+        call, computed = request.hexgen, request.num_computed_tokens
         written = request.num_output_tokens + request.num_output_placeholders
-        computed = request.num_computed_tokens
-        left = output_left(call.likely_most, written, request.max_tokens)
+        left = min(call.likely_most, request.max_tokens) - written
+        if left < 1:  # it outruns what was likely
+            left = output_left(call.likely_most, written, request.max_tokens)
         prefill = 0
         if request.is_prefill_chunk or not computed:
             prefill = max(int((request.num_tokens - computed) * uncached), 0)
-        return TightCall(call.deadline_s - call.tail_s, left, computed, prefill)
+        found.append(TightCall(call.deadline_s - call.tail_s, left, computed, prefill))
+    return found
 
-    def _may_wait(self, request: Request, best_rank: int) -> bool:
-        """Return whether a running call may be left out for a tight one of ``best_rank``."""
-        call = request.hexgen
-        # With adapters, one that comes back could make them too many for a step.
-        plain = request.lora_request is None and not request.has_encoder_inputs
-        return not call.has_deadline and call.rank >= best_rank and plain
+
+def _may_wait(request: Request, best_rank: int) -> bool:
+    """Return whether a loose running call may be left out for a tight one of ``best_rank``."""
+    # With adapters, one that comes back could make them too many for a step.
+    plain = request.lora_request is None and not request.has_encoder_inputs
+    return plain and bool(request.hexgen.rank >= best_rank)
 
 
 def _can_start(request: Request) -> bool:

@@ -20,12 +20,13 @@ from typing import Any, Final
 from hexgen_vllm.engine.compat import Request, RequestQueue
 from hexgen_vllm.policy.urgency import UrgencyHeap
 
-_KEY: Final = attrgetter("hexgen.rank", "hexgen.key_s")
+BY_KEY: Final = attrgetter("hexgen.rank", "hexgen.key_s")
+"""The order of the queue, as a key of calls."""
 
 
 def by_key(running: list[Request]) -> None:
     """Put the most urgent call first."""
-    running.sort(key=_KEY)
+    running.sort(key=BY_KEY)
 
 
 def arrange(scheduler: Any) -> None:

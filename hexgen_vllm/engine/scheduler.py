@@ -9,7 +9,7 @@ order, with vLLM's meaning: lower is sooner.
 The order of the batch is that of :mod:`hexgen_vllm.engine.request_queue`.
 
 Keys change on new information only. A running call is re-keyed about every 64 steps, a few calls
-in each step; when the fitted step cost has moved, so are the waiting ones, a few dozen in a step.
+in each step; when the fitted step cost has moved, so are the waiting ones, a dozen or so in a step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from hexgen_vllm.policy.pace import Places
 
 logger = logging.getLogger("vllm.hexgen")
 _REKEY_EVERY_STEPS: Final = 64
-_REKEY_WAITING: Final = 32
+_REKEY_WAITING: Final = 16
 _REFIT_EVERY_STEPS: Final = 32
 _RATES_MOVED: Final = 0.1
 _EXPIRE_EVERY_STEPS: Final = 1024
@@ -112,6 +112,18 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         """Whether every call has a deadline that can be met, and none a priority of its own."""
         return not self._ranked and len(self._due) == len(self.requests)
 
+    @property
+    def hexgen_ranked(self) -> bool:
+        """Whether any call has a priority of its own; the background is one."""
+        return bool(self._ranked)
+
+    def hexgen_loose_running(self) -> list[Request]:
+        """Return running calls without a deadline that can be met, in the order of the batch."""
+        due = self._due
+        if len(due) == len(self.requests):
+            return []
+        return [r for r in self.running if r.request_id not in due]
+
     def _open_stats_port(self) -> StatsServer | None:
         port = self.hexgen_options.stats_port
         if not port:
@@ -154,6 +166,8 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self._ordered.discard(name)
         self._ranked.discard(name)
         self._due.discard(name)
+        if self._late is not None:
+            self._late.forget(name)
 
     def _watch(self, request: Request) -> None:
         """Note a call that waits, for when it is late or has waited long."""
@@ -290,7 +304,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             heappop(self._loose)
         else:
             return
-        call, running = request.hexgen, sum(not r.hexgen.has_deadline for r in self.running)
+        call, running = request.hexgen, len(self.hexgen_loose_running())
         if not call.promoted and self._places.owes(running, call.expected_tokens):
             call.promoted = True
             self.hexgen_book.price(request)
@@ -352,6 +366,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
 
     def _admitted(self, req_id: str, computed: int) -> None:
         request = self.requests[req_id]
+        self._displacer.placed(request)
         call = request.hexgen
         if call.lost_tokens:
             self.hexgen_counters.recomputed_tokens += max(call.lost_tokens - computed, 0)
@@ -381,6 +396,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         for _ in range(1 + len(running) // _REKEY_EVERY_STEPS):
             self._next_running = (self._next_running + 1) % len(running)
             book.price(running[self._next_running])
+            self._displacer.placed(running[self._next_running])
 
     def _rekey_waiting(self) -> None:
         meter, book = self.hexgen_meter, self.hexgen_book

@@ -24,7 +24,7 @@ oldest of them waits no longer than it takes a place to become free.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Final, Generic, Protocol, TypeVar
 
 from hexgen_vllm.config import EngineOptions
@@ -40,7 +40,9 @@ from hexgen_vllm.types import NO_DEADLINE
 
 T = TypeVar("T")
 
-MOST_LATE: Final = 32
+_REBUILD_LEAST: Final = 64
+
+MOST_LATE: Final = 16
 """Calls put behind the others in one step; a burst of them must not hold it up."""
 
 
@@ -116,23 +118,38 @@ class LateWatch(Generic[T]):
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, T]] = []
+        self._from_s: dict[T, float] = {}
         self._count = 0
 
     def add(self, item: T, late_from_s: float) -> None:
-        """Watch ``item``; what was said of it before stays. ``inf`` is never."""
-        if late_from_s == NO_DEADLINE:
-            return
+        """Watch ``item``; of what is said of it the earliest counts. ``inf`` is never."""
+        if late_from_s >= self._from_s.get(item, NO_DEADLINE):
+            return  # calls are priced again and again: noting each time would grow without bound
+        self._from_s[item] = late_from_s
         self._count += 1
         heappush(self._heap, (late_from_s, self._count, item))
+        if len(self._heap) > max(_REBUILD_LEAST, 2 * len(self._from_s)):
+            known = self._from_s
+            self._heap = [entry for entry in self._heap if known.get(entry[2]) == entry[0]]
+            heapify(self._heap)
+
+    def forget(self, item: T) -> None:
+        """Watch ``item`` no more, if it is watched."""
+        self._from_s.pop(item, None)
 
     def late(self, now: float, most: int = MOST_LATE) -> list[T]:
         """Take out and return up to ``most`` of those whose moment has passed."""
         found: list[T] = []
         while self._heap and self._heap[0][0] < now and len(found) < most:
-            found.append(heappop(self._heap)[2])
+            from_s, _, item = heappop(self._heap)
+            if self._from_s.get(item) == from_s:
+                del self._from_s[item]
+                found.append(item)
         return found
 
     @property
     def next_s(self) -> float:
         """The next moment; ``inf`` if there is none."""
+        while self._heap and self._from_s.get(self._heap[0][2]) != self._heap[0][0]:
+            heappop(self._heap)  # of a call that is over, or said anew
         return self._heap[0][0] if self._heap else NO_DEADLINE

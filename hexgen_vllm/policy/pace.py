@@ -151,6 +151,10 @@ class PaceControl:
         self._credit = 0.0
         self.given_up = 0
 
+    def rest(self) -> None:
+        """Note that calls of only one kind run, so that no share is saved up."""
+        self._credit = 0.0
+
     def plan(
         self,
         tight: Sequence[TightCall],
@@ -171,7 +175,7 @@ class PaceControl:
             steps: for how many steps it holds.
         """
         if not tight:
-            self._credit = 0.0
+            self.rest()
             return Pace(len(loose), True, None, math.inf)
         decodes = min(len(tight), self._slots)
         base_s = cost.step_s(decodes, sum(call.context for call in tight))

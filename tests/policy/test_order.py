@@ -114,3 +114,41 @@ def test_what_is_watched_need_not_be_comparable() -> None:
     watch.add(first, 1.0)
     watch.add(second, 1.0)
     assert watch.late(2.0) == [first, second]
+
+
+def test_a_call_priced_again_and_again_is_late_once_and_from_the_earliest_moment() -> None:
+    watch = LateWatch[str]()
+    for moment in (9.0, 5.0, 7.0, *range(10, 500)):
+        watch.add("call", moment)
+    assert watch.next_s == 5.0
+    assert watch.late(4.9) == []
+    assert watch.late(1000.0) == ["call"]
+    assert watch.late(1000.0) == []
+    assert watch.next_s == NO_DEADLINE
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_call_that_is_over_is_not_late(count: int) -> None:
+    watch = LateWatch[int]()
+    for item in range(count):
+        for moment in (30.0, 20.0, 10.0):
+            watch.add(item, moment + item)
+    for item in range(0, count, 2):
+        watch.forget(item)
+    assert watch.next_s == (11.0 if count > 1 else NO_DEADLINE)
+    assert watch.late(1000.0, most=count) == list(range(1, count, 2))
+
+
+def test_a_call_that_waits_again_is_watched_again() -> None:
+    watch = LateWatch[str]()
+    watch.add("call", 1.0)
+    assert watch.late(2.0) == ["call"]
+    watch.add("call", 3.0)
+    assert watch.late(2.5) == []
+    assert watch.late(3.5) == ["call"]
+
+
+def test_a_call_without_such_a_moment_is_never_late() -> None:
+    watch = LateWatch[str]()
+    watch.add("call", NO_DEADLINE)
+    assert (watch.late(1e12), watch.next_s) == ([], NO_DEADLINE)
