@@ -18,7 +18,10 @@ NOW = 100.0
 
 
 def call(latest_start_s: float = NOW) -> CallState:
-    return CallState("w", NOW, NOW, 0.0, 10, False, latest_start_s=latest_start_s)
+    return CallState(
+        workflow_id="w", arrived_s=NOW, turn=1, deadline_s=NOW, tail_s=0.0, expected_tokens=10,
+        background=False, latest_start_s=latest_start_s,
+    )  # fmt: skip
 
 
 def copy(name: str, saves_s: float = 1.0, first_block: int = 0) -> HostCopy:
