@@ -52,6 +52,7 @@ class CallState:
         promoted: it waited so long that it goes first among calls of its rank.
         likely_most, likely_least: output tokens, at a high and at a low quantile.
         least_tail_s: the tail at a low quantile.
+        routed: a router placed it; it judges what is late, of all engines, and says so.
         known_as: what is learned of it, and by what.
         lost_tokens: KV dropped by preemptions and not yet computed again.
         kept_tokens: of these, KV that waits in host memory to be loaded again.
@@ -74,6 +75,7 @@ class CallState:
     likely_most: int = 1
     likely_least: int = 1
     least_tail_s: float = 0.0
+    routed: bool = False
     known_as: Call | None = None
     lost_tokens: int = 0
     kept_tokens: int = 0
@@ -132,7 +134,8 @@ class CallBook:
             displacements=old.displacements if old is not None else 0,
             likely_most=outlook.most_tokens,
             likely_least=outlook.least_tokens,
-            least_tail_s=least_s if said_tail_s is None else 0.0,  # the router's is no least one
+            least_tail_s=least_s,
+            routed=said_tail_s is not None,
             known_as=known_as,
         )
         self.price(request)
@@ -161,9 +164,11 @@ class CallBook:
         """Return the moment from which a waiting call cannot be on time any more.
 
         It is ``inf`` until rates are measured: what is only assumed must not put anybody behind.
+        And for calls that a router placed: it demotes whole workflows if it is asked to; single
+        calls put behind here would only make the longest workflows longer.
         """
         call = request.hexgen
-        if self.alone_token_s is None:
+        if self.alone_token_s is None or call.routed:
             return NO_DEADLINE
         left = output_left(call.likely_least, request.num_output_tokens, request.max_tokens)
         least_s = self.rates.prefill_s(request.num_tokens) + left * self.alone_token_s

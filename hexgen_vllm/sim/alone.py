@@ -169,6 +169,7 @@ class Alone:
         )
         sequence.likely_most, sequence.likely_least = outlook.most_tokens, outlook.least_tokens
         sequence.least_tail_s = rates.tail_s(outlook.least_tail)
+        sequence.routed = False
         self._loop.at(now + _DELIVERY_S, DELIVERY, self._deliver, sequence)
 
     def _expected(self, flow: Flow, spec: CallSpec, learned: Outlook) -> Outlook:

@@ -6,7 +6,7 @@ others are ``PLACEMENT+ORDER`` on stock vLLM, with a placement of
 :mod:`hexgen_vllm.policy.placements` and an order: ``fcfs``, or with vLLM's priorities ``edf`` (the
 deadline), ``plas`` (least attained service of the workflow first, Autellix, arXiv 2502.13965) or
 ``srpt`` (least remaining work first, by what was learned). A placement may also be
-``FILE.py:Class``, with the order ``slack`` unless it says another.
+``FILE.py:Class``, with the order ``due`` unless it says another.
 
 And the fleets that they run on. :data:`DEVICES` holds Llama-3.1-70B on four devices. Prefill rates
 and the decode step at batch 1 are fitted to latencies published for HEXGEN-TEXT2SQL (arXiv
@@ -51,7 +51,7 @@ FLEETS: Final[dict[str, tuple[tuple[str, int], ...]]] = {
     "reference-8": (("A100", 4), ("A6000", 2), ("L40S", 2)),
 }
 _SLOTS: Final = 64
-_OURS: Final = {"paper": "paper", "slack": "slack", "earliest_finish": "slack", "oracle": "slack"}
+_OURS: Final = {"paper": "paper", "slack": "due", "earliest_finish": "due", "oracle": "due"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +151,7 @@ ORDERS: Final[dict[str, tuple[str, EngineKind, str]]] = {
     "edf": ("edf", EngineKind.PRIORITY, "deadline"),
     "plas": ("priority", EngineKind.PRIORITY, "attained"),
     "srpt": ("priority", EngineKind.PRIORITY, "remaining"),
+    "due": ("due", EngineKind.HEXGEN, "deadline"),
     "slack": ("slack", EngineKind.HEXGEN, "deadline"),
     "paper": ("paper", EngineKind.HEXGEN, "deadline"),
 }
@@ -177,7 +178,7 @@ def named(
         load(placement)
     elif name not in NAMES:
         raise ConfigError(f"policy must be one of {', '.join(NAMES)}, not {name!r}.")
-    order = order or _OURS.get(placement, "slack")
+    order = order or _OURS.get(placement, "due")
     if order not in ORDERS:
         raise ConfigError(f"the order in the engine must be one of {', '.join(ORDERS)}.")
     in_engine, kind, told = ORDERS[order]

@@ -20,7 +20,7 @@ from hexgen_vllm.policy.cost import CostFit, ServiceRates, is_sampled, output_le
 from hexgen_vllm.policy.order import put
 from hexgen_vllm.policy.urgency import latest_start, paper_key
 from hexgen_vllm.sim.engine.sequence import Sequence
-from hexgen_vllm.types import StepCost
+from hexgen_vllm.types import NO_DEADLINE, StepCost
 
 MARK_TOKENS: Final = 64
 """Tokens between two marks; the router takes note of a call's progress as often."""
@@ -191,7 +191,9 @@ class Pricing:
         put(sequence, self._order, sequence.priority, sequence.arrived_s, service_s, own_key_s)
 
     def late_from_s(self, sequence: Sequence) -> float:
-        """Return the moment from which a waiting call cannot be on time any more."""
+        """Return the moment from which a waiting call cannot be on time any more, as live."""
+        if sequence.routed:
+            return NO_DEADLINE
         done = sequence.tokens - sequence.prompt_tokens
         left = output_left(sequence.likely_least, done, sequence.most_tokens)
         least_s = self.rates.prefill_s(sequence.tokens) + left * self._alone_s

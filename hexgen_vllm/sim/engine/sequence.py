@@ -61,6 +61,7 @@ class Sequence:
         most_tokens: output tokens that the request allows.
         likely_most, likely_least: output tokens, at a high and at a low quantile.
         least_tail_s: R at a low quantile.
+        routed: a router placed it, and judges what is late.
         late: it cannot be on time any more, and comes after those that can.
         promoted: it waited so long that it goes first among calls of its rank.
         paused: it is in the batch but left out of steps.
@@ -113,6 +114,7 @@ class Sequence:
         "prompt_tokens",
         "queued_start_s",
         "rank",
+        "routed",
         "saved_tokens",
         "tag",
         "tail_s",
@@ -144,6 +146,7 @@ class Sequence:
         self.decoding = self.late = self.paused = self.promoted = False
         self.likely_most = self.expected_tokens
         self.likely_least, self.least_tail_s = self.expected_tokens, 0.0
+        self.routed = True
         self.cached_tokens = -1
         self.first_token_s: float | None = None
         self.holding = Holding(chain, [])
