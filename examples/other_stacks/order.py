@@ -22,6 +22,7 @@ from openai import AsyncOpenAI, AsyncStream, OpenAIError
 from openai.types.chat import ChatCompletionChunk
 
 DEADLINES_S: Final = (120, 110, 100, 90, 80, 70)
+_LONG_DUE_S: Final = 60
 _LONG_TOKENS: Final = 900
 _SHORT_TOKENS: Final = 24  # enough for this program to tell which of two ended first
 _GAP_S: Final = 0.05  # so that calls arrive in the order in which they are sent
@@ -75,14 +76,18 @@ class Calls:
         self._began_s = time.monotonic()
         self.ended: list[int] = []
 
-    async def fill(self) -> AsyncStream[ChatCompletionChunk]:
-        """Begin a long call, and return it once it has written something."""
-        stream = await self._client.chat.completions.create(
+    async def fill(self, say: Callable[[int], Said]) -> AsyncStream[ChatCompletionChunk]:
+        """Begin a long call that is due before the others, and return it once it has begun.
+
+        Without a deadline it would give way to them at once.
+        """
+        said = say(_LONG_DUE_S)
+        stream: AsyncStream[ChatCompletionChunk] = await self._client.chat.completions.create(
             model=self._model,
             messages=[{"role": "user", "content": "Count to a thousand."}],
             max_tokens=_LONG_TOKENS,
-            extra_body={"ignore_eos": True},
             stream=True,
+            **{**said, "extra_body": {"ignore_eos": True, **said.get("extra_body", {})}},
         )
         events = stream.__aiter__()
         while not (await events.__anext__()).choices[0].delta.content:
@@ -110,10 +115,11 @@ class Calls:
 async def order(base_url: str, model: str, say: str, fill: int) -> list[int] | None:
     """Return the deadlines of calls that had to wait, in the order in which they ended.
 
-    ``None`` if one of them did not have to wait.
+    ``None`` if one of them did not have to wait, or a long call ended and let several run at once.
     """
     calls = Calls(base_url, model)
-    first, *others = await asyncio.gather(*(calls.fill() for _ in range(fill)))
+    first, *others = await asyncio.gather(*(calls.fill(WAYS[say]) for _ in range(fill)))
+    running = [asyncio.create_task(read(stream)) for stream in others]
     waiting = []
     for deadline_s in DEADLINES_S:
         waiting.append(asyncio.create_task(calls.ask(deadline_s, WAYS[say])))
@@ -122,10 +128,20 @@ async def order(base_url: str, model: str, say: str, fill: int) -> list[int] | N
     at_once = bool(calls.ended)
     await first.close()
     await asyncio.gather(*waiting)
+    at_once |= any(task.done() for task in running)
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
     for stream in others:
         await stream.close()
     await calls.close()
     return None if at_once else calls.ended
+
+
+async def read(stream: AsyncStream[ChatCompletionChunk]) -> None:
+    """Read a stream to its end."""
+    async for _ in stream:
+        pass
 
 
 def main(argv: list[str] | None = None) -> int:
