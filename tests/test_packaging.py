@@ -144,7 +144,10 @@ def test_a_library_that_is_demanded_but_cannot_be_had_is_an_error(
 
 @pytest.mark.parametrize(
     "script",
-    [BROKEN_COMPILER, pytest.param(LYING_COMPILER, marks=[pytest.mark.slow, LONG])],
+    [
+        pytest.param(BROKEN_COMPILER, marks=LONG),
+        pytest.param(LYING_COMPILER, marks=[pytest.mark.slow, LONG]),
+    ],
 )
 def test_what_cannot_be_compiled_stays_as_it_is(tree: Tree, script: str) -> None:
     tree.compiler(script, "gcc")
