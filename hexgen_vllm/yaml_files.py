@@ -273,7 +273,7 @@ def read(path: Path, twice: list[LocatedError] | None = None) -> Located:
     lines: dict[Key, int] = {}
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else _decoded(node, (), lines, str(path), twice)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {_reason(error)}.") from None
@@ -283,6 +283,22 @@ def read(path: Path, twice: list[LocatedError] | None = None) -> Located:
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {_reason(error)}.") from None
     return Located(str(path), value, lines)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own, whatever other libraries of the process have taken out of it."""
+
+
+# Some libraries make PyYAML read dates as texts, for the whole process: by taking this out.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:timestamp",
+    re.compile(
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}$"
+        r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt]|[ \t]+)[0-9]{1,2}:[0-9]{2}:[0-9]{2}"
+        r"(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?$"
+    ),
+    list("0123456789"),
+)
 
 
 def _reason(error: Exception) -> str:
@@ -326,7 +342,7 @@ def _decoded(
 
 
 def _scalar(node: yaml.Node) -> Any:
-    loader = yaml.SafeLoader("")
+    loader = _Loader("")
     try:
         return loader.construct_object(node, deep=True)
     except ValueError as error:  # looks like a date or a number, and is none
