@@ -16,6 +16,7 @@ from typing import Any, Final
 from benchmarks.evaluation import report_live
 from benchmarks.evaluation.evaluation import (
     OURS,
+    TRUE_RATES,
     Results,
     summary,
 )
@@ -209,7 +210,7 @@ def _section(path: Path, rows: list[Row], args: argparse.Namespace) -> Section:
 def _drawn(name: str, at: float, rows: list[Row], out: Path) -> str:
     """Draw attainment of ours and the five best rivals at one load; return the link to it."""
     link = f"evaluation/{name}-{at:g}.png"
-    shown = [row for row in rows if row["load"] == at]
+    shown = [row for row in rows if row["load"] == at and row["policy"] != TRUE_RATES]
     totals: dict[str, float] = {}
     for row in shown:
         totals[row["policy"]] = totals.get(row["policy"], 0.0) - row["share_on_time"]

@@ -22,18 +22,18 @@ ABLATION: Final = "ablation"
 
 _INTRO: Final = """# Evaluation
 
-Written by `{command}` from the scenario files in `{folder}`; do not edit. All figures but those
-under Live are simulated. {size}
+Written by `{command}` from the scenario files in
+`{folder}`; do not edit. All figures but those under Live are simulated. {size}
 
 How it is compared. A cell is one scenario at one load with one seed: every policy gets the same
 workflows at the same moments. λ* is the fleet's fluid capacity with a perfect prefix cache, load
 the arrival rate over it. The simulated engines take 3 % longer or shorter at random, and our
 policy knows their speed only as fitted from their steps; rivals that weigh by speed are told it.
 Each rival plays with its published knobs, and with knobs tuned in the same training scenarios and
-on the same seed as ours ({tuned}); the paper's policy with its best alpha in each cell. A policy
-whose queue grows through the second half of a run has no deadline to compare: it is left out of
-ratios and listed. Above λ* rivals have a cap on open workflows, the best of a grid on another
-seed. Formulas and sources of the rivals: `hexgen_vllm/policy/rivals.py`.
+on the same seed as ours ({tuned}); the paper's policy with its best alpha in each
+cell. A policy whose queue grows through the second half of a run has no deadline to compare: it is
+left out of ratios and listed. Above λ* rivals have a cap on open workflows, the best of a grid on
+another seed. Formulas and sources of the rivals: `hexgen_vllm/policy/rivals.py`.
 
 A ratio above 1 says that the best rival of the cell needs that many times our deadline.
 """
@@ -125,7 +125,8 @@ def _worst(worst: Mapping[str, Any] | None) -> str:
 def _wins(results: Results) -> str:
     """Return the table of every rival, and of the best one of each cell."""
     lines = []
-    for name in (*results.rivals, None):
+    below = [name for name in results.rivals if not name.endswith(" capped")]
+    for name in (*below, None):
         rivals = results.rivals if name is None else [name]
         cells = [name or "**the best of each cell**"]
         for figure in FIGURES.values():
