@@ -24,9 +24,9 @@ from openai.types.chat import ChatCompletionChunk
 DEADLINES_S: Final = (120, 110, 100, 90, 80, 70)
 _LONG_DUE_S: Final = 60
 _LONG_TOKENS: Final = 900
-_SHORT_TOKENS: Final = 24  # enough for this program to tell which of two ended first
-_GAP_S: Final = 0.05  # so that calls arrive in the order in which they are sent
-_ARRIVAL_S: Final = 0.5
+_SHORT_TOKENS: Final = 16  # enough for this program to tell which of two ended first
+_GAP_S: Final = 0.03  # so that calls arrive in the order in which they are sent
+_ARRIVAL_S: Final = 0.3
 _TRIES: Final = 9
 
 Said = Mapping[str, Any]
