@@ -289,7 +289,8 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's own, whatever other libraries of the process have taken out of it."""
 
 
-# Some libraries make PyYAML read dates as texts, for the whole process: by taking this out.
+# Libraries change PyYAML's readers for the whole process: lm-format-enforcer, which vLLM imports,
+# makes dates texts. So what these files depend on is written here.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:timestamp",
     re.compile(
@@ -299,6 +300,9 @@ _Loader.add_implicit_resolver(
     ),
     list("0123456789"),
 )
+for _kind in ("null", "bool", "int", "float", "timestamp", "str"):
+    _construct = getattr(yaml.constructor.SafeConstructor, f"construct_yaml_{_kind}")
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct)
 
 
 def _reason(error: Exception) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
@@ -134,3 +136,15 @@ def test_a_place_below_the_top_is_named(tmp_path: Path) -> None:
 )
 def test_a_sentence_says_what_type_a_value_must_be(hint: Any, words: str) -> None:
     assert str(mistyped("x", {}, hint)) == words
+
+
+def test_dates_stay_dates_when_a_library_makes_them_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lm-format-enforcer does, for the whole process and in place."""
+    for reader in (yaml.SafeLoader, yaml.constructor.SafeConstructor):
+        for kind in ("timestamp", "int", "bool", "null"):
+            known = reader.yaml_constructors
+            monkeypatch.setitem(known, f"tag:yaml.org,2002:{kind}", known["tag:yaml.org,2002:str"])
+    read_ = source_of(tmp_path, "a: 2026-01-01\nb: 7\nc: true\nd: null\n").value
+    assert read_ == {"a": date(2026, 1, 1), "b": 7, "c": True, "d": None}

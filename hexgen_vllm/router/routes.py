@@ -316,8 +316,11 @@ async def _refuse(request: Request) -> web.StreamResponse:
     """Say why a request is not passed on to an engine."""
     if request.names.get("upgrade", "").lower() == "websocket":
         return errors.error_response("WebSockets are not passed on to engines.", 501)
-    if request.method not in _PASSED or not request.path.startswith("/"):
-        return errors.error_response("There is no such method.", 501)
+    if not request.path.startswith("/"):
+        return errors.error_response("There is no such path.", 404)
+    if request.method not in _PASSED:
+        headers = {"Allow": ", ".join(sorted(_PASSED))}
+        return errors.error_response("Method not allowed.", 405, headers=headers)
     text = "This endpoint manages an engine: it is not passed on. Ask the engine itself."
     return errors.error_response(text, 403, code="engine_endpoint")
 

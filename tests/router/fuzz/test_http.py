@@ -139,3 +139,24 @@ def test_where_a_body_ends_is_never_guessed(live: Live, framing: str) -> None:
     assert answer.status in (400, 413)
     answer.assert_fit_for_clients()
     assert live.engine.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("start", "more", "status"),
+    [
+        ("TRACE /ab HTTP/1.1", (), 405),
+        ("get /ab HTTP/1.1", (), 400),
+        ("BREW /v1/models HTTP/1.1", (), 400),
+        ("OPTIONS * HTTP/1.1", (), 404),
+        ("GET * HTTP/1.1", (), 404),
+        ("GET /ab HTTP/1.1", ("Connection: upgrade", "Upgrade: websocket"), 501),
+    ],
+)
+def test_what_cannot_be_passed_on_is_the_clients_matter(
+    live: Live, start: str, more: tuple[str, ...], status: int
+) -> None:
+    sent = Sent(start, ["Host: a", *more], b"")
+    first, *_ = live.exchange(bytes(sent) + LAST, complete=False)
+    assert first.status == status
+    first.assert_fit_for_clients()
+    live.assert_well()
