@@ -98,10 +98,10 @@ def check(config: object) -> None:
 def _todays(value: Any, renamed: Mapping[str, str]) -> Any:
     if isinstance(value, tuple):
         return tuple(_todays(one, renamed) for one in value)
-    return current(value, renamed) if isinstance(value, str) else value
+    return todays_name(value, renamed) if isinstance(value, str) else value
 
 
-def current(name: str, renamed: Mapping[str, str] = RENAMED) -> str:
+def todays_name(name: str, renamed: Mapping[str, str] = RENAMED) -> str:
     """Return what ``name`` is called today, and warn if it is an earlier name.
 
     Args:
@@ -291,7 +291,7 @@ def add_argument(parser: Any, cls: type[Any], name: str, *, prefix: str = "") ->
     elif get_origin(wanted) is Mapping:
         parser.add_argument(*flags, nargs="+", metavar="NAME=NUMBER", **common)
     elif f.metadata["choices"]:
-        word = partial(current, renamed=f.metadata["renamed"])
+        word = partial(todays_name, renamed=f.metadata["renamed"])
         parser.add_argument(*flags, choices=f.metadata["choices"], type=word, **common)
     elif wanted in (int, float, str):
         parser.add_argument(*flags, type=wanted, metavar=wanted.__name__.upper(), **common)

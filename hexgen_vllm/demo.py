@@ -42,7 +42,7 @@ from hexgen_vllm.report.plot import draw_attainment
 from hexgen_vllm.report.table import render
 
 
-class Fleet(NamedTuple):
+class DemoFleet(NamedTuple):
     """Engines that differ only in what orders their calls.
 
     Attributes:
@@ -67,11 +67,11 @@ class Contender(NamedTuple):
 
 _PACE: Final = "hexgen_vllm.testing.pace"
 FLEETS: Final = {
-    "stock": Fleet("fcfs", f"{_PACE}.PacedScheduler", None),
-    "paper": Fleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "paper"),
-    "slack": Fleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "slack"),
+    "stock": DemoFleet("fcfs", f"{_PACE}.PacedScheduler", None),
+    "paper": DemoFleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "paper"),
+    "slack": DemoFleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "slack"),
     # Without the middleware vLLM refuses what vllm-router's clients have to send.
-    "behind vllm-router": Fleet(
+    "behind vllm-router": DemoFleet(
         "fcfs",
         f"{_PACE}.PacedScheduler",
         None,
@@ -132,7 +132,7 @@ class DemoOptions:
             peer.find(self.vllm_router)
 
 
-def engine_entry(options: DemoOptions, fleet: Fleet, device: str) -> EngineEntry:
+def engine_entry(options: DemoOptions, fleet: DemoFleet, device: str) -> EngineEntry:
     """Return the engine of ``fleet`` that emulates ``device``."""
     additional: dict[str, Any] = {"hexgen_pace": DEVICES[device]}
     if fleet.order is not None:
@@ -188,7 +188,7 @@ def live_config(options: DemoOptions, policy: str, seed: int, url: str) -> LiveC
     )
 
 
-async def play(options: DemoOptions) -> list[results.Row]:
+async def play_demo(options: DemoOptions) -> list[results.Row]:
     """Play every policy and seed; returns one row for each run, in the order of the options."""
     rows: dict[tuple[str, int], results.Row] = {}
     for name, fleet in FLEETS.items():
@@ -200,7 +200,7 @@ async def play(options: DemoOptions) -> list[results.Row]:
 
 
 async def _fleet_runs(
-    options: DemoOptions, name: str, fleet: Fleet, policies: Sequence[str]
+    options: DemoOptions, name: str, fleet: DemoFleet, policies: Sequence[str]
 ) -> AsyncIterator[LiveResult]:
     spec = ClusterSpec(
         engines=tuple(engine_entry(options, fleet, device) for device in DEVICES),
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser, DemoOptions)
     try:
         options = replace(DemoOptions(), **given(parser.parse_args(argv), DemoOptions))
-        rows = asyncio.run(play(options))
+        rows = asyncio.run(play_demo(options))
     except (HexgenError, ProcessFailed) as error:
         _say(str(error))
         return 2

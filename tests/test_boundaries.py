@@ -235,3 +235,12 @@ def test_relative_imports_are_resolved_from_packages_too() -> None:
     inner = Module("router", "from . import app\nfrom ..sim import loop", is_package=True)
     assert list(imports(inner)) == [f"{PACKAGE}.router.app", f"{PACKAGE}.sim.loop"]
     assert violations(inner) != []
+
+
+def test_each_name_of_a_class_means_one_thing() -> None:
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: where for name, where in found.items() if len(where) > 1} == {}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hexgen_vllm.calibrate import entry, facts
 from hexgen_vllm.calibrate.calibration import from_calibration, to_calibration
-from hexgen_vllm.calibrate.command import CalibrateOptions, calibrate, describe
+from hexgen_vllm.calibrate.command import CalibrateOptions, calibrate, calibration_text
 from hexgen_vllm.calibrate.fit import DecodeTiming, PrefillTiming, fit
 from hexgen_vllm.calibrate.probes import design
 from hexgen_vllm.config import DispatchOptions
@@ -145,7 +145,7 @@ async def test_a_plain_engine_is_measured_by_its_answers() -> None:
     assert found.assumed == ["max_num_batched_tokens", "prefix_caching"]
     assert found.fit.cost.step_s(1) >= 0.004  # a busy machine is slower, never faster
     assert found.fleet_entry["kv_tokens"] == 500
-    assert "fit (timings)" in describe(found)
+    assert "fit (timings)" in calibration_text(found)
 
 
 async def test_a_url_without_an_engine_is_one_sentence() -> None:

@@ -54,8 +54,8 @@ def test_vllm_router_is_not_among_the_policies_unless_asked_for() -> None:
 
 
 def test_program_scheduling_is_what_tells_the_modes_apart() -> None:
-    plain = peer.command("r", "vllm_router", 1, ["http://a", "http://b"])
-    program = peer.command("r", "vllm_router_program", 1, ["http://a", "http://b"])
+    plain = peer.peer_command("r", "vllm_router", 1, ["http://a", "http://b"])
+    program = peer.peer_command("r", "vllm_router_program", 1, ["http://a", "http://b"])
     assert set(program) - set(plain) == {"--enable-program-scheduling"}
     assert plain[plain.index("--worker-urls") + 1 :][:2] == ["http://a", "http://b"]
 

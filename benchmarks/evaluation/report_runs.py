@@ -39,7 +39,7 @@ from hexgen_vllm.report import results as files
 from hexgen_vllm.sim.limits import Limits
 from hexgen_vllm.sim.policies import Policy, named
 from hexgen_vllm.sim.results import counted, row, simulate
-from hexgen_vllm.sim.scenario import Run, Scenario
+from hexgen_vllm.sim.scenario import Scenario, ScenarioRun
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
@@ -316,7 +316,7 @@ def played(cell: Cell) -> Row:
     scenario, bounds = _prepared(cell.path, cell.workflows)
     if cell.policy == TRUE_RATES:
         scenario = replace(scenario, simulation=replace(scenario.simulation, rates="true"))
-    run = Run(_policy(cell, scenario), cell.load * bounds.rate_per_s, cell.load, cell.seed)
+    run = ScenarioRun(_policy(cell, scenario), cell.load * bounds.rate_per_s, cell.load, cell.seed)
     specs = scenario.specs(run)
     simulation = simulate(scenario, run, bounds, specs)
     records, _ = counted(scenario, simulation)

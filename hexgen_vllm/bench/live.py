@@ -20,8 +20,8 @@ import aiohttp
 import uvloop
 
 from hexgen_vllm import config as options
-from hexgen_vllm.bench.endpoint import Endpoint, Model, find_model
-from hexgen_vllm.bench.load import Load, Progress
+from hexgen_vllm.bench.load import LoadRun, Progress
+from hexgen_vllm.bench.load_client import LoadClient, Model, find_model
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult
 from hexgen_vllm.bench.text import PromptSource
 from hexgen_vllm.clock import SystemClock
@@ -52,11 +52,11 @@ async def run(config: LiveConfig, report: Report | None = None) -> LiveResult:
         model = await find_model(session, config.url, config.model)
         _check_lengths(config, specs, model)
         prompts = PromptSource(config.vocab_size, salt=config.run_id)
-        endpoint = Endpoint(
+        endpoint = LoadClient(
             session, config.url, model.name, prompts, clock,
             config.stream, config.chat, config.agentic_context,
         )  # fmt: skip
-        load = Load(endpoint, clock, config.deadline_s, config.hints, config.drain_s)
+        load = LoadRun(endpoint, clock, config.deadline_s, config.hints, config.drain_s)
         async with _reporting(config, load, report):
             workflows = await load.play(specs)
     counted = {spec.workflow_id for spec in specs[config.warmup :]}
@@ -100,7 +100,9 @@ def _check_lengths(config: LiveConfig, specs: Sequence[WorkflowSpec], model: Mod
 
 
 @asynccontextmanager
-async def _reporting(config: LiveConfig, load: Load, report: Report | None) -> AsyncIterator[None]:
+async def _reporting(
+    config: LiveConfig, load: LoadRun, report: Report | None
+) -> AsyncIterator[None]:
     if report is None:
         yield
         return

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from hexgen_vllm.bench.endpoint import Answer
+from hexgen_vllm.bench.load_client import Reply
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.records import CallRecord, WorkflowRecord
 from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
@@ -21,9 +21,9 @@ MIN_REMAINING_MS: Final = 1.0
 
 
 class Sender(Protocol):
-    """What calls are sent with, such as :class:`hexgen_vllm.bench.endpoint.Endpoint`."""
+    """What calls are sent with, such as :class:`hexgen_vllm.bench.load_client.LoadClient`."""
 
-    async def send(self, workflow_id: str, index: int, call: CallSpec, meta: CallMeta) -> Answer:
+    async def send(self, workflow_id: str, index: int, call: CallSpec, meta: CallMeta) -> Reply:
         """Send a workflow's ``index``-th call and wait for its end; must not raise."""
         ...
 
@@ -45,7 +45,7 @@ class Progress:
 
 
 @dataclass(slots=True)
-class Load:
+class LoadRun:
     """One run.
 
     Attributes:

@@ -38,7 +38,7 @@ def find(program: str) -> str:
     return found
 
 
-def command(program: str, mode: str, port: int, engines: Sequence[str]) -> list[str]:
+def peer_command(program: str, mode: str, port: int, engines: Sequence[str]) -> list[str]:
     """Return what starts vllm-router in a mode of :data:`MODES` before ``engines``."""
     listen = [f"--host={_HOST}", f"--port={port}", "--worker-urls", *engines]
     return [program, *listen, *MODES[mode], *_OPTIONS]
@@ -56,7 +56,7 @@ async def vllm_router(
     """
     port = free_ports(_HOST, 1)[0]
     url = base_url(_HOST, port)
-    process = Process("vllm-router", url, command(find(program), mode, port, engines), {}, log)
+    process = Process("vllm-router", url, peer_command(find(program), mode, port, engines), {}, log)
     try:
         await process.start()
         async with aiohttp.ClientSession() as session:

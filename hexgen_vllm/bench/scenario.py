@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ from hexgen_vllm.bench.text import DEFAULT_VOCAB_SIZE
 from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.records import CallRecord, WorkflowRecord
+from hexgen_vllm.report.results import json_value
 from hexgen_vllm.report.summary import (
     RunSummary,
     stage_figures,
@@ -158,13 +157,4 @@ class LiveResult:
                 "engines": dict(sorted(engines.items())),
             },
         }
-        return {name: plain(value) for name, value in row.items()}
-
-
-def plain(value: object) -> object:
-    """Return ``value`` with ``nan`` and ``inf``, which JSON lacks, as ``None``, and µs rounded."""
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: plain(inner) for name, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, list) else value
+        return {name: json_value(value) for name, value in row.items()}

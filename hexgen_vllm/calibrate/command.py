@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from hexgen_vllm.bench.endpoint import find_model
+from hexgen_vllm.bench.load_client import find_model
 from hexgen_vllm.calibrate import entry, facts
 from hexgen_vllm.calibrate.calibration import to_calibration
 from hexgen_vllm.calibrate.fit import Fit, fit, overhead_s
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
         results.check_writable(path)
     options = from_mapping(CalibrateOptions, given(args, CalibrateOptions))
     found = asyncio.run(calibrate(args.url, options))
-    print(describe(found))
+    print(calibration_text(found))
     if args.json:
         args.json.write_text(json.dumps(found.row(), indent=1) + "\n", encoding="utf-8")
     if args.fleet:
@@ -163,7 +163,7 @@ async def _measured(
     return Calibration(found, best, source, outside, latency_s, assumed, limits)
 
 
-def describe(found: Calibration) -> str:
+def calibration_text(found: Calibration) -> str:
     """Return what was found out as text."""
     costs = {f"fit ({found.source})": found.fit}
     if found.source == "steps":

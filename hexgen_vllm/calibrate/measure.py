@@ -14,7 +14,7 @@ import aiohttp
 
 from hexgen_vllm.bench.text import DEFAULT_VOCAB_SIZE, PromptSource
 from hexgen_vllm.calibrate.fit import DecodeTiming, PrefillTiming
-from hexgen_vllm.calibrate.probes import Probe
+from hexgen_vllm.calibrate.probes import ProbeBatch
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.workloads.workload import CallSpec
@@ -54,7 +54,7 @@ class Measurement:
     round_trip_s: float = 0.0
 
     async def run(
-        self, probes: list[Probe], budget_s: float, progress: Callable[[int, int], None]
+        self, probes: list[ProbeBatch], budget_s: float, progress: Callable[[int, int], None]
     ) -> Timings:
         """Send ``probes`` one after the other until the budget is spent.
 
@@ -67,7 +67,7 @@ class Measurement:
             ConfigError: the engine refuses a probe or stops answering.
         """
         start_s = self.clock.now()
-        await self._probe(Probe(1, 32, 8))  # the first call of a server may compile or warm up
+        await self._probe(ProbeBatch(1, 32, 8))  # the first call of a server may compile or warm up
         self.timings = Timings()
         self.round_trip_s = await self._round_trip()
         for done, probe in enumerate(probes):
@@ -87,7 +87,7 @@ class Measurement:
             found.append(self.clock.now() - sent_s)
         return median(found)
 
-    async def _probe(self, probe: Probe) -> None:
+    async def _probe(self, probe: ProbeBatch) -> None:
         sent_s = self.clock.now()
         calls = (self._call(probe) for _ in range(probe.batch))
         try:
@@ -102,7 +102,7 @@ class Measurement:
         else:
             self._learn_decode(probe, times)
 
-    def _learn_decode(self, probe: Probe, times: list[list[tuple[float, int]]]) -> None:
+    def _learn_decode(self, probe: ProbeBatch, times: list[list[tuple[float, int]]]) -> None:
         """Learn from the time in which all calls of a batch were decoding."""
         begin_s = max(stamps[0][0] for stamps in times)
         end_s = min(stamps[-1][0] for stamps in times)
@@ -117,7 +117,7 @@ class Measurement:
             context = probe.prompt_tokens + seen / steps
             self.timings.decodes.append(DecodeTiming(probe.batch, context, total_s / steps))
 
-    async def _call(self, probe: Probe) -> list[tuple[float, int]]:
+    async def _call(self, probe: ProbeBatch) -> list[tuple[float, int]]:
         """Send one call; return when the stream grew, and to how many output tokens."""
         body = self._body(probe)
         stamps: list[tuple[float, int]] = []
@@ -134,7 +134,7 @@ class Measurement:
             raise ValueError("the answer held no token")
         return stamps
 
-    def _body(self, probe: Probe) -> dict[str, object]:
+    def _body(self, probe: ProbeBatch) -> dict[str, object]:
         self.timings.calls += 1
         prompts = PromptSource(DEFAULT_VOCAB_SIZE, salt=f"{self.salt}/{self.timings.calls}")
         call = CallSpec("calibrate", probe.prompt_tokens, probe.output_tokens)

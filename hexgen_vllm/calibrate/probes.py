@@ -18,7 +18,7 @@ _REPEATS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class ProbeBatch:
     """Equal calls that are sent at once.
 
     Attributes:
@@ -32,7 +32,7 @@ class Probe:
     output_tokens: int
 
 
-def design(context_tokens: int, max_num_seqs: int) -> list[Probe]:
+def design(context_tokens: int, max_num_seqs: int) -> list[ProbeBatch]:
     """Return the probes for an engine, most informative first.
 
     Args:
@@ -45,6 +45,6 @@ def design(context_tokens: int, max_num_seqs: int) -> list[Probe]:
     if max_num_seqs < MAX_BATCH and max_num_seqs not in sizes:
         sizes.append(max_num_seqs)
     long = max(longest // 4, SHORT_PROMPT)
-    prefill = [Probe(1, n, 1) for n in lengths]
-    decode = [Probe(b, n, OUTPUT_TOKENS) for n in sorted({SHORT_PROMPT, long}) for b in sizes]
+    prefill = [ProbeBatch(1, n, 1) for n in lengths]
+    decode = [ProbeBatch(b, n, OUTPUT_TOKENS) for n in sorted({SHORT_PROMPT, long}) for b in sizes]
     return [*prefill, *decode, *(_REPEATS - 1) * prefill]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hexgen_vllm.cluster.commands import flags
-from hexgen_vllm.cluster.ray_options import Placement, RayOptions
+from hexgen_vllm.cluster.ray_options import RayOptions, RayPlacement
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
 from hexgen_vllm.config import EngineOptions, from_mapping
 from hexgen_vllm.errors import ConfigError
@@ -44,7 +44,7 @@ KEYS: Final = frozenset(f.name for f in fields(ClusterSpec)) | {"defaults"}
 _BELOW: Final = frozenset(("defaults", "engines", "router"))
 _GROUPS: Final[dict[str, tuple[type[Any], str]]] = {
     "hexgen": (EngineOptions, "hexgen option"),
-    "ray": (Placement, "ray key"),
+    "ray": (RayPlacement, "ray key"),
 }
 _ROUTER_KEYS: Final = frozenset(f.name for f in fields(RouterEntry)) - {"options"}
 Scalar = str | int | float

@@ -13,7 +13,7 @@ from hexgen_vllm.policy.scaling import ScalingOptions
 
 
 @dataclass(frozen=True)
-class Placement:
+class RayPlacement:
     """Where Ray puts the engines of one entry, and how many.
 
     Attributes:

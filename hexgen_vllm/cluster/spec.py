@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from hexgen_vllm.cluster.ray_options import Placement, RayOptions
+from hexgen_vllm.cluster.ray_options import RayOptions, RayPlacement
 from hexgen_vllm.config import (
     RENAMED,
     DispatchOptions,
@@ -35,7 +35,7 @@ class EngineEntry:
         hexgen: options of the ``hexgen`` scheduler (:class:`hexgen_vllm.config.EngineOptions`).
         command: starts a server that answers ``/health``; ``{host}`` and ``{port}`` are filled in.
         ray: where Ray puts it and how many of it
-            (:class:`hexgen_vllm.cluster.ray_options.Placement`).
+            (:class:`hexgen_vllm.cluster.ray_options.RayPlacement`).
     """
 
     name: str = option("", "unique name, also that of the log file")
@@ -56,9 +56,9 @@ class EngineEntry:
         object.__setattr__(self, "hexgen", with_current_names(EngineOptions, self.hexgen))
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> RayPlacement:
         """Where Ray puts it, and how many of it."""
-        return from_mapping(Placement, self.ray, where="ray key")
+        return from_mapping(RayPlacement, self.ray, where="ray key")
 
     def replicas(self) -> tuple[str, ...]:
         """Return the names of the engines that Ray may make of it: one has the entry's own."""

@@ -23,8 +23,8 @@ import torch
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.kernels.runs import (
+    BlockRun,
     Dim,
-    Run,
     alignment_of,
     check_disjoint,
     merge_runs,
@@ -51,7 +51,7 @@ class BlockLayout:
     pages: tuple[torch.Tensor, ...] = field(repr=False)
     device: torch.device
     num_blocks: int
-    runs: tuple[Run, ...] = field(repr=False)
+    runs: tuple[BlockRun, ...] = field(repr=False)
     record_bytes: int
     alignment: int
 
@@ -140,9 +140,9 @@ def _check_one_device(pages: Sequence[torch.Tensor]) -> None:
         raise ConfigError(f"KV layout: layers lie on several devices ({', '.join(devices)}).")
 
 
-def _runs_of(pages: Sequence[torch.Tensor]) -> tuple[list[Run], int]:
+def _runs_of(pages: Sequence[torch.Tensor]) -> tuple[list[BlockRun], int]:
     """All runs of a block in record order, and the record's bytes."""
-    runs: list[Run] = []
+    runs: list[BlockRun] = []
     record_bytes = 0
     for page in pages:
         item = page.element_size()

@@ -29,7 +29,7 @@ class Dim(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class BlockRun:
     """``num_bytes`` bytes of every block.
 
     Block ``b`` holds them at ``address + b * block_stride_bytes``; a record holds them at
@@ -44,7 +44,7 @@ class Run:
 
 def page_runs(
     dims: Sequence[Dim], item_bytes: int, address: int, block_stride_bytes: int, record_offset: int
-) -> list[Run]:
+) -> list[BlockRun]:
     """Runs of one layer's page, in memory order.
 
     Args:
@@ -69,7 +69,7 @@ def page_runs(
         )
     steps = itertools.product(*(range(dim.size) for dim in outer))
     return [
-        Run(
+        BlockRun(
             address + sum(i * dim.stride_bytes for i, dim in zip(index, outer, strict=True)),
             block_stride_bytes,
             run_bytes,
@@ -79,12 +79,12 @@ def page_runs(
     ]
 
 
-def merge_runs(runs: Iterable[Run]) -> list[Run]:
+def merge_runs(runs: Iterable[BlockRun]) -> list[BlockRun]:
     """Join neighbours in the record that are neighbours in memory too.
 
     A cross-layer layout becomes one run per block; the record's bytes stay as they are.
     """
-    merged: list[Run] = []
+    merged: list[BlockRun] = []
     for run in runs:
         last = merged[-1] if merged else None
         if last is not None and _touches(last, run):
@@ -94,7 +94,7 @@ def merge_runs(runs: Iterable[Run]) -> list[Run]:
     return merged
 
 
-def _touches(first: Run, second: Run) -> bool:
+def _touches(first: BlockRun, second: BlockRun) -> bool:
     return (
         first.block_stride_bytes == second.block_stride_bytes
         and first.address + first.num_bytes == second.address
@@ -102,11 +102,11 @@ def _touches(first: Run, second: Run) -> bool:
     )
 
 
-def split_runs(runs: Iterable[Run], piece_bytes: int) -> Iterator[Run]:
+def split_runs(runs: Iterable[BlockRun], piece_bytes: int) -> Iterator[BlockRun]:
     """Cut runs into pieces of at most ``piece_bytes`` bytes, the unit of work of a kernel."""
     for run in runs:
         for start in range(0, run.num_bytes, piece_bytes):
-            yield Run(
+            yield BlockRun(
                 run.address + start,
                 run.block_stride_bytes,
                 min(piece_bytes, run.num_bytes - start),
@@ -119,7 +119,7 @@ def alignment_of(values: Iterable[int]) -> int:
     return math.gcd(MAX_ALIGNMENT, *values)
 
 
-def check_disjoint(runs: Sequence[Run], num_blocks: int) -> None:
+def check_disjoint(runs: Sequence[BlockRun], num_blocks: int) -> None:
     """Refuse runs that share bytes between two blocks or two layers.
 
     Raises:
@@ -130,9 +130,9 @@ def check_disjoint(runs: Sequence[Run], num_blocks: int) -> None:
             raise ConfigError("KV layout: two blocks or two layers share bytes of memory.")
 
 
-def _clusters(runs: Sequence[Run], num_blocks: int) -> Iterator[list[Run]]:
+def _clusters(runs: Sequence[BlockRun], num_blocks: int) -> Iterator[list[BlockRun]]:
     """Groups of runs whose address ranges, over all blocks, intersect."""
-    cluster: list[Run] = []
+    cluster: list[BlockRun] = []
     end = 0
     for run in sorted(runs, key=lambda run: run.address):
         if cluster and run.address >= end:
@@ -144,7 +144,7 @@ def _clusters(runs: Sequence[Run], num_blocks: int) -> Iterator[list[Run]]:
         yield cluster
 
 
-def _cluster_is_disjoint(cluster: Sequence[Run], num_blocks: int) -> bool:
+def _cluster_is_disjoint(cluster: Sequence[BlockRun], num_blocks: int) -> bool:
     """Interleaved runs never meet when they repeat at one stride and fit beside each other."""
     if num_blocks == 1:
         return len(cluster) == 1

@@ -81,7 +81,7 @@ class EngineType:
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class OfferedLoad:
     """What the engines have to do.
 
     Attributes:
@@ -118,7 +118,7 @@ class Scaler:
         self._changed_s: float | None = None
         self._low_since_s: float | None = None
 
-    def wanted(self, types: Sequence[EngineType], traffic: Traffic, now: float) -> _Counts:
+    def wanted(self, types: Sequence[EngineType], traffic: OfferedLoad, now: float) -> _Counts:
         """Return how many engines of each type there should be.
 
         Args:
@@ -180,7 +180,7 @@ class _Outlook:
         options: ScalingOptions,
         types: Sequence[EngineType],
         rates: Mapping[str, float],
-        traffic: Traffic,
+        traffic: OfferedLoad,
         present: _Counts,
     ) -> None:
         self._options, self._rates, self._traffic = options, rates, traffic

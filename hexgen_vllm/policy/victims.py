@@ -49,7 +49,7 @@ class Standing(Protocol):
         """Whether it can be late."""
 
 
-class Batch(Protocol[T]):
+class BatchView(Protocol[T]):
     """What the search asks of an engine, in the order in which it asks."""
 
     def heads(self, most: int) -> Sequence[T]:
@@ -102,7 +102,7 @@ class VictimSearch(Generic[T]):
         options: its limits.
     """
 
-    def __init__(self, batch: Batch[T], options: EngineOptions) -> None:
+    def __init__(self, batch: BatchView[T], options: EngineOptions) -> None:
         self._batch, self._options = batch, options
         self.enabled = options.displace and options.max_displacements > 0
         self._quiet: tuple[T, int] | None = None

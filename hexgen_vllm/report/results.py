@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hexgen_vllm.config import current
+from hexgen_vllm.config import todays_name
 from hexgen_vllm.errors import ConfigError
 
 Row = dict[str, Any]
@@ -30,7 +31,7 @@ def read(path: Path) -> list[Row]:
         raise ConfigError(f"{path} does not hold a list of results.")
     for row in rows:
         if isinstance(row.get("policy"), str):
-            row["policy"] = current(row["policy"])
+            row["policy"] = todays_name(row["policy"])
     return rows
 
 
@@ -40,6 +41,15 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
+
+
+def json_value(value: object) -> object:
+    """Return ``value`` with ``nan`` and ``inf``, which JSON lacks, as ``None``, and µs rounded."""
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: json_value(inner) for name, inner in value.items()}
+    return [json_value(inner) for inner in value] if isinstance(value, list) else value
 
 
 def check_writable(path: Path | None) -> None:

@@ -37,7 +37,7 @@ REASON_HEADER: Final = "x-llm-d-request-dropped-reason"
 """Reason of a refusal because the router cannot have more connections."""
 
 
-class Fault(Enum):
+class Blame(Enum):
     """Who caused that a call ended as it did."""
 
     NOBODY = "nobody"
@@ -92,65 +92,65 @@ class Ending(NamedTuple):
     Attributes:
         status: of the answer; where others know better, what is usual.
         message: of the error object.
-        fault: who caused it.
+        blame: who caused it.
         meaning: in words, for the documentation.
         engine_is_well: what it says of the engine, ``None`` for nothing.
     """
 
     status: int
     message: str
-    fault: Fault
+    blame: Blame
     meaning: str
     engine_is_well: bool | None = None
 
 
 ENDINGS: Final[dict[Outcome, Ending]] = {
-    Outcome.ANSWERED: Ending(200, "", Fault.NOBODY, "answered in full", True),
+    Outcome.ANSWERED: Ending(200, "", Blame.NOBODY, "answered in full", True),
     Outcome.BAD_REQUEST: Ending(
-        400, "The request is wrong.", Fault.CLIENT, "wrong, says the router or an engine", True
+        400, "The request is wrong.", Blame.CLIENT, "wrong, says the router or an engine", True
     ),
     Outcome.CLIENT_GONE: Ending(
-        499, "The client is gone.", Fault.CLIENT, "the client left, or does not read"
+        499, "The client is gone.", Blame.CLIENT, "the client left, or does not read"
     ),
     Outcome.SATURATED: Ending(
-        429, "Too many calls are open.", Fault.LOAD, "too many calls or tokens wait or are open"
+        429, "Too many calls are open.", Blame.LOAD, "too many calls or tokens wait or are open"
     ),
     Outcome.NO_ENDPOINTS: Ending(
-        503, "No engine can take this call now.", Fault.LOAD, "no engine with the model gets calls"
+        503, "No engine can take this call now.", Blame.LOAD, "no engine with the model gets calls"
     ),
     Outcome.EXPIRED: Ending(
-        504, "No engine had room for this call in time.", Fault.LOAD, "waited too long for room"
+        504, "No engine had room for this call in time.", Blame.LOAD, "waited too long for room"
     ),
     Outcome.OUT_OF_CONNECTIONS: Ending(
         503,
         "The router has no connections left.",
-        Fault.ROUTER,
+        Blame.ROUTER,
         "no descriptor, port or memory is left for a connection",
     ),
     Outcome.SHUTTING_DOWN: Ending(
-        503, "The router is shutting down.", Fault.OPERATOR, "the router stops"
+        503, "The router is shutting down.", Blame.OPERATOR, "the router stops"
     ),
     Outcome.REFUSED: Ending(
-        503, "The call was refused.", Fault.LOAD, "refused by a policy for a reason of its own"
+        503, "The call was refused.", Blame.LOAD, "refused by a policy for a reason of its own"
     ),
     Outcome.BUSY: Ending(
-        503, "The engine is too busy.", Fault.ENGINE, "every engine that was asked refused it"
+        503, "The engine is too busy.", Blame.ENGINE, "every engine that was asked refused it"
     ),
     Outcome.ERROR: Ending(
-        502, "The engine failed.", Fault.ENGINE, "an engine answered 5xx or nonsense", False
+        502, "The engine failed.", Blame.ENGINE, "an engine answered 5xx or nonsense", False
     ),
     Outcome.LOST: Ending(
         502,
         "The engine failed before its answer was complete.",
-        Fault.ENGINE,
+        Blame.ENGINE,
         "the connection to an engine broke",
         False,
     ),
     Outcome.TIMEOUT: Ending(
-        504, "The engine did not answer in time.", Fault.ENGINE, "an engine was silent", False
+        504, "The engine did not answer in time.", Blame.ENGINE, "an engine was silent", False
     ),
     Outcome.INTERNAL: Ending(
-        500, "The router failed.", Fault.ROUTER, "a defect of the router; its log says where"
+        500, "The router failed.", Blame.ROUTER, "a defect of the router; its log says where"
     ),
 }
 """Every outcome."""

@@ -3,8 +3,8 @@
 Counters are read from the :class:`~hexgen_vllm.router.observe.ledger.Ledger` and the coordinator
 when they are asked for, so that a call pays for a few integer additions. Labels are bounded:
 endpoints, engines and reason words, and of the names that clients choose (workflow types, tenants,
-models) so many as :class:`~hexgen_vllm.router.observe.ledger.Names` tells apart; never workflows or
-requests.
+models) so many as :class:`~hexgen_vllm.router.observe.ledger.BoundedNames` tells apart; never
+workflows or requests.
 
 So are the time that open calls have to spare, and what waits. Histograms of times are cheap to add
 to: a call adds to three of them.
@@ -31,9 +31,9 @@ from hexgen_vllm.policy.protection import OpenCall
 from hexgen_vllm.router.calls.call import Job
 from hexgen_vllm.router.endpoints import ENDPOINT_NAMES
 from hexgen_vllm.router.engines.fleet import Fleet
-from hexgen_vllm.router.errors import Fault, Outcome
+from hexgen_vllm.router.errors import Blame, Outcome
 from hexgen_vllm.router.observe.families import PREFIX, counter, gauge
-from hexgen_vllm.router.observe.ledger import OTHER, Ledger, Names, Outcomes
+from hexgen_vllm.router.observe.ledger import OTHER, BoundedNames, Ledger, Outcomes
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.tune.online import EVENTS, OnlineTuner
 from hexgen_vllm.types import Call, CallResult
@@ -135,7 +135,7 @@ class Pressure(Collector):
                     (((), oldest_s),))  # fmt: skip
 
 
-class Timings(Collector):
+class LabeledHistogram(Collector):
     """One histogram for each value of a label, or one without a label.
 
     Args:
@@ -188,8 +188,8 @@ class Usages(Collector):
     """Counts ended calls."""
 
     def __init__(self) -> None:
-        self._tenant = Names(MAX_TENANTS, self._forget_tenant)
-        self._model = Names(MAX_MODELS, self._forget_model)
+        self._tenant = BoundedNames(MAX_TENANTS, self._forget_tenant)
+        self._model = BoundedNames(MAX_MODELS, self._forget_model)
         self._used: dict[tuple[str, str], _Used] = {}
 
     def begun(self, call: Call) -> None:
@@ -280,15 +280,17 @@ class Metrics:
         self._registry.register(_Workflows(self.outcomes, service))
         if tuner is not None:
             self._registry.register(_Tuning(tuner))
-        self.call_s = Timings(
+        self.call_s = LabeledHistogram(
             "call_seconds", "Time from receipt to the end of answered calls", "endpoint"
         )
-        self.first_token_s = Timings(
+        self.first_token_s = LabeledHistogram(
             "time_to_first_token_seconds",
             "Time from receipt to the first token of streams",
             "endpoint",
         )
-        self.held_s = Timings("held_seconds", "Time from receipt of a call to its first placement")
+        self.held_s = LabeledHistogram(
+            "held_seconds", "Time from receipt of a call to its first placement"
+        )
         for timings in (self.call_s, self.first_token_s, self.held_s):
             self._registry.register(timings)
 
@@ -340,7 +342,7 @@ class _State(Collector):
         yield counter("calls", "Calls that ended", ("endpoint", "outcome"),
                       (((name, outcome.value), book.ended[name, outcome])
                        for name in ENDPOINT_NAMES for outcome in Outcome))  # fmt: skip
-        again = [outcome for outcome in Outcome if outcome.ending.fault is Fault.ENGINE]
+        again = [outcome for outcome in Outcome if outcome.ending.blame is Blame.ENGINE]
         yield counter("retries", "Calls sent again", ("reason",),
                       (((why.value,), book.retries[why]) for why in again))  # fmt: skip
         yield counter("placements", "Calls placed", ("engine", "reason"), book.placements.items())

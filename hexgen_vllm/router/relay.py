@@ -215,7 +215,7 @@ class Relay:
         context, now, accepted = self._context, self._context.clock.now(), job.accepted
         if accepted is None:
             return None
-        response = stored.named(job.request.path) or accepted.follows
+        response = stored.response_named(job.request.path) or accepted.follows
         if response is None:
             return None
         own_id = job.own_id(response)

@@ -46,7 +46,7 @@ class Access(Enum):
     PROCESS = "process"  # other processes of this router; for all others it does not exist
 
 
-class Scope(Enum):
+class ProcessScope(Enum):
     """Which of several router processes answers."""
 
     HERE = "here"  # the one that was asked
@@ -54,7 +54,7 @@ class Scope(Enum):
     ALL = "all"  # what is shown is of all together; what is changed is changed in all
 
 
-class Group(Enum):
+class Topic(Enum):
     """What a route is about; the tags of the OpenAPI document."""
 
     MONITORING = "monitoring"  # also served on the port for metrics
@@ -98,7 +98,7 @@ class Route:
         bind: returns what answers requests, of one router's parts.
         access: who may ask.
         scope: which process answers.
-        group: what it is about.
+        topic: what it is about.
         summary: one sentence for people.
         content: type of a good answer, ``None`` if it has no body.
         query: parameters in the query; one that ends with ``*`` must be there.
@@ -111,8 +111,8 @@ class Route:
     path: str
     bind: Bind
     access: Access
-    scope: Scope
-    group: Group
+    scope: ProcessScope
+    topic: Topic
     summary: str
     content: str | None = "application/json"
     query: tuple[str, ...] = ()
@@ -132,9 +132,9 @@ def _bind_call(endpoint: Endpoint) -> Bind:
 
 # fmt: off
 def _table() -> Iterator[Route]:
-    monitoring, status, calls, admin = Group
+    monitoring, status, calls, admin = Topic
     opened, client, operator, process = Access
-    here, owner, every = Scope
+    here, owner, every = ProcessScope
     serves = "Whether a call that comes now would be served: 200 or 503."
     runs = "Whether the process runs."
     for path in ("/health", "/readiness", "/health/readiness"):
@@ -208,9 +208,9 @@ def _table() -> Iterator[Route]:
 
 ROUTES: Final = tuple(_table())
 """All routes."""
-_REST: Final = Route("ANY", "/{path}", _bind_call(OTHER), Access.CLIENT, Scope.OWNER, Group.CALLS,
-                     "Whatever else an engine has: passed on to one that has the model.",
-                     endpoint=OTHER)  # fmt: skip
+_REST: Final = Route("ANY", "/{path}", _bind_call(OTHER), Access.CLIENT, ProcessScope.OWNER,
+                     Topic.CALLS, endpoint=OTHER, summary="Whatever else an engine has: "
+                     "passed on to one that has the model.")  # fmt: skip
 # What manages an engine is not for clients: vLLM's own routes, those of its development mode, and
 # what other engines and versions call such things.
 _MANAGES: Final = re.compile(
@@ -327,7 +327,7 @@ async def _refuse(request: Request) -> web.StreamResponse:
 
 def monitors(path: str) -> bool:
     """Whether ``path`` is served on the port for metrics."""
-    return any(route.path == path for route in ROUTES if route.group is Group.MONITORING)
+    return any(route.path == path for route in ROUTES if route.topic is Topic.MONITORING)
 
 
 def _pattern(path: str) -> re.Pattern[str]:

@@ -23,7 +23,7 @@ from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.report.summary import min_deadline
-from hexgen_vllm.tune.online import Action, OnlineOptions, OnlineTuner, Phase, Proposal
+from hexgen_vllm.tune.online import Action, OnlineOptions, OnlineTuner, Proposal, TuningPhase
 from hexgen_vllm.tune.recent import RecentWorkflow, Ring
 from hexgen_vllm.tune.traffic import Live, blocks, live_loss, traffic
 
@@ -87,7 +87,7 @@ class Tuning:
     async def look(self) -> None:
         """Do what is due now: judge a change, or search."""
         ring, now = self._ring, self._clock.now()
-        if self.tuner.phase is Phase.TRYING:
+        if self.tuner.phase is TuningPhase.TRYING:
             newest = list(ring)[-max(self.tuner.fresh(ring.seen), 1) :]
             if self.tuner.judge(measured(newest), ring.seen, now) is Action.REVERT:
                 self._turn("revert")
@@ -170,14 +170,16 @@ async def search_apart(
         paths = [Path(folder) / name for name in ("recent.jsonl", "fleet.yaml", "out.json")]
         for path, text in zip(paths, files, strict=False):
             path.write_text(text, encoding="utf-8")
-        await _run(command(paths, dispatch, options))
+        await _run(search_command(paths, dispatch, options))
         try:
             return dict(json.loads(paths[2].read_text(encoding="utf-8"))[0])
         except (OSError, ValueError, LookupError):
             raise SearchFailed("the search left no result") from None
 
 
-def command(paths: Sequence[Path], dispatch: DispatchOptions, options: OnlineOptions) -> list[str]:
+def search_command(
+    paths: Sequence[Path], dispatch: DispatchOptions, options: OnlineOptions
+) -> list[str]:
     """Return the command line of a search: workflows, fleet and result are ``paths``."""
     recent, fleet, out = map(str, paths)
     return [

@@ -22,8 +22,8 @@ from hexgen_vllm.sim.results import TRUE_RATES, Row, row, simulate
 from hexgen_vllm.sim.scenario import (
     ArrivalOptions,
     DeadlineOptions,
-    Run,
     Scenario,
+    ScenarioRun,
     WorkloadOptions,
 )
 from hexgen_vllm.sim.scenario_file import load_fleet, load_simulation
@@ -98,7 +98,7 @@ def compare(
         scenario = scenario_of(live, tuple(fleet), policy)
         scenario = replace(scenario, simulation=simulation or scenario.simulation)
         # Loads are shares of a capacity that has no part in this.
-        run = Run(scenario.policies[0], float(live["rate"]), 0.0, scenario.seeds[0])
+        run = ScenarioRun(scenario.policies[0], float(live["rate"]), 0.0, scenario.seeds[0])
         specs = scenario.specs(run)
         _check_same(live, scenario, specs)
         bounds = scenario.limits(specs)
@@ -165,7 +165,7 @@ def _check_same(live: Row, scenario: Scenario, specs: Sequence[WorkflowSpec]) ->
         )
 
 
-def play(path: Path, fleet: Path, policy: Policy | None) -> list[Comparison]:
+def play_results(path: Path, fleet: Path, policy: Policy | None) -> list[Comparison]:
     """Simulate every run of the result file ``path`` on the engines of the file ``fleet``.
 
     Raises:
@@ -177,7 +177,7 @@ def play(path: Path, fleet: Path, policy: Policy | None) -> list[Comparison]:
     return compare(rows, load_fleet(fleet), policy, load_simulation(fleet))
 
 
-def render(comparisons: Sequence[Comparison]) -> str:
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
     """Return one line for each run."""
     heads = ["policy", "seed", "rate/s", "workflows"]
     for name in GOALS:

@@ -14,7 +14,7 @@ from typing import Final
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.calls import Tail
 from hexgen_vllm.policy.outlook import Outlook, Outlooks, without_deadline
-from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.engine import SimEngine
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.sim.simulator import (
     ARRIVAL,
@@ -92,7 +92,7 @@ class Alone:
     ) -> None:
         stock = options is None
         order = EngineOptions(order="fcfs" if rank is None else "edf")
-        self.engine = Engine(model, options or order, stock=stock)
+        self.engine = SimEngine(model, options or order, stock=stock)
         self.flows: list[Flow] = []
         self.marks: dict[float, dict[str, int]] = {}
         self._ours, self._deadlines, self._rank, self._estimates = (

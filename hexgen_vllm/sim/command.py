@@ -11,18 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from hexgen_vllm.config import current
+from hexgen_vllm.config import todays_name
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.report import results as files
 from hexgen_vllm.report.plot import check_plot, draw_attainment
 from hexgen_vllm.sim import against
 from hexgen_vllm.sim.policies import NAMES, named
-from hexgen_vllm.sim.results import Row, describe, render, row, simulate
-from hexgen_vllm.sim.scenario import Run, Scenario
+from hexgen_vllm.sim.results import Row, limits_text, row, simulate, summary_table
+from hexgen_vllm.sim.scenario import Scenario, ScenarioRun
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.sim.timeline import Timeline
 
-Progress = Callable[[Run, int, int, int], None]
+Progress = Callable[[ScenarioRun, int, int, int], None]
 """Takes a run, its number, their count, and the workflows of it that have ended."""
 
 _TOLD_WORKFLOWS: Final = 50
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     rows = play(scenario, _progress_line, args.timeline)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    print(render(rows))
+    print(summary_table(rows))
     if args.json:
         files.write(args.json, rows)
     if args.plot:
@@ -107,7 +107,7 @@ def play(
         raise ConfigError(
             f"--timeline shows one run, not {len(runs)}; choose one --policy, --load and --seed."
         )
-    print(describe(bounds, scenario.deadline.scale * base_s, base_s), end="\n\n")
+    print(limits_text(bounds, scenario.deadline.scale * base_s, base_s), end="\n\n")
     rows = []
     for index, run in enumerate(runs):
         timeline = None if trace is None else Timeline()
@@ -138,8 +138,8 @@ def _against(args: argparse.Namespace) -> int:
         raise ConfigError("--against takes one --policy.")
     policy = None if policies[0] is None else named(policies[0])
     files.check_writable(args.json)
-    comparisons = against.play(args.against, args.scenario, policy)
-    print(against.render(comparisons))
+    comparisons = against.play_results(args.against, args.scenario, policy)
+    print(against.comparison_table(comparisons))
     if args.json:
         files.write(args.json, [comparison.simulated for comparison in comparisons])
     return 0
@@ -167,7 +167,7 @@ def _changed(scenario: Scenario, args: argparse.Namespace) -> Scenario:
     if args.policies:
         known = {policy.name: policy for policy in scenario.policies}
         chosen = tuple(
-            known.get(name) or known.get(current(name)) or named(name) for name in args.policies
+            known.get(name) or known.get(todays_name(name)) or named(name) for name in args.policies
         )
         scenario = replace(scenario, policies=chosen)
     if args.seeds:
@@ -177,7 +177,7 @@ def _changed(scenario: Scenario, args: argparse.Namespace) -> Scenario:
     return scenario
 
 
-def _progress_line(run: Run, index: int, count: int, ended: int) -> None:
+def _progress_line(run: ScenarioRun, index: int, count: int, ended: int) -> None:
     """Say which run it is; on a terminal also how far it is, in a line that is overwritten."""
     text = f"{index + 1}/{count}: {run.policy.name} at load {run.load:.2f}, seed {run.seed}"
     if sys.stderr.isatty():

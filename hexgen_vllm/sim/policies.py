@@ -30,7 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hexgen_vllm.config import DispatchOptions, EngineOptions, current
+from hexgen_vllm.config import DispatchOptions, EngineOptions, todays_name
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.placements import PLACEMENTS
 from hexgen_vllm.policy_file import is_policy_file, load
@@ -170,8 +170,8 @@ def named(
     Raises:
         ConfigError: there is no such policy.
     """
-    placement, plus, order = current(name).partition("+")
-    order = current(order)
+    placement, plus, order = todays_name(name).partition("+")
+    order = todays_name(order)
     name = f"{placement}{plus}{order}"
     outside = is_policy_file(placement)
     if outside:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from statistics import fmean
 from typing import Any, Final
 
 from hexgen_vllm.records import CallRecord, WorkflowRecord
+from hexgen_vllm.report.results import json_value
 from hexgen_vllm.report.summary import (
     percentile,
     stage_figures,
@@ -18,7 +18,7 @@ from hexgen_vllm.report.summary import (
 from hexgen_vllm.report.table import aligned, seconds
 from hexgen_vllm.sim.engine.engine import StepObserver
 from hexgen_vllm.sim.limits import Limits
-from hexgen_vllm.sim.scenario import Run, Scenario
+from hexgen_vllm.sim.scenario import Scenario, ScenarioRun
 from hexgen_vllm.sim.simulator import Simulation
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 def simulate(
     scenario: Scenario,
-    run: Run,
+    run: ScenarioRun,
     bounds: Limits,
     specs: Sequence[WorkflowSpec] | None = None,
     *,
@@ -60,7 +60,7 @@ def simulate(
     return simulation
 
 
-def row(scenario: Scenario, run: Run, bounds: Limits, simulation: Simulation) -> Row:
+def row(scenario: Scenario, run: ScenarioRun, bounds: Limits, simulation: Simulation) -> Row:
     """Return the result as one JSON object; ``null`` stands for no value and for never.
 
     ``latencies_s`` and ``arrivals_s`` have one entry for each workflow, in order of arrival.
@@ -95,7 +95,7 @@ def row(scenario: Scenario, run: Run, bounds: Limits, simulation: Simulation) ->
         "error_messages": dict(sorted(errors.items())),
         "calls": {"stages": stage_figures(calls), "engines": dict(sorted(engines.items()))},
     }
-    return {name: plain(value) for name, value in figures.items()}
+    return {name: json_value(value) for name, value in figures.items()}
 
 
 def counted(
@@ -118,15 +118,6 @@ def preemptions(simulation: Simulation) -> int:
     return sum(engine.batch.preemptions for engine in simulation.engines.values())
 
 
-def plain(value: object) -> object:
-    """Return ``value`` with ``nan`` and ``inf``, which JSON lacks, as ``None``, and µs rounded."""
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: plain(inner) for name, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, list) else value
-
-
 RowView = Mapping[str, Any]
 _FIGURES: Final[tuple[tuple[str, str, Callable[[float | None], str]], ...]] = (
     ("min deadline @95%", "min_deadline_95_s", seconds),
@@ -141,7 +132,7 @@ _FIGURES: Final[tuple[tuple[str, str, Callable[[float | None], str]], ...]] = (
 )
 
 
-def render(rows: Sequence[RowView]) -> str:
+def summary_table(rows: Sequence[RowView]) -> str:
     """Return one line per policy and load, means over seeds."""
     groups: dict[tuple[float, str], list[RowView]] = {}
     for row in rows:
@@ -157,7 +148,7 @@ def render(rows: Sequence[RowView]) -> str:
     return f"{TRUE_RATES}\n\n{text}" if any(r["rates"] == "true" for r in rows) else text
 
 
-def describe(bounds: Limits, deadline_s: float, base_s: float) -> str:
+def limits_text(bounds: Limits, deadline_s: float, base_s: float) -> str:
     """Return the limits as text."""
     horizons = bounds.horizons_s
     return (

@@ -142,7 +142,7 @@ class DeadlineOptions:
 
 
 @dataclass(frozen=True)
-class Run:
+class ScenarioRun:
     """One simulation of a scenario."""
 
     policy: Policy
@@ -187,7 +187,7 @@ class Scenario:
         """Return the base SLO."""
         return self.deadline.base_s or bounds.base_s
 
-    def runs(self, capacity_per_s: float) -> list[Run]:
+    def runs(self, capacity_per_s: float) -> list[ScenarioRun]:
         """Return all runs; at each rate and seed all policies follow each other."""
         arrivals = self.arrivals
         if arrivals.times_s:
@@ -196,13 +196,13 @@ class Scenario:
         else:
             rates = [*arrivals.rates, *(load * capacity_per_s for load in arrivals.loads)]
         return [
-            Run(policy, rate, rate / capacity_per_s, seed)
+            ScenarioRun(policy, rate, rate / capacity_per_s, seed)
             for rate in rates
             for seed in self.seeds
             for policy in self.policies
         ]
 
-    def specs(self, run: Run) -> tuple[WorkflowSpec, ...]:
+    def specs(self, run: ScenarioRun) -> tuple[WorkflowSpec, ...]:
         """Return the workflows of a run with their arrivals."""
         drawn = self.workload.specs(run.seed)
         return timed(drawn, self.arrivals.times(len(drawn), run.rate, run.seed))

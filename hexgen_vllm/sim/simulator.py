@@ -27,7 +27,7 @@ from hexgen_vllm.policy.cost import CostFit
 from hexgen_vllm.policy.engines import solo_speed
 from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun, path_weight
 from hexgen_vllm.records import CallRecord, WorkflowRecord
-from hexgen_vllm.sim.engine.engine import Engine, StepObserver
+from hexgen_vllm.sim.engine.engine import SimEngine, StepObserver
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.sim.policies import Policy
 from hexgen_vllm.sim.workloads.prompts import chunk_hashes, links
@@ -115,16 +115,16 @@ class WorkflowState:
 
 
 @dataclass(slots=True)
-class CallState:
+class SimCall:
     """A call between its arrival at the router and its end."""
 
     workflow: WorkflowState
     spec: CallSpec
     sent_s: float
-    engine: Engine | None = None
+    engine: SimEngine | None = None
 
 
-class Recorder:
+class SimRecorder:
     """Turns what ends into records.
 
     Attributes:
@@ -156,7 +156,7 @@ class Recorder:
             )
         )
 
-    def answered(self, call: CallState, sequence: Sequence, now: float) -> None:
+    def answered(self, call: SimCall, sequence: Sequence, now: float) -> None:
         """Note that a call was answered."""
         self.prompt_tokens += sequence.prompt_tokens
         self.cached_tokens += sequence.cached_tokens
@@ -165,14 +165,14 @@ class Recorder:
             ttft_s = None if first_s is None else first_s - call.sent_s
             self.calls.append(_record(call, now, call.spec.output_tokens, ttft_s, None))
 
-    def failed(self, call: CallState, error: str, now: float) -> None:
+    def failed(self, call: SimCall, error: str, now: float) -> None:
         """Note that a call was refused."""
         if self._keep_calls:
             self.calls.append(_record(call, now, 0, None, error))
 
 
 def _record(
-    call: CallState, now: float, output_tokens: int, ttft_s: float | None, error: str | None
+    call: SimCall, now: float, output_tokens: int, ttft_s: float | None, error: str | None
 ) -> CallRecord:
     return CallRecord(
         workflow_id=call.workflow.spec.workflow_id,
@@ -284,12 +284,12 @@ def engine_of(
     options: SimOptions,
     seed: int,
     observer: StepObserver | None = None,
-) -> Engine:
+) -> SimEngine:
     """Return an engine as a simulation has it, in a state that depends on the arguments alone."""
     noise = None
     if options.step_noise > 0:
         noise = options.step_noise, generator(seed, f"steps of {model.engine_id}")
-    return Engine(
+    return SimEngine(
         model,
         policy.engine,
         stock=policy.kind is not EngineKind.HEXGEN,
@@ -333,8 +333,8 @@ class Simulation:
         self.engines = {
             m.engine_id: engine_of(m, policy, self._options, seed, observer) for m in models
         }
-        self.records = Recorder(keep_calls=self._options.record_calls)
-        self._pending: dict[str, CallState] = {}
+        self.records = SimRecorder(keep_calls=self._options.record_calls)
+        self._pending: dict[str, SimCall] = {}
         self._source: Iterator[WorkflowSpec] = iter(())
         self._progress: Callable[[int], None] | None = None
         self._open = 0
@@ -427,7 +427,7 @@ class Simulation:
     def _send(self, workflow: WorkflowState, spec: CallSpec, now: float) -> None:
         call_id = f"{workflow.spec.workflow_id}.{workflow.calls}"
         workflow.calls += 1
-        self._pending[call_id] = CallState(workflow, spec, now)
+        self._pending[call_id] = SimCall(workflow, spec, now)
         call = Call(
             call_id=call_id,
             workflow_id=workflow.spec.workflow_id,
@@ -489,7 +489,7 @@ class Simulation:
 
     # Engines
 
-    def _step_ended(self, now: float, engine: Engine) -> None:
+    def _step_ended(self, now: float, engine: SimEngine) -> None:
         if engine.end_s != now:
             return  # the stretch was cut after this event was set
         started, finished = engine.step_ended(now)

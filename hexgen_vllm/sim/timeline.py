@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from typing import Any, Final
 
 from hexgen_vllm.records import CallRecord, WorkflowRecord
-from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.engine import SimEngine
 
 Event = dict[str, Any]
 
@@ -26,7 +26,7 @@ class Timeline:
         self._events: list[Event] = []
         self._processes: dict[str, int] = {}
 
-    def stepped(self, engine: Engine, start_s: float, steps: int) -> None:
+    def stepped(self, engine: SimEngine, start_s: float, steps: int) -> None:
         """Note ``steps`` equal steps that end now."""
         pid, batch = self._process(engine.model.engine_id), engine.batch
         prefill = sum(s.chunk for s in batch.chunks)

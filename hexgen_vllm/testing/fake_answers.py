@@ -15,7 +15,7 @@ _CHARS_PER_TOKEN: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class AskedAnswer:
     """What one request asks for.
 
     Attributes:
@@ -43,7 +43,7 @@ class Work:
         return (f" t{i}" for i in range(self.output_tokens))
 
 
-def read_work(path: str, body: dict[str, Any], *, cached: int, default_tokens: int) -> Work:
+def read_work(path: str, body: dict[str, Any], *, cached: int, default_tokens: int) -> AskedAnswer:
     """Read a request as vLLM would; forced lengths are honoured.
 
     Args:
@@ -58,7 +58,7 @@ def read_work(path: str, body: dict[str, Any], *, cached: int, default_tokens: i
     wanted = most if body.get("ignore_eos") and most else max(default_tokens, least)
     tokens = wanted if most is None else min(wanted, most)
     prompt = _prompt_tokens(body)
-    return Work(
+    return AskedAnswer(
         path=path,
         model=str(body.get("model", "")),
         stream=bool(body.get("stream")),
@@ -78,7 +78,7 @@ def _prompt_tokens(body: dict[str, Any]) -> int:
     return max(len(text) // _CHARS_PER_TOKEN, 1)
 
 
-def _usage(work: Work) -> dict[str, Any]:
+def _usage(work: AskedAnswer) -> dict[str, Any]:
     return {
         "prompt_tokens": work.prompt_tokens,
         "total_tokens": work.prompt_tokens + work.output_tokens,
@@ -87,20 +87,20 @@ def _usage(work: Work) -> dict[str, Any]:
     }
 
 
-def _chat(work: Work) -> dict[str, Any]:
+def _chat(work: AskedAnswer) -> dict[str, Any]:
     message = {"role": "assistant", "content": "".join(work.words())}
     choice = {"index": 0, "message": message, "finish_reason": work.finish_reason}
     return {"id": "chatcmpl-1", "object": "chat.completion", "model": work.model,
             "choices": [choice], "usage": _usage(work)}  # fmt: skip
 
 
-def _completion(work: Work) -> dict[str, Any]:
+def _completion(work: AskedAnswer) -> dict[str, Any]:
     choice = {"index": 0, "text": "".join(work.words()), "finish_reason": work.finish_reason}
     return {"id": "cmpl-1", "object": "text_completion", "model": work.model,
             "choices": [choice], "usage": _usage(work)}  # fmt: skip
 
 
-def _response(work: Work) -> dict[str, Any]:
+def _response(work: AskedAnswer) -> dict[str, Any]:
     part = {"type": "output_text", "text": "".join(work.words())}
     usage = {"input_tokens": work.prompt_tokens, "output_tokens": work.output_tokens,
              "input_tokens_details": {"cached_tokens": work.cached_tokens}}  # fmt: skip
@@ -108,26 +108,26 @@ def _response(work: Work) -> dict[str, Any]:
             "output": [{"type": "message", "content": [part]}], "usage": usage}  # fmt: skip
 
 
-def _message(work: Work) -> dict[str, Any]:
+def _message(work: AskedAnswer) -> dict[str, Any]:
     part = {"type": "text", "text": "".join(work.words())}
     return {"id": "msg-1", "type": "message", "role": "assistant", "model": work.model,
             "content": [part], "stop_reason": "max_tokens",
             "usage": _anthropic_usage(work)}  # fmt: skip
 
 
-def _anthropic_usage(work: Work) -> dict[str, Any]:
+def _anthropic_usage(work: AskedAnswer) -> dict[str, Any]:
     fresh = work.prompt_tokens - work.cached_tokens
     return {"input_tokens": fresh, "cache_read_input_tokens": work.cached_tokens,
             "output_tokens": work.output_tokens}  # fmt: skip
 
 
-def _embedding(work: Work) -> dict[str, Any]:
+def _embedding(work: AskedAnswer) -> dict[str, Any]:
     row = {"object": "embedding", "index": 0, "embedding": [0.5, -0.25]}
     usage = {"prompt_tokens": work.prompt_tokens, "total_tokens": work.prompt_tokens}
     return {"object": "list", "model": work.model, "data": [row], "usage": usage}
 
 
-_BODIES: Final[dict[str, Callable[[Work], dict[str, Any]]]] = {
+_BODIES: Final[dict[str, Callable[[AskedAnswer], dict[str, Any]]]] = {
     "/v1/chat/completions": _chat,
     "/v1/completions": _completion,
     "/v1/responses": _response,
@@ -137,7 +137,7 @@ _BODIES: Final[dict[str, Callable[[Work], dict[str, Any]]]] = {
 PATHS: Final = frozenset(_BODIES)
 
 
-def body(work: Work) -> bytes:
+def body(work: AskedAnswer) -> bytes:
     """Return the whole answer as JSON."""
     return json.dumps(_BODIES[work.path](work)).encode()
 
@@ -147,7 +147,7 @@ def _event(content: dict[str, Any], name: str | None = None) -> bytes:
     return f"{head}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
-def _chunk(work: Work, choice: dict[str, Any] | None) -> bytes:
+def _chunk(work: AskedAnswer, choice: dict[str, Any] | None) -> bytes:
     chat = work.path == "/v1/chat/completions"
     chunk: dict[str, Any] = {
         "id": "chatcmpl-1" if chat else "cmpl-1",
@@ -160,7 +160,7 @@ def _chunk(work: Work, choice: dict[str, Any] | None) -> bytes:
     return _event(chunk)
 
 
-def _openai_events(work: Work) -> Iterator[bytes]:
+def _openai_events(work: AskedAnswer) -> Iterator[bytes]:
     chat = work.path == "/v1/chat/completions"
     if chat:
         yield _chunk(work, {"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
@@ -173,7 +173,7 @@ def _openai_events(work: Work) -> Iterator[bytes]:
     yield DONE
 
 
-def _response_events(work: Work) -> Iterator[bytes]:
+def _response_events(work: AskedAnswer) -> Iterator[bytes]:
     yield _event({"type": "response.created"}, "response.created")
     for word in work.words():
         name = "response.output_text.delta"
@@ -182,7 +182,7 @@ def _response_events(work: Work) -> Iterator[bytes]:
     yield _event({"type": name, "response": _response(work)}, name)
 
 
-def _message_events(work: Work) -> Iterator[bytes]:
+def _message_events(work: AskedAnswer) -> Iterator[bytes]:
     start = {**_message(work), "content": [], "usage": {"input_tokens": 0, "output_tokens": 0}}
     yield _event({"type": "message_start", "message": start}, "message_start")
     for word in work.words():
@@ -193,7 +193,7 @@ def _message_events(work: Work) -> Iterator[bytes]:
     yield _event({"type": "message_stop"}, "message_stop")
 
 
-def events(work: Work) -> Iterator[bytes]:
+def events(work: AskedAnswer) -> Iterator[bytes]:
     """Yield the answer as server-sent events."""
     if work.path == "/v1/responses":
         return _response_events(work)

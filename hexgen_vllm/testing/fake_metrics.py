@@ -19,7 +19,7 @@ class RankCounts:
     steps: Counter[int] = field(default_factory=Counter)
 
 
-def rank_of(headers: Mapping[str, str]) -> int:
+def rank_asked(headers: Mapping[str, str]) -> int:
     """Return the rank that a request is for, as vLLM reads it: what is no number is not said."""
     said = headers.get(RANK_HEADER, "")
     return int(said) if said.lstrip("-").isdecimal() else 0

@@ -23,7 +23,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from hexgen_vllm.testing import fake_answers, fake_metrics
-from hexgen_vllm.testing.fake_metrics import RankCounts, rank_of
+from hexgen_vllm.testing.fake_metrics import RankCounts, rank_asked
 from hexgen_vllm.testing.fake_settings import FakeSettings, Fault, FaultKind, Received
 
 __all__ = ["FakeServer", "FakeSettings", "Fault", "Received"]
@@ -198,7 +198,7 @@ class FakeServer:
         body = json.loads(raw)
         if (body.get("model") or self.settings.models[0]) not in self.settings.served:
             return _status(Fault("status", status=404))
-        rank = rank_of(request.headers)
+        rank = rank_asked(request.headers)
         if not 0 <= rank < self.settings.ranks:
             return _status(Fault("status", status=400))
         work = fake_answers.read_work(
@@ -222,7 +222,7 @@ class FakeServer:
             self._slots.release()
 
     async def _send(
-        self, request: web.BaseRequest, work: fake_answers.Work, fault: Fault | None
+        self, request: web.BaseRequest, work: fake_answers.AskedAnswer, fault: Fault | None
     ) -> web.StreamResponse:
         rate = self.settings.prefill_tokens_per_s
         if rate:
@@ -254,7 +254,7 @@ class FakeServer:
                 await _drip(response, piece)
             else:
                 await response.write(piece)
-            self.counts.steps[rank_of(request.headers)] += 1
+            self.counts.steps[rank_asked(request.headers)] += 1
             await asyncio.sleep(self.settings.step_s)
         await response.write_eof()
         return response

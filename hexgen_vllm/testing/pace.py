@@ -24,7 +24,7 @@ from hexgen_vllm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Pace:
+class DeviceSpeed:
     """Speed of the emulated device (``additional_config["hexgen_pace"]``)."""
 
     prefill_tokens_per_s: float = option(8000.0, "prompt tokens computed per second", least=1.0)
@@ -40,7 +40,7 @@ class Pace:
         return decode_s + n_prefill / self.prefill_tokens_per_s
 
 
-def pace_of(vllm_config: Any) -> Pace:
+def pace_of(vllm_config: Any) -> DeviceSpeed:
     """Read ``additional_config["hexgen_pace"]``.
 
     Raises:
@@ -50,7 +50,7 @@ def pace_of(vllm_config: Any) -> Pace:
     values = extra.get("hexgen_pace", {}) if isinstance(extra, dict) else {}
     if not isinstance(values, dict):
         raise ConfigError(f"additional_config.hexgen_pace must be an object, not {values!r}.")
-    return from_mapping(Pace, values, where="hexgen_pace option")
+    return from_mapping(DeviceSpeed, values, where="hexgen_pace option")
 
 
 class PaceMixin(LikeStock):

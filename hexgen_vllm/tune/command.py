@@ -13,10 +13,10 @@ from hexgen_vllm.config import (
     RENAMED,
     DispatchOptions,
     check,
-    current,
     from_mapping,
     given,
     option,
+    todays_name,
 )
 from hexgen_vllm.config import add_arguments as add_options
 from hexgen_vllm.errors import ConfigError
@@ -26,11 +26,11 @@ from hexgen_vllm.sim.limits import limits
 from hexgen_vllm.sim.policies import NAMES, Policy, named
 from hexgen_vllm.sim.scenario_file import load_fleet, load_simulation
 from hexgen_vllm.tune import report
-from hexgen_vllm.tune.evaluate import Evaluator, Setting, capacity, tuned
+from hexgen_vllm.tune.evaluate import Evaluator, Setting, capacity_of, tuned
 from hexgen_vllm.tune.knobs import Knob, defaults, knobs_for
 from hexgen_vllm.tune.objective import OBJECTIVES, chosen
 from hexgen_vllm.tune.replay import Generated, Recent, read
-from hexgen_vllm.tune.rivals import compare, compare_rates
+from hexgen_vllm.tune.rivals import against_baseline, compare_rates
 from hexgen_vllm.tune.search import Search
 
 _TUNED: Final = ("paper", "slack")
@@ -76,7 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--nice", type=int, default=0, metavar="N", help="lower this process's priority by N")
     add("--weight", nargs="+", default=[], metavar="TENANT=W", help="for --objective tenants")
     add(
-        "--baseline", metavar="POLICY", type=current, choices=NAMES, help="compare with this policy"
+        "--baseline",
+        metavar="POLICY",
+        type=todays_name,
+        choices=NAMES,
+        help="compare with this policy",
     )
     add("--sustained", action="store_true", help="with --baseline: compare sustained rates, too")
     add("--json", type=Path, metavar="OUT", help="write all candidates here")
@@ -150,7 +154,7 @@ def _setting(args: argparse.Namespace, options: TuneOptions) -> Setting:
     recent: Recent = read(args.trace) if args.trace else Generated()
     bounds = limits(fleet, recent.draw(options.workflows, args.seeds[0]))
     rate = options.rate or (
-        options.load * capacity(fleet, bounds) if options.load else recent.rate_per_s
+        options.load * capacity_of(fleet, bounds) if options.load else recent.rate_per_s
     )
     if rate is None:
         raise ConfigError("the workload has no times; give --rate or --load.")
@@ -182,7 +186,7 @@ def _numbers(pairs: list[str], flag: str) -> dict[str, float]:
 
 def _workload(setting: Setting) -> str:
     bounds = setting.bounds
-    best = capacity(setting.fleet, bounds)
+    best = capacity_of(setting.fleet, bounds)
     return (
         f"{setting.workflows} workflows at {setting.rate_per_s:.3f}/s "
         f"({setting.rate_per_s / best:.2f} of λ* {best:.3f}/s), base SLO {setting.base_s:.1f} s, "
@@ -214,7 +218,9 @@ def _summary(
         "trials": [asdict(trial) for trial in search.trials],
     }
     if args.baseline:
-        rival = compare(setting, named(args.baseline), tuned(policy, best.values), args.seeds)
+        rival = against_baseline(
+            setting, named(args.baseline), tuned(policy, best.values), args.seeds
+        )
         if args.sustained:
             rival |= compare_rates(
                 setting, named(args.baseline), tuned(policy, best.values), args.seeds

@@ -77,7 +77,7 @@ class Setting:
         return limits(self.fleet, self.recent.draw(self.workflows, 0))
 
 
-def capacity(fleet: Sequence[EngineModel], bounds: Limits) -> float:
+def capacity_of(fleet: Sequence[EngineModel], bounds: Limits) -> float:
     """Return λ*: without prefix cache when no engine has one."""
     cached = any(model.prefix_caching for model in fleet)
     return bounds.rate_per_s if cached else bounds.cold_rate_per_s

@@ -20,7 +20,7 @@ def _deadline(share: float) -> Objective:
     return loss
 
 
-def goodput(records: Sequence[WorkflowRecord]) -> float:
+def negative_goodput(records: Sequence[WorkflowRecord]) -> float:
     """Return minus the workflows on time per second of the arrivals."""
     span_s = max(r.arrived_s for r in records) - min(r.arrived_s for r in records)
     return -sum(r.on_time for r in records) / span_s if span_s > 0 else math.inf
@@ -55,7 +55,7 @@ def tenants(weights: Mapping[str, float]) -> Objective:
 OBJECTIVES: Final[dict[str, tuple[Objective, str]]] = {
     "min_deadline_95": (_deadline(0.95), "min deadline @95% (s)"),
     "min_deadline_99": (_deadline(0.99), "min deadline @99% (s)"),
-    "goodput": (goodput, "minus workflows on time per s"),
+    "goodput": (negative_goodput, "minus workflows on time per s"),
     "tenants": (tenants({}), "late share, mean of tenants"),
 }
 """name: (loss, heading)"""

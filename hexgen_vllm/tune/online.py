@@ -47,7 +47,7 @@ class OnlineOptions:
         check(self)
 
 
-class Phase(enum.Enum):
+class TuningPhase(enum.Enum):
     """What the tuner is doing."""
 
     WATCHING = "watching"
@@ -118,7 +118,7 @@ class OnlineTuner:
 
     def __init__(self, options: OnlineOptions, values: Mapping[str, float], now: float) -> None:
         self._options = options
-        self.phase = Phase.WATCHING
+        self.phase = TuningPhase.WATCHING
         self.values = dict(values)
         self.suggested: dict[str, float] | None = None
         self.history: deque[Event] = deque(maxlen=_HISTORY)
@@ -139,7 +139,7 @@ class OnlineTuner:
             now: the present moment.
         """
         options, waited_s = self._options, now - self._since_s
-        idle = options.tune == "off" or self.phase is not Phase.WATCHING or traffic is None
+        idle = options.tune == "off" or self.phase is not TuningPhase.WATCHING or traffic is None
         if idle or workflows < options.tune_workflows or waited_s < options.tune_least_s:
             return None
         if self._traffic is None:
@@ -151,12 +151,12 @@ class OnlineTuner:
 
     def search_started(self, traffic: Traffic, why: str, now: float) -> None:
         """Note that a search began."""
-        self.phase, self._traffic, self._since_s = Phase.SEARCHING, traffic, now
+        self.phase, self._traffic, self._since_s = TuningPhase.SEARCHING, traffic, now
         self._note(now, "search", why)
 
     def search_failed(self, why: str, now: float) -> None:
         """Note that a search ended without a result."""
-        self.phase, self._since_s = Phase.WATCHING, now
+        self.phase, self._since_s = TuningPhase.WATCHING, now
         self._note(now, "failed", why)
 
     def proposed(self, proposal: Proposal, live: Live, workflows: int, now: float) -> Action:
@@ -171,7 +171,7 @@ class OnlineTuner:
             workflows: ended since the start.
             now: the present moment.
         """
-        self.phase, self._since_s = Phase.WATCHING, now
+        self.phase, self._since_s = TuningPhase.WATCHING, now
         error = relative(proposal.present_loss, live.loss)
         self.simulator_error = error
         why = self._doubt(proposal, error)
@@ -184,7 +184,7 @@ class OnlineTuner:
             return Action.NOTHING
         self._before, self._live_before = self.values, live
         self.values, self._seen_at_apply = dict(proposal.values), workflows
-        self.phase = Phase.TRYING
+        self.phase = TuningPhase.TRYING
         self._note(now, "apply", "gain", proposal)
         return Action.APPLY
 
@@ -200,9 +200,12 @@ class OnlineTuner:
             workflows: ended since the start.
             now: the present moment.
         """
-        if self.phase is not Phase.TRYING or self.fresh(workflows) < self._options.tune_workflows:
+        if (
+            self.phase is not TuningPhase.TRYING
+            or self.fresh(workflows) < self._options.tune_workflows
+        ):
             return Action.NOTHING
-        self.phase, self._since_s = Phase.WATCHING, now
+        self.phase, self._since_s = TuningPhase.WATCHING, now
         allowed = _SIGMAS * math.hypot(live.spread, self._live_before.spread)
         worse = live.loss - self._live_before.loss
         if math.isnan(worse) or worse > allowed:

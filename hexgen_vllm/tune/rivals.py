@@ -9,13 +9,13 @@ from typing import Any, Final
 
 from hexgen_vllm.report.summary import min_deadline
 from hexgen_vllm.sim.policies import Policy
-from hexgen_vllm.tune.evaluate import Setting, capacity
+from hexgen_vllm.tune.evaluate import Setting, capacity_of
 
 ON_TIME: Final = 0.95
 _STEPS: Final = 7
 
 
-def compare(
+def against_baseline(
     setting: Setting, baseline: Policy, policy: Policy, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """Return min deadline @95 % and @99 % of both, in base SLOs, and their ratios."""
@@ -41,7 +41,7 @@ def compare_rates(
 
     Rates end at the capacity λ*: a finite run bears more for a while, but nothing sustains it.
     """
-    best = capacity(setting.fleet, setting.bounds)
+    best = capacity_of(setting.fleet, setting.bounds)
     rates = [sustained(setting, p, seeds, best / 64, best) for p in (baseline, policy)]
     found: dict[str, Any] = {"sustained_per_s": rates, "capacity_per_s": best}
     if rates[0] and rates[1]:

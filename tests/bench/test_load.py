@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from hexgen_vllm.bench.endpoint import Answer
-from hexgen_vllm.bench.load import Load
+from hexgen_vllm.bench.load import LoadRun
+from hexgen_vllm.bench.load_client import Reply
 from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.wire import CallMeta
 
-Behave = Callable[[str, CallSpec], Awaitable[Answer]]
+Behave = Callable[[str, CallSpec], Awaitable[Reply]]
 
 
 def call(stage: str) -> CallSpec:
@@ -25,9 +25,9 @@ FLOW = WorkflowSpec(
 )
 
 
-async def answer(workflow_id: str, one: CallSpec) -> Answer:
+async def answer(workflow_id: str, one: CallSpec) -> Reply:
     await asyncio.sleep(0)
-    return Answer(latency_s=0.5, ttft_s=0.1, output_tokens=one.output_tokens, engine="e")
+    return Reply(latency_s=0.5, ttft_s=0.1, output_tokens=one.output_tokens, engine="e")
 
 
 class Sender:
@@ -39,7 +39,7 @@ class Sender:
         self.open: dict[str, int] = {}
         self.widest: dict[str, int] = {}
 
-    async def send(self, workflow_id: str, index: int, one: CallSpec, meta: CallMeta) -> Answer:
+    async def send(self, workflow_id: str, index: int, one: CallSpec, meta: CallMeta) -> Reply:
         self.sent.append((one.stage, index, meta))
         self.open[one.stage] = self.open.get(one.stage, 0) + 1
         self.widest[one.stage] = max(self.widest.get(one.stage, 0), self.open[one.stage])
@@ -51,7 +51,7 @@ class Sender:
 
 async def test_groups_run_in_sequence_and_their_calls_in_parallel() -> None:
     sender = Sender()
-    await Load(sender, ManualClock(), 10.0).play([FLOW])
+    await LoadRun(sender, ManualClock(), 10.0).play([FLOW])
     assert [(stage, index) for stage, index, _ in sender.sent] == [
         ("plan", 0),
         ("work", 1),
@@ -64,12 +64,12 @@ async def test_groups_run_in_sequence_and_their_calls_in_parallel() -> None:
 async def test_calls_say_who_they_are_and_how_much_time_is_left() -> None:
     clock = ManualClock()
 
-    async def slow(workflow_id: str, one: CallSpec) -> Answer:
+    async def slow(workflow_id: str, one: CallSpec) -> Reply:
         clock.advance(4.0)
         return await answer(workflow_id, one)
 
     sender = Sender(slow)
-    (record,) = await Load(sender, clock, 10.0).play([FLOW])
+    (record,) = await LoadRun(sender, clock, 10.0).play([FLOW])
     metas = [meta for _, _, meta in sender.sent]
     assert metas[0] == CallMeta(
         workflow_id="w",
@@ -90,7 +90,7 @@ async def test_calls_say_who_they_are_and_how_much_time_is_left() -> None:
 )
 async def test_hints(hints: str, expected: int | None, left: int | None) -> None:
     sender = Sender()
-    await Load(sender, ManualClock(), 10.0, hints).play([FLOW])
+    await LoadRun(sender, ManualClock(), 10.0, hints).play([FLOW])
     first = sender.sent[0][2]
     assert (first.expected_output_tokens, first.stages_left) == (expected, left)
 
@@ -98,12 +98,12 @@ async def test_hints(hints: str, expected: int | None, left: int | None) -> None
 async def test_a_last_group_of_several_calls_has_no_final_one() -> None:
     sender = Sender()
     flow = WorkflowSpec("w", "t", ((call("work"), call("work")),))
-    await Load(sender, ManualClock(), 10.0).play([flow])
+    await LoadRun(sender, ManualClock(), 10.0).play([flow])
     assert [meta.workflow_final for _, _, meta in sender.sent] == [None, None]
 
 
 async def test_calls_are_recorded() -> None:
-    load = Load(Sender(), ManualClock(), 10.0)
+    load = LoadRun(Sender(), ManualClock(), 10.0)
     await load.play([FLOW])
     assert [record.stage for record in load.calls] == ["plan", "work", "work", "check"]
     last = load.calls[-1]
@@ -114,14 +114,14 @@ async def test_calls_are_recorded() -> None:
 async def test_a_failed_call_ends_its_workflow_after_its_siblings() -> None:
     ended = []
 
-    async def failing(workflow_id: str, one: CallSpec) -> Answer:
+    async def failing(workflow_id: str, one: CallSpec) -> Reply:
         if one.stage != "work" or workflow_id != "bad":
             return await answer(workflow_id, one)
         ended.append(one)
-        return Answer(0.1, error="HTTP 500: boom")
+        return Reply(0.1, error="HTTP 500: boom")
 
     sender = Sender(failing)
-    load = Load(sender, ManualClock(), 10.0)
+    load = LoadRun(sender, ManualClock(), 10.0)
     flows = [WorkflowSpec(name, "t", FLOW.stages) for name in ("bad", "good")]
     bad, good = await load.play(flows)
     assert (bad.error, bad.latency_s, bad.lost) == ("work: HTTP 500: boom", None, False)
@@ -133,12 +133,12 @@ async def test_a_failed_call_ends_its_workflow_after_its_siblings() -> None:
 
 
 async def test_what_is_open_after_the_drain_is_lost() -> None:
-    async def hanging(workflow_id: str, one: CallSpec) -> Answer:
+    async def hanging(workflow_id: str, one: CallSpec) -> Reply:
         if workflow_id == "stuck":
             await asyncio.Event().wait()
         return await answer(workflow_id, one)
 
-    load = Load(Sender(hanging), ManualClock(), 10.0, drain_s=0.5)
+    load = LoadRun(Sender(hanging), ManualClock(), 10.0, drain_s=0.5)
     flows = [WorkflowSpec(name, "t", FLOW.stages) for name in ("fine", "stuck")]
     fine, stuck = await load.play(flows)
     assert not fine.lost
@@ -149,7 +149,7 @@ async def test_what_is_open_after_the_drain_is_lost() -> None:
 async def test_workflows_start_when_due_even_if_earlier_ones_hang() -> None:
     started = asyncio.Event()
 
-    async def first_hangs(workflow_id: str, one: CallSpec) -> Answer:
+    async def first_hangs(workflow_id: str, one: CallSpec) -> Reply:
         if workflow_id == "first":
             await asyncio.wait_for(started.wait(), 30)
         started.set()
@@ -159,7 +159,7 @@ async def test_workflows_start_when_due_even_if_earlier_ones_hang() -> None:
         WorkflowSpec("second", "t", FLOW.stages, arrival_s=0.02),
         WorkflowSpec("first", "t", FLOW.stages),
     ]
-    records = await Load(Sender(first_hangs), ManualClock(), 10.0).play(flows)
+    records = await LoadRun(Sender(first_hangs), ManualClock(), 10.0).play(flows)
     assert [record.workflow_id for record in records] == ["first", "second"]
     assert all(record.latency_s is not None for record in records)
 
@@ -167,23 +167,23 @@ async def test_workflows_start_when_due_even_if_earlier_ones_hang() -> None:
 async def test_latency_counts_from_when_a_workflow_was_due() -> None:
     clock = ManualClock()
 
-    async def slow(workflow_id: str, one: CallSpec) -> Answer:
+    async def slow(workflow_id: str, one: CallSpec) -> Reply:
         clock.advance(1.0)
         return await answer(workflow_id, one)
 
     late = WorkflowSpec("w", "t", ((call("only"),),), arrival_s=0.01)
-    clock_ahead = Load(Sender(slow), clock, 10.0)
+    clock_ahead = LoadRun(Sender(slow), clock, 10.0)
     (record,) = await clock_ahead.play([late])
     assert record.latency_s == pytest.approx(0.99)  # the hand-set clock never saw the wait
 
 
 async def test_a_defect_of_the_sender_ends_the_run() -> None:
-    async def broken(workflow_id: str, one: CallSpec) -> Answer:
+    async def broken(workflow_id: str, one: CallSpec) -> Reply:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await Load(Sender(broken), ManualClock(), 10.0).play([FLOW])
+        await LoadRun(Sender(broken), ManualClock(), 10.0).play([FLOW])
 
 
 async def test_an_empty_workload_is_over_at_once() -> None:
-    assert await Load(Sender(), ManualClock(), 10.0).play([]) == ()
+    assert await LoadRun(Sender(), ManualClock(), 10.0).play([]) == ()

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.bench.scenario import LiveConfig, LiveResult, plain
+from hexgen_vllm.bench.scenario import LiveConfig, LiveResult
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.records import CallRecord, WorkflowRecord
+from hexgen_vllm.report.results import json_value
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
 CONFIG = LiveConfig("http://h:1", "slack", seed=4, run_id="r", workflows=40, rate=2.0)
@@ -133,7 +134,7 @@ def test_secrets_stay_out_of_results() -> None:
 
 
 def test_plain_values_hold_no_number_that_json_lacks() -> None:
-    assert plain({"a": [float("inf"), 1.23456789], "b": float("nan")}) == {
+    assert json_value({"a": [float("inf"), 1.23456789], "b": float("nan")}) == {
         "a": [None, 1.234568],
         "b": None,
     }

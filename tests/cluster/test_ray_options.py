@@ -7,7 +7,7 @@ import pytest
 
 from hexgen_vllm.cluster import ClusterSpec, EngineEntry
 from hexgen_vllm.cluster.ray.supervisor import RayCluster
-from hexgen_vllm.cluster.ray_options import Placement, RayOptions
+from hexgen_vllm.cluster.ray_options import RayOptions, RayPlacement
 from hexgen_vllm.cluster.spec import RouterEntry
 from hexgen_vllm.errors import ConfigError
 from tests.cluster.test_file import complaint, read
@@ -26,10 +26,10 @@ ray: {address: auto, autoscale: false, scaling: {horizon_s: 10}}
 """,
     )
     fast, slow, there = spec.engines
-    assert fast.placement == Placement("H100", num_cpus=4, min_replicas=2, max_replicas=3)
+    assert fast.placement == RayPlacement("H100", num_cpus=4, min_replicas=2, max_replicas=3)
     assert fast.placement.gpus == 1
     assert fast.replicas() == ("fast-0", "fast-1", "fast-2")
-    assert slow.placement == Placement(resources={"old": 1}, num_cpus=4, max_replicas=1)
+    assert slow.placement == RayPlacement(resources={"old": 1}, num_cpus=4, max_replicas=1)
     assert slow.placement.gpus == 0
     assert slow.replicas() == ("slow",)
     assert there.ray == {}

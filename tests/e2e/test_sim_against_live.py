@@ -111,9 +111,9 @@ def test_simulated_latencies_are_those_of_the_live_run(
     assert main(["sim", str(fleet), f"--against={path}"]) == 0
     with capsys.disabled():
         print(f"\n{capsys.readouterr().out}")
-    (one,) = against.play(path, fleet, None)
+    (one,) = against.play_results(path, fleet, None)
     assert -0.40 < one.error("P50") < 0.10
     assert -0.45 < one.error("P95") < 0.15
     slower = tmp_path / "slower.json"  # a simulator twice as fast as reality must not pass
     results.write(slower, [{**row, "latencies_s": [2 * v for v in row["latencies_s"]]}])
-    assert against.play(slower, fleet, None)[0].error("P50") < -0.40
+    assert against.play_results(slower, fleet, None)[0].error("P50") < -0.40

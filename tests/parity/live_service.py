@@ -19,7 +19,7 @@ from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.router.service import Service
-from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.engine import SimEngine
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.sim.policies import Policy
 from hexgen_vllm.sim.simulator import (
@@ -55,7 +55,7 @@ class LiveService:
         self.clock, self.ring, self.options = ManualClock(0.0), Ring(), options
         self.log: deque[tuple[float, Decision]] = deque()
         self.service = self._service(policy.dispatch)
-        self.engines: dict[str, Engine] = {}
+        self.engines: dict[str, SimEngine] = {}
         self._timers: list[tuple[float, int, int, asyncio.Future[None]]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._set = self._open = self._busy = 0
@@ -167,7 +167,7 @@ class LiveService:
     # Engines
 
     async def _deliver(
-        self, engine: Engine, sequence: Sequence, reaches: asyncio.Future[None]
+        self, engine: SimEngine, sequence: Sequence, reaches: asyncio.Future[None]
     ) -> None:
         await reaches
         before_s = engine.end_s
@@ -175,11 +175,11 @@ class LiveService:
         if engine.end_s != before_s:
             self._watch(engine)
 
-    def _watch(self, engine: Engine) -> None:
+    def _watch(self, engine: SimEngine) -> None:
         if engine.end_s < math.inf:
             self._start(self._step(engine, self._timer(engine.end_s, STEP_END)))
 
-    async def _step(self, engine: Engine, ends: asyncio.Future[None]) -> None:
+    async def _step(self, engine: SimEngine, ends: asyncio.Future[None]) -> None:
         await ends
         now = self.clock.now()
         if engine.end_s != now:

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.engine import SimEngine
 from hexgen_vllm.sim.engine.sequence import Sequence
 from hexgen_vllm.sim.workloads.prompts import links
 from hexgen_vllm.types import Placement
@@ -58,7 +58,7 @@ def simulated(
         measured: price calls by what the engine measures of itself, not by the assumed rates.
     """
     observer = StepLog()
-    engine = Engine(scenario.model, options, stock=stock, observer=observer)
+    engine = SimEngine(scenario.model, options, stock=stock, observer=observer)
     if not measured:
         engine.batch.pricing.stepped = lambda *_: False  # type: ignore[method-assign]
     ends_s: dict[str, float] = {}
@@ -82,7 +82,7 @@ class StepLog:
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
-    def stepped(self, engine: Engine, start_s: float, steps: int) -> None:
+    def stepped(self, engine: SimEngine, start_s: float, steps: int) -> None:
         batch = engine.batch
         tokens = {s.call_id: s.chunk for s in batch.chunks}
         missed = set(map(id, batch.missed))

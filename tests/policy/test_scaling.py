@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.policy.scaling import EngineType, Scaler, ScalingOptions, Traffic
+from hexgen_vllm.policy.scaling import EngineType, OfferedLoad, Scaler, ScalingOptions
 
 EAGER = ScalingOptions(cooldown_s=0.0, down_after_s=0.0)
 SHORT, AMPLE = ((5.0, 10),), ((60.0, 10),)
@@ -17,7 +17,7 @@ def engines(name: str, count: int, rate: float | None = 1.0, *, most: int = 4) -
 
 def once(*types: EngineType, options: ScalingOptions = EAGER, **traffic: object) -> dict[str, int]:
     given = {"arrivals_per_s": 0.0, "waiting": 0.0, "start_s": 1.0, **traffic}
-    return Scaler(options).wanted(types, Traffic(**given), 0.0)  # type: ignore[arg-type]
+    return Scaler(options).wanted(types, OfferedLoad(**given), 0.0)  # type: ignore[arg-type]
 
 
 def test_a_load_within_the_engines_capacity_changes_nothing() -> None:
@@ -90,7 +90,7 @@ def test_counts_are_brought_within_their_bounds() -> None:
 
 def test_fewer_must_do_for_a_while_before_one_goes() -> None:
     scaler = Scaler(ScalingOptions(cooldown_s=0.0, down_after_s=100.0))
-    idle, busy = Traffic(0.0, 0.0), Traffic(1.4, 0.0, SHORT)
+    idle, busy = OfferedLoad(0.0, 0.0), OfferedLoad(1.4, 0.0, SHORT)
     two = [engines("a", 2)]
     assert scaler.wanted(two, idle, 0.0) == {"a": 2}
     assert scaler.wanted(two, busy, 60.0) == {"a": 2}  # starts the wait anew
@@ -101,12 +101,12 @@ def test_fewer_must_do_for_a_while_before_one_goes() -> None:
 
 def test_nothing_changes_soon_after_a_change() -> None:
     scaler = Scaler(ScalingOptions(cooldown_s=30.0, down_after_s=0.0))
-    busy = Traffic(2.2, 0.0, SHORT, 1.0)
+    busy = OfferedLoad(2.2, 0.0, SHORT, 1.0)
     assert scaler.wanted([engines("a", 1)], busy, 0.0) == {"a": 3}
-    assert scaler.wanted([engines("a", 3)], Traffic(9.0, 0.0, SHORT, 1.0), 29.0) == {"a": 3}
-    assert scaler.wanted([engines("a", 3)], Traffic(9.0, 0.0, SHORT, 1.0), 30.0) == {"a": 4}
-    assert scaler.wanted([engines("a", 4)], Traffic(0.0, 0.0), 59.0) == {"a": 4}
-    assert scaler.wanted([engines("a", 4)], Traffic(0.0, 0.0), 60.0) == {"a": 3}
+    assert scaler.wanted([engines("a", 3)], OfferedLoad(9.0, 0.0, SHORT, 1.0), 29.0) == {"a": 3}
+    assert scaler.wanted([engines("a", 3)], OfferedLoad(9.0, 0.0, SHORT, 1.0), 30.0) == {"a": 4}
+    assert scaler.wanted([engines("a", 4)], OfferedLoad(0.0, 0.0), 59.0) == {"a": 4}
+    assert scaler.wanted([engines("a", 4)], OfferedLoad(0.0, 0.0), 60.0) == {"a": 3}
 
 
 @given(
@@ -124,7 +124,7 @@ def test_a_steady_load_comes_to_rest(
     counts: tuple[int, int],
 ) -> None:
     """What was added is not taken away again while nothing else changes."""
-    scaler, traffic = Scaler(EAGER), Traffic(arrivals, waiting, tuple(slack), 10.0)
+    scaler, traffic = Scaler(EAGER), OfferedLoad(arrivals, waiting, tuple(slack), 10.0)
     names = ("a", "b")
     seen = [dict(zip(names, counts, strict=True))]
     for now in range(12):

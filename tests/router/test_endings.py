@@ -13,8 +13,8 @@ from hexgen_vllm.policy import overload
 from hexgen_vllm.router.endpoints import ENDPOINT_NAMES
 from hexgen_vllm.router.errors import (
     ENDINGS,
+    Blame,
     EngineFailed,
-    Fault,
     Outcome,
     from_error,
     refused,
@@ -29,7 +29,7 @@ def test_every_outcome_has_an_ending() -> None:
     for outcome, ending in ENDINGS.items():
         assert 100 <= ending.status <= 599
         assert bool(ending.message) == (outcome is not Outcome.ANSWERED)
-        assert (ending.engine_is_well is False) <= (ending.fault is Fault.ENGINE)
+        assert (ending.engine_is_well is False) <= (ending.blame is Blame.ENGINE)
 
 
 def test_an_outcome_is_its_word_wherever_it_is_written() -> None:
@@ -45,10 +45,10 @@ def test_policies_refuse_in_these_words() -> None:
             overload.no_endpoints("c"))  # fmt: skip
     for rejection in said:
         ending = Outcome(rejection.reason).ending
-        assert (rejection.status, ending.fault) == (ending.status, Fault.LOAD)
+        assert (rejection.status, ending.blame) == (ending.status, Blame.LOAD)
 
 
-@pytest.mark.parametrize("outcome", [o for o in Outcome if o.ending.fault is not Fault.NOBODY])
+@pytest.mark.parametrize("outcome", [o for o in Outcome if o.ending.blame is not Blame.NOBODY])
 def test_errors_are_the_objects_of_the_table(outcome: Outcome) -> None:
     for error in (EngineFailed(outcome), refused(outcome)):
         answer = from_error(error, "r")

@@ -11,13 +11,13 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from hexgen_vllm.router.errors import Outcome
-from hexgen_vllm.router.metrics import MAX_TENANTS, Timings, Usages
+from hexgen_vllm.router.metrics import MAX_TENANTS, LabeledHistogram, Usages
 from hexgen_vllm.router.observe.ledger import (
     AGAIN,
     IDLE_USES,
     OTHER,
     OUTCOMES,
-    Names,
+    BoundedNames,
 )
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
@@ -149,7 +149,7 @@ async def test_names_from_clients_survive_the_text_format(type_: str) -> None:
 
 
 def test_times_fall_into_cumulative_buckets() -> None:
-    by_endpoint = Timings("t_seconds", "Times", "endpoint")
+    by_endpoint = LabeledHistogram("t_seconds", "Times", "endpoint")
     for seconds in (0.0005, 0.001, 0.3, 1000.0):
         by_endpoint.observe(seconds, "chat")
     (family,) = by_endpoint.collect()
@@ -164,7 +164,7 @@ def test_times_fall_into_cumulative_buckets() -> None:
     assert found["count", None] == 4
     assert found["sum", None] == pytest.approx(1000.3015)
     assert {s.labels["endpoint"] for s in family.samples} == {"chat"}
-    (plain,) = Timings("u_seconds", "Times").collect()
+    (plain,) = LabeledHistogram("u_seconds", "Times").collect()
     assert {s.value for s in plain.samples} == {0.0}, "known before the first one"
 
 
@@ -237,7 +237,7 @@ def test_junk_does_not_keep_the_places_of_names() -> None:
 
 def test_junk_does_not_take_the_places_of_names_in_use() -> None:
     gone: list[str] = []
-    name = Names(4, gone.append)
+    name = BoundedNames(4, gone.append)
     real = ["a", "b", "c", "d"]
     assert [name(one) for one in real] == real
     for i in range(20 * IDLE_USES):

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from hexgen_vllm.cluster.processes import free_ports
-from hexgen_vllm.router.routes import ROUTES, Access, Group, Route, public
+from hexgen_vllm.router.routes import ROUTES, Access, Route, Topic, public
 from hexgen_vllm.testing.stand import Stand, open_stand
 
 
@@ -18,13 +18,13 @@ def address(route: Route) -> str:
 async def test_the_metrics_port_serves_all_of_monitoring_and_nothing_else() -> None:
     (port,) = free_ports("127.0.0.1", 1)
     async with open_stand(prometheus_port=port, api_key=("k",)) as stand:
-        paths: dict[str, set[Group]] = {}
+        paths: dict[str, set[Topic]] = {}
         for route in public():
-            paths.setdefault(address(route), set()).add(route.group)
+            paths.setdefault(address(route), set()).add(route.topic)
         assert {"/ping", "/version", "/metrics", "/health/readiness"} <= paths.keys()
         for path, groups in paths.items():
             async with stand.client.get(f"http://127.0.0.1:{port}{path}") as answer:
-                assert answer.status == (200 if Group.MONITORING in groups else 404), path
+                assert answer.status == (200 if Topic.MONITORING in groups else 404), path
         assert stand.received() == []
 
 

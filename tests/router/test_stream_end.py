@@ -41,7 +41,7 @@ def preceded(monkeypatch: pytest.MonkeyPatch, pieces: list[bytes]) -> None:
     """Let engines send ``pieces`` before what they send else."""
     usual = fake_answers.events
 
-    def events(work: fake_answers.Work) -> Iterator[bytes]:
+    def events(work: fake_answers.AskedAnswer) -> Iterator[bytes]:
         yield from pieces
         yield from usual(work)
 
@@ -198,7 +198,7 @@ async def test_an_engine_may_break_after_the_last_event(
         fake_answers, "events", lambda work: iter([*usual(work), b": never sent\n\n"])
     )
     async with open_stand() as stand:
-        work = fake_answers.Work(path, "tiny", True, 20, 4, 5, "length", False)
+        work = fake_answers.AskedAnswer(path, "tiny", True, 20, 4, 5, "length", False)
         fault = Fault(kind, len(list(usual(work))))  # type: ignore[arg-type]
         stand.engines[0].faults.append(fault)
         async with stand.post(path, stream=True, max_tokens=5, ignore_eos=True) as answer:
@@ -217,7 +217,7 @@ async def test_an_engine_that_never_closes_is_not_waited_for(
     clock, usual = ManualClock(), fake_answers.events
     monkeypatch.setattr(fake_answers, "events", lambda work: iter([*usual(work), b": more\n\n"]))
     async with open_stand(clock=clock) as stand:
-        work = fake_answers.Work(path, "tiny", True, 20, 4, 5, "length", False)
+        work = fake_answers.AskedAnswer(path, "tiny", True, 20, 4, 5, "length", False)
         stand.engines[0].faults.append(Fault("hang", len(list(usual(work)))))
         task = asyncio.ensure_future(
             stand.post(path, stream=True, max_tokens=5, ignore_eos=True).__aenter__()

@@ -14,12 +14,19 @@ import pytest
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.router.observe.recorder import Recorder
-from hexgen_vllm.router.tuning import Files, SearchFailed, Tuning, command, fleet_text, search_apart
+from hexgen_vllm.router.tuning import (
+    Files,
+    SearchFailed,
+    Tuning,
+    fleet_text,
+    search_apart,
+    search_command,
+)
 from hexgen_vllm.sim.scenario_file import load_fleet
 from hexgen_vllm.testing.fake_server import FakeSettings
 from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.testing.stand import open_stand
-from hexgen_vllm.tune.online import OnlineOptions, Phase
+from hexgen_vllm.tune.online import OnlineOptions, TuningPhase
 from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring, parse
 from hexgen_vllm.types import Call, CallResult, EngineReport, EngineSpec, Placement, StepCost
 
@@ -161,7 +168,7 @@ async def test_a_failed_search_is_noted() -> None:
     stand = Stand("auto")
     stand.clock.advance(11.0)
     await stand.tuning.look()
-    assert stand.tuning.tuner.phase is Phase.WATCHING
+    assert stand.tuning.tuner.phase is TuningPhase.WATCHING
     assert stand.tuning.tuner.history[-1].why == "no luck"
 
 
@@ -188,7 +195,9 @@ def test_the_simulator_reads_the_fleet_of_the_router(tmp_path: Path) -> None:
 
 
 def test_the_search_knows_the_values_in_force() -> None:
-    words = command([Path("r"), Path("f"), Path("o")], DispatchOptions(alpha=0.7), OnlineOptions())
+    words = search_command(
+        [Path("r"), Path("f"), Path("o")], DispatchOptions(alpha=0.7), OnlineOptions()
+    )
     assert "alpha=0.7" in words
     assert words[words.index("--nice") + 1] == "19"
 

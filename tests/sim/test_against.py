@@ -14,7 +14,7 @@ from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim import against
 from hexgen_vllm.sim.policies import fleet
 from hexgen_vllm.sim.results import row, simulate
-from hexgen_vllm.sim.scenario import Run
+from hexgen_vllm.sim.scenario import ScenarioRun
 
 FLEET = fleet("reference-4")
 
@@ -37,7 +37,7 @@ def a_live_row(**changes: Any) -> dict[str, Any]:
         "arrivals_s": [spec.arrival_s for spec in specs[2:]],
     }
     scenario = against.scenario_of(live, FLEET)
-    run = Run(scenario.policies[0], 0.3, 0.0, 3)
+    run = ScenarioRun(scenario.policies[0], 0.3, 0.0, 3)
     bounds = scenario.limits(specs)
     ideal = row(scenario, run, bounds, simulate(scenario, run, bounds, specs))
     return {**live, "latencies_s": ideal["latencies_s"], **changes}
@@ -52,7 +52,7 @@ def test_errors_are_relative_to_the_live_run() -> None:
     slower = [2 * v for v in a_live_row()["latencies_s"]]
     (one,) = against.compare([a_live_row(latencies_s=slower)], FLEET)
     assert one.error("P50") == pytest.approx(-0.5)
-    assert "-50.0%" in against.render([one])
+    assert "-50.0%" in against.comparison_table([one])
 
 
 @pytest.mark.parametrize(

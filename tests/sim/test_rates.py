@@ -20,7 +20,7 @@ from hexgen_vllm.policy.cost import CostFit
 from hexgen_vllm.report import plot
 from hexgen_vllm.report.summary import percentile
 from hexgen_vllm.sim.engine.cost import Pricing
-from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.engine import SimEngine
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.sim.limits import limits
 from hexgen_vllm.sim.policies import engine_on, named
@@ -58,7 +58,7 @@ def p95_s(simulation: Simulation) -> float:
     return percentile([math.inf if v is None else v for v in latencies], 0.95)
 
 
-def fit_of(engine: Engine) -> CostFit:
+def fit_of(engine: SimEngine) -> CostFit:
     assert engine.batch.pricing.fit is not None
     return engine.batch.pricing.fit
 
@@ -122,7 +122,7 @@ class Governor:
         self._wrong = False
         self.found_s: list[float] = []  # busy time from each change until it was known
 
-    def stepped(self, engine: Engine, start_s: float, steps: int) -> None:
+    def stepped(self, engine: SimEngine, start_s: float, steps: int) -> None:
         if engine.model.engine_id != self._name:
             return
         # The step that has just ended began under the old slowdown.
@@ -263,7 +263,7 @@ def test_only_what_learns_rates_is_told_fitted_ones() -> None:
 def test_engines_order_by_assumed_rates_until_they_have_fitted_theirs() -> None:
     engine = engine_of(MODEL, named("slack"), SimOptions(), 1)
     seeds = engine.batch.pricing.rates
-    known = Engine(MODEL, EngineOptions())
+    known = SimEngine(MODEL, EngineOptions())
     for one in (engine, known):
         for i in range(60):
             placement = Placement(str(i), "e", "test", expected_output_tokens=30)

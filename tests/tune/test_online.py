@@ -11,8 +11,8 @@ from hexgen_vllm.tune.online import (
     Action,
     OnlineOptions,
     OnlineTuner,
-    Phase,
     Proposal,
+    TuningPhase,
 )
 from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow
 from hexgen_vllm.tune.traffic import Live, Traffic, blocks, live_loss, traffic
@@ -57,7 +57,7 @@ def test_later_searches_start_on_drift_or_after_the_period() -> None:
 def test_a_convincing_gain_is_applied() -> None:
     one = searching()
     assert one.proposed(BETTER, LIVE, workflows=60, now=250.0) is Action.APPLY
-    assert (one.phase, one.values) == (Phase.TRYING, {"alpha": 0.5})
+    assert (one.phase, one.values) == (TuningPhase.TRYING, {"alpha": 0.5})
     assert one.simulator_error == pytest.approx(1 - 100 / 102)
 
 
@@ -74,7 +74,7 @@ def test_a_convincing_gain_is_applied() -> None:
 def test_a_doubtful_gain_is_not(proposal: Proposal, live: Live, why: str) -> None:
     one = searching()
     assert one.proposed(proposal, live, workflows=60, now=250.0) is Action.NOTHING
-    assert (one.phase, one.values) == (Phase.WATCHING, PRESENT)
+    assert (one.phase, one.values) == (TuningPhase.WATCHING, PRESENT)
     assert why in one.history[-1].why
 
 
@@ -89,7 +89,7 @@ def test_a_worse_live_result_is_reverted() -> None:
     one.proposed(BETTER, LIVE, workflows=60, now=250.0)
     assert one.judge(Live(500.0, 1.0), workflows=109, now=300.0) is Action.NOTHING  # too early
     assert one.judge(Live(120.0, 3.0), workflows=110, now=300.0) is Action.REVERT
-    assert (one.phase, one.values) == (Phase.WATCHING, PRESENT)
+    assert (one.phase, one.values) == (TuningPhase.WATCHING, PRESENT)
 
 
 @pytest.mark.parametrize("loss", [80.0, 102.0, 109.0])  # 109 is within the spread of both

@@ -17,7 +17,7 @@ _ENGINE: Final = (
 
 def sections() -> Iterator[tuple[str, str]]:
     """Yield title and text: the router, what a call may say, the engine."""
-    document = pages.document()
+    document = pages.openapi_document()
     rows = [
         (
             code(method.upper()),

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 from hexgen_vllm.clock import Clock
-from hexgen_vllm.cluster.ray.engines import Group
+from hexgen_vllm.cluster.ray.engines import EngineGroup
 from hexgen_vllm.cluster.ray.router import RouterAway, RouterClient
 from hexgen_vllm.cluster.ray_options import RayOptions
-from hexgen_vllm.policy.scaling import EngineType, Scaler, Traffic
+from hexgen_vllm.policy.scaling import EngineType, OfferedLoad, Scaler
 from hexgen_vllm.types import StepCost
 
 START_S: Final = 60.0
@@ -80,11 +80,11 @@ class Readings:
     def _waiting(self) -> int:
         return int(self._overview["calls"]["held"]) + sum(map(_queued, self._engines))
 
-    def traffic(self, start_s: float | None) -> Traffic:
+    def traffic(self, start_s: float | None) -> OfferedLoad:
         """Return what there is to do, if the start of an engine lasts ``start_s``."""
         slack, full_s = self._overview["slack"], self._now - self._idle_s
         bounds = (-math.inf, *slack["bounds_s"])
-        return Traffic(
+        return OfferedLoad(
             arrivals_per_s=self._arrivals.per_s,
             waiting=self._waiting(),
             slack=tuple(zip(bounds, slack["calls"], strict=True)),
@@ -139,7 +139,7 @@ class Autoscale:
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[EngineGroup],
         router: RouterClient,
         options: RayOptions,
         clock: Clock,
@@ -176,7 +176,7 @@ class Autoscale:
                 )
             group.resize(count, self._readings.load)
 
-    def _type(self, group: Group) -> EngineType:
+    def _type(self, group: EngineGroup) -> EngineType:
         placement = group.entry.placement
         return EngineType(
             name=group.entry.name,

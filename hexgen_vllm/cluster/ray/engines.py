@@ -155,7 +155,7 @@ class Replica:
             done, _ = await asyncio.wait({placing}, timeout=_PATIENCE_S)
             if not done:
                 self.placeless = True
-                asked = nodes.spelled(nodes.demand(self._entry.placement))
+                asked = nodes.resources_text(nodes.demand(self._entry.placement))
                 self._report(f"engine {self.name}: waiting for a node with {asked} free")
             place: Place = await placing
         finally:
@@ -199,7 +199,7 @@ def _last_line(error: Exception) -> str:
     return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
-class Group:
+class EngineGroup:
     """Engines that are alike.
 
     Attributes:

@@ -25,7 +25,7 @@ import aiohttp
 
 from hexgen_vllm.cluster import commands
 from hexgen_vllm.cluster.processes import Process, ProcessFailed, free_ports, wait_healthy
-from hexgen_vllm.cluster.ray_options import Placement, RayOptions
+from hexgen_vllm.cluster.ray_options import RayOptions, RayPlacement
 from hexgen_vllm.cluster.spec import EngineEntry
 from hexgen_vllm.cluster.supervisor import base_url
 from hexgen_vllm.errors import ConfigError
@@ -57,7 +57,7 @@ class Node:
     resources: Mapping[str, float]
 
 
-def demand(placement: Placement) -> dict[str, float]:
+def demand(placement: RayPlacement) -> dict[str, float]:
     """Return the resources that one engine takes from its node."""
     asked = {"CPU": placement.num_cpus, "GPU": placement.gpus, **placement.resources}
     asked["memory"] = placement.memory_gib * 2**30
@@ -66,7 +66,7 @@ def demand(placement: Placement) -> dict[str, float]:
     return {name: float(amount) for name, amount in asked.items() if amount}
 
 
-def actor_options(placement: Placement) -> dict[str, Any]:
+def actor_options(placement: RayPlacement) -> dict[str, Any]:
     """Return the same as options of a Ray actor."""
     asked = demand(placement)
     return {
@@ -77,20 +77,20 @@ def actor_options(placement: Placement) -> dict[str, Any]:
     }
 
 
-def fits(asked: Mapping[str, float], node: Node) -> bool:
+def could_hold(asked: Mapping[str, float], node: Node) -> bool:
     """Whether an engine could be on ``node``, were that idle."""
     return all(node.resources.get(name, 0.0) >= amount for name, amount in asked.items())
 
 
-def unmet(placement: Placement, nodes: Iterable[Node]) -> str | None:
+def unmet(placement: RayPlacement, nodes: Iterable[Node]) -> str | None:
     """Return what no node has, as the end of a sentence; ``None`` if one has it all."""
     asked, found = demand(placement), list(nodes)
-    if any(fits(asked, node) for node in found):
+    if any(could_hold(asked, node) for node in found):
         return None
-    return f"no node of the Ray cluster has {spelled(asked)}; {_offered(found)}"
+    return f"no node of the Ray cluster has {resources_text(asked)}; {_offered(found)}"
 
 
-def spelled(asked: Mapping[str, float]) -> str:
+def resources_text(asked: Mapping[str, float]) -> str:
     """Return resources as people write them."""
     return " and ".join(_one(name, amount) for name, amount in asked.items()) or "anything"
 
@@ -111,7 +111,7 @@ def _offered(nodes: list[Node]) -> str:
 def _of_node(node: Node) -> str:
     names = sorted(n for n in node.resources if n not in _BUILT_IN and not n.startswith("node:"))
     plain = {n: node.resources[n] for n in ("CPU", "GPU", *names) if node.resources.get(n)}
-    return spelled(plain) if plain else "nothing to give"
+    return resources_text(plain) if plain else "nothing to give"
 
 
 class Place(NamedTuple):

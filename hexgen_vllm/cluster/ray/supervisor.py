@@ -15,7 +15,7 @@ from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.cluster.processes import wait_healthy
 from hexgen_vllm.cluster.ray import nodes as demand
 from hexgen_vllm.cluster.ray.autoscale import Autoscale
-from hexgen_vllm.cluster.ray.engines import Group, Replica
+from hexgen_vllm.cluster.ray.engines import EngineGroup, Replica
 from hexgen_vllm.cluster.ray.nodes import Library
 from hexgen_vllm.cluster.ray.router import Roster, RouterClient, RouterProcess, Unlisted
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry
@@ -59,7 +59,7 @@ class RayCluster(Running):
         self._session: aiohttp.ClientSession | None = None
         self._router: RouterProcess | None = None
         self._roster: Roster | Unlisted = Unlisted()
-        self._groups: list[Group] = []
+        self._groups: list[EngineGroup] = []
         self._jobs: list[asyncio.Task[None]] = []
 
     @property
@@ -98,7 +98,7 @@ class RayCluster(Running):
         client = await self._start_router(self._session)
         placed = [entry for entry in self.spec.engines if entry.url is None]
         self._groups = [
-            Group(entry, partial(self._replica, entry), self._roster, self._report)
+            EngineGroup(entry, partial(self._replica, entry), self._roster, self._report)
             for entry in placed
         ]
         for group in self._groups:

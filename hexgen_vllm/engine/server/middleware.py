@@ -240,11 +240,11 @@ def _parsed(body: bytes, said: wire.CallMeta) -> bytes:
     return json.dumps({**document, MEMBER: {**theirs, **wire.to_xargs(said)}}).encode()
 
 
-Scope = MutableMapping[str, Any]
+AsgiScope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+App = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
 GENERATION: Final = frozenset(
     (
         "/v1/completions",
@@ -280,7 +280,7 @@ class HexgenMiddleware:
         if not any(isinstance(one, _Polls) for one in _ACCESS_LOG.filters):
             _ACCESS_LOG.addFilter(_Polls())
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Handle one connection as the ASGI specification says."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -288,7 +288,7 @@ class HexgenMiddleware:
         _polled.set(_is_poll(scope))  # uvicorn writes the line in this same context
         await self._handler(scope)(scope, receive, send)
 
-    def _handler(self, scope: Scope) -> App:
+    def _handler(self, scope: AsgiScope) -> App:
         route = (scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
         if route == ("GET", STATS_PATH):
             return self._send_stats
@@ -296,7 +296,7 @@ class HexgenMiddleware:
             return self._send_metrics
         return self._generate if route[0] == "POST" and route[1] in GENERATION else self._app
 
-    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _generate(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         try:
             said = wire.from_headers(_our_headers(scope))
             pieces, more = await _read_body(receive, self._max_body_bytes)
@@ -312,7 +312,7 @@ class HexgenMiddleware:
         else:
             await self._app(scope, _replay(pieces, more, receive), send)
 
-    async def _send_stats(self, scope: Scope, _: Receive, send: Send) -> None:
+    async def _send_stats(self, scope: AsgiScope, _: Receive, send: Send) -> None:
         if not _may_see(scope):
             refusal = BadRequest("A valid API key is needed.", status=401, code="invalid_api_key")
             await _send_json(send, 401, openai_error(refusal))
@@ -325,7 +325,7 @@ class HexgenMiddleware:
             refusal = BadRequest(str(error), status=error.status, code="stats_unavailable")
             await _send_json(send, error.status, openai_error(refusal))
 
-    async def _send_metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_metrics(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         try:
             snapshots = await self._stats.read(_engine_client(scope))
         except StatsUnavailable:
@@ -337,11 +337,11 @@ class HexgenMiddleware:
         await self._app({**scope, "headers": headers}, receive, _appending(send, extra))
 
 
-def _is_poll(scope: Scope) -> bool:
+def _is_poll(scope: AsgiScope) -> bool:
     return scope["method"] == "GET" and (b"user-agent", wire.POLLER.encode()) in scope["headers"]
 
 
-def _our_headers(scope: Scope) -> dict[str, str]:
+def _our_headers(scope: AsgiScope) -> dict[str, str]:
     return {
         name.decode("latin-1"): value.decode("latin-1")
         for name, value in scope["headers"]
@@ -349,7 +349,7 @@ def _our_headers(scope: Scope) -> dict[str, str]:
     }
 
 
-def _may_see(scope: Scope) -> bool:
+def _may_see(scope: AsgiScope) -> bool:
     """Return whether a request shows one of vLLM's own ``--api-key`` keys, if there are any.
 
     vLLM guards only its own paths, and looks after this middleware.
@@ -366,7 +366,7 @@ def _may_see(scope: Scope) -> bool:
     return scheme.lower() == b"bearer" and any(known)
 
 
-def _engine_client(scope: Scope) -> Any:
+def _engine_client(scope: AsgiScope) -> Any:
     return getattr(scope["app"].state, "engine_client", None)
 
 
@@ -401,7 +401,7 @@ def _replay(pieces: list[bytes], more: bool, receive: Receive) -> Receive:
     return replay
 
 
-def _with_length(scope: Scope, length: int) -> Scope:
+def _with_length(scope: AsgiScope, length: int) -> AsgiScope:
     written = str(length).encode()
     headers = [(n, written if n == b"content-length" else v) for n, v in scope["headers"]]
     return {**scope, "headers": headers}

@@ -10,7 +10,7 @@ from typing import Final
 from hexgen_vllm.router.calls.intake import Accepted
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.engines.watch import Usage
-from hexgen_vllm.router.errors import Fault, Outcome
+from hexgen_vllm.router.errors import Blame, Outcome
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.observe.tracing import NO_TRACE, CallTrace
 from hexgen_vllm.router.tenants import DEFAULT_TENANT, Client
@@ -21,7 +21,7 @@ _LOG: Final = logging.getLogger("hexgen_vllm.router.call")
 
 def call_ended(job: Job, now: float) -> None:
     """Log the end of a call: at level info when an engine or the router failed, else at debug."""
-    failed = job.outcome.ending.fault in (Fault.ENGINE, Fault.ROUTER)
+    failed = job.outcome.ending.blame in (Blame.ENGINE, Blame.ROUTER)
     level = logging.INFO if failed else logging.DEBUG
     if not _LOG.isEnabledFor(level):
         return

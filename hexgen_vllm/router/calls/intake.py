@@ -26,7 +26,7 @@ from hexgen_vllm.router.calls.prompt import (
 )
 from hexgen_vllm.router.conventions import Foreign
 from hexgen_vllm.router.endpoints import Endpoint
-from hexgen_vllm.router.http.messages import LARGE_BYTES, Names, Pairs, aside
+from hexgen_vllm.router.http.messages import LARGE_BYTES, HeaderMap, Pairs, aside
 from hexgen_vllm.router.tenants import ANYBODY, Client
 from hexgen_vllm.types import NO_DEADLINE, Call
 
@@ -148,7 +148,7 @@ class Intake:
                 return kept
         return f"{self._made_up}-{next(self._numbers)}"
 
-    async def session(self, endpoint: Endpoint, names: Names, raw: bytes) -> str | None:
+    async def session(self, endpoint: Endpoint, names: HeaderMap, raw: bytes) -> str | None:
         """Return the workflow or session that a request names, as :meth:`read` does.
 
         Raises:
@@ -185,7 +185,7 @@ class Intake:
         Raises:
             BadRequest: the body is no JSON object, or one of our fields has a bad value.
         """
-        names = headers if isinstance(headers, Names) else Names.of(headers)
+        names = headers if isinstance(headers, HeaderMap) else HeaderMap.of(headers)
         body = _read_body(endpoint, names, raw) if parsed is None else parsed.body
         model = _model(body, default_model)
         said = _said(names, body)
@@ -219,7 +219,7 @@ class Intake:
             follows=_follows(endpoint, body),
         )
 
-    def tenant(self, names: Names) -> str | None:
+    def tenant(self, names: HeaderMap) -> str | None:
         """Return the tenant that the headers of a request name.
 
         Raises:
@@ -312,7 +312,7 @@ def _held_to(
 
 
 def _said_for(
-    client: Client, call: Call, session_id: str | None, names: Names, body: Mapping[str, Any]
+    client: Client, call: Call, session_id: str | None, names: HeaderMap, body: Mapping[str, Any]
 ) -> Mapping[str, str]:
     """Return the headers that engines get in place of the client's own."""
     said: dict[str, str] = {}
@@ -349,7 +349,7 @@ def _may_refuse(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
     return said and endpoint.placed and endpoint.known
 
 
-def _read_body(endpoint: Endpoint, names: Names, raw: bytes) -> dict[str, Any]:
+def _read_body(endpoint: Endpoint, names: HeaderMap, raw: bytes) -> dict[str, Any]:
     """Return what is known of a body; of one that need not be JSON, the model it names.
 
     Raises:
@@ -398,7 +398,7 @@ def form_field(kind: str, raw: bytes, name: str) -> str | None:
     return None
 
 
-async def parsed_aside(endpoint: Endpoint, names: Names, raw: bytes) -> Parsed | None:
+async def parsed_aside(endpoint: Endpoint, names: HeaderMap, raw: bytes) -> Parsed | None:
     """Return what a large body holds, read beside the event loop; ``None`` for others.
 
     Args:
@@ -421,7 +421,7 @@ async def fields(raw: bytes) -> Mapping[str, Any]:
     return await aside(_fields, raw) if len(raw) > LARGE_BYTES else decoded(raw)
 
 
-def _parse(endpoint: Endpoint, names: Names, raw: bytes) -> Parsed:
+def _parse(endpoint: Endpoint, names: HeaderMap, raw: bytes) -> Parsed:
     body = _read_body(endpoint, names, raw)
     prompt = read_prompt(body, endpoint.prompt_fields)
     kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw
@@ -510,7 +510,7 @@ def _model(body: Mapping[str, Any], default_model: Callable[[], str | None]) -> 
     raise BadRequest("model must name a model.", param="model")
 
 
-def _said(names: Names, body: Mapping[str, Any]) -> wire.CallMeta:
+def _said(names: HeaderMap, body: Mapping[str, Any]) -> wire.CallMeta:
     said = wire.from_headers(names)
     return wire.merged(said, _said_in_body(body)) if "vllm_xargs" in body else said
 

@@ -56,7 +56,7 @@ def told(answer: bytes) -> str | None:
     return None if found is None else found[1].decode()
 
 
-def named(path: str) -> str | None:
+def response_named(path: str) -> str | None:
     """Return the response that a path is about, however it is written, if it is about one."""
     if _FOLDER not in path and "%" not in path:
         return None

@@ -14,7 +14,7 @@ import enum
 from hexgen_vllm.router.options import RouterOptions
 
 
-class Phase(enum.Enum):
+class BreakerState(enum.Enum):
     """Whether calls may pass."""
 
     CLOSED = "closed"  # they may
@@ -26,12 +26,12 @@ class Breaker:
     """Counts how the calls of one engine ended.
 
     Attributes:
-        phase: whether calls may pass.
+        state: whether calls may pass.
     """
 
     def __init__(self, options: RouterOptions) -> None:
         self._options = options
-        self.phase = Phase.CLOSED
+        self.state = BreakerState.CLOSED
         self._in_a_row = self._passed = 0
         self._good, self._bad = [0, 0], [0, 0]  # in this half of the window and the one before
         self._half_until_s = 0.0
@@ -41,7 +41,7 @@ class Breaker:
         """Note a call that the engine answered."""
         self._in_a_row = 0
         self._good[0] += 1
-        if self.phase is Phase.TRIAL:
+        if self.state is BreakerState.TRIAL:
             self._passed += 1
             if self._passed >= self._options.cb_success_threshold:
                 self.close()
@@ -52,20 +52,20 @@ class Breaker:
         self._bad[0] += 1
         if self._options.disable_circuit_breaker:
             return False
-        return self.phase is Phase.TRIAL or self._too_many()
+        return self.state is BreakerState.TRIAL or self._too_many()
 
     def open(self, now: float) -> None:
         """Let no calls pass for a while."""
-        self.phase = Phase.OPEN
+        self.state = BreakerState.OPEN
         self._open_until_s = now + self._options.cb_timeout_duration_secs
 
     def half_open(self) -> None:
         """Let calls pass one at a time."""
-        self.phase, self._passed = Phase.TRIAL, 0
+        self.state, self._passed = BreakerState.TRIAL, 0
 
     def close(self) -> None:
         """Let calls pass, and forget what was."""
-        self.phase, self._in_a_row = Phase.CLOSED, 0
+        self.state, self._in_a_row = BreakerState.CLOSED, 0
         self._good, self._bad = [0, 0], [0, 0]
 
     def tick(self, now: float) -> None:
@@ -73,7 +73,7 @@ class Breaker:
         if now >= self._half_until_s:
             self._half_until_s = now + self._options.cb_window_duration_secs / 2
             self._good, self._bad = [0, self._good[0]], [0, self._bad[0]]
-        if self.phase is Phase.OPEN and now >= self._open_until_s:
+        if self.state is BreakerState.OPEN and now >= self._open_until_s:
             self.half_open()
 
     def _too_many(self) -> bool:

@@ -18,7 +18,7 @@ from yarl import URL
 
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router.engines.attempt import Guard
-from hexgen_vllm.router.engines.breaker import Breaker, Phase
+from hexgen_vllm.router.engines.breaker import Breaker, BreakerState
 from hexgen_vllm.router.engines.probe import Found, names
 from hexgen_vllm.router.engines.ranks import worker_of
 from hexgen_vllm.router.errors import (
@@ -137,11 +137,11 @@ class Engine:
 
     def standing(self) -> EngineState:
         """Return the state that follows from the other attributes."""
-        if not self.up or self.breaker.phase is Phase.OPEN:
+        if not self.up or self.breaker.state is BreakerState.OPEN:
             return EngineState.DOWN
         if self.draining:
             return EngineState.DRAINING
-        return EngineState.TRIAL if self.breaker.phase is Phase.TRIAL else EngineState.READY
+        return EngineState.TRIAL if self.breaker.state is BreakerState.TRIAL else EngineState.READY
 
 
 class Fleet:
@@ -315,7 +315,7 @@ class Fleet:
 
     def revived(self, engine: Engine, target: str) -> None:
         """Note a sign of life of a target; it counts if that was stalled."""
-        if target in engine.stalled and engine.breaker.phase is Phase.OPEN:
+        if target in engine.stalled and engine.breaker.state is BreakerState.OPEN:
             engine.breaker.half_open()
             self._settle(engine)
 

@@ -130,11 +130,11 @@ def _clear(pieces: Pieces, encoding: str, most: int) -> bytes:
 Pairs = list[tuple[bytes, bytes]]
 
 
-class Names(dict[str, str]):
+class HeaderMap(dict[str, str]):
     """Header values by lower-case name, the first one of each."""
 
     @classmethod
-    def of(cls, headers: Mapping[str, str]) -> Names:
+    def of(cls, headers: Mapping[str, str]) -> HeaderMap:
         """Return the names of ``headers``."""
         return cls((name.lower(), headers[name]) for name in headers)
 
@@ -198,7 +198,7 @@ class Request:
         self.client: Any = None
         self.pairs = pairs
         self.persists, self._can_chunk = persists, can_chunk
-        self.names = names = Names()
+        self.names = names = HeaderMap()
         for name, value in pairs:
             key = _KEYS.get(name) or _key(name)
             if key not in names:

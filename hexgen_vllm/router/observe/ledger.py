@@ -32,7 +32,7 @@ PERIOD_S: Final = 15.0
 PERIODS: Final = 60  # 15 minutes
 
 
-class Names:
+class BoundedNames:
     """Tells ``most`` names apart; all others are :data:`OTHER`.
 
     The first ones have a place at once. Later ones get that of a name which has not come for
@@ -131,7 +131,7 @@ class Outcomes:
 
     def __init__(self) -> None:
         self.ended: Counter[tuple[str, str]] = Counter()
-        self._type = Names(MAX_TYPES, self._forget_type)
+        self._type = BoundedNames(MAX_TYPES, self._forget_type)
         self._periods: dict[int, Counter[tuple[str, str]]] = {}
 
         self._seen = {"default"}  # types that are shown, of names that are told apart

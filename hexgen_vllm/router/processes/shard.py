@@ -31,7 +31,7 @@ from hexgen_vllm.router.http.client import Answer, UnixPool
 from hexgen_vllm.router.http.messages import SENT, Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.processes.spot import Spot
-from hexgen_vllm.router.routes import DATA_PATH, LOAD_PATH, RESPONSE_PATH, Route, Scope
+from hexgen_vllm.router.routes import DATA_PATH, LOAD_PATH, RESPONSE_PATH, ProcessScope, Route
 from hexgen_vllm.router.status.overview import Overview, data_response, total
 
 _SAMPLE: Final = re.compile(r"^(?P<key>[a-zA-Z_:][\w:]*(?:\{.*\})?) (?P<value>\S+)$")
@@ -55,7 +55,7 @@ _SUMMED: Final = (
 )
 
 
-def merged(texts: Sequence[str]) -> str:
+def merged_exposition(texts: Sequence[str]) -> str:
     """Return one exposition: counters and histograms summed, of most gauges the largest value.
 
     Args:
@@ -132,9 +132,9 @@ class Shard:
         """Answer a request that is not only this process's; return ``None`` for all others."""
         if request.came_from_here:
             return None
-        if route.scope is Scope.ALL:
+        if route.scope is ProcessScope.ALL:
             return await self._with_others(request, route)
-        asks = route.scope is Scope.OWNER and request.method != "HEAD"
+        asks = route.scope is ProcessScope.OWNER and request.method != "HEAD"
         owner = await self._owner(request, route) if asks else None
         if owner is None or owner == self._spot.index:
             return None
@@ -230,7 +230,7 @@ class Shard:
     async def _metrics(self) -> web.StreamResponse:
         own = self._context.metrics.exposition()
         texts = await asyncio.gather(*(self._get(i, "/metrics") for i in self._spot.others()))
-        body = merged([own.decode(), *(text.decode() for text in texts if text)])
+        body = merged_exposition([own.decode(), *(text.decode() for text in texts if text)])
         return web.Response(body=body.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _overview_of_all(self) -> web.StreamResponse:

@@ -254,7 +254,7 @@ class UiPage:
 
     def __init__(self, context: Context) -> None:
         self._overview = Overview(context)
-        self._page, self._policy = document()
+        self._page, self._policy = page_document()
 
     async def page(self, request: Request) -> web.StreamResponse:
         """Show the page; it needs no key, what it asks for does."""
@@ -280,7 +280,7 @@ def data_response(body: bytes) -> web.Response:
     return web.Response(body=body, content_type="application/json", headers=headers)
 
 
-def document() -> tuple[bytes, str]:
+def page_document() -> tuple[bytes, str]:
     """Return the page and its content security policy.
 
     Only the page's own style and script may run, and they may only talk to this router.

@@ -22,7 +22,7 @@ from hexgen_vllm.router.conventions import as_id
 from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
-from hexgen_vllm.router.routes import PATH, Access, Group, Route, public
+from hexgen_vllm.router.routes import PATH, Access, Route, Topic, public
 from hexgen_vllm.router.status.overview import UiPage, decision, target_view, worker_view
 from hexgen_vllm.router.tuning import SearchFailed, fleet_text
 
@@ -78,7 +78,7 @@ _WORKER: Final[_Json] = {
 }
 
 
-def document() -> _Json:
+def openapi_document() -> _Json:
     """Return the document."""
     paths: dict[str, _Json] = {}
     for route in public():
@@ -111,7 +111,7 @@ def _operation(route: Route) -> _Json:
     answers = {**done, "4XX": refused, "5XX": refused}
     if route.content is None:
         answers["503"] = {"description": "Not ready."}
-    operation: _Json = {"tags": [route.group.value], "summary": route.summary, "responses": answers}
+    operation: _Json = {"tags": [route.topic.value], "summary": route.summary, "responses": answers}
     parameters = _parameters(route)
     if parameters:
         operation["parameters"] = parameters
@@ -128,7 +128,7 @@ def _done(route: Route) -> _Json:
     if route.endpoint is not None:
         content: _Json = {"application/json": {}, "text/event-stream": {}}
         return {"description": "The engine's answer, byte for byte.", "content": content}
-    if route.group is Group.ADMIN:
+    if route.topic is Topic.ADMIN:
         listed = route.method == "GET"
         schema = _OBJECT if listed else {"$ref": "#/components/schemas/Worker"}
         return _content(route.content, schema)
@@ -157,7 +157,7 @@ def _body(route: Route) -> _Json | None:
     if route.path == "/workers" and route.method == "POST":
         properties = {name: {"type": "string"} for name in ("url", "name", "model")}
         return {"type": "object", "required": ["url"], "properties": properties}
-    if route.group is not Group.CALLS or route.query:
+    if route.topic is not Topic.CALLS or route.query:
         return None
     known: _Json = {"model": {"type": "string"}}
     if route.endpoint is not None:
@@ -209,7 +209,7 @@ class Pages:
 
     async def openapi(self, request: Request) -> web.StreamResponse:
         """Describe the routes."""
-        return _json(document())
+        return _json(openapi_document())
 
     async def workers(self, request: Request) -> web.StreamResponse:
         """List the engines by name."""

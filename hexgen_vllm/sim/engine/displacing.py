@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _KEY: Final = attrgetter("rank", "key_s")
 
 
-class Displacer:
+class SimDisplacer:
     """Makes room in a batch for urgent waiting calls."""
 
     def __init__(self, batch: Batch) -> None:

@@ -32,11 +32,11 @@ _LEAST_FACTOR: Final = 0.1  # of what a step costs
 class StepObserver(Protocol):
     """Sees every stretch of equal steps, for timelines and comparisons."""
 
-    def stepped(self, engine: Engine, start_s: float, steps: int) -> None:
+    def stepped(self, engine: SimEngine, start_s: float, steps: int) -> None:
         """Note that ``engine`` ran ``steps`` steps from ``start_s`` to now."""
 
 
-class Engine:
+class SimEngine:
     """One engine.
 
     A driver submits calls, and calls :meth:`step_ended` at :attr:`end_s`, which both may move.

@@ -31,7 +31,7 @@ from hexgen_vllm.policy.order import LateWatch, demotes
 from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, Retention, weigh
 from hexgen_vllm.policy.urgency import UrgencyHeap
 from hexgen_vllm.sim.engine.cost import DecodeClock, Pricing
-from hexgen_vllm.sim.engine.displacing import Displacer
+from hexgen_vllm.sim.engine.displacing import SimDisplacer
 from hexgen_vllm.sim.engine.pacing import Pacer
 from hexgen_vllm.sim.engine.prefix_cache import BlockPool
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
@@ -350,7 +350,7 @@ class Batch:
         self.copied = 0
         self.preemptions = 0
         self.watermark_blocks = int(model.watermark * model.blocks)
-        self.displacer = None if stock else Displacer(self)
+        self.displacer = None if stock else SimDisplacer(self)
         self.keeper = keeper_of(model, options)
         self.pacer = None if stock else Pacer(self)
         self.step_tokens = model.max_num_batched_tokens

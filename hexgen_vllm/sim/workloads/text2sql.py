@@ -21,8 +21,8 @@ from typing import Final
 from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.workloads.workload import (
+    CallGroup,
     CallSpec,
-    Group,
     Layer,
     WorkflowSpec,
     generator,
@@ -200,25 +200,25 @@ def _workflow(
     )
 
 
-def _linking(query: _Query) -> list[Group]:
+def _linking(query: _Query) -> list[CallGroup]:
     """Find the relevant part of the schema."""
-    groups: list[Group] = [(query.call("information_retriever", 0, FIRST_OUTPUT),)]
+    groups: list[CallGroup] = [(query.call("information_retriever", 0, FIRST_OUTPUT),)]
     if query.rng.random() < KEYWORDS_SHARE:
         groups.append((query.call("extract_keywords", QUESTION.at(query.question)),))
     groups.extend((query.call("information_retriever", 0),) for _ in range(3))
     return groups
 
 
-def _solving(query: _Query, rounds: int) -> list[Group]:
+def _solving(query: _Query, rounds: int) -> list[CallGroup]:
     """Write two candidates, then revise."""
     evidence = EVIDENCE.at(query.question)
     pair = tuple(query.call(f"generate_candidate/{which}", evidence) for which in "ab")
     return [pair, *((query.call("revise", evidence),) for _ in range(rounds))]
 
 
-def _testing(query: _Query) -> list[Group]:
+def _testing(query: _Query) -> list[CallGroup]:
     """Write a unit test and judge the candidates by it."""
-    tester: list[Group] = [(query.call("unit_tester", 0),) for _ in range(3)]
+    tester: list[CallGroup] = [(query.call("unit_tester", 0),) for _ in range(3)]
     if query.rng.random() < UNTESTED_SHARE:
         return tester
     unit_test = query.call("generate_unit_test", PAIR.at(query.candidates))

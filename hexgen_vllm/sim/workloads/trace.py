@@ -28,8 +28,8 @@ from hexgen_vllm.sim.workloads.text2sql import (
     WITH_SCHEMA,
 )
 from hexgen_vllm.sim.workloads.workload import (
+    CallGroup,
     CallSpec,
-    Group,
     Layer,
     WorkflowSpec,
     generator,
@@ -185,7 +185,7 @@ def _length(step: dict[str, object], key: str, where: str) -> int:
 
 def _plain(workflow_id: str, steps: list[_Step]) -> WorkflowSpec:
     """Return the workflow of ``steps`` with prompts that share nothing."""
-    groups: list[Group] = []
+    groups: list[CallGroup] = []
     for stage, run in groupby(steps, key=lambda step: step.stage):
         calls = tuple(CallSpec(*step) for step in run)
         groups.extend([calls] if stage in PARALLEL else ((call,) for call in calls))

@@ -117,7 +117,7 @@ class CallSpec:
         return self.prompt_tokens - self.shared_tokens
 
 
-Group = tuple[CallSpec, ...]
+CallGroup = tuple[CallSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class WorkflowSpec:
 
     workflow_id: str
     type: str
-    stages: tuple[Group, ...]
+    stages: tuple[CallGroup, ...]
     arrival_s: float = 0.0
     tenant: str = "default"
 

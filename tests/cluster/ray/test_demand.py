@@ -2,14 +2,14 @@ from __future__ import annotations
 
 from hexgen_vllm.cluster.ray import nodes
 from hexgen_vllm.cluster.ray.nodes import Node, listening
-from hexgen_vllm.cluster.ray_options import Placement
+from hexgen_vllm.cluster.ray_options import RayPlacement
 
 HEAD = Node("h", "10.0.0.1", {"CPU": 8.0, "node:10.0.0.1": 1.0, "memory": 8 * 2**30})
 GPUS = Node("g", "10.0.0.2", {"CPU": 8.0, "GPU": 2.0, "accelerator_type:A100": 1.0})
 
 
 def test_an_engine_asks_for_what_its_entry_names() -> None:
-    placement = Placement("A100", {"rack": 0.5}, num_gpus=2, num_cpus=3, memory_gib=4)
+    placement = RayPlacement("A100", {"rack": 0.5}, num_gpus=2, num_cpus=3, memory_gib=4)
     assert nodes.demand(placement) == {
         "CPU": 3,
         "GPU": 2,
@@ -26,17 +26,17 @@ def test_an_engine_asks_for_what_its_entry_names() -> None:
 
 
 def test_a_node_that_could_hold_an_engine_is_enough() -> None:
-    assert nodes.unmet(Placement("A100"), [HEAD, GPUS]) is None
-    assert nodes.unmet(Placement(memory_gib=8), [HEAD, GPUS]) is None
+    assert nodes.unmet(RayPlacement("A100"), [HEAD, GPUS]) is None
+    assert nodes.unmet(RayPlacement(memory_gib=8), [HEAD, GPUS]) is None
 
 
 def test_what_no_node_has_is_said_beside_what_there_is() -> None:
-    assert nodes.unmet(Placement("H100"), [HEAD, GPUS]) == (
+    assert nodes.unmet(RayPlacement("H100"), [HEAD, GPUS]) == (
         "no node of the Ray cluster has 1 CPU and 1 GPU and accelerator H100; there are nodes with "
         "8 CPU; 8 CPU and 2 GPU and accelerator A100"
     )
-    assert nodes.unmet(Placement("A100", num_gpus=4), [GPUS]) is not None
-    assert nodes.unmet(Placement(resources={"fast": 1}), []) == (
+    assert nodes.unmet(RayPlacement("A100", num_gpus=4), [GPUS]) is not None
+    assert nodes.unmet(RayPlacement(resources={"fast": 1}), []) == (
         "no node of the Ray cluster has 1 CPU and 1 fast; there are no nodes"
     )
 

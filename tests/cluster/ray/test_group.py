@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, cast
 
 from hexgen_vllm.cluster import EngineEntry
-from hexgen_vllm.cluster.ray.engines import Group, Replica
+from hexgen_vllm.cluster.ray.engines import EngineGroup, Replica
 from hexgen_vllm.cluster.ray.router import Roster
 
 
@@ -42,7 +42,7 @@ class Scene:
         entry = EngineEntry(name="a", model="m", ray={"max_replicas": most})
         self.roster, self.said, self.loads = FakeRoster(), list[str](), dict[str, int]()
         roster = cast(Roster, self.roster)
-        self.group = Group(entry, cast(Any, FakeReplica), roster, self.said.append)
+        self.group = EngineGroup(entry, cast(Any, FakeReplica), roster, self.said.append)
 
     def resize(self, count: int) -> list[str]:
         """Have ``count`` engines; return those that stay."""

@@ -10,7 +10,7 @@ import pytest
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.testing.pace import (
-    Pace,
+    DeviceSpeed,
     PacedScheduler,
     PacedUrgencyScheduler,
 )
@@ -19,7 +19,7 @@ from tests.engine.nomodel.harness import expected
 
 
 def test_step_time() -> None:
-    pace = Pace(prefill_tokens_per_s=1000.0, step_ms=10.0, per_sequence_ms=2.0)
+    pace = DeviceSpeed(prefill_tokens_per_s=1000.0, step_ms=10.0, per_sequence_ms=2.0)
     assert pace.step_s(3, 0) == pytest.approx(0.016)
     assert pace.step_s(0, 500) == pytest.approx(0.51)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from hexgen_vllm.engine.server.middleware import (
     App,
+    AsgiScope,
     Message,
     Receive,
-    Scope,
     Send,
 )
 
@@ -40,11 +40,11 @@ class Application:
 
     pieces: Sequence[bytes] = (b"answer",)
     status: int = 200
-    scope: Scope | None = None
+    scope: AsgiScope | None = None
     body: bytes = b""
     after: Message | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         self.scope, more = scope, scope["type"] == "http"
         while more:
             message = await receive()

@@ -10,14 +10,14 @@ import aiohttp
 import pytest
 import uvicorn
 
-from hexgen_vllm.engine.server.middleware import HexgenMiddleware, Receive, Scope, Send
+from hexgen_vllm.engine.server.middleware import AsgiScope, HexgenMiddleware, Receive, Send
 from hexgen_vllm.router.engines.probe import Probe, Unreachable
 from hexgen_vllm.router.options import RouterOptions, Worker
 
 MODELS = b'{"object": "list", "data": [{"id": "m"}]}'
 
 
-async def application(scope: Scope, receive: Receive, send: Send) -> None:
+async def application(scope: AsgiScope, receive: Receive, send: Send) -> None:
     """Answer everything; ``/failing`` with 500, and after a task of its own as frameworks do."""
     if scope["type"] != "http":
         return
@@ -43,7 +43,7 @@ class Written(logging.Handler):
 async def test_polls_of_the_router_are_not_logged() -> None:
     ours = HexgenMiddleware(application)
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         state = SimpleNamespace(engine_client=None, args=None)  # as Starlette has it
         await ours({**scope, "app": SimpleNamespace(state=state)}, receive, send)
 

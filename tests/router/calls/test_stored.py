@@ -14,7 +14,7 @@ from hexgen_vllm.router.calls.stored import (
     KEPT_S,
     MAX_RESPONSES,
     Stored,
-    named,
+    response_named,
     told,
 )
 from hexgen_vllm.testing import fake_answers
@@ -34,10 +34,10 @@ def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(100))
     whole, events = fake_answers.body, fake_answers.events
 
-    def named_body(work: fake_answers.Work) -> bytes:
+    def named_body(work: fake_answers.AskedAnswer) -> bytes:
         return json.dumps({**json.loads(whole(work)), "id": f"resp_{next(numbers)}"}).encode()
 
-    def named_events(work: fake_answers.Work) -> Iterator[bytes]:
+    def named_events(work: fake_answers.AskedAnswer) -> Iterator[bytes]:
         first = {"response": {"id": f"resp_{next(numbers)}"}, "type": "response.created"}
         yield f"event: response.created\ndata: {json.dumps(first)}\n\n".encode()
         yield from list(events(work))[1:]
@@ -172,8 +172,8 @@ def test_what_is_known_is_bounded() -> None:
 def test_names() -> None:
     assert told(b'{"object": "response", "id" : "resp_1"}') == "resp_1"
     assert told(b'{"id": "chatcmpl-1"}') is None
-    assert named("/v1/responses/resp_1/cancel") == "resp_1"
-    assert named("/v1/responses%2Fresp_1") == "resp_1"
-    assert named("/v1/responses/./resp_1") == "resp_1"
-    assert named("/v1/responses") is None
-    assert named("/v1/files/x") is None
+    assert response_named("/v1/responses/resp_1/cancel") == "resp_1"
+    assert response_named("/v1/responses%2Fresp_1") == "resp_1"
+    assert response_named("/v1/responses/./resp_1") == "resp_1"
+    assert response_named("/v1/responses") is None
+    assert response_named("/v1/files/x") is None

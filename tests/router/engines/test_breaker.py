@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.engines.breaker import Breaker, Phase
+from hexgen_vllm.router.engines.breaker import Breaker, BreakerState
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing import ManualClock
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
@@ -58,16 +58,16 @@ def test_the_way_back_is_a_trial() -> None:
     one = breaker(cb_timeout_duration_secs=10, cb_success_threshold=2)
     one.open(100.0)
     one.tick(109.9)
-    assert one.phase is Phase.OPEN
+    assert one.state is BreakerState.OPEN
     one.tick(110.0)
-    assert one.phase is Phase.TRIAL
+    assert one.state is BreakerState.TRIAL
     assert one.failed(111.0), "one is too many now"
     one.open(111.0)
     one.tick(121.0)
     one.succeeded()
-    assert one.phase is Phase.TRIAL
+    assert one.state is BreakerState.TRIAL
     one.succeeded()
-    assert one.phase is Phase.CLOSED
+    assert one.state is BreakerState.CLOSED
 
 
 def test_it_can_be_switched_off() -> None:

@@ -25,7 +25,7 @@ GENERATING = ENDPOINTS[:4]
 
 
 def stream(endpoint: Endpoint, tokens: int = 5, with_usage: bool = True) -> list[bytes]:
-    work = fake_answers.Work(endpoint.path, "m", True, 20, 4, tokens, "length", with_usage)
+    work = fake_answers.AskedAnswer(endpoint.path, "m", True, 20, 4, tokens, "length", with_usage)
     return list(fake_answers.events(work))
 
 

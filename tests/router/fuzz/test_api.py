@@ -23,7 +23,7 @@ from tests.router.fuzz.live import Live
 pytestmark = pytest.mark.slow
 
 load_all_checks()
-SCHEMA = schemathesis.openapi.from_dict(pages.document())
+SCHEMA = schemathesis.openapi.from_dict(pages.openapi_document())
 OPERATIONS = [found.ok() for found in SCHEMA.get_all_operations()]
 CHECKS = [
     not_a_server_error,

@@ -19,7 +19,7 @@ from hexgen_vllm.router.observe.ledger import (
     OTHER,
     PERIOD_S,
     PERIODS,
-    Names,
+    BoundedNames,
     Outcomes,
 )
 from hexgen_vllm.types import Call, EngineReport, EngineSpec, StepCost
@@ -60,7 +60,7 @@ def test_types_beyond_the_first_are_one() -> None:
         book.add(run(1.0, 2.0, f"t{i}"))
     assert len(book.ended) == MAX_TYPES + 1
     assert book.ended[OTHER, "on-time"] == 5
-    name = Names(1, lambda _: None)
+    name = BoundedNames(1, lambda _: None)
     assert [name(n) for n in ("a", "b", "a")] == ["a", OTHER, "a"]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hexgen_vllm.router.processes.shard import merged
+from hexgen_vllm.router.processes.shard import merged_exposition
 from hexgen_vllm.router.processes.spot import Spot
 from hexgen_vllm.testing import fake_answers
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
@@ -163,7 +163,7 @@ async def test_a_response_is_found_from_whatever_process(
     """Engines do not tell of responses here: only who saw the answer knows."""
     numbers, whole = iter(range(1000)), fake_answers.body
 
-    def named_body(work: fake_answers.Work) -> bytes:
+    def named_body(work: fake_answers.AskedAnswer) -> bytes:
         return json.dumps({**json.loads(whole(work)), "id": f"resp_{next(numbers)}"}).encode()
 
     monkeypatch.setattr(fake_answers, "body", named_body)
@@ -296,7 +296,7 @@ def test_metrics_of_processes_add_up() -> None:
         "# HELP r_open_calls Open\n# TYPE r_open_calls gauge\nr_open_calls 3.0\n"
     )
     two = 'a_total{x="1"} 5.0\na_total{x="2"} 1.0\nup 1.0\nr_open_calls 4.0\n'
-    assert merged([one, two]).splitlines() == [
+    assert merged_exposition([one, two]).splitlines() == [
         "# HELP a_total Calls", "# TYPE a_total counter", 'a_total{x="1"} 7.0',
         'a_total{x="2"} 1.0', "# HELP up Up", "# TYPE up gauge", "up 1.0",
         "# HELP r_open_calls Open", "# TYPE r_open_calls gauge", "r_open_calls 7.0",

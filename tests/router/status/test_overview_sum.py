@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.processes.shard import merged
+from hexgen_vllm.router.processes.shard import merged_exposition
 from hexgen_vllm.router.status import overview
 from hexgen_vllm.router.status.overview import Overview
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
@@ -68,7 +68,7 @@ def test_metrics_that_count_what_one_process_has_are_summed() -> None:
         "# TYPE hexgen_router_engine_preemptions_total counter\n"
         'hexgen_router_engine_preemptions_total{engine="e"} 5.0\n'
     )
-    lines = merged([text, text]).splitlines()
+    lines = merged_exposition([text, text]).splitlines()
     assert 'hexgen_router_workflows_at_risk{outlook="late"} 4.0' in lines
     assert 'hexgen_router_engine_preemptions_total{engine="e"} 5.0' in lines, "the engine's own"
 

@@ -11,7 +11,7 @@ import pytest
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.engine.cost import MARK_TOKENS, DecodeClock
-from hexgen_vllm.sim.engine.engine import Engine
+from hexgen_vllm.sim.engine.engine import SimEngine
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.types import Placement, StepCost
 from tests.parity.scenarios import draw
@@ -27,7 +27,7 @@ def call(name: str, prompt: int, output: int, deadline_s: float = math.inf) -> S
     return Sequence(placement, prompt, output)
 
 
-def drained(engine: Engine) -> dict[str, float]:
+def drained(engine: SimEngine) -> dict[str, float]:
     ends: dict[str, float] = {}
     while engine.steps:
         now = engine.end_s
@@ -52,7 +52,7 @@ def test_stretches_change_nothing(order: str, stock: bool) -> None:
 def test_every_call_ends_and_every_block_is_free_again(order: str) -> None:
     for seed in range(25):
         scenario = draw(seed, calls=30, tight=True)
-        engine = Engine(scenario.model, EngineOptions(order=order), stock=order == "fcfs")
+        engine = SimEngine(scenario.model, EngineOptions(order=order), stock=order == "fcfs")
         for arrival in scenario.arrivals:
             engine.submit(call(arrival.call_id, arrival.prompt_tokens, arrival.output_tokens), 0.0)
         assert len(drained(engine)) == 30
@@ -62,7 +62,7 @@ def test_every_call_ends_and_every_block_is_free_again(order: str) -> None:
 
 
 def test_a_call_alone_takes_what_its_steps_cost() -> None:
-    engine = Engine(MODEL, FCFS, stock=True)
+    engine = SimEngine(MODEL, FCFS, stock=True)
     engine.submit(call("a", 600, 10), 5.0)
     chunks = 3 * (0.02 + 0.002) + 600e-4
     decodes = 9 * (0.02 + 1e-3) + 1e-6 * sum(range(600, 609))
@@ -70,7 +70,7 @@ def test_a_call_alone_takes_what_its_steps_cost() -> None:
 
 
 def test_first_tokens_are_told_when_the_prompt_is_done() -> None:
-    engine = Engine(MODEL, FCFS, stock=True)
+    engine = SimEngine(MODEL, FCFS, stock=True)
     sequence = call("a", 600, 10)
     engine.submit(sequence, 0.0)
     told = [engine.step_ended(engine.end_s)[0] for _ in range(3)]
@@ -79,7 +79,7 @@ def test_first_tokens_are_told_when_the_prompt_is_done() -> None:
 
 
 def test_an_arrival_joins_at_the_next_step() -> None:
-    engine = Engine(MODEL, FCFS, stock=True)
+    engine = SimEngine(MODEL, FCFS, stock=True)
     engine.submit(call("a", 16, 1000), 0.0)
     engine.step_ended(engine.end_s)
     assert engine.steps > 900
@@ -90,7 +90,7 @@ def test_an_arrival_joins_at_the_next_step() -> None:
 
 
 def test_with_asynchronous_scheduling_it_joins_one_step_later() -> None:
-    engine = Engine(replace(MODEL, async_scheduling=True), FCFS, stock=True)
+    engine = SimEngine(replace(MODEL, async_scheduling=True), FCFS, stock=True)
     engine.submit(call("a", 16, 1000), 0.0)
     engine.step_ended(engine.end_s)
     engine.submit(call("b", 16, 5), engine.start_s + 0.05)  # in the third step
@@ -100,7 +100,7 @@ def test_with_asynchronous_scheduling_it_joins_one_step_later() -> None:
 
 
 def test_an_arrival_in_the_last_step_known_waits_for_the_one_after_the_next() -> None:
-    engine = Engine(replace(MODEL, async_scheduling=True), FCFS, stock=True)
+    engine = SimEngine(replace(MODEL, async_scheduling=True), FCFS, stock=True)
     engine.submit(call("a", 600, 10), 0.0)
     engine.submit(call("b", 16, 5), 0.01)
     chunks = []
@@ -112,7 +112,7 @@ def test_an_arrival_in_the_last_step_known_waits_for_the_one_after_the_next() ->
 
 def test_a_demoted_call_is_ordered_among_the_others_in_the_end() -> None:
     options = EngineOptions(background_max_wait_s=30.0, displace=False)
-    engine = Engine(replace(MODEL, max_num_seqs=1), options)
+    engine = SimEngine(replace(MODEL, max_num_seqs=1), options)
     placement = Placement("low", "e", "test", deadline_s=5.0, background=True)
     engine.submit(call("first", 100, 100, deadline_s=50.0), 0.0)
     engine.submit(Sequence(placement, 100, 10), 0.0)
@@ -125,7 +125,7 @@ def test_a_demoted_call_is_ordered_among_the_others_in_the_end() -> None:
 
 
 def test_an_arrival_without_a_slot_cuts_nothing() -> None:
-    engine = Engine(replace(MODEL, max_num_seqs=1), FCFS, stock=True)
+    engine = SimEngine(replace(MODEL, max_num_seqs=1), FCFS, stock=True)
     engine.submit(call("a", 16, 1000), 0.0)
     engine.step_ended(engine.end_s)
     before = engine.end_s
@@ -137,7 +137,7 @@ def test_kv_from_the_host_costs_the_copy_instead_of_prefill() -> None:
     ends = {}
     for rate in (None, 1e6):
         model = replace(MODEL, kv_tokens=800, prefix_caching=False, kv_copy_tokens_per_s=rate)
-        engine = Engine(model, FCFS, stock=True)
+        engine = SimEngine(model, FCFS, stock=True)
         for name in "ab":  # together they outgrow the cache, so that b is preempted
             engine.submit(call(name, 300, 150), 0.0)
         ends[rate] = drained(engine)
@@ -150,7 +150,7 @@ def test_kv_is_copied_only_where_that_is_faster() -> None:
     model = replace(MODEL, kv_tokens=800, prefix_caching=False)
     ends = {}
     for rate, keep in ((None, "auto"), (100.0, "auto"), (100.0, "always")):
-        engine = Engine(
+        engine = SimEngine(
             replace(model, kv_copy_tokens_per_s=rate), EngineOptions(order="fcfs", keep_kv=keep)
         )
         for name in "ab":
@@ -161,13 +161,13 @@ def test_kv_is_copied_only_where_that_is_faster() -> None:
 
 
 def test_a_call_larger_than_the_cache_does_not_fit() -> None:
-    engine = Engine(MODEL, FCFS)
+    engine = SimEngine(MODEL, FCFS)
     assert engine.fits(call("a", 15_990, 10))
     assert not engine.fits(call("a", 15_990, 11))
 
 
 def test_an_urgent_call_displaces_a_lazy_one() -> None:
-    engine = Engine(replace(MODEL, max_num_seqs=1), EngineOptions())
+    engine = SimEngine(replace(MODEL, max_num_seqs=1), EngineOptions())
     engine.submit(call("lazy", 100, 500, deadline_s=1e4), 0.0)
     engine.step_ended(engine.end_s)
     engine.submit(call("urgent", 100, 10, deadline_s=2.0), 0.5)
@@ -177,7 +177,7 @@ def test_an_urgent_call_displaces_a_lazy_one() -> None:
 
 
 def test_telemetry_says_what_an_engine_of_that_kind_would() -> None:
-    ours, stock = Engine(MODEL, EngineOptions()), Engine(MODEL, FCFS, stock=True)
+    ours, stock = SimEngine(MODEL, EngineOptions()), SimEngine(MODEL, FCFS, stock=True)
     for engine in (ours, stock):
         for name in "abcdef":
             engine.submit(call(name, 160, 10), 0.0)
@@ -190,7 +190,7 @@ def test_telemetry_says_what_an_engine_of_that_kind_would() -> None:
 
 
 def test_progress_is_told_every_64_tokens() -> None:
-    engine = Engine(MODEL, FCFS, stock=True)
+    engine = SimEngine(MODEL, FCFS, stock=True)
     sequence = call("a", 16, 300)
     engine.submit(sequence, 0.0)
     engine.step_ended(engine.end_s)

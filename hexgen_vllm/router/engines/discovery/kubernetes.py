@@ -225,7 +225,7 @@ def _first(error: Exception) -> str:
 Pod = Mapping[str, Any]
 
 
-def worker_of(pod: Pod, default_port: int, *, qualified: bool) -> Worker | None:
+def worker_in_pod(pod: Pod, default_port: int, *, qualified: bool) -> Worker | None:
     """Return the engine in a pod, ``None`` while it is not to get calls.
 
     Args:
@@ -346,7 +346,7 @@ class PodSource:
     def _changed(self) -> None:
         port = self._options.service_discovery_port
         qualified = self._options.service_discovery_namespace is None
-        found = (worker_of(pod, port, qualified=qualified) for pod in self._pods.values())
+        found = (worker_in_pod(pod, port, qualified=qualified) for pod in self._pods.values())
         self._members.want(worker for worker in found if worker is not None)
 
     def _asked(self) -> None:

@@ -14,7 +14,7 @@ from kubernetes_asyncio.config import incluster_config, kube_config
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router.engines.discovery import kubernetes as pod_source
-from hexgen_vllm.router.engines.discovery.kubernetes import worker_of
+from hexgen_vllm.router.engines.discovery.kubernetes import worker_in_pod
 from hexgen_vllm.router.main import run
 from hexgen_vllm.router.options import Worker
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
@@ -262,4 +262,4 @@ def test_a_missing_kubeconfig_ends_the_router(capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_which_pods_are_engines(described: dict[str, Any], worker: Worker | None) -> None:
-    assert worker_of(described, 8000, qualified=False) == worker
+    assert worker_in_pod(described, 8000, qualified=False) == worker

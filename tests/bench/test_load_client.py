@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from hexgen_vllm.bench.endpoint import Endpoint, Model, find_model
+from hexgen_vllm.bench.load_client import LoadClient, Model, find_model
 from hexgen_vllm.bench.text import PromptSource
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.errors import ConfigError
@@ -36,8 +36,8 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
         yield opened
 
 
-def endpoint(session: aiohttp.ClientSession, url: str, **changes: Any) -> Endpoint:
-    return Endpoint(session, url, "tiny", PromptSource(), SystemClock(), **changes)
+def endpoint(session: aiohttp.ClientSession, url: str, **changes: Any) -> LoadClient:
+    return LoadClient(session, url, "tiny", PromptSource(), SystemClock(), **changes)
 
 
 @pytest.mark.parametrize("stream", [True, False])

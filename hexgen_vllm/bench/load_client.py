@@ -21,7 +21,7 @@ START_TIMEOUT_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """What came back for one call; fields as in :class:`hexgen_vllm.records.CallRecord`."""
 
     latency_s: float
@@ -67,7 +67,7 @@ def _model(entry: dict[str, Any]) -> Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class LoadClient:
     """Sends calls with forced output lengths, so that every policy does the same work.
 
     Attributes:
@@ -92,7 +92,7 @@ class Endpoint:
 
     async def send(
         self, workflow_id: str, index: int, call: CallSpec, meta: wire.CallMeta
-    ) -> Answer:
+    ) -> Reply:
         """Send one call and wait for its end; failures come back as ``error``."""
         content = self._body(workflow_id, index, call)
         if self.agentic_context:
@@ -112,7 +112,7 @@ class Endpoint:
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
             reading.error = _words(error)
         first_s = reading.first_s
-        return Answer(
+        return Reply(
             latency_s=self.clock.now() - sent_s,
             ttft_s=None if first_s is None else first_s - sent_s,
             output_tokens=reading.output_tokens or 0,
