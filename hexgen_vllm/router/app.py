@@ -11,7 +11,6 @@ import random
 from dataclasses import replace
 from typing import Final
 
-import aiohttp
 from aiohttp import web
 
 from hexgen_vllm import descriptors
@@ -34,7 +33,7 @@ from hexgen_vllm.router.engines.discovery.discovery import Discovery, DiscoveryM
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.engines.health import Stalls, Watchers
 from hexgen_vllm.router.engines.probe import Probe
-from hexgen_vllm.router.engines.upstream import new_session
+from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT, Request
 from hexgen_vllm.router.http.server import Handle, Server
@@ -68,7 +67,7 @@ def new_context(
     options: RouterOptions,
     dispatch: DispatchOptions,
     clock: Clock,
-    session: aiohttp.ClientSession,
+    pool: Pool,
 ) -> Context:
     """Make the parts of a router; nothing runs yet."""
     ledger, ratios = Ledger(), TokenRatios()
@@ -80,7 +79,7 @@ def new_context(
         tuning = Tuning(options.tuning, service.coordinator, clock, ring, service.retune)
     guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
     fleet = Fleet(options, service, guard)
-    watchers = Watchers(fleet, service, Probe(session, options), options, clock)
+    watchers = Watchers(fleet, service, Probe(pool, options), options, clock)
     discovery = Discovery(options, fleet, watchers, clock)
     metrics = Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner)
     metrics.add(DiscoveryMetrics(discovery))
@@ -102,7 +101,7 @@ def new_context(
         keep_alives=KeepAlives(options.sse_keep_alive_interval),
         metrics=metrics,
         tracing=open_tracing(options.otlp_traces_endpoint, dispatch.policy),
-        session=session,
+        pool=pool,
         tuning=tuning,
     )
 
@@ -229,13 +228,8 @@ class Router:
             ConfigError: that for metrics cannot be had, engines cannot be looked for, or what
                 sends traces is not installed.
         """
-        session = new_session(self._options)
-        try:
-            context = new_context(self._options, self._dispatch, self._clock, session)
-        except ConfigError:
-            await session.close()
-            raise
-        self.context = context
+        pool = Pool(self._options.connect_timeout_secs, access.for_engines(self._options))
+        self.context = context = new_context(self._options, self._dispatch, self._clock, pool)
         if self._spot is not None:
             self._shard = Shard(self._spot, context)
         self._relay = Relay(context, None if self._shard is None else self._shard.engine_of)
@@ -262,7 +256,7 @@ class Router:
                 reuse_port=self._spot is not None,
             ).start()
         except OSError:
-            await session.close()
+            pool.close()
             raise
         self.port = self._runner.addresses[0][1]
         await self._open_metrics_port()
@@ -355,7 +349,7 @@ class Router:
         await self.context.discovery.close()
         if self._shard is not None:
             self._shard.close()
-        await self.context.session.close()
+        self.context.pool.close()
         await asyncio.to_thread(self.context.tracing.close)
 
     def _all_tasks(self) -> list[asyncio.Task[None]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import aiohttp
 from aiohttp import web
 
 from hexgen_vllm.clock import Clock
@@ -19,6 +18,7 @@ from hexgen_vllm.router.engines.discovery.discovery import Discovery
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.engines.health import Stalls, Watchers
 from hexgen_vllm.router.errors import Outcome, refused
+from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.messages import LateBody, Request
 from hexgen_vllm.router.metrics import Metrics
 from hexgen_vllm.router.observe.ledger import Ledger
@@ -50,7 +50,7 @@ class Context:
         keep_alives: sends comments to clients that wait for streams.
         metrics: histograms and exposition.
         tracing: begins traces of calls.
-        session: connections to engines.
+        pool: connections to engines for what is no call.
         tuning: tunes placement on recent traffic; ``None`` when it is off.
         draining: whether new calls are refused because the router is shutting down.
     """
@@ -72,7 +72,7 @@ class Context:
     keep_alives: KeepAlives
     metrics: Metrics
     tracing: Tracing
-    session: aiohttp.ClientSession
+    pool: Pool
     tuning: Tuning | None = None
     draining: bool = False
 

@@ -19,8 +19,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
-import aiohttp
 from aiohttp import web
+from yarl import URL
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused
 from hexgen_vllm.router import access, errors
@@ -55,7 +55,7 @@ _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
 _DEAD: Final = re.compile(rb"EngineDead|EngineCore encountered|Engine (?:loop )?is dead", re.I)
 _MOST_SAID_BYTES: Final = 4096
 _PATIENCE_S: Final = 1.0
-_ASK_TIMEOUT: Final = aiohttp.ClientTimeout(total=2.0)
+_ASK_TIMEOUT_S: Final = 2.0
 _ASKING: Final = 4
 AskOthers = Callable[[str], Awaitable[str | None]]
 _LOG = logging.getLogger(__name__)
@@ -364,15 +364,12 @@ class Relay:
         if not key and "authorization" in job.request.names:
             headers["Authorization"] = job.request.names["authorization"]
         try:
-            async with self._context.session.get(
-                engine.worker.url + stored.PATH + response,
-                headers=headers,
-                allow_redirects=False,
-                timeout=_ASK_TIMEOUT,
-            ) as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+            url = URL(engine.worker.url + stored.PATH + response, encoded=True)
+            pool = self._context.pool
+            status, _ = await pool.get(url, headers, most=0, within_s=_ASK_TIMEOUT_S)
+        except (OSError, asyncio.TimeoutError):
             return False
+        return status == 200
 
     def _own_path(self, answer: Answer, engine: str) -> str | None:
         """Return where on the same engine a redirect leads, ``None`` if elsewhere or nowhere."""

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from yarl import URL
 
@@ -62,8 +61,6 @@ def test_what_is_short_here_is_told_from_what_is_wrong_there(number: int) -> Non
     error = OSError(number, os.strerror(number))
     assert is_short(error)
     assert is_short(OSError(f"Multiple exceptions: {error}, {error}")), "as event loops have it"
-    key: Any = ("host", 1, False, None, None, None, None)
-    assert is_short(aiohttp.ClientConnectorError(key, error))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +78,17 @@ def test_what_is_wrong_there_is_not_short_here(error: Exception) -> None:
     assert not is_short(error)
 
 
+class Failing(Pool):
+    """Cannot connect."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1.0)
+        self._failure = error
+
+    async def _make(self, address: Any) -> Any:
+        raise self._failure
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -90,12 +98,8 @@ def test_what_is_wrong_there_is_not_short_here(error: Exception) -> None:
     ],
 )
 async def test_a_connection_fails_for_a_reason(error: Exception, kind: type[Exception]) -> None:
-    class Failing(Pool):
-        async def _make(self, address: Any) -> Any:
-            raise error
-
     with pytest.raises(kind):
-        await Failing(1.0).send(URL("http://127.0.0.1:9/"), HEAD, b"")
+        await Failing(error).send(URL("http://127.0.0.1:9/"), HEAD, b"")
 
 
 async def test_without_descriptors_calls_are_refused_and_engines_stay(stand: Stand) -> None:
@@ -117,19 +121,13 @@ async def test_without_descriptors_calls_are_refused_and_engines_stay(stand: Sta
 
 
 @pytest.mark.parametrize("number", SHORT)
-async def test_probes_without_descriptors_take_no_engine_out(
-    stand: Stand, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+async def test_probes_without_descriptors_take_no_engine_out(stand: Stand, number: int) -> None:
     """Whatever asks: health checks, lists of models, telemetry."""
-
-    def broken(*_: object, **__: object) -> None:
-        key: Any = ("host", 1, False, None, None, None, None)
-        raise aiohttp.ClientConnectorError(key, OSError(number, os.strerror(number)))
-
-    monkeypatch.setattr(stand.context.session, "get", broken)
-    worker = Worker("e", stand.engines[0].url)
+    probe = Probe(Failing(OSError(number, os.strerror(number))), stand.context.options)
+    for watcher in stand.context.watchers._watchers.values():
+        watcher._probe = probe
     with pytest.raises(Unreachable, match="the router"):
-        await Probe(stand.context.session, stand.context.options).healthy(worker)
+        await probe.healthy(Worker("e", stand.engines[0].url))
     await asyncio.sleep(0.5)
     assert [stand.state(i) for i in range(2)] == [EngineState.READY] * 2
     async with stand.post(max_tokens=2) as answer:

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
-import aiohttp
+from yarl import URL
 
 from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.router.engines import telemetry as reports
 from hexgen_vllm.router.engines.ranks import targets_of
 from hexgen_vllm.router.engines.telemetry import Telemetry
-from hexgen_vllm.router.http.errors import is_short
+from hexgen_vllm.router.http.client import Pool
+from hexgen_vllm.router.http.errors import CannotConnect, ConnectTimeout, is_short
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.types import EngineKind, EngineReport, EngineSpec
 from hexgen_vllm.wire import POLLER
@@ -62,12 +63,10 @@ class Found(NamedTuple):
 
 
 class Probe:
-    """Asks engines over one client session."""
+    """Asks engines over the connections of ``pool``."""
 
-    def __init__(self, session: aiohttp.ClientSession, options: RouterOptions) -> None:
-        self._session = session
-        self._options = options
-        self._timeout = aiohttp.ClientTimeout(total=options.health_check_timeout_secs)
+    def __init__(self, pool: Pool, options: RouterOptions) -> None:
+        self._pool, self._options = pool, options
         key = options.engine_api_key
         self._headers = {"User-Agent": POLLER}
         if key is not None:
@@ -166,27 +165,21 @@ class Probe:
         return self._told_apart(readings) if readings else ()
 
     async def _get(self, worker: Worker, path: str) -> tuple[int, bytes]:
+        options = self._options
         try:
-            async with self._session.get(
-                worker.url + path,
-                headers=self._headers,
-                timeout=self._timeout,
-                allow_redirects=False,  # it could lead anywhere
-            ) as answer:
-                return answer.status, await _limited(answer)
-        except aiohttp.ClientConnectorError as error:
-            if is_short(error):
-                raise Unreachable(
-                    "the router has nothing left to connect with", short=True
-                ) from None
-            raise Unreachable("nobody listens there", refused=True) from None
-        except asyncio.TimeoutError:
+            return await self._pool.get(
+                URL(worker.url + path, encoded=True),
+                self._headers,
+                most=MAX_ANSWER_BYTES,
+                within_s=options.health_check_timeout_secs,
+            )
+        except (asyncio.TimeoutError, ConnectTimeout):
             raise Unreachable("it does not answer in time", silent=True) from None
-        except (aiohttp.ClientError, OSError, MemoryError) as error:
+        except (OSError, MemoryError) as error:
             if is_short(error):
-                raise Unreachable(
-                    "the router has nothing left to connect with", short=True
-                ) from None
+                raise Unreachable(_SHORT, short=True) from None
+            if isinstance(error, CannotConnect):
+                raise Unreachable("nobody listens there", refused=True) from None
             raise Unreachable(f"it does not answer ({type(error).__name__})") from None
 
 
@@ -203,15 +196,6 @@ def longest(cards: Sequence[Mapping[str, Any]]) -> int | None:
     found = [card.get("max_model_len") for card in cards if not card.get("parent")]
     known = [length for length in found if type(length) is int and length > 0]
     return max(known) if known and len(known) == len(found) else None
-
-
-async def _limited(answer: aiohttp.ClientResponse) -> bytes:
-    """Return the body of an answer, or what of it fits."""
-    pieces, size = [], 0
-    while size < MAX_ANSWER_BYTES and (piece := await answer.content.readany()):
-        pieces.append(piece)
-        size += len(piece)
-    return b"".join(pieces)
 
 
 def _text(body: bytes) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from ssl import SSLContext
 from typing import Any, Final, Protocol, TypeVar, cast
 
@@ -17,6 +17,7 @@ from yarl import URL
 
 from hexgen_vllm.router.http.errors import (
     CannotConnect,
+    ConnectTimeout,
     EngineBroke,
     RouterShort,
     is_short,
@@ -461,6 +462,33 @@ class Pool:
         """
         return self._send((url.scheme, url.raw_host or "", url.port or 80), head, body, once=once)
 
+    async def get(
+        self, url: URL, headers: Mapping[str, str], *, most: int, within_s: float
+    ) -> tuple[int, bytes]:
+        """Ask for a page and return its status and body; a redirect is not followed.
+
+        Args:
+            url: of the page.
+            headers: of the request.
+            most: bytes of a body; a longer one is not read, and returned as empty.
+            within_s: seconds until all of it must be here.
+
+        Raises:
+            asyncio.TimeoutError: it is not.
+            OSError: as :meth:`send`.
+        """
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        first = f"GET {url.raw_path_qs} HTTP/1.1\r\nhost: {url.host_port_subcomponent}\r\n"
+        head = f"{first}{lines}\r\n".encode("utf-8", "surrogateescape")
+        return await in_time(self._page(url, head, most), within_s)
+
+    async def _page(self, url: URL, head: bytes, most: int) -> tuple[int, bytes]:
+        answer = await self.send(url, head, b"")
+        try:
+            return answer.status, await answer.body(most) or b""
+        finally:
+            answer.close()  # nothing to close when it was read to its end
+
     async def _send(
         self, address: _Address, head: bytes, body: bytes, *, once: bool = False
     ) -> Answer:
@@ -491,7 +519,9 @@ class Pool:
     async def _connect(self, address: _Address) -> EngineConnection:
         try:
             connection = await in_time(self._make(address), self._connect_s)
-        except (OSError, asyncio.TimeoutError) as error:
+        except asyncio.TimeoutError:
+            raise ConnectTimeout(f"no connection within {self._connect_s} s") from None
+        except OSError as error:
             if is_short(error):
                 raise RouterShort(str(error)) from None
             raise CannotConnect(str(error)) from None

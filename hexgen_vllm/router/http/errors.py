@@ -26,6 +26,10 @@ class CannotConnect(OSError):  # noqa: N818 - named after what happened
     """Nobody answers at an engine's address."""
 
 
+class ConnectTimeout(CannotConnect):
+    """An address takes no connection in time: nobody is there, or somebody who is too busy."""
+
+
 class RouterShort(OSError):  # noqa: N818 - named after what happened
     """This machine has no descriptor, port or memory left; no engine is to blame."""
 
@@ -43,9 +47,6 @@ def is_short(error: BaseException) -> bool:
         return False
     if isinstance(error, socket.gaierror):
         return error.errno in _UNRESOLVED
-    inner = getattr(error, "os_error", None)  # what aiohttp puts its own error around
-    if isinstance(inner, OSError) and inner is not error:
-        return is_short(inner)
     # Errors of several addresses come as one, with their numbers in its text.
     numbers = [error.errno] if error.errno else map(int, _ERRNO.findall(str(error)))
     return any(number in _SHORT for number in numbers)

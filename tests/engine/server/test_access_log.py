@@ -12,6 +12,7 @@ import uvicorn
 
 from hexgen_vllm.engine.server.middleware import AsgiScope, HexgenMiddleware, Receive, Send
 from hexgen_vllm.router.engines.probe import Probe, Unreachable
+from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.options import RouterOptions, Worker
 
 MODELS = b'{"object": "list", "data": [{"id": "m"}]}'
@@ -56,12 +57,13 @@ async def test_polls_of_the_router_are_not_logged() -> None:
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
+        pool = Pool(5.0)
         async with aiohttp.ClientSession(skip_auto_headers=("User-Agent",)) as session:
             worker = Worker("a", f"http://127.0.0.1:{port}")
-            probe = Probe(session, RouterOptions())
+            probe = Probe(pool, RouterOptions())
             await probe.healthy(worker)
             await probe.models(worker)
-            failing = Probe(session, RouterOptions(health_check_endpoint="/failing"))
+            failing = Probe(pool, RouterOptions(health_check_endpoint="/failing"))
             with pytest.raises(Unreachable):
                 await failing.healthy(worker)
             for path in ("/health", "/metrics", "/v1/models"):  # somebody else
@@ -70,6 +72,7 @@ async def test_polls_of_the_router_are_not_logged() -> None:
             async with session.post(worker.url + "/v1/other", data=b"{}") as answer:
                 await answer.read()
     finally:
+        pool.close()
         server.should_exit = True
         await serving
         logging.getLogger("uvicorn.access").removeHandler(written)

@@ -185,7 +185,7 @@ class Deaf(Probe):
 def deafen(stand: Stand) -> None:
     """Let the health checks of engine 0 time out."""
     watcher = stand.context.watchers._watchers["engine-0"]
-    watcher._probe = Deaf(stand.context.session, stand.context.options)
+    watcher._probe = Deaf(stand.context.pool, stand.context.options)
 
 
 async def failing(stand: Stand) -> None:

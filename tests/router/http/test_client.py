@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from yarl import URL
 
+from hexgen_vllm.router.engines.probe import Probe, Unreachable
 from hexgen_vllm.router.http import client
 from hexgen_vllm.router.http.client import Pool, in_time
-from hexgen_vllm.router.http.errors import CannotConnect, EngineBroke
+from hexgen_vllm.router.http.errors import CannotConnect, ConnectTimeout, EngineBroke
+from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.testing.stand import Stand
 
 HEAD = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
@@ -317,3 +320,55 @@ async def test_a_large_body_is_sent_as_the_engine_takes_it() -> None:
     assert not connection.usable(), "the rest of that body is still to be sent"
     pool.close()
     server.close()
+
+
+async def test_a_page_is_asked_for_with_these_headers() -> None:
+    heads: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(PLAIN)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port, pool = server.sockets[0].getsockname()[1], Pool(1.0)
+    url = URL(f"http://127.0.0.1:{port}/v1/models?a=%20", encoded=True)
+    try:
+        assert await pool.get(url, {"user-agent": "x"}, most=3, within_s=10) == (200, b"abc")
+        assert pool.open == 1, "kept for the next one"
+    finally:
+        pool.close()
+        server.close()
+    host = f"127.0.0.1:{port}".encode()
+    wanted = b"GET /v1/models?a=%20 HTTP/1.1\r\nhost: " + host + b"\r\nuser-agent: x\r\n\r\n"
+    assert heads == [wanted]
+
+
+@pytest.mark.parametrize("status", [200, 307])
+async def test_a_page_that_is_too_long_counts_as_empty(status: int) -> None:
+    said = b"HTTP/1.1 %d X\r\nLocation: /\r\nContent-Length: 4\r\n\r\nabc" % status
+    async with engine(says(said)) as (pool, url, requests):
+        assert await pool.get(url, {}, most=2, within_s=10) == (status, b"")
+        await asyncio.sleep(0)
+        assert pool.open == 0, "nobody waits for the rest of it"
+        assert requests == [0], "a redirect is not followed"
+
+
+async def test_a_page_must_be_there_in_time() -> None:
+    async with engine(says(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nabc")) as (pool, url, _):
+        with pytest.raises(asyncio.TimeoutError):
+            await pool.get(url, {}, most=4, within_s=0.05)
+        while pool.open:
+            await asyncio.sleep(0)
+
+
+async def test_an_address_that_takes_no_connection_may_only_be_busy() -> None:
+    class Dropping(Pool):
+        async def _make(self, address: Any) -> Any:
+            await asyncio.sleep(60)
+
+    pool = Dropping(0.01)
+    with pytest.raises(ConnectTimeout):
+        await pool.send(URL("http://127.0.0.1:9/"), HEAD, b"")
+    with pytest.raises(Unreachable) as error:
+        await Probe(pool, RouterOptions()).healthy(Worker("e", "http://127.0.0.1:9"))
+    assert (error.value.silent, error.value.refused) == (True, False)

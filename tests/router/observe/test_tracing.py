@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -21,7 +20,6 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router import app
 from hexgen_vllm.router.app import open_tracing
-from hexgen_vllm.router.engines import upstream
 from hexgen_vllm.router.observe import otel
 from hexgen_vllm.router.observe.tracing import NO_TRACE, Tracing
 from hexgen_vllm.router.options import RouterOptions
@@ -184,21 +182,11 @@ def test_a_wrong_protocol_and_a_missing_package_are_named(monkeypatch: pytest.Mo
         open_tracing("http://127.0.0.1:4317", "slack")
 
 
-async def test_a_router_that_cannot_trace_leaves_nothing_open(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    sessions = []
-
-    def new_session(options: RouterOptions) -> aiohttp.ClientSession:
-        sessions.append(upstream.new_session(options))
-        return sessions[-1]
-
-    monkeypatch.setattr(app, "new_session", new_session)
+async def test_a_router_that_cannot_trace_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "pigeon")
     options = RouterOptions(port=0, otlp_traces_endpoint="http://127.0.0.1:4317")
     with pytest.raises(ConfigError, match="pigeon"):
         await app.Router(options, DispatchOptions()).start()
-    assert [session.closed for session in sessions] == [True]
 
 
 def test_a_receiver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
