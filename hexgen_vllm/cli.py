@@ -28,6 +28,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("tune",): ("hexgen_vllm.tune.command", "find the knobs for recent workflows"),
     ("patch",): ("hexgen_vllm.patch.command", "apply optional patches to the installed vLLM"),
     ("reference",): ("tools.reference.command", "print options, files, endpoints, names"),
+    ("explain",): ("hexgen_vllm.explain", "say where the time of a workflow went"),
     ("doctor",): ("hexgen_vllm.doctor", "check this installation and say what is missing"),
     ("completion",): ("hexgen_vllm.completion", "print what completes commands in a shell"),
     ("bench", "live"): ("hexgen_vllm.bench.live", "play workflows against real endpoints"),

@@ -12,10 +12,11 @@ to: a call adds to three of them.
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, NamedTuple
@@ -28,10 +29,12 @@ from hexgen_vllm import __version__
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
 from hexgen_vllm.policy.protection import OpenCall
+from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.calls.call import Job
 from hexgen_vllm.router.endpoints import ENDPOINT_NAMES
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.errors import Blame, Outcome
+from hexgen_vllm.router.observe.accounts import Accounts
 from hexgen_vllm.router.observe.families import PREFIX, counter, gauge
 from hexgen_vllm.router.observe.ledger import OTHER, BoundedNames, Ledger, Outcomes
 from hexgen_vllm.router.service import Service
@@ -48,6 +51,15 @@ BOUNDS_S: Final = [
 """Upper bounds of the buckets, seconds; one more bucket holds the rest."""
 MAX_TENANTS: Final = 64
 MAX_MODELS: Final = 64
+WORKFLOW_BOUNDS_S: Final = [
+    0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0,
+    600.0, 1800.0,
+]  # fmt: skip
+"""Upper bounds of the buckets of the time of workflows, seconds."""
+END_SLACK_BOUNDS_S: Final = [
+    -120.0, -60.0, -30.0, -10.0, -5.0, -2.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0,
+]  # fmt: skip
+"""Upper bounds of the buckets of the slack of workflows at their end, seconds."""
 _KINDS: Final = ("prompt", "cached", "output")
 _NAMES_TENANT: Final = re.compile(rb'[a-z_]+\{(?:[^}]*,)?(?:tenant|type)="')
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -142,31 +154,52 @@ class LabeledHistogram(Collector):
         name: of the metric, without prefix.
         text: what it says.
         label: name of the label, ``None`` for none.
+        bounds_s: upper bounds of the buckets, seconds; one more bucket holds the rest.
     """
 
-    def __init__(self, name: str, text: str, label: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        label: str | None = None,
+        bounds_s: Sequence[float] = BOUNDS_S,
+    ) -> None:
         self._name, self._text, self._label = PREFIX + name, text, label
+        self._bounds_s = bounds_s
         self._counts: dict[str, list[int]] = {}
         self._sums: dict[str, float] = {}
         if label is None:
             self._begin("")
 
     def _begin(self, value: str) -> list[int]:
-        counts = self._counts[value] = [0] * (len(BOUNDS_S) + 1)
+        counts = self._counts[value] = [0] * (len(self._bounds_s) + 1)
         self._sums[value] = 0.0
         return counts
 
     def observe(self, seconds: float, value: str = "") -> None:
         """Add a time under a value of the label."""
         counts = self._counts.get(value) or self._begin(value)
-        counts[bisect_left(BOUNDS_S, seconds)] += 1
+        counts[bisect_left(self._bounds_s, seconds)] += 1
         self._sums[value] += seconds
+
+    def begin(self, value: str) -> None:
+        """Show a value of the label before the first time under it."""
+        if value not in self._counts:
+            self._begin(value)
+
+    def forget(self, value: str, under: str) -> None:
+        """Count what has one value of the label under another one."""
+        gone = self._counts.pop(value, None)
+        if gone is not None:
+            counts = self._counts.get(under) or self._begin(under)
+            self._counts[under] = [a + b for a, b in zip(counts, gone, strict=True)]
+            self._sums[under] += self._sums.pop(value)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the histograms."""
         labels = () if self._label is None else (self._label,)
         family = HistogramMetricFamily(self._name, self._text, labels=labels)
-        bounds = [*map(str, BOUNDS_S), "+Inf"]
+        bounds = [*map(str, self._bounds_s), "+Inf"]
         for value, counts in self._counts.items():
             buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))
             family.add_metric([value] if labels else [], buckets, self._sums[value])
@@ -267,13 +300,18 @@ class Metrics:
         call_s: time from receipt to the end of calls that were answered, by endpoint.
         first_token_s: time from receipt to the first token of streams, by endpoint.
         held_s: time from receipt to the first placement.
+        workflow_s: time from the first call of a workflow to its last end, by type.
+        end_slack_s: time left when workflows with a deadline ended, by type.
+        accounts: where the time of workflows went.
     """
 
     def __init__(
         self, ledger: Ledger, service: Service, fleet: Fleet, tuner: OnlineTuner | None = None
     ) -> None:
         self.outcomes, self.usage = Outcomes(), Usages()
-        service.coordinator.workflows.on_end = self.outcomes.add
+        self.accounts = Accounts()
+        service.coordinator.workflows.on_end = self._workflow_ended
+        self.outcomes.on_forget = self._forget_type
         self._registry = CollectorRegistry()
         for collector in (_State(ledger, service, fleet), self.usage, Pressure(service)):
             self._registry.register(collector)
@@ -291,7 +329,20 @@ class Metrics:
         self.held_s = LabeledHistogram(
             "held_seconds", "Time from receipt of a call to its first placement"
         )
-        for timings in (self.call_s, self.first_token_s, self.held_s):
+        self.workflow_s = LabeledHistogram(
+            "workflow_seconds",
+            "Time from the first call of a workflow to its last end, by type",
+            "type",
+            WORKFLOW_BOUNDS_S,
+        )
+        self.end_slack_s = LabeledHistogram(
+            "workflow_slack_seconds",
+            "Time left when workflows with a deadline ended, negative for late ones, by type",
+            "type",
+            END_SLACK_BOUNDS_S,
+        )
+        timed = (self.call_s, self.first_token_s, self.held_s, self.workflow_s, self.end_slack_s)
+        for timings in timed:
             self._registry.register(timings)
 
     def add(self, collector: Collector) -> None:
@@ -299,9 +350,23 @@ class Metrics:
         self._registry.register(collector)
 
     def began(self, call: Call) -> None:
-        """Note a call that is to be placed, before it ends."""
-        self.outcomes.begun(call.workflow_type)
+        """Note a call that is to be sent, before it ends."""
+        name = self.outcomes.begun(call.workflow_type)
+        if name is not None:
+            self.workflow_s.begin(name)
+            self.end_slack_s.begin(name)
         self.usage.begun(call)
+
+    def _workflow_ended(self, run: WorkflowRun) -> None:
+        name = self.outcomes.add(run)
+        self.accounts.workflow_ended(run)
+        self.workflow_s.observe(run.last_seen_s - run.started_s, name)
+        if math.isfinite(run.deadline_s):
+            self.end_slack_s.observe(run.deadline_s - run.last_seen_s, name)
+
+    def _forget_type(self, name: str) -> None:
+        for timings in (self.workflow_s, self.end_slack_s):
+            timings.forget(name, OTHER)
 
     def ended(self, job: Job, now: float) -> None:
         """Count a call that ended, however it did."""

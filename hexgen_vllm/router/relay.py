@@ -130,6 +130,9 @@ class Relay:
         if job.accepted is not None:
             self._learn(job)
             if job.placed:
+                call = job.accepted.call
+                known = context.service.coordinator.workflows.get(call.workflow_id) is not None
+                context.metrics.accounts.call_ended(call, job, now, known=known)
                 context.service.finished(job.accepted.call.call_id, job.result)
         context.ledger.ended[job.endpoint.name, job.outcome] += 1
         context.metrics.ended(job, now)
@@ -157,12 +160,15 @@ class Relay:
             context.keep_alives.add(job, job.began_s)
         context.retries.call_arrived()
         context.metrics.began(call)
+        if job.placed:
+            context.metrics.accounts.call_began(call, job.request_id)
         job.trace.accepted(job.request_id, call)
         placement = await self._place(job, call)
         now = context.clock.now()
         context.metrics.held_s.observe(now - job.began_s)
+        job.placed_s = now
         while True:
-            job.placement = placement
+            job.placement, job.sent_s = placement, now
             job.trace.placed(placement, now)
             job.tries += 1
             try:

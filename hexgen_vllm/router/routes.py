@@ -181,6 +181,8 @@ def _table() -> Iterator[Route]:
                     "Passed on to an engine that has the model.", endpoint=endpoint)
     yield Route("POST", "/finish_session", lambda at: at.pages.finish_session, client, owner,
                 calls, "End a workflow.", query=("session_id*",))
+    yield Route("GET", "/explain", lambda at: at.pages.explain, client, owner, status,
+                "Where the time of a workflow went.", query=("session_id*",))
 
     yield Route("POST", "/workers", lambda at: at.admin.register, operator, every, admin,
                 "Take in an engine.", statuses=(201,))

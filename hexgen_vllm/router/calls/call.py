@@ -58,6 +58,8 @@ class Job:
         accepted: the parsed call, ``None`` until it was read.
         began_s: time of receipt.
         trace: of the call.
+        placed_s: when it was first placed.
+        sent_s: when it was placed last.
         first_token_s: when a stream's first token came.
         tries: times it was sent.
         tried: names of engines that it was sent to past the policy.
@@ -73,6 +75,8 @@ class Job:
     endpoint: Endpoint
     began_s: float
     trace: CallTrace
+    placed_s: float | None
+    sent_s: float | None
     first_token_s: float | None
     request_id: str | None
     accepted: Accepted | None
@@ -90,7 +94,8 @@ class Job:
     ) -> None:
         self.request, self.endpoint = request, endpoint
         self.began_s, self.trace = began_s, trace
-        self.first_token_s = self.request_id = self.accepted = self.placement = None
+        self.placed_s = self.sent_s = self.first_token_s = None
+        self.request_id = self.accepted = self.placement = None
         self.tries = self.sent = 0
         self.learn = None
         self.kept_alive = False

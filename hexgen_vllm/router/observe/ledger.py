@@ -127,19 +127,27 @@ class Outcomes:
 
     Attributes:
         ended: since the start; of types :data:`MAX_TYPES` are told apart.
+        on_forget: is told of a type that is no longer told apart.
     """
 
     def __init__(self) -> None:
         self.ended: Counter[tuple[str, str]] = Counter()
+        self.on_forget: Callable[[str], None] | None = None
         self._type = BoundedNames(MAX_TYPES, self._forget_type)
         self._periods: dict[int, Counter[tuple[str, str]]] = {}
-
         self._seen = {"default"}  # types that are shown, of names that are told apart
 
-    def begun(self, workflow_type: str) -> None:
-        """Note a type before the end of its first workflow: counters begin at 0 for Prometheus."""
-        if workflow_type not in self._seen:
-            self._seen.add(self._type(workflow_type))
+    def begun(self, workflow_type: str) -> str | None:
+        """Note a type before the end of its first workflow: counters begin at 0 for Prometheus.
+
+        Returns:
+            The name that it counts under, ``None`` if that was noted before.
+        """
+        if workflow_type in self._seen:
+            return None
+        name = self._type(workflow_type)
+        self._seen.add(name)
+        return name
 
     def _forget_type(self, name: str) -> None:
         """Count the workflows of a type among the others."""
@@ -147,9 +155,11 @@ class Outcomes:
         for what in OUTCOMES:
             if n := self.ended.pop((name, what), 0):
                 self.ended[OTHER, what] += n
+        if self.on_forget is not None:
+            self.on_forget(name)
 
-    def add(self, run: WorkflowRun) -> None:
-        """Count a workflow that ended."""
+    def add(self, run: WorkflowRun) -> str:
+        """Count a workflow that ended, and return the type it counts under."""
         key = self._type(run.workflow_type), outcome(run)
         self._seen.add(key[0])
         self.ended[key] += 1
@@ -159,6 +169,7 @@ class Outcomes:
             self._forget_before(max(self._periods) - PERIODS)
         if period in self._periods:
             self._periods[period][key] += 1
+        return key[0]
 
     def _forget_before(self, first: int) -> None:
         for period in [p for p in self._periods if p < first]:

@@ -28,12 +28,14 @@ from hexgen_vllm.router.metrics import (
     histogram,
     margins,
 )
-from hexgen_vllm.router.observe.ledger import PERIOD_S
+from hexgen_vllm.router.observe.accounts import NO_TIMES, REASONS, Accounts, WorkflowAccount
+from hexgen_vllm.router.observe.ledger import PERIOD_S, PERIODS
 from hexgen_vllm.types import Decision, EngineState, Placement
 
 SHOWN_WORKFLOWS: Final = 20
 SHOWN_DECISIONS: Final = 30
 SHOWN_TYPES: Final = 10
+SHOWN_ENDED: Final = 12
 FRESH_S: Final = 0.5
 _NO_TIME_S: Final = 1e-6  # a fit that says less per prompt token knows nothing of prefill
 _SUMMED: Final = ("max_num_seqs", "kv_tokens", "load")
@@ -58,7 +60,7 @@ class Overview:
     def data(self, now: float) -> dict[str, Any]:
         """Return it; times are seconds, those that end with ``in_s`` from now."""
         context = self._context
-        coordinator = context.service.coordinator
+        coordinator, metrics = context.service.coordinator, context.metrics
         found = list(margins(coordinator, now))
         worst = by_workflow(found)
         risky = [one for one in worst if one.at_risk]
@@ -78,12 +80,13 @@ class Overview:
             },
             "slack": {"bounds_s": SLACK_BOUNDS_S, "calls": histogram(found)},
             "ended": self._ended(now),
+            "recent": [_ended_lately(one, now) for one in metrics.accounts.recent(SHOWN_ENDED)],
             "engines": [
                 self._engine(engine, target)
                 for engine in context.fleet.engines.values()
                 for target in engine.targets
             ],
-            "decisions": [decision(at, one, now) for at, one in reversed(recent)],
+            "decisions": [decision(metrics.accounts, at, one, now) for at, one in reversed(recent)],
         }
 
     def _calls(self, found: list[Margin], now: float) -> dict[str, Any]:
@@ -101,12 +104,16 @@ class Overview:
         }
 
     def _ended(self, now: float) -> dict[str, Any]:
-        outcomes = self._context.metrics.outcomes
+        outcomes, accounts = self._context.metrics.outcomes, self._context.metrics.accounts
         types = sorted(outcomes.types(now).items(), key=lambda one: -sum(one[1].values()))
+        times = accounts.times(now - PERIOD_S * PERIODS)
         return {
             "period_s": PERIOD_S,
             "periods": outcomes.periods(now),
-            "types": [{"type": name, **counts} for name, counts in types[:SHOWN_TYPES]],
+            "types": [
+                {"type": name, **counts, **times.get(name, NO_TIMES)}
+                for name, counts in types[:SHOWN_TYPES]
+            ],
         }
 
     def _engine(self, engine: Engine, target: str) -> dict[str, Any]:
@@ -156,12 +163,27 @@ def _workflow(one: Margin, now: float) -> dict[str, Any]:
     }
 
 
-def decision(at_s: float, one: Decision, now: float) -> dict[str, Any]:
+def _ended_lately(one: WorkflowAccount, now: float) -> dict[str, Any]:
+    return {
+        "id": one.workflow_id,
+        "type": one.workflow_type,
+        "outcome": one.outcome,
+        "age_s": round(max(now - one.ended_s, 0.0), 1),
+        "took_s": round(one.took_s, 3),
+        "slack_s": finite(one.slack_s),
+        "calls": len(one.calls),
+        "parts": {name: round(seconds, 3) for name, seconds in one.parts().items()},
+    }
+
+
+def decision(accounts: Accounts, at_s: float, one: Decision, now: float) -> dict[str, Any]:
     """Return a decision as JSON can say it, with its age."""
     shown: dict[str, Any] = {
         "age_s": round(now - at_s, 3),
         "call": one.call_id,
+        "request": accounts.request_of(one.call_id) or one.call_id,
         "reason": one.reason,
+        "why": REASONS.get(one.reason, one.reason),
     }
     if isinstance(one, Placement):
         finish_s = one.finish_s
@@ -199,6 +221,9 @@ def total(parts: Sequence[_Json]) -> _Json:
     decisions = sorted(
         (one for part in parts for one in part["decisions"]), key=lambda one: float(one["age_s"])
     )
+    recent = sorted(
+        (one for part in parts for one in part["recent"]), key=lambda one: float(one["age_s"])
+    )
     workflows = _sums(part["workflows"] for part in parts)
     slack = [part["slack"]["calls"] for part in parts]
     return {
@@ -208,6 +233,7 @@ def total(parts: Sequence[_Json]) -> _Json:
         "workflows": {**workflows, "shown": shown[:SHOWN_WORKFLOWS]},
         "slack": {**first["slack"], "calls": [sum(column) for column in zip(*slack, strict=True)]},
         "ended": _ended([part["ended"] for part in parts]),
+        "recent": recent[:SHOWN_ENDED],
         "engines": [_engine(one, parts) for one in first["engines"]],
         "decisions": decisions[:SHOWN_DECISIONS],
     }
@@ -219,6 +245,15 @@ def _sums(parts: Iterable[_Json]) -> _Json:
     for part in parts:
         found.update({name: n for name, n in part.items() if isinstance(n, int | float)})
     return dict(found)
+
+
+def _counts(parts: Sequence[_Json]) -> _Json:
+    """Return the sums of counts, and of quantiles, which do not add up, the largest ones."""
+    times = {
+        name: max((part[name] for part in parts if part[name] is not None), default=None)
+        for name in NO_TIMES
+    }
+    return {**_sums({k: v for k, v in p.items() if k not in times} for p in parts), **times}
 
 
 def _calls(parts: Sequence[_Json]) -> _Json:
@@ -233,7 +268,7 @@ def _ended(parts: Sequence[_Json]) -> _Json:
     for part in parts:
         for one in part["types"]:
             types.setdefault(one["type"], []).append(one)
-    counts = [{"type": name, **_sums(of)} for name, of in types.items()]
+    counts = [{"type": name, **_counts(of)} for name, of in types.items()]
     counts.sort(key=lambda one: -sum(n for n in one.values() if isinstance(n, int)))
     columns = zip(*(part["periods"] for part in parts), strict=True)
     return {

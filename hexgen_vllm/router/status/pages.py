@@ -220,6 +220,7 @@ class Pages:
     async def diagnostics(self, request: Request) -> web.StreamResponse:
         """Show what decisions stand on: rates, loads, learned stages, and the last decisions."""
         coordinator, now = self._context.service.coordinator, self._context.clock.now()
+        accounts = self._context.metrics.accounts
         recent = list(coordinator.log)[-_DECISIONS_SHOWN:]
         return _json(
             {
@@ -234,7 +235,7 @@ class Pages:
                     for target in engine.targets
                 ],
                 "stages": coordinator.workflows.shapes.known_stages(),
-                "decisions": [decision(at, one, now) for at, one in reversed(recent)],
+                "decisions": [decision(accounts, at, one, now) for at, one in reversed(recent)],
             }
         )
 
@@ -284,6 +285,26 @@ class Pages:
         except SearchFailed as error:
             raise BadRequest(f"{str(error).capitalize()}.", status=404) from None
         return web.Response(text=text, content_type="application/yaml")
+
+    async def explain(self, request: Request) -> web.StreamResponse:
+        """Say where the time of the workflow went that the query names.
+
+        Raises:
+            BadRequest: nothing is known of it.
+        """
+        session_id = request.query.get("session_id", "")
+        if not session_id:
+            raise BadRequest("session_id must name a workflow.", param="session_id")
+        client = request.client
+        own_id = client.own_id(client.acts_for(self._context.intake.tenant(request.names)),
+                               as_id(session_id))  # fmt: skip
+        workflows = self._context.service.coordinator.workflows
+        for name in (own_id, session_id) if client.sees_all else (own_id,):
+            account = self._context.metrics.accounts.of(name, workflows.get(name))
+            if account is not None:
+                return _json(account.view())
+        text = "Nothing is known of such a workflow: it never came, or ended long ago."
+        raise BadRequest(text, param="session_id", status=404, code="workflow_not_found")
 
     async def finish_session(self, request: Request) -> web.StreamResponse:
         """End the workflow that the query names, by vllm-router's convention.

@@ -160,7 +160,12 @@ async def test_the_data_say_how_things_are() -> None:
     assert len(shown["slack"]["calls"]) == len(shown["slack"]["bounds_s"]) + 1
     assert len(shown["ended"]["periods"]) == PERIODS
     assert sum(p["on-time"] for p in shown["ended"]["periods"]) == 1
-    assert shown["ended"]["types"] == [{"type": "sql", "on-time": 1, "late": 1, "failed": 0}]
+    (kind,) = shown["ended"]["types"]
+    assert [kind[k] for k in ("type", "on-time", "late", "failed")] == ["sql", 1, 1, 0]
+    assert 0 < kind["took_median_s"] <= kind["took_tail_s"]
+    assert [(one["id"], one["outcome"]) for one in shown["recent"]] == [
+        ("late", "late"), ("good", "on-time"),
+    ]  # fmt: skip
     ours, stock = shown["engines"]
     assert (ours["kind"], ours["slots"], ours["kv_usage"]) == ("hexgen", 2, 0.5)
     assert ours["prefill_tokens_per_s"] == pytest.approx(10_000)

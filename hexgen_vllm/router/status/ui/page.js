@@ -48,6 +48,10 @@ function cell(td, given) {
     const bar = td.querySelector("u") || make(make(td, "div"), "u");
     bar.parentNode.hidden = !known(it.share);
     bar.style.width = 100 * Math.min(it.share || 0, 1) + "%";
+  } else if ("parts" in it) {
+    const bar = td.firstElementChild || make(td, "div");
+    stack(bar, PARTS.map((name) => [name, it.parts[name]]), it.total);
+    td.title = PARTS.filter((name) => it.parts[name] > 0).map((name) => name + " " + seconds(it.parts[name])).join(", ");
   } else if (it.dot) {
     if (!td.firstElementChild) { make(td, "i"); make(td, "span"); }
     td.classList.add(it.dot);
@@ -66,12 +70,21 @@ function table(id, rows, emptyId) {
   body.parentNode.hidden = rows.length === 0;
   $(emptyId).hidden = rows.length > 0;
 }
+const PARTS = ["queue", "retries", "prefill", "decode", "engine", "client"];
+function stack(node, parts, total) {
+  fit(node, parts.length, "u");
+  parts.forEach(([name, s], i) => {
+    node.children[i].className = name;
+    node.children[i].style.width = 100 * s / Math.max(total, 1e-9) + "%";
+  });
+}
 const num = (t, c = "") => ({ text: t, c: "n " + c });
 const mono = (t) => ({ text: t, c: "id", title: t });
 
 function bars(id, columns) {
   const box = $(id), most = Math.max(1, ...columns.map((c) => c.parts.reduce((a, p) => a + p.n, 0)));
   fit(box, columns.length, "div");
+  box.dataset.most = "most: " + most;
   columns.forEach((column, i) => {
     const node = box.children[i], total = column.parts.reduce((a, p) => a + p.n, 0);
     node.title = column.title;
@@ -131,7 +144,7 @@ function engineRow(e) {
   const busy = e.slots ? e.calls / e.slots : null;
   const dot = { ready: "good", down: "bad" }[e.state] || "warn";
   return [
-    mono(e.name), { text: e.state, dot, title: e.reason || e.state }, e.kind || "–", e.models.join(", ") || "–",
+    mono(e.name), { text: e.state + (e.state !== "ready" && e.reason ? ": " + e.reason : ""), dot, title: e.reason || e.state }, e.kind || "–", e.models.join(", ") || "–",
     num(count(e.calls) + (e.slots ? " / " + count(e.slots) : "")), { share: busy, c: busy > 1 ? "warn" : "" },
     num(count(e.waiting)), num(percent(e.kv_usage)), { share: e.kv_usage, c: e.kv_usage > .95 ? "bad" : e.kv_usage > .85 ? "warn" : "" },
     num(short(e.tokens)), num(known(e.step_s) ? (1000 * e.step_s).toFixed(1) : "–"),
@@ -145,13 +158,55 @@ function riskRow(w) {
 function typeRow(t) {
   const all = t["on-time"] + t.late + t.failed, share = t["on-time"] / all;
   const c = share < .9 ? "bad" : share < .99 ? "warn" : "";
-  return [t.type, num(count(all)), num(count(t["on-time"])), num(count(t.late)), num(count(t.failed)), num(percent(share), c), { share, c }];
+  return [t.type, num(count(all)), num(count(t["on-time"])), num(count(t.late)), num(count(t.failed)), num(percent(share), c), { share, c },
+    num(seconds(t.took_median_s) + ", " + seconds(t.took_tail_s)), num(seconds(t.ttft_median_s) + ", " + seconds(t.ttft_tail_s))];
 }
 function decisionRow(d) {
   const slack = known(d.late_s) ? -d.late_s : null;
-  return [num(seconds(d.age_s)), mono(d.call), d.engine || { text: "refused", c: "bad" }, d.reason,
+  return [num(seconds(d.age_s)), mono(d.request), d.engine || { text: "refused", c: "bad" }, d.why,
     num(d.demoted ? "demoted" : seconds(slack), d.demoted ? "soft" : slackClass(slack)), num(seconds(d.finish_in_s)), num(seconds(d.tail_s)),
     num(count(d.uncached_tokens)), num(count(d.expected_output_tokens))];
+}
+const outcomeDot = { "on-time": "good", late: "bad", failed: "bad" };
+function endedRow(r) {
+  return [num(seconds(r.age_s)), mono(r.id), r.type, { text: r.outcome, dot: outcomeDot[r.outcome] || "warn" },
+    num(seconds(r.took_s)), num(seconds(r.slack_s), slackClass(r.slack_s)), num(count(r.calls)),
+    { parts: r.parts, total: r.took_s, c: "parts" }];
+}
+
+// One workflow: a bar for each call on the axis of its time.
+function showAccount(a) {
+  text($("account-name"), `${a.workflow}: ${a.outcome}, took ${seconds(a.took_s)}` +
+    (known(a.deadline_s) ? ` of ${seconds(a.deadline_s)}` : ""));
+  const end = Math.max(a.took_s, a.deadline_s || 0, 1e-3), box = $("account-calls");
+  fit(box, a.calls.length, "div");
+  a.calls.forEach((g, i) => {
+    const row = box.children[i];
+    if (!row.firstElementChild) { make(row, "span"); make(row, "div"); make(row, "em"); }
+    text(row.children[0], `${g.stage} on ${g.engine || "no engine"}`);
+    const sent = known(g.sent_s) ? g.sent_s : g.ended_s, placed = known(g.placed_s) ? g.placed_s : sent;
+    const first = known(g.first_token_s) && g.first_token_s >= sent ? g.first_token_s : sent;
+    stack(row.children[1], [["gap", g.came_s], ["queue", placed - g.came_s], ["retries", sent - placed],
+      ["prefill", first - sent], ["decode", g.ended_s - first]], end);
+    text(row.children[2], `${seconds(g.ended_s - g.came_s)}, ${g.outcome}${g.tries > 1 ? ", " + g.tries + " tries" : ""}: ${g.why}`);
+    row.title = `request ${g.request_id}: ${count(g.prompt_tokens)} prompt tokens, ${count(g.cached_tokens)} of them cached, ${count(g.output_tokens)} written`;
+    row.className = g.on_path ? "decided" : "";
+  });
+  fit($("account-axis"), 5, "span");
+  for (let i = 0; i < 5; i++) text($("account-axis").children[i], seconds(end * i / 4));
+  text($("account-note"), "In bold: the calls that decided how long it took." +
+    (known(a.deadline_s) ? ` The axis ends ${a.took_s > a.deadline_s ? "with its last call; it was due after " + seconds(a.deadline_s) : "at its deadline"}.` : ""));
+  $("account").hidden = false;
+}
+async function choose(id) {
+  const key = sessionStorage.getItem(KEY);
+  const answer = await fetch("explain?session_id=" + encodeURIComponent(id),
+    { headers: key ? { Authorization: "Bearer " + key } : {}, cache: "no-store" });
+  if (answer.ok) return showAccount(await answer.json());
+  $("account").hidden = false;
+  $("account-calls").textContent = "";
+  text($("account-name"), id);
+  text($("account-note"), "The router does not remember its calls any more.");
 }
 
 function show(d) {
@@ -162,6 +217,8 @@ function show(d) {
   showSlack(d);
   table("engines", d.engines.map(engineRow), "no-engines");
   table("risks", d.workflows.shown.map(riskRow), "no-risks");
+  table("recent", d.recent.map(endedRow), "no-recent");
+  d.recent.forEach((r, i) => { $("recent").children[i].onclick = () => choose(r.id).catch(() => {}); });
   table("types", d.ended.types.map(typeRow), "no-types");
   table("decisions", d.decisions.map(decisionRow), "no-decisions");
   const hidden = d.workflows.at_risk - d.workflows.shown.length;
