@@ -47,8 +47,6 @@ EXPLAINED: Final[dict[str, tuple[str, str]]] = {
         "::test_abort_request_when_structured_output_fsm_cannot_advance": _MADE_UP,
         "test_scheduler.py::test_abort_request_when_structured_output_fsm_cannot_advance": _MADE_UP,
         "test_scheduler.py::test_stop_via_update_from_output": _MADE_UP,
-        "test_scheduler.py::test_update_from_output_routes_multi_position_sampling_masks": _MADE_UP,
-        "test_scheduler.py::test_update_from_output_routes_sampling_masks_by_request": _MADE_UP,
         "test_scheduler.py::test_scheduler_reset_prefix_cache": (
             "harness",
             "it takes the waiting queue for a list",
