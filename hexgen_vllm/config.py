@@ -407,10 +407,11 @@ class EngineOptions:
     stats_port: int = option(
         0,
         "port on which the engine process itself gives its telemetry, plus its data-parallel rank; "
-        "0 is none: needed only where vLLM takes no middleware",
+        "0 is none, but with vLLM's Rust server, which has none to give, that of --port + 10000",
         least=0,
         most=65535,
     )
+    stats_host: str = option("127.0.0.1", "address for that port")
     prefill_tokens_per_s: float = option(
         5000.0, "prefill rate assumed until measured, tokens/s", least=1e-3
     )

@@ -72,8 +72,9 @@ def _frontend() -> str:
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").strip() in ("", "0"):
         return ""
     return (
-        "; its Rust server is on: metadata in vllm_xargs, X-Vllm-Priority and X-Session-ID, "
-        "telemetry with --hexgen-stats-port"
+        "; its Rust server is on: no middleware, so that metadata comes in vllm_xargs (from our "
+        "router too), X-Vllm-Priority and X-Session-ID, and telemetry from the engine process at "
+        "--hexgen-stats-port, by default that of --port + 10000"
     )
 
 

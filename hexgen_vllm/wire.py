@@ -4,10 +4,14 @@ One table, two spellings: header ``x-hexgen-workflow-deadline-ms`` and flat ``vl
 ``hexgen_workflow_deadline_ms``. Deadlines cross processes as remaining milliseconds: only the
 receiver's clock decides what they mean. Clients get strict reading (a bad value is their error);
 an engine reads leniently, because a request that reached it must be served.
+
+vLLM carries ``vllm_xargs`` to the scheduler, but no headers: whoever stands before its server, our
+middleware or, where it takes none, our router, moves them into the body (:func:`with_fields`).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -24,6 +28,13 @@ MAX_ID_CHARS: Final = 128
 MAX_TIME_MS: Final = 1e12
 BATCH: Final = "batch"
 CLASSES: Final = (BATCH, "interactive")
+MEMBER: Final = "vllm_xargs"
+AGENTIC: Final = "agentic_context"
+TIER: Final = "service_tier"
+_BATCH_TIERS: Final = ("flex", "batch")
+_BLANKS: Final = b" \t\r\n"
+STATS_PATH: Final = "/hexgen/stats"
+_STATS_PORTS: Final = 10000
 
 ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
@@ -286,3 +297,71 @@ def to_xargs(meta: CallMeta) -> dict[str, str | int | float]:
     """Return flat ``vllm_xargs`` (or ``SamplingParams.extra_args``) that say what ``meta`` says."""
     values = ((k, getattr(meta, f)) for k, f in _XARGS.items())
     return {k: int(v) if isinstance(v, bool) else v for k, v in values if v is not None}
+
+
+def with_fields(body: bytes, said: CallMeta) -> bytes:
+    """Return ``body`` with the fields of ``said`` among its ``vllm_xargs``.
+
+    A body that is not a JSON object comes back as it is: vLLM has the words for what is wrong.
+
+    Args:
+        body: the whole body, JSON in any encoding JSON allows.
+        said: what the headers said; a field of it wins over the body's, and a ``hexgen_*`` key
+            over the body's agentic context.
+
+    Raises:
+        BadRequest: a ``hexgen_*`` key of the body is unknown or has a bad value.
+    """
+    mentions = MEMBER.encode() in body or TIER.encode() in body
+    if mentions or json.detect_encoding(body) != "utf-8":
+        return _parsed(body, said)
+    ours = to_xargs(said)
+    return _spliced(body, ours) if ours else body
+
+
+def _spliced(body: bytes, ours: dict[str, Any]) -> bytes:
+    """Put a member in at the end, where it outranks one of the same name, however that is spelled.
+
+    No other object becomes one by it, nor does a body that is none.
+    """
+    inner = body.strip(_BLANKS)
+    if len(inner) < len(b"{}") or not (inner.startswith(b"{") and inner.endswith(b"}")):
+        return body
+    there = inner[:-1].rstrip(_BLANKS)
+    comma = b"" if there == b"{" else b","
+    return there + comma + b'"%s":%s}' % (MEMBER.encode(), json.dumps(ours).encode())
+
+
+def _parsed(body: bytes, said: CallMeta) -> bytes:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    if not isinstance(document, dict):
+        return body
+    theirs = document.get(MEMBER)
+    if theirs is None:
+        theirs = {}
+    if not isinstance(theirs, dict):
+        return body
+    written = from_xargs(theirs)
+    if document.get(TIER) in _BATCH_TIERS:
+        said = merged(said, merged(written, CallMeta(service_class=BATCH)))
+        document[TIER] = _BATCH_TIERS[0]
+    context = theirs.get(AGENTIC)
+    if isinstance(context, dict):
+        theirs = {name: value for name, value in theirs.items() if name != AGENTIC}
+        said = merged(said, merged(written, from_agentic_context(context)))
+    elif said == CallMeta():
+        return body
+    return json.dumps({**document, MEMBER: {**theirs, **to_xargs(said)}}).encode()
+
+
+def stats_port(port: int) -> int | None:
+    """Return where an engine process gives its telemetry whose server listens on ``port``.
+
+    That is so where vLLM's server takes no middleware, and unless the engine is told another port;
+    ``None`` if there is no such port.
+    """
+    found = port + _STATS_PORTS
+    return found if port > 0 and found < 2**16 else None

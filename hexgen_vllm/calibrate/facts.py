@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
+from yarl import URL
 
 from hexgen_vllm.router.engines import telemetry
-from hexgen_vllm.router.engines.probe import STATS_PATH
 from hexgen_vllm.types import StepCost
+from hexgen_vllm.wire import STATS_PATH, stats_port
 
 _CACHE: Final = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.M)
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
@@ -39,7 +40,7 @@ class Facts:
 
 async def ask(session: aiohttp.ClientSession, url: str) -> Facts:
     """Return what the engine at ``url`` says; whatever it does not say stays unknown."""
-    stats = _object(await _get(session, url + STATS_PATH))
+    stats = await _stats(session, url)
     metrics = await _get(session, f"{url}/metrics")
     info = _object(await _get(session, f"{url}/server_info?config_format=json"))
     told = telemetry.together(telemetry.from_stats(stats))
@@ -61,11 +62,23 @@ async def is_router(session: aiohttp.ClientSession, url: str) -> bool:
 
 async def fitted(session: aiohttp.ClientSession, url: str) -> tuple[StepCost, float] | None:
     """Return the step cost that our scheduler fitted to its own steps, and its error."""
-    stats = _object(await _get(session, url + STATS_PATH))
+    stats = await _stats(session, url)
     report = telemetry.together(telemetry.from_stats(stats)).report
     if report.cost is None or report.fit_error is None:
         return None
     return report.cost, report.fit_error
+
+
+async def _stats(session: aiohttp.ClientSession, url: str) -> Mapping[str, Any]:
+    """Return our telemetry, from where the engine process gives it if its server has none."""
+    there = URL(url)
+    port = stats_port(there.port or 0)
+    beside = "" if port is None else str(there.with_scheme("http").with_port(port))
+    for base in (url, beside):
+        found = _object(await _get(session, base + STATS_PATH)) if base else {}
+        if found:
+            return found
+    return {}
 
 
 async def _get(session: aiohttp.ClientSession, url: str) -> str:

@@ -199,6 +199,8 @@ class CallBook:
             return _NOTHING_SAID
         try:
             meta, bad = wire.read_leniently(extra)
+            # What agents say to vllm-router; vLLM's Rust server lets it through, others do not.
+            meta = _filled(meta, extra.get(wire.AGENTIC))
         except Exception as error:  # in process, extra_args may hold anything; serve the call
             meta, bad = _NOTHING_SAID, (f"extra_args ({error})",)
         if bad:
@@ -216,6 +218,12 @@ class CallBook:
             ", ".join(map(repr, bad))[:200],
             self.bad_metadata,
         )
+
+
+def _filled(meta: wire.CallMeta, context: object) -> wire.CallMeta:
+    if not isinstance(context, dict):
+        return meta
+    return wire.merged(meta, wire.from_agentic_context(context))
 
 
 def _budget_s(request: Request, meta: wire.CallMeta, options: EngineOptions) -> float:

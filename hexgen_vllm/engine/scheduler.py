@@ -128,9 +128,15 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         port = self.hexgen_options.stats_port
         if not port:
             return None
-        rank = self.vllm_config.parallel_config.data_parallel_index
-        server = StatsServer(self.hexgen_stats, port + rank, rank)
-        logger.info("Telemetry of this engine process is at port %d.", server.port)
+        parallel = self.vllm_config.parallel_config
+        rank, here = parallel.data_parallel_index, parallel.data_parallel_rank_local
+        # An engine with a server of its own is one to whoever asks, whatever others there are.
+        alone = parallel.local_engines_only
+        size = parallel.data_parallel_size_local if alone else parallel.data_parallel_size
+        at = port + (rank if here is None else here)
+        host = self.hexgen_options.stats_host
+        server = StatsServer(self.hexgen_stats, at, rank, size=size, host=host)
+        logger.info("Telemetry of this engine process is at %s, port %d.", host, server.port)
         return server
 
     def shutdown(self) -> None:

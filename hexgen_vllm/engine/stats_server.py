@@ -2,12 +2,19 @@
 
 vLLM's Rust server has no middleware and no utility call of ours, so that nothing in front of the
 engine can add ``/hexgen/stats``. A thread of the engine process answers instead, on a port of its
-own and on the loopback interface: whoever reads it runs beside the engine, or forwards it.
+own: by default on the loopback interface, where whoever reads it runs beside the engine.
+
+Elsewhere, if ``VLLM_API_KEY`` is set, it wants that key, as vLLM's own server does.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import ipaddress
 import json
+import os
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,8 +24,12 @@ from hexgen_vllm.engine.server.middleware import exposition
 from hexgen_vllm.engine.server.stats_api import plain
 from hexgen_vllm.errors import ConfigError
 
-_HOST: Final = "127.0.0.1"
+LOOPBACK: Final = "127.0.0.1"
 _ATTEMPTS: Final = 20
+
+
+class _IPv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
 
 
 class StatsServer:
@@ -28,6 +39,8 @@ class StatsServer:
         snapshot: returns the telemetry; it may run while the engine steps.
         port: where to listen; 0 is any.
         rank: the engine's data-parallel rank, for the snapshot.
+        size: data-parallel ranks there are; the others answer on the ports beside this one.
+        host: address to listen on.
 
     Attributes:
         port: where it listens.
@@ -36,10 +49,22 @@ class StatsServer:
         ConfigError: the port cannot be had.
     """
 
-    def __init__(self, snapshot: Callable[[], dict[str, Any]], port: int, rank: int = 0) -> None:
-        self._snapshot, self._rank = snapshot, rank
+    def __init__(
+        self,
+        snapshot: Callable[[], dict[str, Any]],
+        port: int,
+        rank: int = 0,
+        *,
+        size: int = 1,
+        host: str = LOOPBACK,
+    ) -> None:
+        self._snapshot = snapshot
+        self._said = {"engine": rank, "data_parallel_size": size}
+        self._key = None if _is_loopback(host) else os.environ.get("VLLM_API_KEY") or None
         try:
-            self._server = ThreadingHTTPServer((_HOST, port), self._handler())
+            self._server = (_IPv6Server if ":" in host else ThreadingHTTPServer)(
+                (host, port), self._handler()
+            )
         except (OSError, OverflowError) as error:
             raise ConfigError(f"stats_port {port} cannot be used: {error}.") from error
         self._server.daemon_threads = True
@@ -55,10 +80,10 @@ class StatsServer:
         """Return a snapshot; calls may come and go while it is taken."""
         for _ in range(_ATTEMPTS):
             try:
-                return {"engine": self._rank, **plain(self._snapshot())}
+                return {**self._said, **plain(self._snapshot())}
             except RuntimeError:  # a dictionary changed its size
                 continue
-        return {"engine": self._rank, **plain(self._snapshot())}
+        return {**self._said, **plain(self._snapshot())}
 
     def _page(self, path: str) -> tuple[str, bytes] | None:
         if path == "/hexgen/stats":
@@ -68,7 +93,7 @@ class StatsServer:
         return None
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
-        page = self._page
+        page, key = self._page, self._key
 
         class Handler(BaseHTTPRequestHandler):
             timeout = 5.0  # of a client that says nothing
@@ -76,7 +101,10 @@ class StatsServer:
             def do_GET(self) -> None:
                 found = page(self.path.split("?", 1)[0])
                 kind, body = found or ("text/plain", b"not found")
-                self.send_response(200 if found else 404)
+                status = 200 if found else 404
+                if key is not None and not _shows(key, self.headers.get("Authorization", "")):
+                    kind, body, status = "text/plain", b"a key is needed", 401
+                self.send_response(status)
                 self.send_header("content-type", kind)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
@@ -86,3 +114,17 @@ class StatsServer:
                 """Say nothing: the engine's log is not for readers of its telemetry."""
 
         return Handler
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _shows(key: str, header: str) -> bool:
+    """Return whether a request shows the key; how long that takes does not tell how close it is."""
+    scheme, _, shown = header.partition(" ")
+    digests = (hashlib.sha256(one.encode("utf-8", "replace")).digest() for one in (key, shown))
+    return hmac.compare_digest(*digests) and scheme.lower() == "bearer"

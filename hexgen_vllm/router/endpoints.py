@@ -37,6 +37,7 @@ class Endpoint:
         placed: whether it costs an engine so much that the policy places it.
         known: whether its bodies are JSON objects and can be sent again after a failure; those of
             an endpoint that only engines know may be anything and do anything.
+        carries_fields: whether its bodies have ``vllm_xargs``.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Endpoint:
     generates: bool = True
     placed: bool = True
     known: bool = True
+    carries_fields: bool = False
 
     @property
     def ends(self) -> bool:
@@ -67,6 +69,7 @@ ENDPOINTS: Final = (
         ("max_completion_tokens", "max_tokens"),
         marks=_marks(_DONE),
         extra_events=2,
+        carries_fields=True,
     ),
     Endpoint(
         "/v1/completions",
@@ -76,6 +79,7 @@ ENDPOINTS: Final = (
         default_limit=16,
         marks=_marks(_DONE),
         extra_events=1,
+        carries_fields=True,
     ),
     Endpoint(
         "/v1/responses",
@@ -86,6 +90,7 @@ ENDPOINTS: Final = (
             rb'event: ?%b\b|data: ?\{ ?"type": ?"%b"|%b' % (_RESPONSE_ENDS, _RESPONSE_ENDS, _DONE)
         ),
         extra_events=8,
+        carries_fields=True,
     ),
     Endpoint(
         "/v1/messages",

@@ -104,13 +104,22 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
 file of options, and what :class:`RouterOptions` lacks is of :class:`DispatchOptions`."""
 
 _WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
+_STATS_PORT: Final = re.compile(r"stats_port=([0-9]{1,5})")
 
 
 class Worker(NamedTuple):
-    """An engine server: what clients may know it by, and where it is."""
+    """An engine server: what clients may know it by, and where it is.
+
+    Attributes:
+        name: of the engine.
+        url: of its server, without a slash at the end.
+        stats_port: where on the same host the engine process itself gives its telemetry, if that
+            was said.
+    """
 
     name: str
     url: str
+    stats_port: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,9 @@ class RouterOptions:
 
     # Engines
     worker_urls: tuple[str, ...] = option(
-        (), "engines, as http://host:port or name=http://host:port"
+        (),
+        "engines, as http://host:port or name=http://host:port; ?stats_port=N after it is the "
+        "--hexgen-stats-port of one behind vLLM's Rust server, where that is not its default",
     )
     worker_allowed_hosts: tuple[str, ...] = option(
         (),
@@ -507,19 +518,26 @@ def parse_worker(text: str, default_name: str) -> Worker:
     Raises:
         ConfigError: it has no usable URL.
     """
-    match = _WORKER.fullmatch(text)
     wrong = ConfigError(
         f"worker_urls must be like http://host:8000 or name=http://host:8000, not {text!r}."
     )
+    match = _WORKER.fullmatch(text)
     if match is None:
         raise wrong
-    url = match["url"].rstrip("/")
+    url, _, more = match["url"].partition("?")
+    stats_port = _stats_port(more)
+    url = url.rstrip("/")
     try:
         parts = urlsplit(url)
-        usable = bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment)
+        usable = bool(parts.hostname) and parts.port != 0 and not parts.fragment
         usable = usable and text.isprintable() and " " not in url
     except ValueError:
         raise wrong from None
-    if not usable:
+    if not usable or (more and stats_port is None):
         raise wrong
-    return Worker(match["name"] or default_name, url)
+    return Worker(match["name"] or default_name, url, stats_port)
+
+
+def _stats_port(query: str) -> int | None:
+    said = _STATS_PORT.fullmatch(query)
+    return int(said[1]) if said is not None and 0 < int(said[1]) < 2**16 else None

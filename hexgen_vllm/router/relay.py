@@ -47,8 +47,8 @@ from hexgen_vllm.router.errors import (
 )
 from hexgen_vllm.router.http.client import Answer, Pool, in_time
 from hexgen_vllm.router.http.errors import CannotConnect, RouterShort
-from hexgen_vllm.router.http.messages import LARGE_BYTES, SENT, Request
-from hexgen_vllm.types import Call, Placement
+from hexgen_vllm.router.http.messages import LARGE_BYTES, SENT, Request, aside
+from hexgen_vllm.types import Call, EngineKind, Placement
 
 _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
 # How vLLM's API server says that the process behind it has died.
@@ -303,6 +303,9 @@ class Relay:
         if placement.engine_id != engine.name:
             extra[RANK_HEADER] = rank_of(placement.engine_id)
         job.trace.sending(placement.engine_id, extra)
+        bare, body = engine.front.bare, accepted.body
+        if bare and engine.kind is EngineKind.HEXGEN and job.endpoint.carries_fields:
+            body = await _body_for(accepted, placement, now)
         url = engine.address(job.request.path_qs)
         head = outbound.call_head(
             accepted,
@@ -314,9 +317,11 @@ class Relay:
             request_id=job.request_id or "",
             extra=extra,
             method="GET" if job.request.method == "HEAD" else job.request.method,
+            length=len(body),
+            bare=bare,
         )
         try:
-            return await self._pool.send(url, head, accepted.body, once=not job.repeats)
+            return await self._pool.send(url, head, body, once=not job.repeats)
         except RouterShort:
             _LOG.error("nothing left to connect with engine=%s", engine.name)
             text = "The router has nothing left to connect to an engine with."
@@ -400,6 +405,12 @@ class Relay:
         if accepted is not None and result.prompt_tokens and not accepted.prompt.ids:
             model, chars = accepted.call.model, accepted.prompt.chars
             self._context.ratios.learn(model, chars, result.prompt_tokens)
+
+
+async def _body_for(accepted: Accepted, placement: Placement, now: float) -> bytes:
+    if len(accepted.body) > LARGE_BYTES:
+        return await aside(outbound.body_for, accepted, placement, now)
+    return outbound.body_for(accepted, placement, now)
 
 
 def _not_there(text: str) -> BadRequest:

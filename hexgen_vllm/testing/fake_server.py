@@ -133,8 +133,12 @@ class FakeServer:
             said = {"policy": self.settings.policy, "max_num_seqs": self.settings.slots}
             return {"vllm_config": {"scheduler_config": said}}
         metrics = fake_metrics.page(self.counts, settings.ranks) if settings.metrics else ""
-        pages = {"/health": "", "/metrics": metrics, "/hexgen/stats": self.settings.stats,
-                 "/version": {"version": "0.0.0"}}  # fmt: skip
+        stats = None if settings.rust else settings.stats
+        version = {
+            "version": "0.0.0",
+            **({"rust_frontend_version": "0.0.0"} if settings.rust else {}),
+        }
+        pages = {"/health": "", "/metrics": metrics, "/hexgen/stats": stats, "/version": version}
         return pages.get(path)
 
     @property

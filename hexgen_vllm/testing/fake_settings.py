@@ -49,6 +49,7 @@ class FakeSettings:
         max_model_len: tokens of the longest prompt with its output; it is said, not checked.
         ranks: data-parallel ranks; the other settings are of each of them.
         metrics: whether it has any.
+        rust: whether the server says that it is vLLM's in Rust, which has no ``/hexgen/stats``.
         echoes: other paths, which answer any method with what they were sent.
         policy: what ``/server_info`` says of the scheduling policy; ``None`` hides it.
     """
@@ -65,6 +66,7 @@ class FakeSettings:
     ranks: int = 1
     metrics: bool = True
     policy: str | None = None
+    rust: bool = False
     echoes: tuple[str, ...] = ()
 
     @property

@@ -8,11 +8,14 @@ is parsed, so that every process started afterwards sees only what plain vLLM kn
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Final
 
+from hexgen_vllm import wire
 from hexgen_vllm.config import (
     EngineOptions,
     add_arguments,
@@ -24,6 +27,7 @@ from hexgen_vllm.config import (
 from hexgen_vllm.engine.options import SCHEDULER, is_ours
 from hexgen_vllm.errors import ConfigError, HexgenError, UnsupportedVLLM
 
+logger = logging.getLogger("vllm.hexgen")
 MIDDLEWARE: Final = "hexgen_vllm.engine.server.middleware.HexgenMiddleware"
 URGENCY: Final = "urgency"
 PREFIX: Final = "hexgen-"
@@ -111,8 +115,38 @@ def resolve(target: Any, *, refusal: str | None = None) -> None:
     target.additional_config = _with_options(target.additional_config, options)
     _keep_kv(target, target.additional_config["hexgen"])
     middleware = getattr(target, "middleware", None)
-    if middleware is not None and MIDDLEWARE not in middleware and not rust_frontend():
+    if middleware is None:  # no server
+        return
+    if rust_frontend():
+        _give_telemetry(target.additional_config["hexgen"], getattr(target, "port", None))
+    elif MIDDLEWARE not in middleware:
         target.middleware = [*middleware, MIDDLEWARE]
+
+
+def _give_telemetry(options: dict[str, Any], port: object) -> None:
+    """Have the engine process give its telemetry where our router looks for it, if it can."""
+    if "stats_port" in options or not isinstance(port, int):
+        return
+    found, host = wire.stats_port(port), options.get("stats_host", EngineOptions.stats_host)
+    if found is not None and _is_free(host, found):
+        options["stats_port"] = found
+    else:
+        logger.warning(
+            "Port %s cannot be had, so that nobody can read this engine's telemetry; choose "
+            "another with --hexgen-stats-port and name it to the router.",
+            found or f"{port} + 10000",
+        )
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def rust_frontend() -> bool:

@@ -11,7 +11,7 @@
 
 Everything else, and every response to a generation request, passes through untouched.
 Bodies: prompts are long and bodies are mostly prompt, so that a body is parsed only when it brings
-``vllm_xargs`` of its own. Otherwise the member is spliced in behind the opening brace: this
+``vllm_xargs`` of its own. Otherwise the member is spliced in before the closing brace: this
 neither mends a malformed body nor breaks a well-formed one.
 
 ``service_tier`` ``flex`` or ``batch`` says that nobody waits for the answer; the second is not in
@@ -42,12 +42,6 @@ _HOST_KV_BY_REASON: Final = {
     "dropped_tokens": ("host_kv_dropped_tokens_total", "Saved tokens never loaded, by reason."),
     "refused_tokens": ("host_kv_refused_tokens_total", "Tokens not saved, by reason."),
 }
-MEMBER: Final = "vllm_xargs"
-AGENTIC: Final = "agentic_context"
-TIER: Final = "service_tier"
-_BATCH_TIERS: Final = ("flex", "batch")
-_BLANKS: Final = b" \t\r\n"
-STATS_PATH: Final = "/hexgen/stats"
 METRICS_PATH: Final = "/metrics"
 MAX_BODY_BYTES: Final = 64 * 2**20
 """Longest body that is looked into. vLLM itself sets no limit, so a longer one without our
@@ -186,60 +180,6 @@ def _add_host_kv(page: _Page, host_kv: Mapping[str, Any]) -> None:
         page.metric(name, "counter", text, {("reason", reason): n for reason, n in by_reason})
 
 
-def with_fields(body: bytes, said: wire.CallMeta) -> bytes:
-    """Return ``body`` with the fields of ``said`` among its ``vllm_xargs``.
-
-    A body that is not a JSON object comes back as it is: vLLM has the words for what is wrong.
-
-    Args:
-        body: the whole body, JSON in any encoding JSON allows.
-        said: what the headers said; a field of it wins over the body's, and a ``hexgen_*`` key
-            over the body's agentic context.
-
-    Raises:
-        BadRequest: a ``hexgen_*`` key of the body is unknown or has a bad value.
-    """
-    mentions = MEMBER.encode() in body or TIER.encode() in body
-    if mentions or json.detect_encoding(body) != "utf-8":
-        return _parsed(body, said)
-    ours = wire.to_xargs(said)
-    return _spliced(body, ours) if ours else body
-
-
-def _spliced(body: bytes, ours: dict[str, Any]) -> bytes:
-    inner = body.lstrip(_BLANKS)
-    if not inner.startswith(b"{"):
-        return body
-    rest = inner[1:].lstrip(_BLANKS)
-    comma = b"" if rest.startswith(b"}") else b","
-    return b'{"%s":%s' % (MEMBER.encode(), json.dumps(ours).encode()) + comma + rest
-
-
-def _parsed(body: bytes, said: wire.CallMeta) -> bytes:
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        return body
-    if not isinstance(document, dict):
-        return body
-    theirs = document.get(MEMBER)
-    if theirs is None:
-        theirs = {}
-    if not isinstance(theirs, dict):
-        return body
-    written = wire.from_xargs(theirs)
-    if document.get(TIER) in _BATCH_TIERS:
-        said = wire.merged(said, wire.merged(written, wire.CallMeta(service_class=wire.BATCH)))
-        document[TIER] = _BATCH_TIERS[0]
-    context = theirs.get(AGENTIC)
-    if isinstance(context, dict):
-        theirs = {name: value for name, value in theirs.items() if name != AGENTIC}
-        said = wire.merged(said, wire.merged(written, wire.from_agentic_context(context)))
-    elif said == wire.CallMeta():
-        return body
-    return json.dumps({**document, MEMBER: {**theirs, **wire.to_xargs(said)}}).encode()
-
-
 AsgiScope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -290,7 +230,7 @@ class HexgenMiddleware:
 
     def _handler(self, scope: AsgiScope) -> App:
         route = (scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
-        if route == ("GET", STATS_PATH):
+        if route == ("GET", wire.STATS_PATH):
             return self._send_stats
         if route == ("GET", METRICS_PATH):
             return self._send_metrics
@@ -301,7 +241,7 @@ class HexgenMiddleware:
             said = wire.from_headers(_our_headers(scope))
             pieces, more = await _read_body(receive, self._max_body_bytes)
             if not more:
-                body = with_fields(b"".join(pieces), said)
+                body = wire.with_fields(b"".join(pieces), said)
                 scope, pieces = _with_length(scope, len(body)), [body]
             elif said != wire.CallMeta():
                 raise _too_large(self._max_body_bytes)

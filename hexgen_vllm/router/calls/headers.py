@@ -7,6 +7,9 @@
 | stock, priority scheduling | ``X-Vllm-Priority``: due time, so that it serves earliest due first |
 | stock, FCFS | nothing |
 
+vLLM's Rust server hands no headers of ours on: there the fields go into the body
+(:func:`body_for`), where the request is one of those that carry any. Its priorities have 32 bits.
+
 All are told the session and the request id. A client's own ``X-Vllm-Priority`` reaches engines of
 which it is not known that they schedule by priority.
 """
@@ -34,6 +37,9 @@ ENGINE_HEADER: Final = "x-hexgen-engine"
 PRIORITY_STEP: Final = 10**12
 _MOST_STEPS: Final = 10**6
 _INT64: Final = 2**63 - 1
+_INT32: Final = 2**31 - 1
+_NARROW_STEP: Final = 10**8
+_NARROW_STEPS: Final = 20
 LEAST_DEADLINE_S: Final = 0.001
 _HOP_BY_HOP: Final = (
     "connection",
@@ -98,6 +104,8 @@ def call_head(  # noqa: PLR0913 - what a head is made of
     request_id: str,
     extra: Mapping[str, str] = _NOTHING,
     method: str = "POST",
+    length: int | None = None,
+    bare: bool = False,
 ) -> bytes:
     """Return request line and headers of a call for its engine.
 
@@ -111,21 +119,27 @@ def call_head(  # noqa: PLR0913 - what a head is made of
         request_id: sent as ``x-request-id``.
         extra: headers that replace the client's, by lower-case name.
         method: of the request.
+        length: bytes of the body if it is not the client's.
+        bare: the engine's server hands on no headers of ours, and priorities of 32 bits only.
     """
     said = {**extra, **accepted.said, REQUEST_ID_HEADER: request_id}
     if kind is EngineKind.PRIORITY:
         due_s = placement.due_s - epoch
-        said[PRIORITY_HEADER] = str(stock_priority(due_s, accepted.priority))
+        number = narrow_priority if bare else stock_priority
+        said[PRIORITY_HEADER] = str(number(due_s, accepted.priority))
     elif kind is EngineKind.HEXGEN and accepted.priority:
         said[PRIORITY_HEADER] = str(-accepted.priority)  # vLLM's: lower is sooner
+    if bare and PRIORITY_HEADER in said:
+        said[PRIORITY_HEADER] = _within_32_bits(said[PRIORITY_HEADER])
     kept, names = _kept_lines(accepted.pairs, said)
     if accepted.session_id is not None and SESSION_HEADER not in names:
         said.setdefault(SESSION_HEADER, accepted.session_id)
     lines = [f"{name}: {value}\r\n" for name, value in said.items()]
-    if kind is EngineKind.HEXGEN:
+    if kind is EngineKind.HEXGEN and not bare:
         lines += _workflow_lines(accepted, placement, now)
     lines.append("accept-encoding: identity\r\n")
-    lines.append(f"content-length: {len(accepted.body)}\r\n\r\n")
+    size = len(accepted.body) if length is None else length
+    lines.append(f"content-length: {size}\r\n\r\n")
     first = f"{method} {url.raw_path_qs} HTTP/1.1\r\nhost: {url.host_port_subcomponent}\r\n"
     kept.insert(0, first.encode("utf-8", "surrogateescape"))
     kept.append("".join(lines).encode("utf-8", "surrogateescape"))
@@ -179,6 +193,41 @@ def stock_priority(due_in_s: float, priority: int) -> int:
     half = PRIORITY_STEP // 2 - 1
     due_ms = half if math.isinf(due_in_s) else int(max(-half, min(half, due_in_s * 1000.0)))
     return due_ms - priority * PRIORITY_STEP
+
+
+def narrow_priority(due_in_s: float, priority: int) -> int:
+    """Return the priority number where 32 bits must do; as :func:`stock_priority` but coarser.
+
+    Due times are told apart to 0.1 s and up to 57 days from the router's epoch, and priorities
+    from -20 to 20.
+    """
+    half = _NARROW_STEP // 2 - 1
+    due = half if math.isinf(due_in_s) else int(max(-half, min(half, due_in_s * 10.0)))
+    return due - max(-_NARROW_STEPS, min(_NARROW_STEPS, priority)) * _NARROW_STEP
+
+
+def _within_32_bits(number: str) -> str:
+    """Return a priority as a server takes it that ignores those which are too large for it."""
+    try:
+        return str(max(-_INT32, min(_INT32, int(number))))
+    except ValueError:
+        return number  # it is the client's own, and no number
+
+
+def body_for(accepted: Accepted, placement: Placement, now: float) -> bytes:
+    """Return the body of a call for an engine of ours whose server hands on no headers.
+
+    Args:
+        accepted: the call.
+        placement: what was decided.
+        now: time of sending.
+
+    Raises:
+        BadRequest: the client's own fields in the body are wrong.
+    """
+    lines = "".join(_workflow_lines(accepted, placement, now)).splitlines()
+    said = dict(line.split(": ", 1) for line in lines)
+    return wire.with_fields(accepted.body, wire.from_headers(said))
 
 
 def _workflow_lines(accepted: Accepted, placement: Placement, now: float) -> list[str]:

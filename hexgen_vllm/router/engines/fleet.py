@@ -19,7 +19,7 @@ from yarl import URL
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router.engines.attempt import Guard
 from hexgen_vllm.router.engines.breaker import Breaker, BreakerState
-from hexgen_vllm.router.engines.probe import Found, names
+from hexgen_vllm.router.engines.probe import Found, Front, names
 from hexgen_vllm.router.engines.ranks import worker_of
 from hexgen_vllm.router.errors import (
     ENDINGS,
@@ -44,6 +44,7 @@ class Engine:
         breaker: counts how its calls ended.
         specs: what it is, one for each target; empty until it was up once.
         cards: its entries of ``/v1/models``.
+        front: what kind of server it has.
         up: whether its health checks pass.
         stalled: targets that had work and did nothing, and have not answered a call since.
         draining: whether an operator takes it out of service.
@@ -61,6 +62,7 @@ class Engine:
     breaker: Breaker
     specs: tuple[EngineSpec, ...] = ()
     cards: tuple[dict[str, Any], ...] = ()
+    front: Front = Front()  # noqa: RUF009 - a tuple
     up: bool = False
     draining: bool = False
     leaving: bool = False
@@ -252,6 +254,7 @@ class Fleet:
         """Take in what an engine that is up says of itself."""
         engine, before = self.engines[name], self.engines[name].targets
         changed, engine.specs, engine.cards = engine.specs != found.specs, found.specs, found.cards
+        engine.front = found.front
         if not changed:
             self._settle(engine)
             return

@@ -276,10 +276,11 @@ class Watcher:
 
     async def _read(self) -> None:
         try:
-            readings = await self._probe.telemetry(self._engine.worker, self._engine.kind)
-            if readings and len(readings) != len(self._engine.targets):  # it was scaled
-                found = await self._probe.find(self._engine.worker)
-                self._fleet.described(self._engine.name, found)
+            engine = self._engine
+            readings = await self._probe.telemetry(engine.worker, engine.kind, engine.front)
+            if readings and len(readings) != len(engine.targets):  # it was scaled
+                found = await self._probe.find(engine.worker)
+                self._fleet.described(engine.name, found)
         except Unreachable as why:
             readings = ()
             if why.short:  # steps that nobody could read are not steps that were not made

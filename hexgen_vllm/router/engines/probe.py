@@ -18,9 +18,9 @@ from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.errors import CannotConnect, ConnectTimeout, is_short
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.types import EngineKind, EngineReport, EngineSpec
-from hexgen_vllm.wire import POLLER
+from hexgen_vllm.wire import POLLER, STATS_PATH, stats_port
 
-STATS_PATH: Final = "/hexgen/stats"
+_RUST_VERSION: Final = "rust_frontend_version"
 _SHORT: Final = "the router has nothing left to connect with"
 MAX_ANSWER_BYTES: Final = 16 * 2**20
 _UNKNOWN: Final = Telemetry(EngineReport())
@@ -43,6 +43,22 @@ class Unreachable(HexgenError):  # noqa: N818 - an answer, not a defect
         self.refused, self.short, self.silent = refused, short, silent
 
 
+class Front(NamedTuple):
+    """What of an engine's server is not as it is with vLLM's Python server.
+
+    Attributes:
+        bare: it is vLLM's Rust server: it has no place for our middleware, so that no headers of
+            ours reach the engine, and its priorities are of 32 bits.
+        stats: URLs of our telemetry, by rank, where the server has none.
+    """
+
+    bare: bool = False
+    stats: tuple[str, ...] = ()
+
+
+_PLAIN: Final = Front()
+
+
 class Found(NamedTuple):
     """What a probe found out.
 
@@ -50,11 +66,13 @@ class Found(NamedTuple):
         specs: for the coordinator, one for each rank that is placed on by itself.
         cards: its entries of ``/v1/models``.
         certain: whether the engine itself said how it orders calls.
+        front: what kind of server it has.
     """
 
     specs: tuple[EngineSpec, ...]
     cards: tuple[dict[str, Any], ...]
     certain: bool
+    front: Front = _PLAIN
 
     @property
     def spec(self) -> EngineSpec:
@@ -93,7 +111,43 @@ class Probe:
         if status in (200, 503):  # 503: it is ours, and too busy to say more
             readings = reports.from_stats(_object(body)) if status == 200 else ()
             return self._found(worker, cards, EngineKind.HEXGEN, readings)
-        return await self._stock(worker, cards)
+        front, beside = await self._behind(worker)
+        if front.stats:
+            return self._found(worker, cards, EngineKind.HEXGEN, beside)._replace(front=front)
+        return (await self._stock(worker, cards))._replace(front=front)
+
+    async def _behind(self, worker: Worker) -> tuple[Front, Sequence[Telemetry]]:
+        """Return what server an engine has, and our telemetry if its process gives it itself."""
+        status, body = await self._get(worker, "/version")
+        bare = status == 200 and _RUST_VERSION in _object(body)
+        there = URL(worker.url)
+        port = stats_port(there.port or 0) if bare else None
+        port = worker.stats_port or port
+        if port is None:
+            return Front(bare), ()
+        at = there.with_scheme("http").with_path(STATS_PATH)
+        (first,) = await self._beside(worker, [str(at.with_port(port))])
+        if not first:
+            return Front(bare), ()
+        ports = range(port, min(port + reports.size(first), 2**16))
+        front = Front(True, tuple(str(at.with_port(one)) for one in ports))
+        return front, await self._read_beside(worker, front.stats)
+
+    async def _read_beside(self, worker: Worker, urls: Sequence[str]) -> Sequence[Telemetry]:
+        found = await self._beside(worker, urls)
+        return self._told_apart(reports.from_stats({"ranks": found})) if any(found) else ()
+
+    async def _beside(self, worker: Worker, urls: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what engine processes say there; nothing of those that say nothing of ours.
+
+        Who listens on a port that nobody named is not shown our key.
+        """
+        named = worker.stats_port is not None
+        headers = self._headers if named else {"User-Agent": POLLER}
+        asked = (self._ask(URL(url), headers) for url in urls)
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        said = [_object(one[1]) if not isinstance(one, BaseException) else {} for one in found]
+        return [one if reports.is_ours(one) else {} for one in said]
 
     async def _stock(self, worker: Worker, cards: tuple[dict[str, Any], ...]) -> Found:
         status, body = await self._get(worker, "/server_info?config_format=json")
@@ -151,12 +205,16 @@ class Probe:
             raise Unreachable(f"its list of models answers {status}")
         return tuple(c for c in data if isinstance(c, dict) and isinstance(c.get("id"), str))
 
-    async def telemetry(self, worker: Worker, kind: EngineKind) -> Sequence[Telemetry]:
+    async def telemetry(
+        self, worker: Worker, kind: EngineKind, front: Front = _PLAIN
+    ) -> Sequence[Telemetry]:
         """Return a reading for each rank, nothing when the engine has none to give.
 
         Raises:
             Unreachable: it does not answer.
         """
+        if front.stats:
+            return await self._read_beside(worker, front.stats)
         ours = kind is EngineKind.HEXGEN
         status, body = await self._get(worker, STATS_PATH if ours else "/metrics")
         if status != 200:
@@ -165,11 +223,14 @@ class Probe:
         return self._told_apart(readings) if readings else ()
 
     async def _get(self, worker: Worker, path: str) -> tuple[int, bytes]:
+        return await self._ask(URL(worker.url + path, encoded=True), self._headers)
+
+    async def _ask(self, url: URL, headers: Mapping[str, str]) -> tuple[int, bytes]:
         options = self._options
         try:
             return await self._pool.get(
-                URL(worker.url + path, encoded=True),
-                self._headers,
+                url,
+                headers,
                 most=MAX_ANSWER_BYTES,
                 within_s=options.health_check_timeout_secs,
             )

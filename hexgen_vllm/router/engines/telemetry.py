@@ -22,6 +22,7 @@ _WANTED: Final = frozenset((*_RUNNING, *_WAITING, *_KV_USAGE, *_PREEMPTIONS, *_S
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 _SAMPLE: Final = re.compile(r"^(vllm:\w+)(?:\{([^}]*)\})? ([-+.\w]+)", re.M)
 _RANK: Final = re.compile(r'\bengine="(\d{1,6})"')
+_MOST_RANKS: Final = 1024
 _COEFFICIENTS: Final = tuple(f.name for f in fields(StepCost))
 
 
@@ -50,6 +51,16 @@ def from_stats(stats: Mapping[str, Any]) -> tuple[Telemetry, ...]:
     if not isinstance(ranks, list) or not ranks:
         return (_from_snapshot(stats),)
     return tuple(_from_snapshot(one if isinstance(one, Mapping) else {}) for one in ranks)
+
+
+def is_ours(stats: Mapping[str, Any]) -> bool:
+    """Return whether that is a snapshot of our scheduler, and not what another program says."""
+    return isinstance(stats.get("order"), str) and "steps" in stats
+
+
+def size(stats: Mapping[str, Any]) -> int:
+    """Return how many data-parallel ranks there are, by the snapshot of one."""
+    return min(_count(stats.get("data_parallel_size")) or 1, _MOST_RANKS)
 
 
 def _from_snapshot(stats: Mapping[str, Any]) -> Telemetry:

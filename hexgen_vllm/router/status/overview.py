@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any, Final
 
 from aiohttp import web
+from yarl import URL
 
 from hexgen_vllm import __version__
 from hexgen_vllm.router.context import Context
@@ -356,6 +357,7 @@ def target_view(context: Context, engine: Engine, target: str) -> dict[str, Any]
         "models": sorted(spec.models) if spec is not None else [],
         "max_num_seqs": None if spec is None else spec.max_num_seqs,
         "kv_tokens": None if spec is None else spec.kv_tokens,
+        "telemetry_port": URL(engine.front.stats[0]).port if engine.front.stats else None,
         "max_model_len": None if spec is None else spec.max_model_len,
         "load": 0 if load is None else len(load.in_flight),
     }

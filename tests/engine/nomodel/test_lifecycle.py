@@ -170,6 +170,19 @@ def test_bad_metadata_never_stops_the_engine(build: Build, warnings_logged: list
     assert len(warnings_logged) == 2
 
 
+def test_what_agents_say_to_another_router_is_read_behind_what_is_said_to_us(build: Build) -> None:
+    engine = build()
+    context = {"program_id": "p1", "deadline_seconds": 9.0, "agent_role": "draft"}
+    for name, more in (("a", {}), ("b", {"hexgen_workflow_deadline_ms": 2000})):
+        xargs = {"agentic_context": context, **more}
+        engine.add(name, [7] * 20, 5, sampling={"extra_args": xargs})
+    engine.add("odd", [7] * 20, 5, sampling={"extra_args": {"agentic_context": "p1"}})
+    calls = {name: request.hexgen for name, request in engine.scheduler.requests.items()}
+    assert [calls[name].workflow_id for name in ("a", "b", "odd")] == ["p1", "p1", "odd"]
+    left = [calls[name].deadline_s - calls[name].arrived_s for name in ("a", "b")]
+    assert left == pytest.approx([9.0, 2.0])
+
+
 def test_remaining_time_counts_from_arrival(build: Build) -> None:
     engine = build()
     late = engine.add("late", [1] * 8, 5, URGENT, arrival_time=time.time() - 5.0)

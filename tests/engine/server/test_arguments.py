@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ def parser(*, by_default: bool = False, refusal: str | None = None) -> argparse.
     made.add_argument("--scheduler-cls")
     made.add_argument("--additional-config", type=json.loads, default={})
     made.add_argument("--middleware", action="append", default=[])
+    made.add_argument("--port", type=int, default=8000)
     arguments.extend(made, by_default=by_default, refusal=refusal)
     return made
 
@@ -246,3 +248,33 @@ def test_the_rust_server_gets_no_middleware(
     found = parse("--scheduling-policy", "urgency")
     assert found["scheduler_cls"] == SCHEDULER
     assert (MIDDLEWARE in found["middleware"]) == added
+
+
+def telemetry(*words: str) -> dict[str, Any]:
+    found: dict[str, Any] = parse("--scheduling-policy", "urgency", *words)["additional_config"]
+    return {name: value for name, value in found["hexgen"].items() if name.startswith("stats_")}
+
+
+def a_free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_with_the_rust_server_telemetry_is_where_the_router_looks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside = a_free_port()
+    words = ("--port", str(beside - 10000))
+    assert telemetry(*words) == {}
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert telemetry(*words) == {"stats_port": beside}
+    assert telemetry(*words, "--hexgen-stats-port", "0") == {"stats_port": 0}
+    assert telemetry(*words, "--hexgen-stats-port", "8100") == {"stats_port": 8100}
+    assert not caplog.messages
+    with socket.socket() as other:  # whatever has the port, the engine starts
+        other.bind(("127.0.0.1", beside))
+        other.listen()
+        assert telemetry(*words) == {}
+    assert telemetry("--port", "60000") == {}
+    assert len(caplog.messages) == 2

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hexgen_vllm.engine.server.middleware import with_fields
 from hexgen_vllm.errors import BadRequest
-from hexgen_vllm.wire import CallMeta
+from hexgen_vllm.wire import CallMeta, with_fields
 
 NOTHING = CallMeta()
 SAID = CallMeta(workflow_id="w1", workflow_deadline_ms=1500.0, workflow_final=True)
@@ -76,6 +75,13 @@ def test_what_is_no_object_passes_untouched(body: bytes) -> None:
 @pytest.mark.parametrize("body", [b'{"vllm_xargs": 3}', b'{"vllm_xargs": {"a": 1}, "x": }'])
 def test_what_vllm_will_refuse_passes_untouched(body: bytes) -> None:
     assert with_fields(body, SAID) == body
+
+
+@pytest.mark.parametrize("name", [r"vllm\u005fxargs", r"\u0076llm_xargs", r"vllm_xarg\u0073"])
+def test_headers_win_however_the_body_spells_the_name(name: str) -> None:
+    theirs = '{"hexgen_workflow_id": "w2", "hexgen_workflow_deadline_ms": 1}'
+    found = json.loads(with_fields(f'{{"{name}": {theirs}}}'.encode(), SAID))
+    assert found == {"vllm_xargs": XARGS}
 
 
 @pytest.mark.parametrize("body", [b'{"a": 1', b"{,}", b'{"a" 1}', b'{"a": 1}}', b"{"])

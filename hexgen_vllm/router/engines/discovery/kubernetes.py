@@ -40,6 +40,8 @@ _LIST_S: Final = 30.0
 _PAGE: Final = 500
 PORT: Final = "hexgen-vllm/port"
 """Annotation of a pod whose engine listens on another port than the rest."""
+STATS_PORT: Final = "hexgen-vllm/stats-port"
+"""Annotation of a pod whose engine process gives its telemetry itself, at no usual port."""
 _LOG = logging.getLogger(__name__)
 _LEAST_PAUSE_S: Final = 0.2
 _MOST_PAUSE_S: Final = 15.0
@@ -241,7 +243,8 @@ def worker_in_pod(pod: Pod, default_port: int, *, qualified: bool) -> Worker | N
         return None
     name = str(meta.get("name", ""))
     full = f"{meta.get('namespace', '')}.{name}" if qualified else name
-    return Worker(short_name(full), Address(host, port).url) if name else None
+    stats_port = _port(meta, None, STATS_PORT)
+    return Worker(short_name(full), Address(host, port).url, stats_port) if name else None
 
 
 def wrong_port(pod: Pod) -> bool:
@@ -249,8 +252,8 @@ def wrong_port(pod: Pod) -> bool:
     return _port(_part(pod, "metadata"), 1) is None
 
 
-def _port(meta: Pod, default: int) -> int | None:
-    said = _part(meta, "annotations").get(PORT)
+def _port(meta: Pod, default: int | None, annotation: str = PORT) -> int | None:
+    said = _part(meta, "annotations").get(annotation)
     if said is None:
         return default
     usable = isinstance(said, str) and said.isascii() and said.isdigit() and len(said) <= 5
