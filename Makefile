@@ -157,7 +157,7 @@ agent-demo: env
 	  --rate 0.8 --warmup 4 --deadline-s 15 --max-rounds 3 --out out/agent
 	@echo "The model has random weights: it shows the serving; an execution match would be chance."
 
-# Compiled as `pip install .` does it: this environment's own install is editable, so plain Python.
+# Compiled as published wheels are: this environment's own install is editable, so plain Python.
 bench-router: env
 	@echo "bench-router: compiling (some minutes)"
 	@rm -rf .cache/compiled && mkdir -p out

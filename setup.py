@@ -2,14 +2,14 @@
 
 All metadata is in ``pyproject.toml``.
 
-The libraries are an extra: with a compiler they are built and shipped, without one the package
-installs all the same and uses its Python and Triton code. ``HEXGEN_BUILD_NATIVE=0`` leaves them
-out, ``HEXGEN_BUILD_NATIVE=1`` makes it an error when none can be built.
+A plain ``pip install .`` runs no compiler: a machine that has one builds the libraries when an
+engine first needs them. ``HEXGEN_BUILD_NATIVE=auto`` builds and ships what can be built, as an
+editable install does; ``1`` makes it an error when none can be.
 
-What decides, what simulates and what every call passes through is compiled with mypyc where that
-can be done (a C compiler, headers of Python, mypy): the same code, less than half of the
-instructions, for two minutes and more of building. ``HEXGEN_COMPILE=0`` leaves it as it is,
-``HEXGEN_COMPILE=1`` makes it an error when it cannot be done. An editable install never is.
+``HEXGEN_COMPILE=1`` compiles with mypyc what decides, what simulates and what every call passes
+through (a C compiler and the headers of Python are needed): the same code, less than half of the
+instructions, for two minutes and more of building; published wheels are made so. ``auto`` does it
+where it can be done. An editable install never is.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def mode_of(variable: str, otherwise: str) -> str:
     return mode
 
 
-COMPILE = mode_of("HEXGEN_COMPILE", "auto")
+COMPILE = mode_of("HEXGEN_COMPILE", "0")
 
 
 def load_builder() -> ModuleType:
@@ -84,9 +84,9 @@ def load_builder() -> ModuleType:
     return module
 
 
-def build_native(out_dir: Path) -> list[Path]:
+def build_native(out_dir: Path, otherwise: str) -> list[Path]:
     """Build every library that this machine can build into an emptied ``out_dir``."""
-    mode = mode_of("HEXGEN_BUILD_NATIVE", "auto")
+    mode = mode_of("HEXGEN_BUILD_NATIVE", otherwise)
     shutil.rmtree(out_dir, ignore_errors=True)
     if mode == "0":
         return []
@@ -171,10 +171,10 @@ class BuildPy(build_py):
         if self.editable_mode:
             if COMPILE == "1":
                 raise SystemExit("HEXGEN_COMPILE=1 does not go with an editable install.")
-            build_native(ROOT / KERNELS / "_lib")
+            build_native(ROOT / KERNELS / "_lib", "auto")
             return
         kernels = Path(self.build_lib, KERNELS)
-        build_native(kernels / "_lib")
+        build_native(kernels / "_lib", "0")
         shutil.rmtree(kernels / "csrc", ignore_errors=True)
         shutil.copytree(SOURCES, kernels / "csrc")
         bundled = Path(self.build_lib, "hexgen_vllm", "patch", "files")
@@ -201,4 +201,5 @@ class BdistWheel(bdist_wheel):
 setup(
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "bdist_wheel": BdistWheel},
     ext_modules=compiled(),
+    setup_requires=[] if COMPILE == "0" else ["mypy>=1.15"],
 )

@@ -8,6 +8,7 @@ commands work in a clone of the repository.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -47,6 +48,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("bench", "kv"): ("benchmarks.kv.kv", "time saving and restoring KV blocks"),
     ("bench", "report"): ("benchmarks.evaluation.report", "compare all policies in the simulator"),
 }
+_PIPE_CLOSED: Final = 128 + 13  # as a shell says it of SIGPIPE
 _GROUPS: Final = {"bench": "measure engines, scheduler, router, simulator and KV copies"}
 
 
@@ -82,7 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module, parser = command(words)
         args = parser.parse_args(rest)
-        return int(module.main(args))
+        code = int(module.main(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read what we print has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
     except HexgenError as error:
         print(f"hexgen-vllm {' '.join(words)}: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,9 @@
 
 Exit code 0 when everything needed is there, 1 when something is broken. A missing vLLM is not an
 error: a router or a simulator runs without it.
+
+What must import vLLM or torch to know is asked of a process of its own, for a few seconds; with
+``--wait`` for as long as it takes.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module, metadata, util
@@ -23,6 +28,7 @@ NEEDED: Final = (
     "aiohttp", "httptools", "msgspec", "numpy", "prometheus-client", "pyyaml", "uvloop",
 )  # fmt: skip
 """What the package cannot do without, by its name for pip."""
+_MARK: Final = b"hexgen-vllm-doctor "
 EXTRAS: Final = {
     "client": "openai",
     "dns": "dnspython",
@@ -34,8 +40,12 @@ EXTRAS: Final = {
 """What each optional part needs, by its name for pip."""
 
 
+PATIENCE_S: Final = 4.0
+"""Seconds for what must import vLLM or torch."""
+
+
 class Finding(NamedTuple):
-    """One line of the report: ``ok``, ``absent`` (allowed) or ``broken``."""
+    """One line of the report: ``ok``, ``absent`` (allowed), ``unknown`` or ``broken``."""
 
     subject: str
     verdict: str
@@ -52,6 +62,17 @@ def _router() -> Finding:
     if missing:
         return Finding("router", "broken", f"missing: {', '.join(missing)}")
     return Finding("router", "ok", f"hexgen-vllm {__version__}")
+
+
+def _compiled() -> Finding:
+    spec = util.find_spec("hexgen_vllm.policy.coordinator")
+    if spec is not None and (spec.origin or "").endswith(".so"):
+        return Finding("compiled", "ok", "policies, simulator and router are compiled")
+    return Finding(
+        "compiled",
+        "absent",
+        "plain Python; a published wheel or HEXGEN_COMPILE=1 needs two thirds of the CPU time",
+    )
 
 
 def _vllm() -> Finding:
@@ -123,6 +144,7 @@ def _is_installed(distribution: str) -> bool:
 CHECKS: Final[tuple[Callable[[], Finding], ...]] = (
     _python,
     _router,
+    _compiled,
     _vllm,
     _plugin,
     _kernels,
@@ -131,14 +153,56 @@ CHECKS: Final[tuple[Callable[[], Finding], ...]] = (
 )
 
 
+SLOW: Final = {"vllm": _vllm, "kernels": _kernels}
+"""Checks that import what takes long to import."""
+
+
+def _told_by_child(wait: bool) -> dict[str, Finding]:
+    """Return what a process of its own finds in the time it has; without vLLM, nothing."""
+    if all(util.find_spec(name) is None for name in ("vllm", "torch")):
+        return {}
+    code = "from hexgen_vllm import doctor; doctor.tell_slow()"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
+        try:
+            said, _ = child.communicate(timeout=None if wait else PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            said, _ = child.communicate()
+    found = {}
+    for line in said.splitlines():
+        if line.startswith(_MARK):
+            finding = Finding(*json.loads(line.removeprefix(_MARK)))
+            found[finding.subject] = finding
+    if child.returncode == -signal.SIGKILL:
+        for name in SLOW.keys() - found.keys():
+            found[name] = Finding(name, "unknown", "takes long to find out: --wait")
+    return found
+
+
+def tell_slow() -> None:
+    """Print what the slow checks find, a line each, among whatever what they import prints."""
+    for check in SLOW.values():
+        print(f"\n{_MARK.decode()}{json.dumps(check())}", flush=True)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``hexgen-vllm doctor``."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help=f"wait for everything, not only for {PATIENCE_S:g} seconds",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the findings; return 1 if one is broken."""
-    findings = [check() for check in CHECKS]
+    told = _told_by_child(args.wait)
+    subjects = {check: name for name, check in SLOW.items()}
+    findings = [told.get(subjects.get(check, "")) or check() for check in CHECKS]
     if args.json:
         print(json.dumps([f._asdict() for f in findings], indent=2))
     else:

@@ -90,12 +90,33 @@ def test_help_needs_neither_torch_nor_vllm() -> None:
 
 
 def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "doctor", "--json")
+    code, out, _ = run(capsys, "doctor", "--json", "--wait")
     found = {f["subject"]: f for f in json.loads(out)}
     assert list(found) == [
-        "python", "router", "vllm", "plugin", "kernels", "compilers", "extras",
+        "python", "router", "compiled", "vllm", "plugin", "kernels", "compilers", "extras",
     ]  # fmt: skip
     assert code == int(any(f["verdict"] == "broken" for f in found.values()))
+
+
+def test_doctor_says_what_takes_too_long_to_find_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "PATIENCE_S", 0.0)
+    _, out, _ = run(capsys, "doctor", "--json")
+    found = {f["subject"]: f["verdict"] for f in json.loads(out)}
+    for name in ("vllm", "kernels"):
+        there = importlib.util.find_spec({"kernels": "torch"}.get(name, name)) is not None
+        assert found[name] == ("unknown" if there else "absent")
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    words = f"{sys.executable} -m hexgen_vllm reference 2>&1 >&3 3>&- | cat"
+    shown = subprocess.run(
+        ["bash", "-c", f"{{ {words}; }} 3>&1 | head -c 10"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Traceback" not in shown.stdout + shown.stderr
+    assert "BrokenPipe" not in shown.stdout + shown.stderr
 
 
 @pytest.mark.engine

@@ -107,6 +107,15 @@ def test_without_a_compiler_the_wheel_is_pure_and_works(tree: Tree, tmp_path: Pa
     assert shown.stdout.startswith(str(tmp_path / "site"))
 
 
+def test_a_plain_install_runs_no_compiler(tree: Tree, tmp_path: Path) -> None:
+    called = tmp_path / "called"
+    for name in ("g++", "gcc", "cc", "nvcc"):
+        tree.compiler(f"#!/bin/sh\necho {name} >> {called}\n{COMPILER.partition(chr(10))[2]}", name)
+    wheel = tree.wheel(CC="gcc", CXX="g++")
+    assert not called.exists()
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
 def test_with_a_compiler_the_wheel_carries_libraries_for_this_platform(tree: Tree) -> None:
     tree.compiler(COMPILER)
     wheel = tree.wheel(HEXGEN_BUILD_NATIVE="1")
@@ -116,15 +125,15 @@ def test_with_a_compiler_the_wheel_carries_libraries_for_this_platform(tree: Tre
 
 def test_a_library_of_an_earlier_build_does_not_stay(tree: Tree) -> None:
     tree.compiler(COMPILER)
-    assert libraries(tree.wheel())
-    assert libraries(tree.wheel(HEXGEN_BUILD_NATIVE="0")) == []
-    (tree.bin / "g++").unlink()
+    assert libraries(tree.wheel(HEXGEN_BUILD_NATIVE="auto"))
     assert libraries(tree.wheel()) == []
+    (tree.bin / "g++").unlink()
+    assert libraries(tree.wheel(HEXGEN_BUILD_NATIVE="auto")) == []
 
 
 def test_a_broken_compiler_leaves_the_libraries_out(tree: Tree) -> None:
     tree.compiler(BROKEN_COMPILER)
-    done = tree.build()
+    done = tree.build(HEXGEN_BUILD_NATIVE="auto")
     assert done.returncode == 0
     assert "no such include" in done.stdout
     assert libraries(next(tree.wheels.glob("*.whl"))) == []
@@ -151,7 +160,7 @@ def test_a_library_that_is_demanded_but_cannot_be_had_is_an_error(
 )
 def test_what_cannot_be_compiled_stays_as_it_is(tree: Tree, script: str) -> None:
     tree.compiler(script, "gcc")
-    done = tree.build(CC="gcc", HEXGEN_BUILD_NATIVE="0")
+    done = tree.build(CC="gcc", HEXGEN_COMPILE="auto")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("hexgen-vllm: not compiled, it works all the same:") == 1
     wheel = next(tree.wheels.glob("*.whl"))

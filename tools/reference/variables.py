@@ -39,12 +39,14 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "CUDA_PATH": ("build", "the same, if `CUDA_HOME` is not set"),
     "HEXGEN_COMPILE": (
         "pip install",
-        "policies, simulator and router: `auto` compiles them with mypyc where that can be done, "
-        "`1` fails where it cannot, `0` leaves them as they are",
+        "policies, simulator and router: `0`, the default, leaves them plain Python, `1` compiles "
+        "them with mypyc, `auto` does so where it can be done",
     ),
     "HEXGEN_BUILD_NATIVE": (
         "pip install",
-        "kernels: `auto` builds what compilers allow, `1` fails without them, `0` builds none",
+        "kernels: `auto`, the default of an editable install, builds what compilers allow, `1` "
+        "fails without them, `0`, the default elsewhere, builds none; they are then built when an "
+        "engine first needs them",
     ),
     "HEXGEN_FUZZ": ("tests", "how many times as many inputs the fuzz tests try"),
 }
