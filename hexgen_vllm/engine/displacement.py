@@ -15,9 +15,8 @@ from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.compat import PauseState, Request
 from hexgen_vllm.engine.request_queue import BY_KEY, by_key, growth
 from hexgen_vllm.engine.requests import CallBook, CallState
-from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.preemption import RunningView
-from hexgen_vllm.policy.victims import VictimSearch, uncredited_start_s
+from hexgen_vllm.policy.victims import VictimSearch, ending, running_view
 
 
 class Displacer:
@@ -117,10 +116,9 @@ class Displacer:
         rates, size = self._book.rates, self._scheduler.block_size
         endings = []
         for request in self._scheduler.running:
-            computed, tokens = request.num_computed_tokens, request.num_tokens
-            expected, done = request.hexgen.expected_tokens, request.num_output_tokens
-            left = output_left(expected, done, request.max_tokens)
-            in_s = rates.service_s(max(tokens - computed, 0), left)
+            computed, done = request.num_computed_tokens, request.num_output_tokens
+            ahead = max(request.num_tokens - computed, 0)
+            in_s = ending(request.hexgen, rates, ahead, done, request.max_tokens)
             endings.append((in_s, computed // size))
         return endings
 
@@ -158,19 +156,15 @@ class Displacer:
         held = [b for group in groups for b in group if not b.is_null]
         own = [b.block_id for b in held if b.ref_cnt == 1]
         lost = call.num_computed_tokens * len(own) // max(len(held), 1)
-        state = call.hexgen
         written = call.num_output_tokens + call.num_output_placeholders
-        return RunningView(
-            key_s=state.key_s,
-            latest_start_s=uncredited_start_s(state),
+        return running_view(
+            call.hexgen,
+            written,
+            call.max_tokens,
             redo_s=self._redo_s(call.num_computed_tokens, lost),
             lost_tokens=lost,
             blocks_released=sum(1 for block in own if block not in shared),
-            output_left=output_left(state.expected_tokens, written, call.max_tokens),
-            displacements=state.displacements,
             can_free=compat.can_free(self._scheduler, call),
-            rank=state.rank,
-            has_deadline=state.has_deadline,
         )
 
     def _redo_s(self, tokens: int, lost: int) -> float:

@@ -18,10 +18,9 @@ from typing import Any, Final
 from hexgen_vllm import wire
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine.compat import Request
-from hexgen_vllm.policy.cost import ServiceRates, output_left
-from hexgen_vllm.policy.order import put
+from hexgen_vllm.policy.cost import ServiceRates
+from hexgen_vllm.policy.order import late_from_s, price
 from hexgen_vllm.policy.outlook import Outlooks, without_deadline
-from hexgen_vllm.policy.urgency import latest_start, paper_key
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
 
 logger = logging.getLogger("vllm.hexgen")
@@ -149,16 +148,18 @@ class CallBook:
                 given.
         """
         call = request.hexgen
-        done = request.num_output_tokens
         there = request.num_computed_tokens if computed is None else computed
-        ahead = request.num_tokens - max(there, call.kept_tokens)
-        left = output_left(call.expected_tokens, done, request.max_tokens)
-        service_s = self.rates.service_s(max(ahead, 0), left)
-        order, own_key_s = self._options.order, 0.0
-        if order == "paper":
-            whole_s = self.rates.service_s(request.num_prompt_tokens, call.expected_tokens)
-            own_key_s = paper_key(call.arrived_s, call.deadline_s, call.tail_s, whole_s)
-        put(call, order, _rank(request, self._options), call.turn, service_s, own_key_s)
+        price(
+            call,
+            self._options.order,
+            self.rates,
+            _rank(request, self._options),
+            call.turn,
+            prompt=request.num_prompt_tokens,
+            ahead=max(request.num_tokens - max(there, call.kept_tokens), 0),
+            done=request.num_output_tokens,
+            most=request.max_tokens,
+        )
 
     def late_from_s(self, request: Request) -> float:
         """Return the moment from which a waiting call cannot be on time any more.
@@ -170,9 +171,8 @@ class CallBook:
         call = request.hexgen
         if self.alone_token_s is None or call.routed:
             return NO_DEADLINE
-        left = output_left(call.likely_least, request.num_output_tokens, request.max_tokens)
-        least_s = self.rates.prefill_s(request.num_tokens) + left * self.alone_token_s
-        return latest_start(call.deadline_s, call.least_tail_s, least_s)
+        done, most = request.num_output_tokens, request.max_tokens
+        return late_from_s(call, self.rates, self.alone_token_s, request.num_tokens, done, most)
 
     def aged(self, request: Request) -> None:
         """End the background state of a call that has waited for as long as it may."""

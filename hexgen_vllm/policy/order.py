@@ -28,6 +28,7 @@ from heapq import heapify, heappop, heappush
 from typing import Final, Generic, Protocol, TypeVar
 
 from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.cost import ServiceRates, output_left
 from hexgen_vllm.policy.urgency import (
     BATCH_S,
     LAST_RANK,
@@ -35,6 +36,7 @@ from hexgen_vllm.policy.urgency import (
     batch_key,
     late_key,
     latest_start,
+    paper_key,
 )
 from hexgen_vllm.types import NO_DEADLINE
 
@@ -72,6 +74,20 @@ class Placed(Protocol):
     latest_start_s: float
 
 
+class Priced(Placed, Protocol):
+    """The state of a call that its price is made from.
+
+    Attributes:
+        expected_tokens: output tokens expected in all.
+        likely_least: output tokens, at a low quantile.
+        least_tail_s: R at a low quantile.
+    """
+
+    expected_tokens: int
+    likely_least: int
+    least_tail_s: float
+
+
 def put(
     call: Placed, order: str, priority: int, turn: float, service_s: float, own_key_s: float
 ) -> None:
@@ -106,6 +122,58 @@ def put(
         call.key_s = call.arrived_s
     else:
         call.key_s = own_key_s
+
+
+def price(  # noqa: PLR0913 - one for each fact
+    call: Priced,
+    order: str,
+    rates: ServiceRates,
+    priority: int,
+    turn: float,
+    *,
+    prompt: int,
+    ahead: int,
+    done: int,
+    most: int,
+    own_key_s: float = 0.0,
+) -> None:
+    """Set rank, key and latest start of ``call`` from what it still has to do.
+
+    Args:
+        call: its state.
+        order: the order of calls with deadlines.
+        rates: what a token costs now.
+        priority: the client's, as vLLM has it.
+        turn: as in :func:`put`.
+        prompt: its prompt tokens.
+        ahead: tokens whose KV is not there yet.
+        done: output tokens so far.
+        most: output tokens that the request allows.
+        own_key_s: as in :func:`put`; the order ``paper`` makes its own.
+    """
+    left = output_left(call.expected_tokens, done, most)
+    if order == "paper":
+        whole_s = rates.service_s(prompt, call.expected_tokens)
+        own_key_s = paper_key(call.arrived_s, call.deadline_s, call.tail_s, whole_s)
+    put(call, order, priority, turn, rates.service_s(ahead, left), own_key_s)
+
+
+def late_from_s(
+    call: Priced, rates: ServiceRates, alone_token_s: float, tokens: int, done: int, most: int
+) -> float:
+    """Return the moment from which a waiting call cannot be on time any more.
+
+    Args:
+        call: its state.
+        rates: what a token costs now.
+        alone_token_s: seconds of a step with one call.
+        tokens: its prompt and output tokens, all of which it has to compute.
+        done: of them, output.
+        most: output tokens that the request allows.
+    """
+    left = output_left(call.likely_least, done, most)
+    least_s = rates.prefill_s(tokens) + left * alone_token_s
+    return latest_start(call.deadline_s, call.least_tail_s, least_s)
 
 
 def demotes(options: EngineOptions) -> bool:

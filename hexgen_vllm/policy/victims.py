@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.cost import ServiceRates, output_left
 from hexgen_vllm.policy.preemption import (
     Candidate,
     RunningView,
@@ -43,6 +44,7 @@ class Standing(Protocol):
     latest_start_s: float
     queued_start_s: float
     displacements: int
+    expected_tokens: int
 
     @property
     def has_deadline(self) -> bool:
@@ -89,6 +91,52 @@ class BatchView(Protocol[T]):
 def uncredited_start_s(call: Standing) -> float:
     """Return L without credit for progress, or equal deadlines would displace each other."""
     return min(call.latest_start_s, call.queued_start_s)
+
+
+def ending(call: Standing, rates: ServiceRates, ahead: int, done: int, most: int) -> float:
+    """Return in how many seconds a running call should end.
+
+    Args:
+        call: its state.
+        rates: what a token costs now.
+        ahead: tokens whose KV is not there yet.
+        done: output tokens so far.
+        most: output tokens that the request allows.
+    """
+    return rates.service_s(ahead, output_left(call.expected_tokens, done, most))
+
+
+def running_view(
+    call: Standing,
+    done: int,
+    most: int,
+    *,
+    redo_s: float,
+    lost_tokens: int,
+    blocks_released: int,
+    can_free: bool = True,
+) -> RunningView:
+    """Return a running call as a victim.
+
+    Args:
+        call: its state.
+        done: output tokens so far.
+        most: output tokens that the request allows.
+        redo_s, lost_tokens, blocks_released, can_free: as in
+            :class:`hexgen_vllm.policy.preemption.RunningView`.
+    """
+    return RunningView(
+        key_s=call.key_s,
+        latest_start_s=uncredited_start_s(call),
+        redo_s=redo_s,
+        lost_tokens=lost_tokens,
+        blocks_released=blocks_released,
+        output_left=output_left(call.expected_tokens, done, most),
+        displacements=call.displacements,
+        can_free=can_free,
+        rank=call.rank,
+        has_deadline=call.has_deadline,
+    )
 
 
 class VictimSearch(Generic[T]):

@@ -16,9 +16,8 @@ from heapq import heappop, heappush
 from typing import Final
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.cost import CostFit, ServiceRates, is_sampled, output_left
-from hexgen_vllm.policy.order import put
-from hexgen_vllm.policy.urgency import latest_start, paper_key
+from hexgen_vllm.policy.cost import CostFit, ServiceRates, is_sampled
+from hexgen_vllm.policy.order import late_from_s, price
 from hexgen_vllm.sim.engine.sequence import Sequence
 from hexgen_vllm.types import NO_DEADLINE, StepCost
 
@@ -181,23 +180,26 @@ class Pricing:
             tokens: its prompt and output tokens so far.
             computed: how many of them have their KV.
         """
-        done = tokens - sequence.prompt_tokens
-        left = output_left(sequence.expected_tokens, done, sequence.most_tokens)
-        service_s = self.rates.service_s(tokens - computed, left)
-        own_key_s = sequence.priority_key
-        if self._order == "paper":
-            whole_s = self.rates.service_s(sequence.prompt_tokens, sequence.expected_tokens)
-            own_key_s = paper_key(sequence.arrived_s, sequence.deadline_s, sequence.tail_s, whole_s)
-        put(sequence, self._order, sequence.priority, sequence.arrived_s, service_s, own_key_s)
+        price(
+            sequence,
+            self._order,
+            self.rates,
+            sequence.priority,
+            sequence.arrived_s,
+            prompt=sequence.prompt_tokens,
+            ahead=tokens - computed,
+            done=tokens - sequence.prompt_tokens,
+            most=sequence.most_tokens,
+            own_key_s=sequence.priority_key,
+        )
 
     def late_from_s(self, sequence: Sequence) -> float:
         """Return the moment from which a waiting call cannot be on time any more, as live."""
         if sequence.routed:
             return NO_DEADLINE
-        done = sequence.tokens - sequence.prompt_tokens
-        left = output_left(sequence.likely_least, done, sequence.most_tokens)
-        least_s = self.rates.prefill_s(sequence.tokens) + left * self._alone_s
-        return latest_start(sequence.deadline_s, sequence.least_tail_s, least_s)
+        tokens, most = sequence.tokens, sequence.most_tokens
+        done = tokens - sequence.prompt_tokens
+        return late_from_s(sequence, self.rates, self._alone_s, tokens, done, most)
 
     def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
         """Learn from the prefix hit of a call."""

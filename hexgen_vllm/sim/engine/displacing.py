@@ -9,9 +9,8 @@ from collections.abc import Sequence as TypingSequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
-from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.preemption import RunningView
-from hexgen_vllm.policy.victims import VictimSearch, uncredited_start_s
+from hexgen_vllm.policy.victims import VictimSearch, ending, running_view
 from hexgen_vllm.sim.engine.prefix_cache import Hit, Link
 from hexgen_vllm.sim.engine.sequence import Sequence
 
@@ -98,10 +97,8 @@ class SimDisplacer:
         batch = self._batch
         tokens = batch.clock.tokens(sequence)
         computed = tokens - 1 if sequence.decoding else sequence.computed
-        left = output_left(
-            sequence.expected_tokens, tokens - sequence.prompt_tokens, sequence.most_tokens
-        )
-        seconds = batch.pricing.rates.service_s(tokens - computed, left)
+        done, most = tokens - sequence.prompt_tokens, sequence.most_tokens
+        seconds = ending(sequence, batch.pricing.rates, tokens - computed, done, most)
         return seconds, computed // batch.model.block_size
 
     def view(self, call: Sequence, shared: tuple[Link, ...]) -> RunningView:
@@ -116,18 +113,13 @@ class SimDisplacer:
         redo_s = rates.prefill_s(lost)
         if keeper is not None:
             redo_s = keeper.weigh(computed, computed - lost, rates).redo_s
-        return RunningView(
-            key_s=sequence.key_s,
-            latest_start_s=uncredited_start_s(sequence),
+        return running_view(
+            sequence,
+            tokens - sequence.prompt_tokens,
+            sequence.most_tokens,
             redo_s=redo_s,
             lost_tokens=lost,
             blocks_released=own.released,
-            output_left=output_left(
-                sequence.expected_tokens, tokens - sequence.prompt_tokens, sequence.most_tokens
-            ),
-            displacements=sequence.displacements,
-            rank=sequence.rank,
-            has_deadline=sequence.has_deadline,
         )
 
     def leaves_tokens(self, victims: TypingSequence[Sequence]) -> bool:
