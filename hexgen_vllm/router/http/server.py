@@ -153,8 +153,9 @@ class Reader(asyncio.Protocol):
         )
         if target[:1] != b"/" or b"%" in target or b"#" in target:
             request.aim(httptools.parse_url(target))
-        old_and_chunked = not can_chunk and "transfer-encoding" in request.names
-        if old_and_chunked or len(self._ready) == _MAX_READY:
+        coding = request.names.get("transfer-encoding")
+        read_alike = coding is None or (can_chunk and coding.strip(" \t").lower() == "chunked")
+        if request.doubtful or not read_alike or len(self._ready) == _MAX_READY:
             raise ValueError
         request.expect(int(request.names.get("content-length", 0)))
         self._reading = request

@@ -44,6 +44,13 @@ def chunked(body: bytes, trailers: bytes = b"", lines: bytes = b"") -> bytes:
         b"X: a\r\n b\r\n",
         b"X: a\0b\r\n",
         b"Connection: Upgrade\r\nUpgrade: x\r\nTransfer-Encoding: identity\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Transfer-Encoding: identity,chunked\r\n",
+        b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\ntransfer-encoding: chunked\r\n",
+        b"Content-Encoding: identity\r\nContent-Length: 5\r\nContent-Encoding: gzip\r\n",
+        b"Content-Length: 0\r\nHost: b\r\n",
+        b"Content-Length: 0\r\nhost: a\r\n",
     ],
 )
 async def test_a_request_whose_end_is_doubtful_ends_the_connection(
