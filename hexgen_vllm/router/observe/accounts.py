@@ -12,13 +12,15 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.router.calls.call import Job
 from hexgen_vllm.router.errors import Outcome
 from hexgen_vllm.router.observe.ledger import ON_TIME, outcome
 from hexgen_vllm.types import NO_DEADLINE, Call
+
+if TYPE_CHECKING:
+    from hexgen_vllm.router.calls.call import Job
 
 PARTS: Final = ("queue", "retries", "prefill", "decode", "engine", "client")
 """What time can go to: waiting in the router; tries that failed; from sending to the first token,
