@@ -26,6 +26,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("check-policy",): ("hexgen_vllm.check_policy", "check a placement policy of your own"),
     ("check",): ("hexgen_vllm.check_file", "list the mistakes of cluster, router, scenario files"),
     ("calibrate",): ("hexgen_vllm.calibrate.command", "measure an engine for the simulator"),
+    ("text2sql",): ("hexgen_vllm.text2sql.command", "ask a database questions in plain language"),
     ("tune",): ("hexgen_vllm.tune.command", "find the knobs for recent workflows"),
     ("patch",): ("hexgen_vllm.patch.command", "apply optional patches to the installed vLLM"),
     ("reference",): ("tools.reference.command", "print options, files, endpoints, names"),

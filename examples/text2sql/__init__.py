@@ -1,9 +1,7 @@
-"""An agent that answers questions about SQLite databases, with one deadline per question.
+"""The agent of :mod:`hexgen_vllm.text2sql` on three databases made by script.
 
     python -m examples.text2sql --base-url http://127.0.0.1:30000/v1 --model NAME
 
-The pipeline has the shape of CHESS (arXiv 2405.16755): keywords and schema linking, two candidate
-queries in parallel, revision guided by what the database says, unit tests and their evaluation in
-parallel. Every call goes through :class:`hexgen_vllm.Workflow`. SQL that a model wrote runs in
-:mod:`examples.text2sql.sandbox`, which only reads.
+``hexgen-vllm text2sql`` asks a database of your own; here are databases and questions whose right
+answers are known, and two CPU engines to compare schedulers on (``--compare``).
 """

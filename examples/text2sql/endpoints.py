@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-from examples.text2sql.options import Options, named_url
-from examples.text2sql.report import say
+from examples.text2sql.options import Options
 from hexgen_vllm.cluster import Cluster, ClusterSpec
 from hexgen_vllm.demo import DEVICES, FLEETS, DemoOptions, engine_entry, router_entry
 from hexgen_vllm.errors import ConfigError
-
-
-class Endpoint(NamedTuple):
-    """A server and what it is called in the report."""
-
-    name: str
-    url: str
-
+from hexgen_vllm.text2sql.report import say
+from hexgen_vllm.text2sql.session import Endpoint, named
 
 LOCAL = {"stock": "round_robin", "slack": "slack"}
 """Fleets of ``--compare`` and the router's placement before them, ours last."""
@@ -36,8 +28,8 @@ async def endpoints(options: Options) -> AsyncGenerator[Endpoint, None]:
         ProcessFailed: a server that was to be started here did not start.
     """
     if not options.compare:
-        for word in options.base_url:
-            yield Endpoint(*named_url(word))
+        async for endpoint in named(options):
+            yield endpoint
         return
     if not Path(options.model or "").is_dir():
         raise ConfigError(f"model must be a folder with compare, and {options.model} is none.")

@@ -6,26 +6,24 @@ import argparse
 import asyncio
 import random
 import sqlite3
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from openai import AsyncOpenAI, OpenAIError
-
-from examples.text2sql import report
-from examples.text2sql.agent import Agent
-from examples.text2sql.calls import Sampling
 from examples.text2sql.databases import build_all
-from examples.text2sql.endpoints import Endpoint, endpoints
+from examples.text2sql.endpoints import endpoints
 from examples.text2sql.options import Options
-from examples.text2sql.questions import FILE, Question, drawn, load
-from examples.text2sql.report import say
-from examples.text2sql.users import Users, Visit
-from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.cluster import ProcessFailed
 from hexgen_vllm.config import add_arguments, given
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.text2sql import report
+from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.questions import drawn, load
+from hexgen_vllm.text2sql.report import say
+from hexgen_vllm.text2sql.session import play
+
+FILE: Final = Path(__file__).with_name("questions.yaml")
 
 
 async def run(options: Options) -> list[dict[str, Any]]:
@@ -37,19 +35,31 @@ async def run(options: Options) -> list[dict[str, Any]]:
     """
     out = Path(options.out)
     file = FILE if options.questions is None else Path(options.questions)
-    known = load(_databases(out / "databases"), file)
-    count = options.users or len(known)
-    rng = random.Random(f"questions/{options.seed}")
-    # The warm-up ends with its own draw: those that count begin with each question once.
-    asked = drawn(known, options.warmup, rng) + drawn(known, count, rng)
     summaries: list[dict[str, Any]] = []
-    async with aclosing(endpoints(options)) as found:
-        async for endpoint in found:
-            visits = await _visits(options, endpoint, asked)
-            counted = visits[options.warmup :]
-            summaries.append(report.summary(endpoint.name, counted, options.rate))
-            report.write(out / "results.json", summaries, counted)
+    with opened(_databases(out / "databases")) as databases:
+        known = load(databases, file)
+        count = options.users or len(known)
+        rng = random.Random(f"questions/{options.seed}")
+        # The warm-up ends with its own draw: those that count begin with each question once.
+        asked = drawn(known, options.warmup, rng) + drawn(known, count, rng)
+        model = None if options.compare else options.model
+        async for played in play(
+            options,
+            asked,
+            endpoints(options),
+            lambda visit: print(report.line(visit), flush=True),
+            model,
+        ):
+            summaries.append(played.summary)
+            report.write(out / "results.json", summaries, played.visits)
     return summaries
+
+
+@contextmanager
+def opened(paths: Mapping[str, Path]) -> Iterator[dict[str, Database]]:
+    """Open the databases ``paths`` for as long as the context lasts."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(Database.open(path)) for name, path in paths.items()}
 
 
 def _databases(folder: Path) -> Mapping[str, Path]:
@@ -58,36 +68,6 @@ def _databases(folder: Path) -> Mapping[str, Path]:
     except (OSError, sqlite3.Error) as error:
         said = getattr(error, "strerror", None) or error
         raise ConfigError(f"out: {folder} cannot be written: {said}.") from None
-
-
-async def _visits(options: Options, endpoint: Endpoint, asked: Sequence[Question]) -> list[Visit]:
-    async with AsyncOpenAI(
-        base_url=endpoint.url, api_key=options.api_key, timeout=options.timeout_s
-    ) as client:
-        sampling = Sampling(
-            model=await _served(client, endpoint, None if options.compare else options.model),
-            temperature=options.temperature,
-            max_tokens=options.max_tokens,
-            constrain=options.constrain,
-            seed=options.seed if options.call_seeds else None,
-        )
-        warmup = f", the first {options.warmup} do not count" if options.warmup else ""
-        say(f"{endpoint.name}: {len(asked)} questions{warmup}")
-        agent = Agent(client, sampling, options.deadline_s, options.max_rounds)
-        users = Users(agent, SystemClock(), options.rate, options.seed)
-        return await users.ask(asked, lambda visit: print(report.line(visit), flush=True))
-
-
-async def _served(client: AsyncOpenAI, endpoint: Endpoint, wanted: str | None) -> str:
-    try:
-        served = [model.id for model in (await client.models.list()).data]
-    except OpenAIError as error:
-        said = " ".join(str(error).split())[:200].rstrip(".")
-        raise ConfigError(f"{endpoint.url} cannot be used: {said}.") from None
-    if not served or wanted not in (None, *served):
-        names = ", ".join(served) or "none"
-        raise ConfigError(f"{endpoint.url} does not serve {wanted or 'any model'}, but {names}.")
-    return wanted or served[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

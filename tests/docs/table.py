@@ -108,6 +108,9 @@ NOT_RUN: Final = (
     NotRun("helm install", "needs a cluster", "tests/examples/test_kubernetes.py"),
     NotRun("kubectl ", "needs a cluster", "tests/examples/test_kubernetes.py"),
     NotRun("--service-discovery", "tests have API servers of their own", "parse"),
+    NotRun(
+        "text2sql --database", "needs a model that writes SQL", "tests/text2sql/test_command.py"
+    ),
     NotRun("hexgen_vllm.demo", "takes half an hour, and vllm-router", "parse"),
     NotRun("bench router", "wants quiet cores, and vllm-router", "parse"),
     NotRun(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from examples.text2sql import agent, candidates
 from examples.text2sql.databases import build_all
-from examples.text2sql.grammar import ROOT, Grammar, words
 from examples.text2sql.main import main
-from examples.text2sql.schema import Schema
+from hexgen_vllm.text2sql import agent, candidates
+from hexgen_vllm.text2sql.grammar import ROOT, Grammar, words
+from hexgen_vllm.text2sql.schema import Schema
 from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Server, Spawned, free_port, small_engine
 
@@ -93,7 +93,7 @@ def test_a_model_that_writes_is_refused_and_disturbs_nobody(
         assert (tmp_path / f"databases/{name}.sqlite").read_bytes() == path.read_bytes()
 
 
-async def whole_schema(_: object, __: Path, schema: Schema, ___: str) -> Schema:
+async def whole_schema(_: object, __: object, schema: Schema, ___: str) -> Schema:
     return schema
 
 

@@ -6,22 +6,25 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
 from examples.text2sql import main as module
-from examples.text2sql.agent import Answer
-from examples.text2sql.calls import Usage
 from examples.text2sql.endpoints import local_cluster
-from examples.text2sql.main import main, run
-from examples.text2sql.options import Options, named_url
-from examples.text2sql.questions import FILE, Question
-from examples.text2sql.report import line, summary, table
-from examples.text2sql.users import Visit
-from tests.examples.scripted import Scripted, fenced
+from examples.text2sql.main import FILE, main, run
+from examples.text2sql.options import Options
+from hexgen_vllm.text2sql.agent import Answer
+from hexgen_vllm.text2sql.calls import Usage
+from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.options import named_url
+from hexgen_vllm.text2sql.questions import Question
+from hexgen_vllm.text2sql.report import line, summary, table
+from hexgen_vllm.text2sql.users import Visit
+from tests.text2sql.scripted import Scripted, fenced
 
+NOWHERE = cast("Database", None)  # figures need no database
 QUESTIONS = yaml.safe_load(FILE.read_text())
 
 
@@ -147,7 +150,7 @@ def ends(found: Mapping[str, Any]) -> tuple[int, ...]:
 def visit(
     latency_s: float, row: int | None = 6, *, refused: bool = False, failed: bool = False
 ) -> Visit:
-    question = Question("q-1", "library", Path("x"), "How many?", "SELECT 6", ((6,),))
+    question = Question("q-1", "library", NOWHERE, "How many?", "SELECT 6", ((6,),))
     rows = None if row is None else ((row,),)
     answer = Answer(Usage(calls=4), "SELECT 6", ("6",), rows, refused=refused, failed=failed)
     return Visit(question, answer, latency_s, 10.0)

@@ -12,43 +12,43 @@ import pytest
 import yaml
 
 from examples.text2sql.databases import SOURCES, build
-from examples.text2sql.questions import FILE, drawn, load
-from examples.text2sql.schema import connect, read_schema
-from examples.text2sql.values import find_values
+from examples.text2sql.main import FILE
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.questions import drawn, load
 
 QUESTIONS = yaml.safe_load(FILE.read_text())
 
 
 def dump(path: Path) -> list[str]:
-    with closing(connect(path)) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         return list(connection.iterdump())
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_same_seed_gives_the_same_rows(
-    name: str, databases: Mapping[str, Path], tmp_path: Path
+    name: str, paths: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    assert dump(build(name, tmp_path / "again.sqlite")) == dump(databases[name])
-    assert dump(build(name, tmp_path / "other.sqlite", seed=1)) != dump(databases[name])
+    assert dump(build(name, tmp_path / "again.sqlite")) == dump(paths[name])
+    assert dump(build(name, tmp_path / "other.sqlite", seed=1)) != dump(paths[name])
 
 
-def test_there_are_three_schemas_and_some_thousand_rows(databases: Mapping[str, Path]) -> None:
+def test_there_are_three_schemas_and_some_thousand_rows(databases: Mapping[str, Database]) -> None:
     rows = 0
-    for path in databases.values():
-        schema = read_schema(path)
+    for database in databases.values():
+        schema = database.schema()
         assert sum(bool(c.references) for table in schema.tables for c in table.columns) >= 5
-        with closing(connect(path)) as connection:
-            for table in schema.names():
-                rows += connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0]
+        for table in schema.names():
+            ((count,),) = database.run(f"SELECT COUNT(*) FROM {table}").rows or ()
+            rows += count
     assert (len(databases), rows > 5000) == (3, True)
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_gold_query_returns_rows_and_matches_itself(
-    name: str, databases: Mapping[str, Path]
+    name: str, databases: Mapping[str, Database]
 ) -> None:
-    found = [question for question in load(databases) if question.database == name]
+    found = [question for question in load(databases, FILE) if question.name == name]
     assert len(found) == len({question.text for question in found}) >= 12
     for question in found:
         assert any(value is not None for row in question.rows for value in row), question.gold
@@ -72,7 +72,7 @@ def test_every_gold_query_returns_rows_and_matches_itself(
     ],
 )
 def test_a_file_that_holds_no_questions_is_an_error(
-    text: str, sentence: str, databases: Mapping[str, Path], tmp_path: Path
+    text: str, sentence: str, databases: Mapping[str, Database], tmp_path: Path
 ) -> None:
     file = tmp_path / "questions.yaml"
     file.write_text(text)
@@ -82,7 +82,7 @@ def test_a_file_that_holds_no_questions_is_an_error(
 
 
 def test_a_question_without_a_gold_query_is_matched_by_nothing(
-    databases: Mapping[str, Path], tmp_path: Path
+    databases: Mapping[str, Database], tmp_path: Path
 ) -> None:
     file = tmp_path / "questions.yaml"
     file.write_text("shop:\n- q: What is there?")
@@ -91,28 +91,26 @@ def test_a_question_without_a_gold_query_is_matched_by_nothing(
 
 
 def test_nobody_asks_a_question_again_before_all_were_asked(
-    databases: Mapping[str, Path],
+    databases: Mapping[str, Database],
 ) -> None:
     import random
 
-    known = load(databases)
+    known = load(databases, FILE)
     asked = drawn(known, len(known) + 5, random.Random(1))
     assert len({question.id for question in asked[: len(known)]}) == len(known)
     assert asked[:5] != known[:5]
 
 
-def test_a_schema_says_what_a_model_needs(databases: Mapping[str, Path]) -> None:
-    schema = read_schema(databases["library"]).only({"book": ["title"], "nothing": ["x"]})
+def test_a_schema_says_what_a_model_needs(databases: Mapping[str, Database]) -> None:
+    schema = databases["library"].schema().only({"book": ["title"], "nothing": ["x"]})
     schema = schema.with_values({("book", "title"): ["The Lost Road"]})
     assert schema.text() == (
         "book:\n  id INTEGER\n  title TEXT e.g. 'The Lost Road'\n  author_id INTEGER -> author.id"
     )
 
 
-def test_values_are_found_and_words_are_never_sql(databases: Mapping[str, Path]) -> None:
-    schema = read_schema(databases["clinic"])
+def test_values_are_found_and_words_are_never_sql(databases: Mapping[str, Database]) -> None:
+    schema = databases["clinic"].schema()
     words = ["eastport", "'; DROP TABLE visit --", "%", "ab"]
-    found = find_values(databases["clinic"], schema, words)
+    found = databases["clinic"].find_values(schema, words)
     assert found == {("patient", "city"): ("Eastport",)}
-    with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        connect(databases["clinic"]).execute("DELETE FROM visit")

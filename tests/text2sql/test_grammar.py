@@ -6,16 +6,15 @@ import json
 import random
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from examples.text2sql import grammar, replies
-from examples.text2sql.grammar import ROOT, Chars, Grammar, Rule
-from examples.text2sql.sandbox import Sandbox
-from examples.text2sql.schema import Column, Schema, Table, read_schema
-from examples.text2sql.sql_grammar import query_grammar
+from hexgen_vllm.text2sql import grammar, replies
+from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.grammar import ROOT, Chars, Grammar, Rule
+from hexgen_vllm.text2sql.schema import Column, Schema, Table
+from hexgen_vllm.text2sql.sql_grammar import query_grammar
 
 NAMES = ("library", "clinic", "shop")
 QUESTION = "How many members live in Dunmore, and who?"
@@ -45,11 +44,11 @@ def spelled(schema: Schema) -> Schema:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("linked", [True, False])
-def test_every_query_runs(name: str, linked: bool, databases: Mapping[str, Path]) -> None:
-    schema = read_schema(databases[name])
+def test_every_query_runs(name: str, linked: bool, databases: Mapping[str, Database]) -> None:
+    schema = databases[name].schema()
     first = {table.name: ["name", "title", "city"] for table in schema.tables[:3]}
     schema = spelled(schema.only(first if linked else {}))
-    found, rng, sandbox = query_grammar(schema), random.Random(name), Sandbox(databases[name])
+    found, rng, sandbox = query_grammar(schema), random.Random(name), databases[name]
     seen = set()
     for _ in range(150):
         text = derived(found, rng)
@@ -77,8 +76,8 @@ def test_keywords_are_words_of_the_question() -> None:
     assert derived(grammar.keywords("?"), rng).startswith("none")
 
 
-def test_links_name_tables_and_columns(databases: Mapping[str, Path]) -> None:
-    names = read_schema(databases["shop"]).names()
+def test_links_name_tables_and_columns(databases: Mapping[str, Database]) -> None:
+    names = databases["shop"].schema().names()
     found, rng = grammar.links(names), random.Random(5)
     for _ in range(30):
         text = derived(found, rng)
@@ -104,11 +103,11 @@ def test_the_request_is_what_vllm_reads() -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("name", NAMES)
-def test_xgrammar_reads_the_same_grammar(name: str, databases: Mapping[str, Path]) -> None:
+def test_xgrammar_reads_the_same_grammar(name: str, databases: Mapping[str, Database]) -> None:
     import xgrammar
     from xgrammar.testing import _is_grammar_accept_string
 
-    schema = read_schema(databases[name])
+    schema = databases[name].schema()
     rng = random.Random(name)
     for found in (
         query_grammar(spelled(schema)),

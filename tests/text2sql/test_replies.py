@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from examples.text2sql import replies
-from examples.text2sql.matching import orders_rows, same_rows
+from hexgen_vllm.text2sql import replies
+from hexgen_vllm.text2sql.matching import orders_rows, same_rows
 
 NAMES = {"book": ("id", "title"), "loan": ("id", "due_on")}
 

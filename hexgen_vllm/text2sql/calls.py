@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
 
-from examples.text2sql.grammar import Grammar
-from examples.text2sql.prompts import Prompt
-from examples.text2sql.replies import without_thought
-from hexgen_vllm import Workflow
+from hexgen_vllm.client import Workflow
+from hexgen_vllm.text2sql.grammar import Grammar
+from hexgen_vllm.text2sql.prompts import Prompt
+from hexgen_vllm.text2sql.replies import without_thought
 
 T = TypeVar("T")
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from openai import AsyncOpenAI, OpenAIError
 
-from examples.text2sql.calls import Caller, Sampling, Usage, together
-from examples.text2sql.candidates import Candidate, Writer
-from examples.text2sql.choosing import choose
-from examples.text2sql.linking import linked_schema
-from examples.text2sql.prompts import CANDIDATES
-from examples.text2sql.sandbox import Limits, Row, Sandbox
-from examples.text2sql.schema import read_schema
-from hexgen_vllm import Workflow
+from hexgen_vllm.client import Workflow
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.text2sql.calls import Caller, Sampling, Usage, together
+from hexgen_vllm.text2sql.candidates import Candidate, Writer
+from hexgen_vllm.text2sql.choosing import choose
+from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.linking import linked_schema
+from hexgen_vllm.text2sql.options import MOST_QUESTION_CHARS
+from hexgen_vllm.text2sql.outcome import Row
+from hexgen_vllm.text2sql.prompts import CANDIDATES
 
-WORKFLOW_TYPE = "text2sql"
+WORKFLOW_TYPE: Final = "text2sql"
 End = Literal["completed", "refused", "invalid", "failed"]
 
 
@@ -32,10 +32,10 @@ class Answer:
         columns: names of the result's columns.
         rows: its result, ``None`` when there is none.
         error: why there is none.
-        refused: whether that is because the sandbox refused the query.
+        refused: whether that is because the query may not run.
         failed: whether that is because a call failed, and not because of the query.
         rounds: revisions of all candidates together.
-        refused_queries: queries of all candidates that the sandbox refused.
+        refused_queries: queries of all candidates that were refused.
         usage: calls and tokens.
     """
 
@@ -68,40 +68,51 @@ class Agent:
         sampling: how answers are drawn.
         deadline_s: seconds for a whole question; none by default.
         max_rounds: most revisions of a candidate.
-        limits: what a query may use.
+        schema_chars: longest schema in a prompt, characters; of a larger one the tables stay that
+            share words with the question.
     """
 
     client: AsyncOpenAI
     sampling: Sampling
     deadline_s: float | None = None
     max_rounds: int = 4
-    limits: Limits = field(default_factory=Limits)
+    schema_chars: int = 40_000
 
-    async def answer(self, path: Path, question: str, key: str = "") -> Answer:
-        """Answer one question about the SQLite file ``path``; what goes wrong is in the answer.
+    async def answer(self, database: Database, question: str, key: str = "") -> Answer:
+        """Answer one question about ``database``; what goes wrong is in the answer.
 
         All calls are one workflow with one deadline, and its end is told to the router.
 
+        Args:
+            database: what is asked about.
+            question: the question, of up to ``MOST_QUESTION_CHARS`` characters.
+            key: what tells this question from others in seeds; the question by default.
+
         Raises:
-            sqlite3.Error: the file cannot be read.
+            ConfigError: the question is empty or too long.
         """
+        if not question.strip() or len(question) > MOST_QUESTION_CHARS:
+            raise ConfigError(
+                f"a question must have 1 to {MOST_QUESTION_CHARS} characters, not "
+                f"{len(question.strip())}."
+            )
+        question = " ".join(question.encode(errors="replace").decode().split())
         async with Workflow(
             self.client, deadline_s=self.deadline_s, type=WORKFLOW_TYPE
         ) as workflow:
             caller = Caller(workflow, self.sampling, key or question)
             try:
-                return await self._solve(caller, path, question)
+                return await self._solve(caller, database, question)
             except OpenAIError as error:
                 said = " ".join(str(error).split())[:300]
                 return Answer(caller.usage, error=f"a call failed: {said}", failed=True)
 
-    async def _solve(self, caller: Caller, path: Path, question: str) -> Answer:
-        whole = await asyncio.to_thread(read_schema, path)
-        schema = await linked_schema(caller, path, whole, question)
-        sandbox = Sandbox(path, self.limits)
-        writer = Writer(caller, sandbox, schema, question, self.max_rounds)
+    async def _solve(self, caller: Caller, database: Database, question: str) -> Answer:
+        whole = database.schema().within(self.schema_chars, question)
+        schema = await linked_schema(caller, database, whole, question)
+        writer = Writer(caller, database, schema, question, self.max_rounds)
         candidates = await together(writer.write(style) for style in range(len(CANDIDATES)))
-        chosen = await choose(caller, schema, question, candidates)
+        chosen = await choose(caller, database, schema, question, candidates)
         return _answer(caller.usage, chosen, candidates)
 
 

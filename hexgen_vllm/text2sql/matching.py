@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Final
 
-from examples.text2sql.sandbox import Row
+from hexgen_vllm.text2sql.outcome import Row
 
 DIGITS: Final = 6  # of a float that count, so that the order of a sum does not matter
 _NESTED: Final = re.compile(r"\([^()]*\)")
@@ -31,8 +32,12 @@ def same_rows(one: Sequence[Row], other: Sequence[Row], *, ordered: bool) -> boo
 
 
 def _plain(row: Row) -> Row:
-    return tuple(_value(value) for value in row)
+    return tuple(map(_value, row))
 
 
 def _value(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    if isinstance(value, float | Decimal):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, list | dict | set):  # arrays and JSON cannot be counted
+        return repr(value)
+    return bytes(value) if isinstance(value, bytearray | memoryview) else value

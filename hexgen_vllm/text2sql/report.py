@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from examples.text2sql.agent import End
-from examples.text2sql.users import Visit
 from hexgen_vllm.report.summary import min_deadline, percentile
 from hexgen_vllm.report.table import aligned, seconds
+from hexgen_vllm.text2sql.agent import End
+from hexgen_vllm.text2sql.users import Visit
 
 SHOWN_ROWS: Final = 5
+TABLE_ROWS: Final = 50
+CELL_CHARS: Final = 60
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _ENDS: Final = get_args(End)
 _COLUMNS: Final = (
     "policy", "questions", "databases", *_ENDS, "served on time", "min deadline @95%", "P50",
@@ -36,15 +40,15 @@ def say(text: str) -> None:
 
 def line(visit: Visit) -> str:
     """Return a visit in one line."""
-    answer, usage = visit.answer, visit.answer.usage
-    rows = "no rows" if answer.rows is None else f"{len(answer.rows)} rows"
+    found, usage = visit.answer, visit.answer.usage
+    rows = "no rows" if found.rows is None else f"{len(found.rows)} rows"
     tokens = f"{usage.prompt_tokens:>5}+{usage.output_tokens:<4}"
     met = "on time" if visit.on_time else "LATE" if visit.served else "FAILED"
     return (
         f"{visit.question.id:<11} {met:<7} "
         f"{seconds(visit.latency_s):>5} s  {_came_of(visit):<7} "
         f"{rows:>9}  {usage.calls:>2} calls  {tokens} tokens  "
-        f"{answer.error or ' '.join(answer.sql.split())[:70]}"
+        f"{found.error or ' '.join(found.sql.split())[:70]}"
     )
 
 
@@ -63,7 +67,7 @@ def summary(policy: str, visits: Sequence[Visit], rate: float) -> dict[str, Any]
         "policy": policy,
         "questions": len(visits),
         "distinct_questions": len({visit.question.id for visit in visits}),
-        "databases": len({visit.question.database for visit in visits}),
+        "databases": len({visit.question.name for visit in visits}),
         **{end: sum(visit.answer.end == end for visit in visits) for end in _ENDS},
         "on_time": sum(visit.on_time for visit in visits),
         "execution_match": sum(visit.matches for visit in visits),
@@ -99,22 +103,63 @@ def _cells(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def answered(visit: Visit) -> dict[str, Any]:
-    """Return a visit as one JSON object, with the first rows only."""
-    answer, usage = visit.answer, visit.answer.usage
+def answer(visit: Visit) -> str:
+    """Return a question with its whole query and its result as a table."""
+    found = visit.answer
+    lines = [f"question: {visit.question.text}", "", found.sql or "(no query)", ""]
+    if found.rows is None:
+        lines.append(f"no result: {found.error}")
+    else:
+        shown = found.rows[:TABLE_ROWS]
+        lines.append(aligned(found.columns, [[cell(value) for value in row] for row in shown]))
+        more = len(found.rows) - len(shown)
+        lines.append(f"… {more} more rows; --json has all of them" if more else "")
+    met = "on time" if visit.on_time else "LATE" if visit.served else "FAILED"
+    lines.append(
+        f"{len(found.rows or ())} rows, {found.usage.calls} calls, "
+        f"{found.usage.prompt_tokens}+{found.usage.output_tokens} tokens, "
+        f"{seconds(visit.latency_s)} s, {met}\n"
+    )
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    """Return a value in one short line."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
+    text = _CONTROL.sub(" ", "NULL" if value is None else str(value))
+    return text if len(text) <= CELL_CHARS else f"{text[: CELL_CHARS - 1]}…"
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: bytes in hexadecimal, what has no end as ``null``."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).hex()
+    if isinstance(value, dict):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(one) for one in value]
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+def answered(visit: Visit, *, whole: bool = False) -> dict[str, Any]:
+    """Return a visit as one JSON object, with the first rows only unless ``whole``."""
+    found, usage = visit.answer, visit.answer.usage
     return {
         "id": visit.question.id,
         "question": visit.question.text,
-        "sql": answer.sql,
-        "columns": answer.columns,
-        "rows": None if answer.rows is None else answer.rows[:SHOWN_ROWS],
-        "row_count": None if answer.rows is None else len(answer.rows),
-        "end": answer.end,
-        "error": answer.error,
+        "sql": found.sql,
+        "columns": found.columns,
+        "rows": None if found.rows is None else plain(found.rows[: None if whole else SHOWN_ROWS]),
+        "row_count": None if found.rows is None else len(found.rows),
+        "end": found.end,
+        "error": found.error,
         "execution_match": visit.matches,
         "calls": usage.calls,
         "stages": usage.stages,
-        "revisions": answer.rounds,
+        "revisions": found.rounds,
         "prompt_tokens": usage.prompt_tokens,
         "output_tokens": usage.output_tokens,
         "latency_s": round(visit.latency_s, 4),
@@ -128,7 +173,7 @@ def write(path: Path, summaries: Sequence[Mapping[str, Any]], visits: Sequence[V
     content = {**summaries[-1], "compare": summaries, "answers": [answered(v) for v in visits]}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(content, indent=1, default=repr) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
 
 

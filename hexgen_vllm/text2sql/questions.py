@@ -1,4 +1,4 @@
-"""The questions with their gold SQL, and which are asked."""
+"""Questions with their gold SQL, and which are asked."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import yaml
 
-from examples.text2sql.matching import orders_rows, same_rows
-from examples.text2sql.sandbox import Outcome, Row, Sandbox
 from hexgen_vllm.errors import ConfigError
-
-FILE: Final = Path(__file__).with_name("questions.yaml")
+from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.matching import orders_rows, same_rows
+from hexgen_vllm.text2sql.outcome import Outcome, Row
 
 
 @dataclass(frozen=True)
@@ -22,20 +21,20 @@ class Question:
     """A question about a database.
 
     Attributes:
-        id: database and number.
-        database: name of the database.
-        path: its file.
+        id: name of the database and a number.
+        name: short name of the database.
+        database: the database.
         text: the question.
         gold: a query that answers it, empty when none is known.
         rows: what ``gold`` returns.
     """
 
     id: str
-    database: str
-    path: Path
+    name: str
+    database: Database
     text: str
-    gold: str
-    rows: tuple[Row, ...]
+    gold: str = ""
+    rows: tuple[Row, ...] = ()
 
     def is_matched_by(self, rows: Sequence[Row] | None) -> bool:
         """Return whether ``rows`` are the gold rows; their order counts where gold orders them."""
@@ -44,8 +43,13 @@ class Question:
         return same_rows(rows, self.rows, ordered=orders_rows(self.gold))
 
 
-def load(paths: Mapping[str, Path], file: Path = FILE) -> list[Question]:
-    """Return the questions about the databases ``paths``.
+def load(databases: Mapping[str, Database], file: Path) -> list[Question]:
+    """Return the questions of a YAML file about ``databases``.
+
+    Args:
+        databases: databases by name.
+        file: a mapping of names to lists of ``{q: question, sql: gold}``, where ``sql`` may lack;
+            of one database the list alone will do.
 
     Raises:
         ConfigError: ``file`` holds something else, or a gold query does not run.
@@ -54,13 +58,16 @@ def load(paths: Mapping[str, Path], file: Path = FILE) -> list[Question]:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}.") from None
+    if isinstance(found, list) and len(databases) == 1:
+        found = dict.fromkeys(databases, found)
     if not isinstance(found, dict) or not all(isinstance(one, list) for one in found.values()):
         raise ConfigError(f"{file} must be a mapping of databases to lists of questions.")
     for name in found:
-        if name not in paths:
-            raise ConfigError(f"{file}: unknown database {name!r}; known are {', '.join(paths)}.")
+        if name not in databases:
+            names = ", ".join(databases)
+            raise ConfigError(f"{file}: unknown database {name!r}; known are {names}.")
     known = [
-        _question(name, number, paths[name], entry)
+        _question(name, number, databases[name], entry)
         for name, entries in found.items()
         for number, entry in enumerate(entries, start=1)
     ]
@@ -69,15 +76,15 @@ def load(paths: Mapping[str, Path], file: Path = FILE) -> list[Question]:
     return known
 
 
-def _question(database: str, number: int, path: Path, entry: Any) -> Question:
-    where = f"question {number} of {database}"
+def _question(name: str, number: int, database: Database, entry: Any) -> Question:
+    where = f"question {number} of {name}"
     text, gold = (entry.get("q"), entry.get("sql", "")) if isinstance(entry, dict) else (None, None)
     if not isinstance(text, str) or not isinstance(gold, str):
         raise ConfigError(f"{where} must be a mapping of q to the question and sql to its query.")
-    outcome = Sandbox(path).run(gold) if gold else Outcome(rows=())
+    outcome = database.run(gold) if gold else Outcome(rows=())
     if outcome.rows is None:
         raise ConfigError(f"the query of {where} does not run: {outcome.error}.")
-    return Question(f"{database}-{number}", database, path, text, gold, outcome.rows)
+    return Question(f"{name}-{number}", name, database, text, gold, outcome.rows)
 
 
 def drawn(questions: Sequence[Question], count: int, rng: random.Random) -> list[Question]:

@@ -1,8 +1,8 @@
 """The grammar of queries over a schema: whatever it derives, the database can run.
 
 It covers one table or up to three joined along foreign keys, conditions, grouping, order and
-limit. Names come from the schema, so that no answer names a column that is not in its ``FROM``.
-They are used as they are: schemas whose names need quotes are not for it.
+limit. Names come from the schema, in quotes where they need them, so that no answer names a column
+that is not in its ``FROM``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from examples.text2sql.grammar import (
+from hexgen_vllm.text2sql.grammar import (
     PROSE,
     ROOT,
     Alternative,
@@ -22,7 +22,7 @@ from examples.text2sql.grammar import (
     listed,
     words,
 )
-from examples.text2sql.schema import Column, Schema, Table
+from hexgen_vllm.text2sql.schema import Column, Schema, Table
 
 FENCE: Final = "```"
 MOST_SOURCES: Final = 24
@@ -41,7 +41,7 @@ class _Source:
 
     def columns(self) -> Iterator[tuple[str, Column]]:
         for table in self.tables:
-            yield from ((f"{table.name}.{column.name}", column) for column in table.columns)
+            yield from ((f"{table.sql}.{column.sql}", column) for column in table.columns)
 
 
 def query_grammar(schema: Schema, plan_chars: int = 100) -> Grammar:
@@ -95,7 +95,7 @@ def _rules_of(source: _Source, i: int) -> dict[str, tuple[Alternative, ...]]:
 def _column_kinds(source: _Source, i: int) -> dict[str, tuple[Alternative, ...]]:
     kinds = {
         f"{_TEXTS}-{i}": words(name for name, column in source.columns() if column.is_text),
-        f"{_NUMBER}-{i}": words(name for name, column in source.columns() if not column.is_text),
+        f"{_NUMBER}-{i}": words(name for name, column in source.columns() if column.is_number),
     }
     return {name: alternatives for name, alternatives in kinds.items() if alternatives}
 
@@ -103,7 +103,7 @@ def _column_kinds(source: _Source, i: int) -> dict[str, tuple[Alternative, ...]]
 def _measures(source: _Source, i: int) -> Iterator[Alternative]:
     yield ("COUNT(*)",)
     yield "COUNT(DISTINCT ", Rule(f"{_COLUMN}-{i}"), ")"
-    if any(not column.is_text for _, column in source.columns()):
+    if any(column.is_number for _, column in source.columns()):
         for function in ("SUM", "AVG", "MIN", "MAX"):
             yield f"{function}(", Rule(f"{_NUMBER}-{i}"), ")"
 
@@ -125,7 +125,7 @@ def _conditions(source: _Source, i: int) -> Iterator[Alternative]:
 
 def _sources(schema: Schema) -> Iterator[_Source]:
     """Yield single tables first, then pairs, then chains of three: the short ones are kept."""
-    single = [_Source(table.name, (table,)) for table in schema.tables]
+    single = [_Source(table.sql, (table,)) for table in schema.tables]
     pairs = [wider for source in single for wider in _joined(source, schema)]
     chains = [wider for source in pairs for wider in _joined(source, schema)]
     seen: set[frozenset[str]] = set()
@@ -141,14 +141,14 @@ def _joined(source: _Source, schema: Schema) -> Iterator[_Source]:
     for table in schema.tables:
         if table.name in inside:
             continue
-        for on in _links(table, source.tables):
-            yield _Source(f"{source.clause} JOIN {table.name} ON {on}", (*source.tables, table))
+        for on in _links(table, source.tables, schema):
+            yield _Source(f"{source.clause} JOIN {table.sql} ON {on}", (*source.tables, table))
 
 
-def _links(table: Table, others: tuple[Table, ...]) -> Iterator[str]:
+def _links(table: Table, others: tuple[Table, ...], schema: Schema) -> Iterator[str]:
     for other in others:
         for left, right in ((table, other), (other, table)):
             for column in left.columns:
                 if column.references and column.references[0] == right.name:
-                    target = f"{right.name}.{column.references[1]}"
-                    yield f"{left.name}.{column.name} = {target}"
+                    target = ".".join(schema.sql_of(column.references))
+                    yield f"{left.sql}.{column.sql} = {target}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from examples.text2sql.sandbox import Outcome
-from examples.text2sql.schema import Schema
+from hexgen_vllm.text2sql.outcome import Outcome
+from hexgen_vllm.text2sql.schema import Schema
 
 SHOWN_ROWS: Final = 5
 _SHOWN_CHARS: Final = 300
@@ -34,21 +34,22 @@ _LINKS: Final = (
     "columns of the schema. Include the tables that connect the others."
 )
 _RULES: Final = (
-    "Write the plan in one short line. Then write one SQLite query that answers the question, "
+    "Write the plan in one short line. Then write one {product} query that answers the question, "
     "between ```sql and ```. It must be a single SELECT. Return exactly the columns that the "
     "question asks for, in the order in which it names them, and nothing more. Write each column "
-    "as table.column. Compare text with the values shown in the schema where there are any."
+    "as table.column, in quotes where the schema has them. Compare text with the values shown in "
+    "the schema where there are any."
 )
 CANDIDATES: Final = (
-    f"You turn questions into SQLite queries by taking the question apart: name its parts, "
+    f"You turn questions into {{product}} queries by taking the question apart: name its parts, "
     f"answer each with a condition, a join or an aggregate, and put them together. {_RULES}",
-    f"You turn questions into SQLite queries by thinking as the database would: find the tables, "
-    f"join them, filter rows, group, keep groups, sort, cut off. {_RULES}",
+    f"You turn questions into {{product}} queries by thinking as the database would: find the "
+    f"tables, join them, filter rows, group, keep groups, sort, cut off. {_RULES}",
 )
 _REVISE: Final = (
-    f"You correct SQLite queries. You see a question, a query for it and what the database said. "
-    f"Find what is wrong: a name that does not exist, a join that is missing, a value that is "
-    f"spelled otherwise, a condition that excludes everything. {_RULES}"
+    f"You correct {{product}} queries. You see a question, a query for it and what the database "
+    f"said. Find what is wrong: a name that does not exist, a join that is missing, a value "
+    f"that is spelled otherwise, a condition that excludes everything. {_RULES}"
 )
 _UNIT_TEST: Final = (
     "You test answers to questions about a database. Two queries gave different results for the "
@@ -60,7 +61,7 @@ TEST_ASPECTS: Final = (
     "Think of which values there should be and of their order.",
 )
 _EVALUATE: Final = (
-    "You judge the result of a SQLite query against one statement about it. Answer with a short "
+    "You judge the result of a {product} query against one statement about it. Answer with a short "
     "reason in one line, then with 'verdict: pass' or 'verdict: fail'."
 )
 
@@ -75,15 +76,15 @@ def links(schema: Schema, question: str) -> Prompt:
     return Prompt(_LINKS, _about(schema, question))
 
 
-def candidate(style: int, schema: Schema, question: str) -> Prompt:
-    """Ask for a query, in one of the styles of :data:`CANDIDATES`."""
-    return Prompt(CANDIDATES[style], _about(schema, question))
+def candidate(product: str, style: int, schema: Schema, question: str) -> Prompt:
+    """Ask for a query to ``product``, in one of the styles of :data:`CANDIDATES`."""
+    return Prompt(CANDIDATES[style].format(product=product), _about(schema, question))
 
 
-def revise(schema: Schema, question: str, sql: str, outcome: Outcome) -> Prompt:
+def revise(product: str, schema: Schema, question: str, sql: str, outcome: Outcome) -> Prompt:
     """Ask for a better query than ``sql``, of which ``outcome`` came."""
     said = f"Query:\n{sql or '(none)'}\nThe database said: {shown(outcome)}"
-    return Prompt(_REVISE, f"{_about(schema, question)}\n{said}")
+    return Prompt(_REVISE.format(product=product), f"{_about(schema, question)}\n{said}")
 
 
 def unit_test(schema: Schema, question: str, queries: Sequence[str], aspect: int) -> Prompt:
@@ -92,10 +93,10 @@ def unit_test(schema: Schema, question: str, queries: Sequence[str], aspect: int
     return Prompt(_UNIT_TEST, f"{_about(schema, question)}\n{listed}\n{TEST_ASPECTS[aspect]}")
 
 
-def evaluate(question: str, sql: str, outcome: Outcome, statement: str) -> Prompt:
+def evaluate(product: str, question: str, sql: str, outcome: Outcome, statement: str) -> Prompt:
     """Ask whether ``statement`` is true of ``outcome``."""
     said = f"Question: {question}\nQuery:\n{sql}\nResult: {shown(outcome)}"
-    return Prompt(_EVALUATE, f"{said}\nStatement: {statement}")
+    return Prompt(_EVALUATE.format(product=product), f"{said}\nStatement: {statement}")
 
 
 def shown(outcome: Outcome) -> str:
@@ -103,8 +104,16 @@ def shown(outcome: Outcome) -> str:
     if outcome.rows is None:
         return f"error: {outcome.error}"
     head = f"{len(outcome.rows)} rows of ({', '.join(outcome.columns)})"
-    lines = [str(row)[:_SHOWN_CHARS] for row in outcome.rows[:SHOWN_ROWS]]
+    lines = [
+        f"({', '.join(map(_shown_value, row))})"[:_SHOWN_CHARS] for row in outcome.rows[:SHOWN_ROWS]
+    ]
     return "\n".join([head, *lines])
+
+
+def _shown_value(value: object) -> str:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
+    return repr(value) if isinstance(value, str) else "NULL" if value is None else str(value)
 
 
 def _about(schema: Schema, question: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from examples.text2sql import prompts, replies
-from examples.text2sql.calls import Caller
-from examples.text2sql.grammar import Grammar
-from examples.text2sql.prompts import Prompt
-from examples.text2sql.sandbox import Outcome, Sandbox
-from examples.text2sql.schema import Schema
-from examples.text2sql.sql_grammar import query_grammar
+from hexgen_vllm.text2sql import prompts, replies
+from hexgen_vllm.text2sql.calls import Caller
+from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.grammar import Grammar
+from hexgen_vllm.text2sql.outcome import Outcome
+from hexgen_vllm.text2sql.prompts import Prompt
+from hexgen_vllm.text2sql.schema import Schema
+from hexgen_vllm.text2sql.sql_grammar import query_grammar
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Writer:
 
     Args:
         caller: the question's calls.
-        sandbox: where queries run.
+        database: where queries run.
         schema: the linked part of the database.
         question: the question.
         max_rounds: most revisions of a candidate.
     """
 
     def __init__(
-        self, caller: Caller, sandbox: Sandbox, schema: Schema, question: str, max_rounds: int
+        self, caller: Caller, database: Database, schema: Schema, question: str, max_rounds: int
     ) -> None:
         self._caller = caller
-        self._sandbox = sandbox
+        self._database = database
         self._schema = schema
         self._question = question
         self._max_rounds = max_rounds
@@ -54,10 +55,12 @@ class Writer:
 
     async def write(self, style: int) -> Candidate:
         """Return the candidate of one style, revised until its result may be an answer."""
-        prompt = prompts.candidate(style, self._schema, self._question)
+        prompt = prompts.candidate(self._database.product, style, self._schema, self._question)
         best = await self._query("generate_candidate", str(style), prompt)
         while best.rounds < self._max_rounds and not best.outcome.is_telling:
-            prompt = prompts.revise(self._schema, self._question, best.sql, best.outcome)
+            prompt = prompts.revise(
+                self._database.product, self._schema, self._question, best.sql, best.outcome
+            )
             new = await self._query("revise", f"{style}/{best.rounds}", prompt)
             repeated = new.sql == best.sql  # the model stands by it
             best = Candidate(
@@ -68,8 +71,10 @@ class Writer:
         return best
 
     async def _query(self, stage: str, place: str, prompt: Prompt) -> Candidate:
-        sql = replies.query(await self._caller.ask(stage, place, prompt, self._grammar))
+        sql = replies.query(
+            await self._caller.ask(stage, place, prompt, self._grammar), self._database.dialect
+        )
         if not sql:
             return Candidate("", Outcome(error="the answer holds no SQL query"))
-        outcome = await asyncio.to_thread(self._sandbox.run, sql)
+        outcome = await asyncio.to_thread(self._database.run, sql)
         return Candidate(sql, outcome, refused=int(outcome.refused))

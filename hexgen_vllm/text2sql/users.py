@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from examples.text2sql.agent import Agent, Answer
-from examples.text2sql.questions import Question
 from hexgen_vllm.clock import Clock
+from hexgen_vllm.text2sql.agent import Agent, Answer
+from hexgen_vllm.text2sql.questions import Question
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Users:
     ) -> Visit:
         start_s = self.clock.now() if due_s is None else due_s
         answer = await self.agent.answer(
-            question.path, question.text, key=f"{number}/{question.id}"
+            question.database, question.text, key=f"{number}/{question.id}"
         )
         latency_s = self.clock.now() - start_s
         visit = Visit(question, answer, latency_s, self.agent.deadline_s or float("inf"))

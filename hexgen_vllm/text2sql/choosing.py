@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from examples.text2sql import grammar, prompts, replies
-from examples.text2sql.calls import Caller, together
-from examples.text2sql.candidates import Candidate
-from examples.text2sql.matching import same_rows
-from examples.text2sql.schema import Schema
+from hexgen_vllm.text2sql import grammar, prompts, replies
+from hexgen_vllm.text2sql.calls import Caller, together
+from hexgen_vllm.text2sql.candidates import Candidate
+from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.matching import same_rows
+from hexgen_vllm.text2sql.schema import Schema
 
 
 async def choose(
-    caller: Caller, schema: Schema, question: str, candidates: Sequence[Candidate]
+    caller: Caller,
+    database: Database,
+    schema: Schema,
+    question: str,
+    candidates: Sequence[Candidate],
 ) -> Candidate:
     """Return the best candidate: the one that passes most tests, and the first of several.
 
@@ -27,7 +32,7 @@ async def choose(
         for aspect in range(len(prompts.TEST_ASPECTS))
     )
     passed = await together(
-        _passes(caller, question, candidate, test, f"{number}/{i}")
+        _passes(caller, database, question, candidate, test, f"{number}/{i}")
         for number, candidate in enumerate(running)
         for i, test in enumerate(tests)
     )
@@ -49,7 +54,12 @@ async def _unit_test(
 
 
 async def _passes(
-    caller: Caller, question: str, candidate: Candidate, test: str, place: str
+    caller: Caller,
+    database: Database,
+    question: str,
+    candidate: Candidate,
+    test: str,
+    place: str,
 ) -> bool:
-    prompt = prompts.evaluate(question, candidate.sql, candidate.outcome, test)
+    prompt = prompts.evaluate(database.product, question, candidate.sql, candidate.outcome, test)
     return replies.passes(await caller.ask("evaluate", place, prompt, grammar.verdict()))

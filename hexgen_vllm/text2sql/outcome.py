@@ -1,0 +1,81 @@
+"""What a query may use and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Row = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a query may use: seconds, rows of the result, bytes of query, value and result."""
+
+    time_s: float = 2.0
+    rows: int = 1000
+    sql_bytes: int = 20_000
+    value_bytes: int = 100_000
+    result_bytes: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a query.
+
+    Attributes:
+        columns: names of the result's columns.
+        rows: the result, ``None`` when there is none.
+        error: why there is none, in one sentence.
+        refused: whether that is because it may not run.
+    """
+
+    columns: tuple[str, ...] = ()
+    rows: tuple[Row, ...] | None = None
+    error: str | None = None
+    refused: bool = False
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether there is a row with a value: an answer that may be right."""
+        return any(value is not None for row in self.rows or () for value in row)
+
+
+def refusal(why: str) -> Outcome:
+    """Return the outcome of a query that may not run."""
+    return Outcome(error=f"refused: {why}", refused=True)
+
+
+def failure(said: object) -> Outcome:
+    """Return the outcome of a query that is wrong; a database says so in one line or many."""
+    return Outcome(error=" ".join(str(said).split())[:500])
+
+
+class Result:
+    """Rows of one result, taken as long as they are within the limits."""
+
+    def __init__(self, columns: tuple[str, ...], limits: Limits) -> None:
+        self._columns = columns
+        self._limits = limits
+        self._rows: list[Row] = []
+        self._bytes = 0
+
+    def take(self, row: Row) -> str | None:
+        """Take one more row; returns why it is one too many, ``None`` when it is not."""
+        if len(self._rows) == self._limits.rows:
+            return f"the result has more than {self._limits.rows} rows"
+        self._bytes += sum(map(_size, row))
+        if self._bytes > self._limits.result_bytes:
+            return f"the result is larger than {self._limits.result_bytes} bytes"
+        self._rows.append(tuple(row))
+        return None
+
+    def outcome(self) -> Outcome:
+        """Return what was taken."""
+        return Outcome(self._columns, tuple(self._rows))
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        return len(value)
+    return len(str(value)) if isinstance(value, list | dict | tuple) else 8
