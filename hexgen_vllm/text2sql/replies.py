@@ -44,6 +44,10 @@ _LABEL: Final = r"(?:[#*_ ]*[A-Za-z][\w ]{0,40}[:：]\s*[*_]*\s*)"
 _LINE_BEGIN: Final = re.compile(
     rf"^[ \t]*(?:{_PROMPT}[ \t]*)?{_LABEL}?(?=\(*{_BEGIN}\b)", re.MULTILINE | re.IGNORECASE
 )
+# Not "Select the best answer from the list": a sentence begins with one capital.
+_UNREADABLE: Final = re.compile(
+    r"\(*(?:(?:SELECT|select)\b.*\b(?i:FROM)\b|(?:WITH|with)\b.*\b(?i:SELECT)\b)", re.DOTALL
+)
 _IN_CODE: Final = re.compile(r"(\"\"\"|'''|\"|')\s*(?=(?:SELECT|WITH)\b)(.*?)\1", re.DOTALL | re.I)
 _VERDICT: Final = re.compile(r"\b(pass|fail)\b", re.IGNORECASE)
 _KEYS: Final = (
@@ -155,19 +159,18 @@ def _bare(text: str, dialect: str) -> str:
         return cut
     for start in starts:  # nothing that can be read: what looks most like one
         paragraph = text[start:].split("\n\n", maxsplit=1)[0]
-        if re.match(r"\(*(?:SELECT\b.*\bFROM\b|WITH\b.*\bSELECT\b)", paragraph, re.S | re.I):
+        if _UNREADABLE.match(paragraph):
             return paragraph
     return ""
 
 
 def _cut(text: str, dialect: str) -> str:
     """Return the longest beginning of ``text`` that can be read: prose follows many a query."""
-    ends = [m.start() for m in re.finditer(r"\n", text)][:200]
+    ends = [match.start() for match in re.finditer(r"[\n;]", text)][:100]
     for end in (len(text), *reversed(ends)):
         if _reads(text[:end], dialect):
             return text[:end]
-    head, semicolon, _ = text.partition(";")
-    return head if semicolon and _reads(head, dialect) else ""
+    return ""
 
 
 def _reads(sql: str, dialect: str) -> bool:
