@@ -233,7 +233,8 @@ class Router:
         if self._spot is not None:
             self._shard = Shard(self._spot, context)
         self._relay = Relay(context, None if self._shard is None else self._shard.engine_of)
-        parts = Parts(Pages(context), Admin(context), self._relay, self._shard)
+        self._pages = Pages(context, 1 if self._spot is None else self._spot.count)
+        parts = Parts(self._pages, Admin(context), self._relay, self._shard)
         self._routes = Routes(parts)
         server = Server(
             self._handle,
@@ -371,6 +372,7 @@ class Router:
             await asyncio.sleep(_TICK_S)
             try:
                 self.context.tick()
+                self._pages.demand.tick(self.context.clock.now())
             except Exception:  # whatever it was, time must go on
                 _LOG.exception("tick failed")
 

@@ -30,11 +30,11 @@ from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
 from hexgen_vllm.policy.protection import OpenCall
 from hexgen_vllm.policy.workflow import WorkflowRun
+from hexgen_vllm.router.calls.accounts import Accounts
 from hexgen_vllm.router.calls.call import Job
 from hexgen_vllm.router.endpoints import ENDPOINT_NAMES
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.errors import Blame, Outcome
-from hexgen_vllm.router.observe.accounts import Accounts
 from hexgen_vllm.router.observe.families import PREFIX, counter, gauge
 from hexgen_vllm.router.observe.ledger import OTHER, BoundedNames, Ledger, Outcomes
 from hexgen_vllm.router.service import Service

@@ -181,6 +181,8 @@ def _table() -> Iterator[Route]:
                     "Passed on to an engine that has the model.", endpoint=endpoint)
     yield Route("POST", "/finish_session", lambda at: at.pages.finish_session, client, owner,
                 calls, "End a workflow.", query=("session_id*",))
+    yield Route("GET", "/scaling", lambda at: at.pages.scaling, client, here, status,
+                "How many engines there should be, for autoscalers.")
     yield Route("GET", "/explain", lambda at: at.pages.explain, client, owner, status,
                 "Where the time of a workflow went.", query=("session_id*",))
 

@@ -33,7 +33,7 @@ from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.routes import public
 from hexgen_vllm.testing.fake_server import FakeServer
 from hexgen_vllm.testing.stand import open_stand
-from tests.examples.pod_monitor import POD_MONITOR
+from tests.examples.custom_resources import OTHERS
 from tests.router.engines.discovery.dns_server import dns_server
 
 Thing = dict[str, Any]
@@ -47,8 +47,11 @@ FULL = {
         "preStopSeconds": 7,
         "shutdownSeconds": 33,
         "service": {"type": "LoadBalancer", "port": 8080},
+        "podAnnotations": {"team": "sql"},
         "nodeSelector": {"pool": "cpu"},
         "tolerations": [{"key": "cpu", "operator": "Exists"}],
+        "affinity": {"podAntiAffinity": {}},
+        "maxUnavailable": 1,
     },
     "engineDefaults": {
         "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
@@ -58,10 +61,23 @@ FULL = {
     "engines": {
         "h100": {"gpus": 8, "args": ["--tensor-parallel-size=8", "--hexgen-host-kv-gib=20"]},
         "cpu": {"gpus": 0, "resources": {"requests": {"cpu": "8"}}, "workload": "StatefulSet"},
+        "l4": {
+            "replicas": 2,
+            "autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 6},
+            "affinity": {"nodeAffinity": {}},
+            "podAnnotations": {"a": "b"},
+            "maxUnavailable": 0,
+        },
         "amd": {"gpuResource": "amd.com/gpu", "modelCacheClaim": "models", "startupSeconds": 5},
         "stock": {"command": ["vllm", "serve"], "image": "vllm/vllm-openai:v0.32.0"},
     },
     "enginePort": 9000,
+    "imagePullSecrets": [{"name": "registry"}],
+    "networkPolicy": {
+        "enabled": True,
+        "from": [{"namespaceSelector": {"matchLabels": {"team": "sql"}}}],
+    },
+    "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["llm.test"]},
     "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
 }
 NUMBERS = {  # names that YAML would take for something else than text
@@ -100,6 +116,11 @@ def workloads(which: str, component: str) -> list[Thing]:
     return found
 
 
+def every_workload() -> dict[str, Thing]:
+    found = (*of("full", "Deployment"), *of("full", "StatefulSet"))
+    return {workload["metadata"]["name"]: workload for workload in found}
+
+
 def labels(workload: Thing) -> dict[str, str]:
     found: dict[str, str] = workload["spec"]["template"]["metadata"]["labels"]
     return found
@@ -129,25 +150,26 @@ def test_the_manifests_are_what_the_chart_gives() -> None:
 def test_every_object_has_the_form_that_kubernetes_asks_for(which: str, version: str) -> None:
     assert len(things(which)) >= 5
     for thing in things(which):
-        if thing["kind"] == "PodMonitor":
-            jsonschema.validate(thing, POD_MONITOR)
+        if thing["kind"] in OTHERS:
+            jsonschema.validate(thing, OTHERS[thing["kind"]])
         else:
             kubernetes_validate.validate(thing, version, strict=True)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_check_of_the_form_can_fail(version: str) -> None:
-    checked = [thing for thing in things("full") if thing["kind"] != "PodMonitor"]
+    checked = [thing for thing in things("full") if thing["kind"] not in OTHERS]
     assert {thing["kind"] for thing in checked} == {
-        "ConfigMap", "Deployment", "Role", "RoleBinding", "Service", "ServiceAccount",
-        "StatefulSet",
+        "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy",
+        "PodDisruptionBudget", "Role", "RoleBinding", "Service", "ServiceAccount", "StatefulSet",
     }  # fmt: skip
     for thing in checked:
         with pytest.raises(kubernetes_validate.ValidationError, match="spek"):
             kubernetes_validate.validate(thing | {"spek": {}}, version, strict=True)
-    (monitor,) = of("full", "PodMonitor")
-    with pytest.raises(jsonschema.ValidationError, match="spek"):
-        jsonschema.validate(monitor | {"spek": {}}, POD_MONITOR)
+    for kind, form in OTHERS.items():
+        (thing,) = of("full", kind)
+        with pytest.raises(jsonschema.ValidationError, match="spek"):
+            jsonschema.validate(thing | {"spek": {}}, form)
 
 
 @pytest.mark.parametrize("release", ["r", "123", "a-name-of-fifty-three-characters-" + "x" * 20])
@@ -155,7 +177,7 @@ def test_no_two_objects_have_one_name_however_long_that_of_the_release(release: 
     values = {"engines": {"a100": {}, "a10g": {}, "x" * 32: {"workload": "StatefulSet"}}}
     texts = render(values, release).values()
     named = [(t["kind"], t["metadata"]["name"]) for text in texts for t in yaml.safe_load_all(text)]
-    assert len(set(named)) == len(named) == 7
+    assert len(set(named)) == len(named) == 10
     assert all(isinstance(name, str) and len(name) <= 63 for _, name in named)
     sets = [name for kind, name in named if kind in ("Deployment", "StatefulSet")]
     assert all(len(name) <= 52 for name in sets if not name.endswith("-router"))  # pods add to it
@@ -269,7 +291,7 @@ def test_engines_get_what_their_type_needs() -> None:
     limits = {name: container(w)["resources"].get("limits") for name, w in found.items()}
     assert limits == {
         "h100": {"nvidia.com/gpu": "8"}, "cpu": {}, "amd": {"amd.com/gpu": "1"},
-        "stock": {"nvidia.com/gpu": "1"},
+        "stock": {"nvidia.com/gpu": "1"}, "l4": {"nvidia.com/gpu": "1"},
     }  # fmt: skip
     assert found["cpu"]["kind"] == "StatefulSet"
     assert container(found["stock"])["command"] == ["vllm", "serve"]
@@ -278,6 +300,64 @@ def test_engines_get_what_their_type_needs() -> None:
     args = container(found["h100"])["args"]
     assert {a.partition("=")[0] for a in args if a.startswith("--hexgen-")} <= ours
     assert args[-2:] == ["--tensor-parallel-size=8", "--hexgen-host-kv-gib=20"]
+
+
+def test_pods_are_pulled_annotated_and_placed_as_asked() -> None:
+    every = {
+        w["metadata"]["name"]: w for w in (*of("full", "Deployment"), *of("full", "StatefulSet"))
+    }
+    pods = {name: w["spec"]["template"] for name, w in every.items()}
+    assert all(p["spec"]["imagePullSecrets"] == [{"name": "registry"}] for p in pods.values())
+    assert pods["hexgen-router"]["metadata"]["annotations"]["team"] == "sql"
+    assert "checksum/config" in pods["hexgen-router"]["metadata"]["annotations"]
+    assert pods["hexgen-l4"]["metadata"]["annotations"] == {"a": "b"}
+    assert pods["hexgen-router"]["spec"]["affinity"] == {"podAntiAffinity": {}}
+    assert pods["hexgen-l4"]["spec"]["affinity"] == {"nodeAffinity": {}}
+    assert all("affinity" not in pods[f"hexgen-{n}"]["spec"] for n in ("cpu", "amd", "stock"))
+
+
+def test_budgets_and_autoscaling_are_of_the_workload_they_name() -> None:
+    by_name = {
+        w["metadata"]["name"]: w for w in (*of("full", "Deployment"), *of("full", "StatefulSet"))
+    }
+    budgets = {b["metadata"]["name"]: b for b in of("full", "PodDisruptionBudget")}
+    assert budgets.keys() == {f"hexgen-{n}" for n in ("router", "h100", "cpu", "amd", "stock")}
+    for name, budget in budgets.items():
+        wanted = budget["spec"]["selector"]["matchLabels"]
+        fitting = [n for n, w in by_name.items() if wanted.items() <= labels(w).items()]
+        assert fitting == [name]
+    (scaler,) = of("full", "HorizontalPodAutoscaler")
+    target = scaler["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", "hexgen-l4")
+    assert by_name[target["name"]]["kind"] == target["kind"]
+    assert (scaler["spec"]["minReplicas"], scaler["spec"]["maxReplicas"]) == (2, 6)
+    (metric,) = scaler["spec"]["metrics"]
+    name = metric["external"]["metric"]["name"]
+    assert f"`{name}`" in (Path(hexgen_vllm.__file__).parents[1] / "docs/metrics.md").read_text()
+
+
+def test_only_the_router_reaches_engines_and_only_clients_the_router() -> None:
+    policies = {p["metadata"]["name"]: p["spec"] for p in of("full", "NetworkPolicy")}
+    engines, router = policies["hexgen-engines"], policies["hexgen-router"]
+    allowed = engines["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
+    (routers,) = workloads("full", "router")
+    assert allowed.items() <= labels(routers).items()
+    for workload in workloads("full", "engine"):
+        assert engines["podSelector"]["matchLabels"].items() <= labels(workload).items()
+        assert not router["podSelector"]["matchLabels"].items() <= labels(workload).items()
+    assert router["podSelector"]["matchLabels"].items() <= labels(routers).items()
+    assert router["ingress"][0]["from"] == FULL["networkPolicy"]["from"]
+    ports = [*engines["ingress"][0]["ports"], *router["ingress"][0]["ports"]]
+    assert ports == [{"port": "http"}, {"port": "http"}]
+    assert not list(of("least", "NetworkPolicy"))
+
+
+def test_the_route_leads_to_the_routers_service() -> None:
+    (route,) = of("full", "HTTPRoute")
+    (backend,) = route["spec"]["rules"][0]["backendRefs"]
+    (service,) = (s for s in of("full", "Service") if s["metadata"]["name"] == backend["name"])
+    assert backend["port"] == service["spec"]["ports"][0]["port"] == 8080
+    assert not list(of("least", "HTTPRoute"))
 
 
 def test_only_discovery_by_label_may_read_pods() -> None:
@@ -319,6 +399,12 @@ def test_only_discovery_by_label_may_read_pods() -> None:
         ),
         (["engines"], "values must be a mapping."),
         ({"router": {"image": ""}}, "at '/router/image': minLength"),
+        (
+            {"engines": {"a": {}}, "httpRoute": {"enabled": True}},
+            "httpRoute.parentRefs must name a Gateway",
+        ),
+        ({"engineDefaults": {"autoscaling": {"max": 3}}}, "additional properties 'max'"),
+        ({"router": {"maxUnavailable": -1}}, "at '/router/maxUnavailable': minimum"),
         ({"podMonitor": {"interval": "often"}}, "at '/podMonitor/interval'"),
         ({"engineDefaults": {"sharedMemory": "much"}}, "at '/engineDefaults/sharedMemory'"),
     ],

@@ -12,6 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from importlib import resources
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from aiohttp import web
 from yarl import URL
 
 from hexgen_vllm import __version__
+from hexgen_vllm.router.calls.accounts import NO_TIMES, REASONS, Accounts, WorkflowAccount
 from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.http.messages import Request
@@ -29,7 +31,6 @@ from hexgen_vllm.router.metrics import (
     histogram,
     margins,
 )
-from hexgen_vllm.router.observe.accounts import NO_TIMES, REASONS, Accounts, WorkflowAccount
 from hexgen_vllm.router.observe.ledger import PERIOD_S, PERIODS
 from hexgen_vllm.types import Decision, EngineState, Placement
 
@@ -88,6 +89,20 @@ class Overview:
                 for target in engine.targets
             ],
             "decisions": [decision(metrics.accounts, at, one, now) for at, one in reversed(recent)],
+        }
+
+    def measured(self, most: int = SHOWN_DECISIONS) -> dict[str, Any]:
+        """Return what decisions stand on, and the ``most`` last ones."""
+        context, now = self._context, self._context.clock.now()
+        recent = list(context.service.coordinator.log)[-most:]
+        accounts = context.metrics.accounts
+        return {
+            "engines": [
+                rates_view(context, engine, target)
+                for engine in context.fleet.engines.values()
+                for target in engine.targets
+            ],
+            "decisions": [decision(accounts, at, one, now) for at, one in reversed(recent)],
         }
 
     def _calls(self, found: list[Margin], now: float) -> dict[str, Any]:
@@ -361,6 +376,24 @@ def target_view(context: Context, engine: Engine, target: str) -> dict[str, Any]
         "max_model_len": None if spec is None else spec.max_model_len,
         "load": 0 if load is None else len(load.in_flight),
     }
+
+
+def rates_view(context: Context, engine: Engine, target: str) -> dict[str, Any]:
+    """Return what decisions about an engine, or one of its ranks, stand on."""
+    shown = target_view(context, engine, target)
+    load = context.service.coordinator.engines.get(target)
+    if load is not None:
+        cost = load.cost()
+        measured = load.report.cost is not None
+        shown["cost"] = None if cost is None else asdict(cost)
+        shown["cost_from"] = "telemetry" if measured else "traffic" if cost else None
+        error = load.report.fit_error if measured else load.traffic_fit.error()
+        shown["fit_error"] = error
+        shown["queued_prefill_tokens"] = load.queued_prefill_tokens()
+        shown["outstanding_tokens"] = load.outstanding_tokens()
+        report = asdict(load.report)
+        shown["report"] = {k: report[k] for k in report if k not in ("cost", "fit_error")}
+    return shown
 
 
 def _sum(values: Iterable[int | None]) -> int | None:

@@ -19,11 +19,11 @@ from hexgen_vllm import __version__, wire
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.conventions import as_id
-from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.routes import PATH, Access, Route, Topic, public
-from hexgen_vllm.router.status.overview import UiPage, decision, target_view, worker_view
+from hexgen_vllm.router.status.demand import Demand
+from hexgen_vllm.router.status.overview import Overview, UiPage, worker_view
 from hexgen_vllm.router.tuning import SearchFailed, fleet_text
 
 _OBJECT: Final[_Json] = {"type": "object"}
@@ -172,11 +172,14 @@ class Pages:
 
     Attributes:
         ui: handlers of the page for people.
+        demand: how many engines there should be.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, processes: int = 1) -> None:
         self._context = context
         self.ui = UiPage(context)
+        self.demand = Demand(context, processes)
+        context.metrics.add(self.demand)
 
     async def root(self, request: Request) -> web.StreamResponse:
         """Lead whoever opens the router's address in a browser to its page."""
@@ -219,9 +222,7 @@ class Pages:
 
     async def diagnostics(self, request: Request) -> web.StreamResponse:
         """Show what decisions stand on: rates, loads, learned stages, and the last decisions."""
-        coordinator, now = self._context.service.coordinator, self._context.clock.now()
-        accounts = self._context.metrics.accounts
-        recent = list(coordinator.log)[-_DECISIONS_SHOWN:]
+        coordinator = self._context.service.coordinator
         return _json(
             {
                 "policy": coordinator.options.policy,
@@ -229,31 +230,10 @@ class Pages:
                 "held": coordinator.held,
                 "discovery": self._context.discovery.view(),
                 "open_workflows": len(coordinator.workflows),
-                "engines": [
-                    self._rates(engine, target)
-                    for engine in self._context.fleet.engines.values()
-                    for target in engine.targets
-                ],
                 "stages": coordinator.workflows.shapes.known_stages(),
-                "decisions": [decision(accounts, at, one, now) for at, one in reversed(recent)],
+                **Overview(self._context).measured(_DECISIONS_SHOWN),
             }
         )
-
-    def _rates(self, engine: Engine, target: str) -> dict[str, Any]:
-        shown = target_view(self._context, engine, target)
-        load = self._context.service.coordinator.engines.get(target)
-        if load is not None:
-            cost = load.cost()
-            measured = load.report.cost is not None
-            shown["cost"] = None if cost is None else asdict(cost)
-            shown["cost_from"] = "telemetry" if measured else "traffic" if cost else None
-            error = load.report.fit_error if measured else load.traffic_fit.error()
-            shown["fit_error"] = error
-            shown["queued_prefill_tokens"] = load.queued_prefill_tokens()
-            shown["outstanding_tokens"] = load.outstanding_tokens()
-            report = asdict(load.report)
-            shown["report"] = {k: report[k] for k in report if k not in ("cost", "fit_error")}
-        return shown
 
     async def tuning(self, request: Request) -> web.StreamResponse:
         """Show what tuning did, suggests, and stands on; times are ages in seconds."""
@@ -285,6 +265,10 @@ class Pages:
         except SearchFailed as error:
             raise BadRequest(f"{str(error).capitalize()}.", status=404) from None
         return web.Response(text=text, content_type="application/yaml")
+
+    async def scaling(self, request: Request) -> web.StreamResponse:
+        """Say how many engines there should be."""
+        return _json(self.demand.view())
 
     async def explain(self, request: Request) -> web.StreamResponse:
         """Say where the time of the workflow went that the query names.

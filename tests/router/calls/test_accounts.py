@@ -14,7 +14,7 @@ from hexgen_vllm.cli import main
 from hexgen_vllm.config import Parser
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.router.observe.accounts import (
+from hexgen_vllm.router.calls.accounts import (
     PARTS,
     REASONS,
     Accounts,

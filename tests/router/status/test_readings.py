@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.cluster.ray.autoscale import START_S, Readings
+from hexgen_vllm.router.status.readings import START_S, Readings
 from hexgen_vllm.testing.fake_server import FakeSettings
 from hexgen_vllm.testing.stand import open_stand
 
