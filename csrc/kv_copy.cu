@@ -152,10 +152,30 @@ HX_EXPORT int32_t hx_cuda_copy_blocks(int32_t device, const HxPiece* pieces, int
   return cudaSuccess;
 }
 
-// Pinned host memory of exactly num_bytes, addressable by every device under the same pointer.
-HX_EXPORT int32_t hx_cuda_host_alloc(void** pointer, int64_t num_bytes) {
-  return cudaHostAlloc(pointer, static_cast<size_t>(num_bytes),
-                       cudaHostAllocPortable | cudaHostAllocMapped);
+// Enqueues `count` plain copies on `stream`, by the copy engines and in one call where the driver
+// knows how; the lists lie on the host and are read before this returns.
+HX_EXPORT int32_t hx_cuda_copy_batch(int32_t device, void** to, void** from, const int64_t* sizes,
+                                     int64_t count, void* stream) {
+  static_assert(sizeof(size_t) == sizeof(int64_t));
+  const DeviceGuard guard(device);
+  if (guard.status() != cudaSuccess) return guard.status();
+  const auto queue = static_cast<cudaStream_t>(stream);
+#if defined(CUDART_VERSION) && CUDART_VERSION >= 13000
+  if (queue != nullptr) {  // the default stream takes no batches
+    cudaMemcpyAttributes how = {};
+    how.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+    size_t first = 0;
+    const cudaError_t status = cudaMemcpyBatchAsync(
+        const_cast<const void**>(to), const_cast<const void**>(from),
+        reinterpret_cast<const size_t*>(sizes), static_cast<size_t>(count), &how, &first, 1, queue);
+    if (status == cudaSuccess) return status;
+    cudaGetLastError();  // an older driver: one by one
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) {
+    const cudaError_t status =
+        cudaMemcpyAsync(to[i], from[i], static_cast<size_t>(sizes[i]), cudaMemcpyDefault, queue);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
-
-HX_EXPORT int32_t hx_cuda_host_free(void* pointer) { return cudaFreeHost(pointer); }

@@ -77,7 +77,7 @@ class Bed:
             model=case.model,
             dtype=case.dtype,
             skip_tokenizer_init=True,
-            enforce_eager=True,
+            enforce_eager=current_platform.device_type == "cpu",
             block_size=case.block_size,
             num_gpu_blocks_override=blocks,
             max_model_len=(case.tight_blocks - 1) * case.block_size,

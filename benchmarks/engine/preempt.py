@@ -30,6 +30,7 @@ _QUIET: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 _QUIET_CPU: Final = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_CUDA: Final = {"VLLM_BATCH_INVARIANT": "1"}  # or tokens depend on who shares a step
 _PER_MODE: Final = (
     "restored_fraction",
     "tokens_identical",
@@ -114,7 +115,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    for name, value in (_QUIET | (_QUIET_CPU if args.device == "cpu" else {})).items():
+    for name, value in (_QUIET | (_QUIET_CPU if args.device == "cpu" else _CUDA)).items():
         os.environ.setdefault(name, value)
     if args.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = "1"  # CPU time of several threads would be no time

@@ -96,12 +96,15 @@ def line(
         speeds: GB/s of saving and of restoring.
         beside: whether copies run beside the forward pass.
     """
+    from hexgen_vllm.kernels.staging import LEAST_STAGING_BYTES
+
     token_bytes = 2 * model.layers * model.kv_heads * model.head_size * item_bytes
     again = RecomputeRates(
         token_s=2 * model.parameters / flops,
         context_s=4 * model.layers * model.heads * model.head_size / flops,
     )
-    copy = CopyRates(1e9 * speeds[0], 1e9 * speeds[1], beside)
+    staging = LEAST_STAGING_BYTES if beside else 0
+    copy = CopyRates(1e9 * speeds[0], 1e9 * speeds[1], beside=beside, staging_bytes=staging)
 
     def decided(tokens: int) -> Retention:
         return weigh(Held(tokens, 0, token_bytes), again, copy)

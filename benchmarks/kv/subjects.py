@@ -12,7 +12,7 @@ from hexgen_vllm import kernels
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.kernels.layout import BlockLayout
 from hexgen_vllm.kernels.pinned import pinned_buffer
-from hexgen_vllm.kernels.staging import StagedCopier
+from hexgen_vllm.kernels.staging import DeviceCopier
 
 # One call per block and layer: beyond this many the way is hopeless and only takes time.
 MAX_SINGLE_COPIES = 8192
@@ -144,11 +144,15 @@ class CopyBed:
         )
 
     def _staged(self, kernel: str) -> Way:
-        copier = StagedCopier(self.layout, 2 * self.case.total_bytes, kernel)
+        copier = DeviceCopier(
+            self.layout, self.case.num_blocks, staging_bytes=2 * self.case.total_bytes
+        )
+        copier.save_way = copier.load_way = kernel
+        spans = [(0, self.case.num_blocks)]
         return Way(
             f"{kernel} staged",
-            lambda: copier.save(self.block_ids, self.host),
-            lambda: copier.restore(self.block_ids, self.host),
+            lambda: copier.save(self.block_ids, spans),
+            lambda: copier.load(self.block_ids, spans, beside=False),
         )
 
     def _per_block(self) -> Way:

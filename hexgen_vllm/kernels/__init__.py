@@ -1,8 +1,10 @@
 """Copies of KV-cache blocks to and from one contiguous buffer, by the fastest kernel there is.
 
-Four twins share one signature and give the same bytes: ``cuda``, ``triton``, ``cpu`` and
-``reference``, the definition of right. The packed format is described in
-:mod:`hexgen_vllm.kernels.layout`. ``$HEXGEN_KERNELS`` or the ``kernel`` argument names one.
+Five twins share one signature and give the same bytes: ``cuda``, ``triton``, ``batch`` (the GPU's
+copy engines, no kernel), ``cpu`` and ``reference``, the definition of right. The packed format is
+described in :mod:`hexgen_vllm.kernels.layout`. ``$HEXGEN_KERNELS`` or the ``kernel`` argument names
+one. Arguments are checked here, once; a twin that was found here has copied a few bytes on the
+device and got them right.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from typing import NamedTuple, Protocol, cast
 import torch
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.kernels.checks import check_gather, check_reachable, check_scatter
 from hexgen_vllm.kernels.layout import BlockLayout
 
 __all__ = [
     "KERNELS",
     "BlockLayout",
     "available_kernels",
+    "copy_blocks",
     "describe",
     "gather_blocks",
     "pick_kernel",
@@ -31,12 +35,13 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("cuda", "triton", "cpu", "reference")
+KERNELS = ("cuda", "triton", "batch", "cpu", "reference")
 """Names of the twins, fastest first."""
 
 # Triton on the host is its interpreter: right, and thousands of times slower.
 _AUTOMATIC = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 _MODULES = {"triton": "triton_copy"}
+_TRIAL_BYTES = 64
 
 
 class Kernel(Protocol):
@@ -45,15 +50,10 @@ class Kernel(Protocol):
     def unavailable(self, device: torch.device) -> str | None:
         """Why the twin cannot serve a cache on ``device``; ``None`` when it can."""
 
-    def gather_blocks(
-        self, layout: BlockLayout, block_ids: Sequence[int] | torch.Tensor, out: torch.Tensor
+    def copy_blocks(
+        self, layout: BlockLayout, ids: torch.Tensor, buffer: torch.Tensor, *, to_records: bool
     ) -> None:
-        """Pack blocks into ``out``."""
-
-    def scatter_blocks(
-        self, layout: BlockLayout, block_ids: Sequence[int] | torch.Tensor, src: torch.Tensor
-    ) -> None:
-        """Unpack ``src`` into the cache."""
+        """Copy blocks to records, or records to blocks; arguments were checked."""
 
 
 def gather_blocks(
@@ -78,7 +78,9 @@ def gather_blocks(
         ValueError: an argument is wrong; nothing was written.
         ConfigError: the named kernel is unknown or cannot run here.
     """
-    pick_kernel(layout.device, kernel).gather_blocks(layout, block_ids, out)
+    ids = check_gather(layout, block_ids, out)
+    check_reachable(layout, out)
+    copy_blocks(layout, ids, out, to_records=True, kernel=kernel)
 
 
 def scatter_blocks(
@@ -92,7 +94,29 @@ def scatter_blocks(
 
     Arguments and errors as :func:`gather_blocks`; a block id may not repeat.
     """
-    pick_kernel(layout.device, kernel).scatter_blocks(layout, block_ids, src)
+    ids = check_scatter(layout, block_ids, src)
+    check_reachable(layout, src)
+    copy_blocks(layout, ids, src, to_records=False, kernel=kernel)
+
+
+def copy_blocks(
+    layout: BlockLayout,
+    ids: torch.Tensor,
+    buffer: torch.Tensor,
+    *,
+    to_records: bool,
+    kernel: str | None = None,
+) -> None:
+    """Do what the two functions above do, for arguments that were checked already.
+
+    Args:
+        layout: where the blocks lie.
+        ids: int64 ids on the host, contiguous and within bounds; no repeats unless ``to_records``.
+        buffer: as many records.
+        to_records: save, else restore.
+        kernel: one of ``KERNELS``.
+    """
+    pick_kernel(layout.device, kernel).copy_blocks(layout, ids, buffer, to_records=to_records)
 
 
 def pick_kernel(device: torch.device, kernel: str | None = None) -> Kernel:
@@ -101,7 +125,7 @@ def pick_kernel(device: torch.device, kernel: str | None = None) -> Kernel:
     Raises:
         ConfigError: the named kernel is unknown or cannot run here.
     """
-    return _pick(device.type, kernel or _configured())
+    return _pick(device.type, kernel or configured())
 
 
 def available_kernels(device: torch.device) -> tuple[str, ...]:
@@ -112,7 +136,7 @@ def available_kernels(device: torch.device) -> tuple[str, ...]:
 def describe() -> str:
     """One line: which twin serves the host and, where there is one, the GPU."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return ", ".join(f"{device}: {_choose(device, _configured())}" for device in devices)
+    return ", ".join(f"{device}: {_choose(device, configured())}" for device in devices)
 
 
 class _Choice(NamedTuple):
@@ -144,7 +168,8 @@ def _choose(device_type: str, name: str | None) -> _Choice:
     return _Choice("reference", "; ".join(passed_over))
 
 
-def _configured() -> str | None:
+def configured() -> str | None:
+    """Return the kernel that the user has named, if any."""
     return os.environ.get("HEXGEN_KERNELS") or None
 
 
@@ -158,9 +183,31 @@ def _require(name: str, device: torch.device) -> None:
 
 def _unavailable(name: str, device: torch.device) -> str | None:
     try:
-        return _module(name).unavailable(device)
+        reason = _module(name).unavailable(device)
     except ImportError as error:
         return f"it cannot be imported ({error})"
+    return reason or _failing(name, device.type)
+
+
+@functools.cache
+def _failing(name: str, device_type: str) -> str | None:
+    """Return why a copy of a few bytes fails: a library that loads need not run on this GPU."""
+    if name == "reference":
+        return None
+    device = torch.device(device_type)
+    cache = torch.arange(4 * _TRIAL_BYTES, device=device).to(torch.uint8).view(4, _TRIAL_BYTES)
+    layout = BlockLayout.from_tensors([cache])
+    ids, want = torch.tensor([2, 0]), cache[[2, 0]].clone()
+    packed = torch.zeros(2 * _TRIAL_BYTES, dtype=torch.uint8, device=device)
+    try:
+        _module(name).copy_blocks(layout, ids, packed, to_records=True)
+        saved = torch.equal(packed.view(2, -1), want)
+        _module(name).copy_blocks(layout, ids.flip(0), packed, to_records=False)
+        if saved and torch.equal(cache[[0, 2]], want):
+            return None
+    except Exception as error:  # whatever a compiler or a driver may raise: there are other twins
+        return f"it cannot run here ({str(error).strip().splitlines()[0][:200] or error!r})"
+    return "it copies wrong bytes here"
 
 
 def _module(name: str) -> Kernel:

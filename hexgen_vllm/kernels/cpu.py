@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.kernels.checks import check_gather, check_scatter
 from hexgen_vllm.kernels.layout import BlockLayout
 from hexgen_vllm.kernels.libraries import cpu_library
 from hexgen_vllm.kernels.tables import piece_table
@@ -24,28 +21,14 @@ def unavailable(device: torch.device) -> str | None:
     return None if loaded.handle is not None else loaded.reason
 
 
-def gather_blocks(
-    layout: BlockLayout, block_ids: Sequence[int] | torch.Tensor, out: torch.Tensor
-) -> None:
-    """Pack blocks into ``out``, with up to ``torch.get_num_threads()`` threads.
-
-    Raises:
-        ValueError: see :func:`~hexgen_vllm.kernels.checks.check_gather`.
-        ConfigError: the library is missing or the cache is not on the host.
-    """
-    _copy(layout, check_gather(layout, block_ids, out), out, to_records=True)
-
-
-def scatter_blocks(
-    layout: BlockLayout, block_ids: Sequence[int] | torch.Tensor, src: torch.Tensor
-) -> None:
-    """Unpack ``src`` into the cache; arguments and errors as :func:`gather_blocks`."""
-    _copy(layout, check_scatter(layout, block_ids, src), src, to_records=False)
-
-
-def _copy(
+def copy_blocks(
     layout: BlockLayout, ids: torch.Tensor, buffer: torch.Tensor, *, to_records: bool
 ) -> None:
+    """Copy with up to ``torch.get_num_threads()`` threads; see :mod:`hexgen_vllm.kernels`.
+
+    Raises:
+        ConfigError: the library is missing or the cache is not on the host.
+    """
     reason = unavailable(layout.device)
     library = cpu_library().handle
     if reason is not None or library is None:

@@ -8,12 +8,10 @@ buffer must stay alive and untouched until that stream has passed them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.kernels.checks import check_gather, check_reachable, check_scatter
 from hexgen_vllm.kernels.layout import BlockLayout
 from hexgen_vllm.kernels.libraries import cuda_library
 from hexgen_vllm.kernels.tables import piece_table, word_bytes
@@ -34,33 +32,15 @@ def unavailable(device: torch.device) -> str | None:
     return None if loaded.handle is not None else loaded.reason
 
 
-def gather_blocks(
-    layout: BlockLayout, block_ids: Sequence[int] | torch.Tensor, out: torch.Tensor
+def copy_blocks(
+    layout: BlockLayout, ids: torch.Tensor, buffer: torch.Tensor, *, to_records: bool
 ) -> None:
-    """Enqueue the packing of blocks into ``out``, on the device or in pinned host memory.
+    """Enqueue a copy on the current stream; see :mod:`hexgen_vllm.kernels`.
 
     Raises:
-        ValueError: see :func:`~hexgen_vllm.kernels.checks.check_gather`; also for pageable memory.
         ConfigError: the library is missing or the cache is not on an NVIDIA GPU.
         RuntimeError: CUDA refuses the launch.
     """
-    ids = check_gather(layout, block_ids, out)
-    check_reachable(layout, out)
-    _copy(layout, ids, out, to_records=True)
-
-
-def scatter_blocks(
-    layout: BlockLayout, block_ids: Sequence[int] | torch.Tensor, src: torch.Tensor
-) -> None:
-    """Enqueue the unpacking of ``src``; arguments and errors as :func:`gather_blocks`."""
-    ids = check_scatter(layout, block_ids, src)
-    check_reachable(layout, src)
-    _copy(layout, ids, src, to_records=False)
-
-
-def _copy(
-    layout: BlockLayout, ids: torch.Tensor, buffer: torch.Tensor, *, to_records: bool
-) -> None:
     reason = unavailable(layout.device)
     library = cuda_library().handle if reason is None else None
     if library is None:

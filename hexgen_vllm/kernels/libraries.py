@@ -52,10 +52,15 @@ def cuda_library() -> Loaded:
 def _declare_cuda(library: ctypes.CDLL) -> None:
     library.hx_cuda_error_text.restype = ctypes.c_char_p
     library.hx_cuda_error_text.argtypes = [ctypes.c_int32]
-    library.hx_cuda_host_alloc.restype = ctypes.c_int32
-    library.hx_cuda_host_alloc.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int64]
-    library.hx_cuda_host_free.restype = ctypes.c_int32
-    library.hx_cuda_host_free.argtypes = [ctypes.c_void_p]
+    library.hx_cuda_copy_batch.restype = ctypes.c_int32
+    library.hx_cuda_copy_batch.argtypes = [
+        ctypes.c_int32,  # device
+        ctypes.c_void_p,  # to
+        ctypes.c_void_p,  # from
+        ctypes.c_void_p,  # sizes
+        ctypes.c_int64,  # count
+        ctypes.c_void_p,  # stream
+    ]
     library.hx_cuda_copy_blocks.restype = ctypes.c_int32
     library.hx_cuda_copy_blocks.argtypes = [
         ctypes.c_int32,  # device

@@ -1,21 +1,48 @@
-"""Pinned host memory of the size that was asked for."""
+"""Pinned host memory of the size that was asked for, near the GPU that copies to it.
+
+torch's own allocator rounds pinned memory up to a power of two, which for a pool of 70 GiB wastes
+58. So ordinary memory of the exact size is taken and registered with CUDA, through torch's runtime,
+in pieces that drivers take at once.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import mmap
+import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import lcm
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 
-from hexgen_vllm.kernels.libraries import cuda_library
+MOST_PIECE_BYTES: Final = 64 << 30
+_PORTABLE: Final = 1
+_SYSFS: Final = Path("/sys")
 
 
-def pinned_buffer(num_bytes: int) -> torch.Tensor:
-    """A flat uint8 tensor in pinned host memory that every GPU of this process can address.
+def piece_bytes(unit_bytes: int) -> int:
+    """Return how much is registered at a time, in whole pages and whole units where that fits.
 
-    torch's own allocator rounds pinned memory up to a power of two, which for a pool of 20 GiB
-    wastes 12; the CUDA library takes the exact size. Without that library torch allocates. The
-    memory is given back when the last tensor on it is gone.
+    No copy may reach over the border of two pieces.
+    """
+    whole = lcm(mmap.PAGESIZE, unit_bytes)
+    return MOST_PIECE_BYTES // whole * whole or MOST_PIECE_BYTES
+
+
+def pinned_buffer(
+    num_bytes: int, device: torch.device | None = None, unit_bytes: int = 1
+) -> torch.Tensor:
+    """Return a flat uint8 tensor in pinned host memory that every GPU of this process can address.
+
+    The memory is given back when the last tensor on it is gone.
+
+    Args:
+        num_bytes: its size.
+        device: the GPU to be near to; the current one if not given.
+        unit_bytes: what is copied as a whole, see :func:`piece_bytes`.
 
     Raises:
         ValueError: ``num_bytes`` is not positive.
@@ -25,16 +52,73 @@ def pinned_buffer(num_bytes: int) -> torch.Tensor:
         raise ValueError(f"num_bytes: {num_bytes} bytes cannot be allocated.")
     if not torch.cuda.is_available():
         raise RuntimeError("pinned memory needs a GPU.")
-    library = cuda_library().handle
-    if library is None:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     torch.cuda.init()
-    address = ctypes.c_void_p()
-    status = library.hx_cuda_host_alloc(ctypes.byref(address), num_bytes)
-    if status or address.value is None:
-        text = library.hx_cuda_error_text(status).decode()
-        raise RuntimeError(f"CUDA cannot pin {num_bytes} bytes of host memory: {text}.")
-    memory = (ctypes.c_uint8 * num_bytes).from_address(address.value)
+    with on_cpus(near_cpus(torch.cuda.get_device_properties(device))):
+        return register(num_bytes, torch.cuda.cudart(), piece_bytes(unit_bytes))
+
+
+def register(num_bytes: int, runtime: Any, piece: int) -> torch.Tensor:
+    """Return memory of exactly ``num_bytes``, registered with a CUDA ``runtime`` piece by piece.
+
+    Raises:
+        RuntimeError: the runtime refuses; what was registered is given back.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    first = buffer.data_ptr()
+    done: list[int] = []
+    for start in range(0, num_bytes, piece):
+        size = min(piece, num_bytes - start)
+        status = int(runtime.cudaHostRegister(first + start, size, _PORTABLE))
+        if status:
+            _unregister(runtime, done)
+            raise RuntimeError(
+                f"CUDA cannot pin {num_bytes} bytes of host memory: error {status}. "
+                "Is there so much, and does `ulimit -l` allow it?"
+            )
+        done.append(first + start)
     # At exit the driver frees it; freeing before that could race with a copy in flight.
-    weakref.finalize(memory, library.hx_cuda_host_free, address.value).atexit = False
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    weakref.finalize(memory, _unregister, runtime, done).atexit = False
+    return buffer
+
+
+def _unregister(runtime: Any, addresses: list[int]) -> None:
+    for address in addresses:
+        runtime.cudaHostUnregister(address)
+
+
+def near_cpus(properties: Any, sysfs: Path = _SYSFS) -> set[int]:
+    """Return the CPUs of the NUMA node that a GPU hangs on; none where that is not known.
+
+    Args:
+        properties: of the device, as torch gives them.
+        sysfs: where the kernel tells.
+    """
+    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")
+    domain, bus, slot = (getattr(properties, name, 0) for name in names)
+    device = sysfs / f"bus/pci/devices/{domain:04x}:{bus:02x}:{slot:02x}.0"
+    try:
+        node = int((device / "numa_node").read_text())
+        cpus = (sysfs / f"devices/system/node/node{node}/cpulist").read_text()
+    except (OSError, ValueError):
+        return set()
+    found: set[int] = set()
+    for part in cpus.strip().split(","):
+        least, _, most = part.partition("-")
+        found.update(range(int(least), int(most or least) + 1) if least else ())
+    return found
+
+
+@contextmanager
+def on_cpus(cpus: set[int]) -> Iterator[None]:
+    """Run on ``cpus``, where the system lets us: memory comes from the node that first asks."""
+    before = os.sched_getaffinity(0)
+    wanted = cpus & before
+    if not wanted:
+        yield
+        return
+    os.sched_setaffinity(0, wanted)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -34,6 +34,11 @@ def piece_table(layout: BlockLayout, piece_bytes: int) -> torch.Tensor:
     return tables[piece_bytes]
 
 
+def forget_tables(layout: BlockLayout) -> None:
+    """Have the tables of ``layout`` made again: their memory may have lost what was in it."""
+    _tables.pop(layout, None)
+
+
 def word_bytes(layout: BlockLayout, buffer: torch.Tensor) -> int:
     """Widest load, 1 to 16 bytes, that fits the cache's and the buffer's alignment."""
     return alignment_of((layout.alignment, buffer.data_ptr()))

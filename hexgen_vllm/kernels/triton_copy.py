@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ import triton
 import triton.language as tl
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.kernels.checks import check_gather, check_reachable, check_scatter
 from hexgen_vllm.kernels.layout import BlockLayout
 from hexgen_vllm.kernels.tables import piece_table, word_bytes
 
-PIECE_BYTES = 16 * 1024
+MOST_PIECE_BYTES = 16 * 1024
+LEAST_PIECE_BYTES = 1024
 HOST_GRID = 32
 DEVICE_GRID = 512
 _NUM_WARPS = 8
@@ -35,40 +34,23 @@ def unavailable(device: torch.device) -> str | None:
     return f"the triton kernel needs a GPU, or TRITON_INTERPRET=1 and host tensors, not {device}"
 
 
-def gather_blocks(
-    layout: BlockLayout, block_ids: Sequence[int] | torch.Tensor, out: torch.Tensor
-) -> None:
-    """Enqueue the packing of blocks into ``out``, on the device or in pinned host memory.
-
-    Raises:
-        ValueError: see :func:`~hexgen_vllm.kernels.checks.check_gather`; also for pageable memory.
-        ConfigError: neither a GPU nor the interpreter is there.
-    """
-    ids = check_gather(layout, block_ids, out)
-    check_reachable(layout, out)
-    _copy(layout, ids, out, to_records=True)
-
-
-def scatter_blocks(
-    layout: BlockLayout, block_ids: Sequence[int] | torch.Tensor, src: torch.Tensor
-) -> None:
-    """Enqueue the unpacking of ``src``; arguments and errors as :func:`gather_blocks`."""
-    ids = check_scatter(layout, block_ids, src)
-    check_reachable(layout, src)
-    _copy(layout, ids, src, to_records=False)
-
-
-def _copy(
+def copy_blocks(
     layout: BlockLayout, ids: torch.Tensor, buffer: torch.Tensor, *, to_records: bool
 ) -> None:
+    """Enqueue a copy on the current stream; see :mod:`hexgen_vllm.kernels`.
+
+    Raises:
+        ConfigError: neither a GPU nor the interpreter is there.
+    """
     reason = unavailable(layout.device)
     if reason is not None:
         raise ConfigError(f"kernel triton: {reason}.")
-    table = piece_table(layout, PIECE_BYTES)
+    size = piece_bytes(layout)
+    table = piece_table(layout, size)
     items = ids.numel() * table.shape[0]
     if items == 0:
         return
-    constants = _constants(word_bytes(layout, buffer), to_records)
+    constants = _constants(size, word_bytes(layout, buffer), to_records)
     with torch.cuda.device_of(table):
         _kernel(_interpreting())[(_grid(items, layout, buffer),)](
             table,
@@ -82,13 +64,20 @@ def _copy(
         )
 
 
-def _constants(alignment: int, to_records: bool) -> dict[str, Any]:
-    """Compile-time arguments for memory that is aligned to ``alignment`` bytes."""
+def piece_bytes(layout: BlockLayout) -> int:
+    """Return what a program copies at a time: as much as the longest run, or its lanes idle."""
+    longest = max(run.num_bytes for run in layout.runs)
+    fitting = 1 << (longest - 1).bit_length()
+    return min(max(fitting, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
+
+
+def _constants(size: int, alignment: int, to_records: bool) -> dict[str, Any]:
+    """Compile-time arguments for pieces of ``size`` bytes in memory aligned to ``alignment``."""
     word_size = min(alignment, 8)
     return {
         "WORD": _WORD_OF_BYTES[word_size],
         "WORD_BYTES": word_size,
-        "PIECE_WORDS": PIECE_BYTES // word_size,
+        "PIECE_WORDS": size // word_size,
         "ALIGNMENT": alignment,
         "TO_RECORDS": to_records,
     }

@@ -6,15 +6,22 @@ found in the prefix cache when the call comes back. With k bytes of KV per token
 
     lost        = (n - s) * (1 - q)
     recompute_s = lost * (token_s + context_s * (n - lost / 2))
-    copy_s      = stall * (c * k / out_rate + lost * k / in_rate) + 2 * overhead_s
+    copy_s      = held_s(c * k, lost * k) + 2 * overhead_s
 
-Both are seconds that the engine does nothing else. ``stall`` is 1 where a copy holds up the
-forward pass, and the part that it still costs where it runs beside it. The copy is made if
+Both are seconds that the engine does nothing else. Where copies hold up the forward pass,
+``held_s(out, in) = out / out_rate + in / in_rate``. Where they run beside it, a save holds it up
+while it is packed into the device's staging memory, and for what finds no room there; a load that
+takes less than 2 ms is waited for, any other is not, and both are unpacked:
+
+    held_s(out, in) = out / pack_rate + max(0, out - staging) / out_rate
+                    + in / pack_rate  + (in / in_rate if that is less than 2 ms)
+
+The copy is made if
 ``recompute_s > 1.2 * copy_s`` (strict), so that rates which drift do not make it flicker.
 
 The shared head is left out of the copy (c = n - s) if that saves more than it risks: should the
 others let go of it in the meantime, all n tokens are computed again. With the risk r of that:
-``r * n * (token_s + context_s * n / 2) < stall * s * k / out_rate``. Otherwise c = n.
+``r * n * (token_s + context_s * n / 2) < held_s(n * k, 0) - held_s((n - s) * k, 0)``, else c = n.
 
 A copy in a bounded pool is worth the seconds it saves per block, and less the longer its call may
 wait: ``saves_s / blocks * 10 s / (10 s + slack)``. A new copy that finds no room evicts those of
@@ -41,9 +48,11 @@ from typing import Final, NamedTuple
 ASSUMED_BYTES_PER_S: Final = 4e9
 """Bandwidth assumed until a copy was measured."""
 
+BESIDE_FROM_S: Final = 0.002
+"""A load of this many seconds or more runs beside the forward pass, where it can."""
+
 _GAIN: Final = 1.2
 _OVERHEAD_S: Final = 2e-4
-_STALL_BESIDE: Final = 0.1
 _URGENCY_HORIZON_S: Final = 10.0
 
 
@@ -91,17 +100,29 @@ class CopyRates:
         out_bytes_per_s: to host memory; ``None`` while unknown.
         in_bytes_per_s: back to the device; ``None`` while unknown.
         beside: copies run beside the forward pass.
+        staging_bytes: device memory that is free for saves to pass through.
+        pack_bytes_per_s: how fast they get there; ``None`` counts as no time.
     """
 
     out_bytes_per_s: float | None = None
     in_bytes_per_s: float | None = None
     beside: bool = False
+    staging_bytes: float = 0.0
+    pack_bytes_per_s: float | None = None
+
+    def in_s(self, num_bytes: float) -> float:
+        """Return the seconds until a load of so many bytes is done."""
+        return num_bytes / (self.in_bytes_per_s or ASSUMED_BYTES_PER_S)
 
     def stall_s(self, bytes_out: float, bytes_in: float) -> float:
-        """Return the seconds that copies of so many bytes take from the engine."""
-        out_s = bytes_out / (self.out_bytes_per_s or ASSUMED_BYTES_PER_S)
-        in_s = bytes_in / (self.in_bytes_per_s or ASSUMED_BYTES_PER_S)
-        return (_STALL_BESIDE if self.beside else 1.0) * (out_s + in_s)
+        """Return the seconds by which copies of so many bytes hold the forward pass up."""
+        in_s = self.in_s(bytes_in)
+        if self.beside:
+            bytes_out, packed = max(bytes_out - self.staging_bytes, 0.0), bytes_out + bytes_in
+            in_s = in_s if in_s < BESIDE_FROM_S else 0.0
+            if self.pack_bytes_per_s is not None:
+                in_s += packed / self.pack_bytes_per_s
+        return bytes_out / (self.out_bytes_per_s or ASSUMED_BYTES_PER_S) + in_s
 
 
 class Retention(NamedTuple):
@@ -121,7 +142,8 @@ class Retention(NamedTuple):
 def leaves_head(held: Held, again: RecomputeRates, copy: CopyRates) -> bool:
     """Return whether the shared head is better left out of a copy."""
     risk_s = again.head_risk * again.seconds(held.tokens, held.tokens)
-    return risk_s < copy.stall_s(held.shared * held.token_bytes, 0.0)
+    whole, own = held.tokens * held.token_bytes, (held.tokens - held.shared) * held.token_bytes
+    return risk_s < copy.stall_s(whole, 0.0) - copy.stall_s(own, 0.0)
 
 
 def weigh(

@@ -32,7 +32,7 @@ FOLDERS: Final = tuple(
 # Options in the text that are not ours, by whose they are.
 OF_VLLM: Final = {
     "--additional-config", "--block-size", "--config", "--data-parallel-size",
-    "--disable-access-log-for-endpoints",
+    "--disable-access-log-for-endpoints", "--disable-hybrid-kv-cache-manager",
     "--enable-prefix-caching",
     "--enforce-eager", "--gpu-memory-utilization", "--kv-offloading-size",
     "--kv-transfer-config", "--max-num-batched-tokens", "--max-num-seqs", "--middleware",
@@ -45,6 +45,7 @@ OF_OTHERS: Final = {
     "--no-deps": "pip",
     "--enable-program-scheduling": "vllm-router",
     "--node-ip-address": "ray",
+    "--fake": "tools/gpu_check.sh",
 }
 EXAMPLES: Final = ("examples.text2sql.options",)
 

@@ -21,10 +21,3 @@ def interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         yield
-
-
-def pytest_ignore_collect(collection_path: object, config: pytest.Config) -> bool | None:
-    """A machine that only runs the GPU tests need not have Hypothesis."""
-    if config.option.markexpr == "gpu" and str(collection_path).endswith("test_round_trip.py"):
-        return True
-    return None

@@ -28,7 +28,7 @@ def test_cuda_library_builds_and_loads(tmp_path: Path) -> None:
     library = ctypes.CDLL(str(built.path))
     library.hx_cuda_error_text.restype = ctypes.c_char_p
     assert library.hx_cuda_error_text(0) == b"no error"
-    for name in ("hx_cuda_copy_blocks", "hx_cuda_host_alloc", "hx_cuda_host_free"):
+    for name in ("hx_cuda_copy_blocks", "hx_cuda_copy_batch"):
         assert getattr(library, name)
 
 

@@ -10,12 +10,12 @@ import torch
 from hexgen_vllm import kernels
 from hexgen_vllm.kernels import BlockLayout, cuda, gather_blocks, scatter_blocks
 from hexgen_vllm.kernels.pinned import pinned_buffer
-from hexgen_vllm.kernels.staging import StagedCopier
+from hexgen_vllm.kernels.staging import DeviceCopier
 from tests.kernels.caches import LAYOUTS, Cache, Shape
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ("reference", "triton", "cuda")
+KERNELS = ("reference", "triton", "cuda", "batch")
 SHAPES = [Shape(order=order, blocks=40, layers=3) for order in sorted(LAYOUTS)] + [
     Shape(dtype=torch.uint8, shift=1, content=40, heads=3),
     Shape(dtype=torch.float32, pad=1, content=33),
@@ -62,22 +62,47 @@ def test_round_trip(shape: Shape, kernel: str, where: str) -> None:
     assert_restores(cache, before, ids, lambda: scatter_blocks(layout, ids, saved, kernel=kernel))
 
 
+@pytest.mark.parametrize("load_way", ["batch", "staged"])
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("slots_of", [1, 7, 100])
-def test_staging(kernel: str, slots_of: int) -> None:
+@pytest.mark.parametrize("staging", [2, 7, 100])
+def test_staging(kernel: str, staging: int, beside: bool, load_way: str) -> None:
     shape = Shape(blocks=40)
     cache, ids = Cache(shape, device="cuda:0"), sample(shape)
     layout, before = BlockLayout.from_tensors(cache.tensors), cache.copy()
-    copier = StagedCopier(layout, 2 * layout.packed_bytes(slots_of), kernel)
-    saved, right = host(layout.packed_bytes(len(ids))), host(layout.packed_bytes(len(ids)))
+    copier = DeviceCopier(layout, 50, staging_bytes=layout.packed_bytes(staging))
+    copier.save_way = kernel
+    copier.load_way = "batch" if load_way == "batch" else kernel
+    right = host(layout.packed_bytes(len(ids)))
     gather_blocks(layout, ids, right, kernel="reference")
 
-    arrived = copier.save(ids, saved)
+    arrived = copier.save(ids, [(20, 20), (2, len(ids) - 20)])
     cache.bytes.zero_()  # later work on the stream may overwrite the blocks at once
+    assert arrived is not None
     arrived.synchronize()
 
-    assert torch.equal(saved, right)
-    assert_restores(cache, before, ids, lambda: copier.restore(ids, saved))
+    saved = copier.memory.view(50, -1)
+    assert torch.equal(torch.cat((saved[20:40], saved[2 : len(ids) - 18])).flatten(), right)
+
+    def load() -> None:
+        done = copier.load(ids, [(20, 20), (2, len(ids) - 20)], beside=beside)
+        while beside and not done():
+            pass
+
+    assert_restores(cache, before, ids, load)
+    copier.close()
+
+
+def test_calibration_chooses_and_changes_nothing() -> None:
+    cache = Cache(Shape(blocks=40), device="cuda:0")
+    before = cache.copy()
+    copier = DeviceCopier(BlockLayout.from_tensors(cache.tensors), 50)
+    copier.calibrate(30)
+    copier.wait()
+    assert torch.equal(cache.bytes, before.bytes)
+    assert copier.pack_bytes_per_s is not None
+    assert copier.pack_bytes_per_s > 1e9
+    copier.close()
 
 
 @pytest.mark.parametrize("kernel", ["triton", "cuda"])
@@ -92,12 +117,13 @@ def test_copies_keep_to_the_current_stream(kernel: str) -> None:
         torch.cuda._sleep(50_000_000)
         cache.bytes.fill_(3)
         gather_blocks(layout, ids, saved, kernel=kernel)
-    assert bool((saved == 7).all()), "the copy overtook its stream"
+    # A slice: comparing all of it takes the host longer than the stream sleeps.
+    assert bool((saved[: 1 << 16] == 7).all()), "the copy overtook its stream"
     stream.synchronize()
     assert bool((saved == 3).all())
 
 
-@pytest.mark.parametrize("kernel", ["triton", "cuda"])
+@pytest.mark.parametrize("kernel", ["triton", "cuda", "batch"])
 def test_pageable_memory_is_refused(kernel: str) -> None:
     layout = BlockLayout.from_tensors(Cache(Shape(), device="cuda:0").tensors)
     pageable = torch.empty(layout.packed_bytes(1), dtype=torch.uint8)

@@ -20,6 +20,7 @@ def _forget_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HEXGEN_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kernels._pick.cache_clear()
+    kernels._failing.cache_clear()
 
 
 def test_the_native_library_serves_the_host_and_is_named_once(
@@ -61,7 +62,7 @@ def test_a_kernel_that_cannot_serve_is_refused() -> None:
         kernels.pick_kernel(HOST, "cuda")
     with pytest.raises(ConfigError, match="needs a GPU, or TRITON_INTERPRET=1"):
         kernels.pick_kernel(HOST, "triton")
-    with pytest.raises(ConfigError, match="'fast' is none of cuda, triton, cpu, reference"):
+    with pytest.raises(ConfigError, match="'fast' is none of cuda, triton, batch, cpu, reference"):
         kernels.pick_kernel(HOST, "fast")
 
 
@@ -69,7 +70,7 @@ def test_a_twin_called_directly_refuses_too() -> None:
     layout = kernels.BlockLayout.from_tensors([torch.zeros(2, 16)])
     out = torch.empty(64, dtype=torch.uint8)
     with pytest.raises(ConfigError, match="kernel triton"):
-        triton_copy.gather_blocks(layout, [0], out)
+        triton_copy.copy_blocks(layout, torch.tensor([0]), out, to_records=True)
 
 
 def test_other_devices_fall_back_to_the_reference() -> None:
@@ -80,3 +81,29 @@ def test_description_names_the_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -
     assert kernels.describe().startswith("cpu: cpu kernel")
     monkeypatch.setattr(cpu, "cpu_library", lambda: Loaded(None, "no compiler was found"))
     assert kernels.describe().startswith("cpu: reference kernel (cpu: no compiler was found)")
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (RuntimeError("CUDA refused a copy: no kernel image is available"), "no kernel image"),
+        (OSError("driver too old"), "driver too old"),
+        (None, "copies wrong bytes"),
+    ],
+)
+def test_a_twin_that_loads_but_cannot_run_is_passed_over(
+    broken: Exception | None,
+    says: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def copy_blocks(*arguments: object, **more: object) -> None:
+        if broken is not None:
+            raise broken
+
+    monkeypatch.setattr(cpu, "copy_blocks", copy_blocks)
+    with caplog.at_level(logging.INFO, logger="hexgen_vllm.kernels"):
+        assert kernels.pick_kernel(HOST) is reference
+    assert says in caplog.text
+    assert "cpu" not in kernels.available_kernels(HOST)
+    kernels._failing.cache_clear()

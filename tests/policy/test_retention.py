@@ -24,6 +24,7 @@ from hexgen_vllm.policy.retention import (
 NOW = 1000.0
 HELD = Held(tokens=4000, shared=0, token_bytes=128 * 1024)
 PREFILL = RecomputeRates(token_s=1e-4)
+MIB = 1 << 20
 BUS = CopyRates(out_bytes_per_s=20e9, in_bytes_per_s=20e9)
 
 
@@ -42,7 +43,8 @@ def test_the_shared_head_is_left_out_where_that_risks_less_than_it_saves() -> No
     held = replace(HELD, shared=3000)  # 20 ms of copying against 400 ms of computing
     assert not leaves_head(held, replace(PREFILL, head_risk=0.1), BUS)
     assert leaves_head(held, replace(PREFILL, head_risk=0.04), BUS)
-    assert not leaves_head(held, replace(PREFILL, head_risk=0.04), replace(BUS, beside=True))
+    beside = replace(BUS, beside=True, staging_bytes=1e9, pack_bytes_per_s=1e12)
+    assert not leaves_head(held, replace(PREFILL, head_risk=0.04), beside)
     assert not leaves_head(HELD, replace(PREFILL, head_risk=0.0), BUS)
 
 
@@ -82,7 +84,25 @@ def test_an_unknown_bandwidth_is_the_assumed_one() -> None:
 
 
 def test_copies_beside_the_forward_pass_cost_less() -> None:
-    assert weigh(HELD, PREFILL, replace(BUS, beside=True)).copy_s < weigh(HELD, PREFILL, BUS).copy_s
+    beside = replace(BUS, beside=True, staging_bytes=64 << 20, pack_bytes_per_s=1e12)
+    assert weigh(HELD, PREFILL, beside).copy_s < weigh(HELD, PREFILL, BUS).copy_s
+
+
+@pytest.mark.parametrize(
+    ("mib_out", "mib_in", "staging_mib", "held_s"),
+    [
+        (64, 0, 64, 64 * MIB / 1e12),  # all of it is packed into the staging
+        (564, 0, 64, 500 * MIB / 20e9 + 564 * MIB / 1e12),  # what has no room waits for the bus
+        (0, 16, 64, 16 * MIB / 20e9 + 16 * MIB / 1e12),  # short: waited for
+        (0, 640, 64, 640 * MIB / 1e12),  # long: beside, but for its unpacking
+        (100, 0, 0, 100 * MIB / 20e9 + 100 * MIB / 1e12),
+    ],
+)
+def test_what_holds_the_forward_pass_up(
+    mib_out: int, mib_in: int, staging_mib: int, held_s: float
+) -> None:
+    beside = replace(BUS, beside=True, staging_bytes=staging_mib * MIB, pack_bytes_per_s=1e12)
+    assert beside.stall_s(mib_out * MIB, mib_in * MIB) == pytest.approx(held_s)
 
 
 def test_worth_is_seconds_per_block_and_falls_with_slack() -> None:

@@ -129,7 +129,7 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
         UnsupportedVLLM: this vLLM's connector interface has changed.
     """
 
-    make_copier: Callable[[BlockLayout], Copier] = staticmethod(make_copier)
+    make_copier: Callable[[BlockLayout, int], Copier] = staticmethod(make_copier)
     """How a worker copies; a test may put its own in place."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -234,11 +234,13 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Learn where the KV cache lies, and take the host memory."""
         layout = BlockLayout.from_tensors(list(kv_caches.values()), self._num_blocks)
-        self.worker = SwapWorker(layout, self._records, self.make_copier(layout))
+        self.worker = SwapWorker(layout, self._records, self.make_copier(layout, self._records))
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Save before blocks are written by this step."""
         meta: SwapMeta = kv_connector_metadata
+        if meta.renew:
+            self._worker().renew()
         if meta.fence:
             self._worker().fence()
         if meta.saves or meta.loads:

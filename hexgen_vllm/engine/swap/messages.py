@@ -36,22 +36,30 @@ class Load(NamedTuple):
 class SwapMeta(KVConnectorMetadata):
     """What a step copies: saves come before its forward pass and before its loads.
 
-    ``fence``: all of it comes after the loads beside earlier forward passes.
+    ``fence``: all of it comes after the loads beside earlier forward passes. ``renew``: first make
+    again what workers keep in device memory.
     """
 
     saves: list[Save] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     fence: bool = False
+    renew: bool = False
 
 
 @dataclass
 class SwapReport(KVConnectorWorkerMetadata):
-    """Bytes that were copied and the seconds it took, since the last report."""
+    """Bytes that were copied and the seconds it took, since the last report.
+
+    In the first one, also the device memory that saves pass through and how fast they get there;
+    0 says that a save holds the forward pass up until it is done.
+    """
 
     out_bytes: int = 0
     out_s: float = 0.0
     in_bytes: int = 0
     in_s: float = 0.0
+    staging_bytes: int = 0
+    pack_bytes_per_s: float = 0.0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> SwapReport:
         """Join the reports of two workers, which copied at the same time."""
@@ -62,4 +70,6 @@ class SwapReport(KVConnectorWorkerMetadata):
             max(self.out_s, other.out_s),
             self.in_bytes + other.in_bytes,
             max(self.in_s, other.in_s),
+            self.staging_bytes + other.staging_bytes,
+            self.pack_bytes_per_s + other.pack_bytes_per_s,
         )

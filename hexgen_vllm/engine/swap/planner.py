@@ -31,13 +31,20 @@ from hexgen_vllm.engine.swap.pool import (
     Owner,
 )
 from hexgen_vllm.policy.cost import ServiceRates
-from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, leaves_head, weigh
+from hexgen_vllm.policy.retention import (
+    ASSUMED_BYTES_PER_S,
+    BESIDE_FROM_S,
+    CopyRates,
+    Held,
+    RecomputeRates,
+    leaves_head,
+    weigh,
+)
 
 _DECAY: Final = 0.9
 _WEIGHT: Final = 0.1
 _MOST_SLOWER: Final = 4.0
 _FIRST_HEAD_RISK: Final = 0.1
-_BESIDE_FROM_S: Final = 0.002
 
 
 class Bandwidth:
@@ -77,6 +84,8 @@ class SwapLedger:
         back: bandwidth back to the device.
         survival: share of unshared KV that the prefix cache still held when it was wanted.
         head_risk: how often shared KV was gone by then.
+        staging_bytes: device memory that saves pass through.
+        pack_bytes_per_s: how fast they get there, ``None`` while unknown.
     """
 
     def __init__(self, block_size: int, block_bytes: int) -> None:
@@ -84,12 +93,17 @@ class SwapLedger:
         self.out, self.back = Bandwidth(), Bandwidth()
         self.survival = 0.0
         self.head_risk = _FIRST_HEAD_RISK
+        self.staging_bytes = 0
+        self.pack_bytes_per_s: float | None = None
         self._tokens: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
 
     def reported(self, report: SwapReport) -> None:
         """Take in what workers measured."""
+        if report.staging_bytes:
+            self.staging_bytes = report.staging_bytes
+            self.pack_bytes_per_s = report.pack_bytes_per_s or None
         self.out.observe(report.out_bytes, report.out_s)
         self.back.observe(report.in_bytes, report.in_s)
 
@@ -176,13 +190,14 @@ class SwapPlanner:
     ) -> None:
         self.pool = pool
         self.ledger = SwapLedger(block_size, block_bytes)
-        self.beside_from_s = _BESIDE_FROM_S if beside else None
+        self.beside_from_s = BESIDE_FROM_S if beside else None
         self._block_size, self._block_bytes, self._keep = block_size, block_bytes, keep
         self._saves: dict[str, Save] = {}
         self._loads: list[Load] = []
         self._beside: set[str] = set()  # loads beside the forward pass that are under way
         self._abandoned: set[str] = set()  # of these, those that nobody waits for any more
-        self._fence = False
+        self._fence = self._renew = False
+        self._leaving_bytes, self._leaving_s = 0.0, 0.0  # saves on their way, and as of when
 
     # Asked by the scheduler.
 
@@ -221,7 +236,7 @@ class SwapPlanner:
         if own <= 0:
             return 0
         held = Held(tokens, tokens - own, self._block_bytes / self._block_size)
-        again, copying = self._again(rates), self._copying()
+        again, copying = self._again(rates), self._copying(self._leaving(now))
         tight = len(held_blocks) > self.pool.space.free
         by_rates = self._keep == "auto" and leaves_head(held, again, copying)
         first = shared if tight or by_rates else 0
@@ -245,7 +260,14 @@ class SwapPlanner:
         ids = tuple(block.block_id for block in blocks)
         self._saves[copy.request_id] = Save(ids, copy.extents)
         self.ledger.saved(tokens, len(blocks))
+        self._leaving_bytes = self._leaving(now) + len(blocks) * self._block_bytes
+        self._leaving_s = now
         return True
+
+    def _leaving(self, now: float) -> float:
+        """Return how many bytes of earlier saves are still on their way to the host."""
+        rate = self.ledger.out.rate() or ASSUMED_BYTES_PER_S
+        return max(self._leaving_bytes - rate * max(now - self._leaving_s, 0.0), 0.0)
 
     # Asked by the connector.
 
@@ -293,7 +315,8 @@ class SwapPlanner:
             self.ledger.dropped(copy, why)
 
     def forget_all(self, why: str) -> None:
-        """Drop all copies."""
+        """Drop all copies, and have workers trust nothing that they keep in device memory."""
+        self._renew = True
         for request_id in list(self.pool.copies):
             self.forget(request_id, why)
 
@@ -329,8 +352,12 @@ class SwapPlanner:
 
     def end_step(self) -> SwapMeta:
         """Return what this step copies; the next one starts empty."""
-        meta = SwapMeta(list(self._saves.values()), self._loads, self._fence)
+        copies = bool(self._saves or self._loads)
+        meta = SwapMeta(
+            list(self._saves.values()), self._loads, self._fence, self._renew and copies
+        )
         self._saves, self._loads, self._fence = {}, [], False
+        self._renew = self._renew and not copies
         self.pool.step_ends()
         return meta
 
@@ -349,17 +376,22 @@ class SwapPlanner:
             rates.prefill_token_s, rates.prefill_context_s, ledger.survival, ledger.head_risk
         )
 
-    def _copying(self) -> CopyRates:
+    def _copying(self, leaving_bytes: float = 0.0) -> CopyRates:
         ledger = self.ledger
-        return CopyRates(ledger.out.rate(), ledger.back.rate(), self.beside_from_s is not None)
+        return CopyRates(
+            ledger.out.rate(),
+            ledger.back.rate(),
+            beside=self.beside_from_s is not None,
+            staging_bytes=max(ledger.staging_bytes - leaving_bytes, 0.0),
+            pack_bytes_per_s=ledger.pack_bytes_per_s,
+        )
 
     def _runs_beside(self, request_id: str, tokens: int) -> bool:
         # Workers name a load by its request: while one is under way, there is no second.
         if self.beside_from_s is None or request_id in self._beside:
             return False
         num_bytes = self._blocks(tokens) * self._block_bytes
-        rates = CopyRates(in_bytes_per_s=self.ledger.back.rate())
-        return rates.stall_s(0, num_bytes) >= self.beside_from_s
+        return self._copying().in_s(num_bytes) >= self.beside_from_s
 
     def _blocks(self, tokens: int) -> int:
         return int(-(-tokens // self._block_size))

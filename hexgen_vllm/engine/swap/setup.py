@@ -6,6 +6,7 @@ its configuration is made, whichever way the engine is started.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +21,8 @@ CONNECTOR: Final = "HostKVConnector"
 MODULE: Final = "hexgen_vllm.engine.swap.connector"
 _OPTION: Final = "host_kv_gib"
 _GIB: Final = 1 << 30
+_GROWING: Final = "expandable_segments:True"
+_ALLOCATOR_VARIABLE: Final = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 class PoolSize(NamedTuple):
@@ -66,9 +69,26 @@ def choose_connector(target: Any, options: Mapping[str, Any]) -> None:
         name = "that of --kv-offloading-size"
     if name == CONNECTOR:
         return
+    _check_allocator(target)
     if name is not None:
         raise ConfigError(f"{_OPTION} cannot be used beside another KV connector ({name}).")
     target.kv_transfer_config = transfer_config()
+
+
+def _check_allocator(target: Any) -> None:
+    """Say before vLLM does that it takes no KV connector with memory that can grow.
+
+    Raises:
+        ConfigError: torch is told to use such memory, and vLLM's own allocator is not in use.
+    """
+    fixed = ("enable_sleep_mode", "enable_cumem_allocator")
+    if _GROWING in os.environ.get(_ALLOCATOR_VARIABLE, "") and not any(
+        getattr(target, name, False) for name in fixed
+    ):
+        raise ConfigError(
+            f"{_OPTION} needs KV memory that stays where it is: take {_GROWING} out of "
+            f"${_ALLOCATOR_VARIABLE}, or start with --enable-sleep-mode."
+        )
 
 
 def _connector(config: Any) -> str | None:
@@ -86,7 +106,10 @@ def pool_size(vllm_config: Any, kv_cache_config: Any, gib: float) -> PoolSize:
     spec: Any = groups[0].kv_cache_spec if groups else None
     plain = type(spec) in (FullAttentionSpec, MLAAttentionSpec)
     if len(groups) != 1 or not plain or kv_cache_config.needs_kv_cache_zeroing:
-        raise ConfigError(f"{_OPTION} needs a model whose layers all have full attention.")
+        raise ConfigError(
+            f"{_OPTION} needs a model whose layers all have full attention; for one whose other "
+            "layers have windows, --disable-hybrid-kv-cache-manager makes them so."
+        )
     ours = spec.page_size_bytes * len(groups[0].layer_names)
     block_bytes = ours * vllm_config.parallel_config.world_size
     records = int(gib * _GIB / block_bytes)

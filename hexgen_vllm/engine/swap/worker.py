@@ -3,14 +3,14 @@
 The memory is one flat buffer of records. Which record belongs to whom is the scheduler's business,
 so nothing has to be told when a copy is dropped.
 
-Copies are made on the host at once, on a GPU in streams. This is all that depends on the device.
-Both copiers see the same calls in the same order: in a
-step all saves, then :meth:`Copier.saved`, then all loads.
+Copies are made on the host at once, on a GPU in streams
+(:class:`hexgen_vllm.kernels.staging.DeviceCopier`). This is all that depends on the device. Both
+copiers see the same calls in the same order: in a step all saves together, then all loads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Final, Protocol
 
@@ -23,36 +23,35 @@ from hexgen_vllm.engine.swap.messages import (
 )
 from hexgen_vllm.engine.swap.pool import Extent
 from hexgen_vllm.kernels import BlockLayout, gather_blocks, scatter_blocks
-from hexgen_vllm.kernels.pinned import pinned_buffer
-from hexgen_vllm.kernels.staging import StagedCopier
+from hexgen_vllm.kernels.staging import DeviceCopier
+from hexgen_vllm.kernels.tables import forget_tables
 
-_STAGING_BYTES: Final = 64 << 20
 _CALIBRATION_BYTES: Final = 64 << 20
 _CALIBRATION_ROUNDS: Final = 2
 
 
 class Copier(Protocol):
-    """Copies blocks of one KV cache.
+    """Copies blocks of one KV cache to host memory and back.
 
     Attributes:
         at_once: a copy is done when its call returns.
+        memory: the host records, flat uint8.
+        staging_bytes: device memory that a save passes through; one that fits holds nobody up.
+        pack_bytes_per_s: how fast it gets there, ``None`` where there is none.
     """
 
     at_once: bool
+    memory: torch.Tensor
+    staging_bytes: int
+    pack_bytes_per_s: float | None
 
-    def memory(self, num_bytes: int) -> torch.Tensor:
-        """Return host memory that this copier can reach, flat uint8."""
-
-    def save(self, block_ids: Sequence[int], records: torch.Tensor) -> None:
-        """Copy blocks to ``records``; work submitted later may overwrite the blocks."""
-
-    def saved(self) -> None:
-        """Note that the saves of this step were all submitted."""
+    def save(self, block_ids: Sequence[int], spans: Sequence[Extent]) -> object:
+        """Copy blocks to records; work submitted later may overwrite the blocks."""
 
     def load(
-        self, block_ids: Sequence[int], records: torch.Tensor, *, beside: bool
+        self, block_ids: Sequence[int], spans: Sequence[Extent], *, beside: bool
     ) -> Callable[[], bool]:
-        """Copy ``records`` to blocks, and return what tells whether that is done.
+        """Copy records to blocks, and return what tells whether that is done.
 
         Unless ``beside``, work submitted later sees the blocks. Otherwise only work submitted
         after the answer was true does, and until then nothing else may use the blocks.
@@ -64,37 +63,52 @@ class Copier(Protocol):
     def wait(self) -> None:
         """Return when all copies are done."""
 
+    def close(self) -> None:
+        """Wait, and let go of the host memory."""
 
-def make_copier(layout: BlockLayout) -> Copier:
-    """Return the copier for the device that the cache lies on."""
-    return HostCopier(layout) if layout.device.type == "cpu" else DeviceCopier(layout)
+    def seconds(self) -> float:
+        """Return the time that copies are measured by."""
+
+    def calibrate(self, blocks: int) -> None:
+        """Choose how to copy by copying the first blocks of the cache; none of them changes."""
+
+
+def make_copier(layout: BlockLayout, records: int) -> Copier:
+    """Return the copier for the device that the cache lies on, with memory for so many blocks."""
+    if layout.device.type == "cpu":
+        return HostCopier(layout, records)
+    return DeviceCopier(layout, records)
 
 
 class HostCopier:
-    """Copies of a cache in host memory."""
+    """Copies of a cache in host memory; the system provides memory when it is first written."""
 
     at_once = True
+    staging_bytes = 0
+    pack_bytes_per_s: float | None = None
 
-    def __init__(self, layout: BlockLayout) -> None:
+    def __init__(self, layout: BlockLayout, records: int) -> None:
         self._layout = layout
+        self.memory = torch.empty(layout.packed_bytes(records), dtype=torch.uint8)
 
-    def memory(self, num_bytes: int) -> torch.Tensor:
-        """Return ordinary memory; the system provides it when it is first written."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def save(self, block_ids: Sequence[int], records: torch.Tensor) -> None:
+    def save(self, block_ids: Sequence[int], spans: Sequence[Extent]) -> None:
         """See :class:`Copier`."""
-        gather_blocks(self._layout, block_ids, records)
-
-    def saved(self) -> None:
-        """See :class:`Copier`."""
+        start = 0
+        for first, size in spans:
+            records = self.memory[self._layout.record_span(first, first + size)]
+            gather_blocks(self._layout, block_ids[start : start + size], records)
+            start += size
 
     def load(
-        self, block_ids: Sequence[int], records: torch.Tensor, *, beside: bool
+        self, block_ids: Sequence[int], spans: Sequence[Extent], *, beside: bool
     ) -> Callable[[], bool]:
         """See :class:`Copier`; nothing runs beside anything here."""
         del beside
-        scatter_blocks(self._layout, block_ids, records)
+        start = 0
+        for first, size in spans:
+            records = self.memory[self._layout.record_span(first, first + size)]
+            scatter_blocks(self._layout, block_ids[start : start + size], records)
+            start += size
         return lambda: True
 
     def fence(self) -> None:
@@ -103,55 +117,16 @@ class HostCopier:
     def wait(self) -> None:
         """See :class:`Copier`."""
 
-
-class DeviceCopier:
-    """Copies of a cache on a GPU, over one bus stream, so that they never overtake each other.
-
-    A save packs its blocks on the compute stream: after the step in flight, which may still write
-    the victim's last token, and before the step that the blocks are given away in. A load beside
-    the forward pass starts after the saves of its step, whose blocks it may have been given, and
-    with that after the step before, which may still have written them.
-    """
-
-    at_once = False
-
-    def __init__(self, layout: BlockLayout) -> None:
-        self._device = layout.device
-        self._staged = StagedCopier(layout, max(_STAGING_BYTES, 2 * layout.record_bytes))
-        self._side = torch.cuda.Stream(device=self._device)
-        self._saved = torch.cuda.Event()
-
-    def memory(self, num_bytes: int) -> torch.Tensor:
-        """Return pinned memory."""
-        return pinned_buffer(num_bytes)
-
-    def save(self, block_ids: Sequence[int], records: torch.Tensor) -> None:
+    def close(self) -> None:
         """See :class:`Copier`."""
-        self._staged.save(block_ids, records)
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
-    def saved(self) -> None:
+    def seconds(self) -> float:
         """See :class:`Copier`."""
-        self._saved.record(torch.cuda.current_stream(self._device))
+        return perf_counter()
 
-    def load(
-        self, block_ids: Sequence[int], records: torch.Tensor, *, beside: bool
-    ) -> Callable[[], bool]:
-        """See :class:`Copier`."""
-        stream = self._side if beside else torch.cuda.current_stream(self._device)
-        if beside:
-            stream.wait_event(self._saved)
-        with torch.cuda.stream(stream):
-            self._staged.restore(block_ids, records)
-        done: Callable[[], bool] = stream.record_event().query
-        return done
-
-    def fence(self) -> None:
-        """See :class:`Copier`."""
-        torch.cuda.current_stream(self._device).wait_stream(self._side)
-
-    def wait(self) -> None:
-        """See :class:`Copier`."""
-        torch.cuda.synchronize(self._device)
+    def calibrate(self, blocks: int) -> None:
+        """See :class:`Copier`; there is one way only."""
 
 
 class SwapWorker:
@@ -161,53 +136,51 @@ class SwapWorker:
         layout: the cache.
         records: how many records the host memory has.
         copier: how this device copies.
-
-    Attributes:
-        memory: the records, flat uint8.
     """
 
     def __init__(self, layout: BlockLayout, records: int, copier: Copier) -> None:
         self._layout, self._copier = layout, copier
-        self.memory = copier.memory(layout.packed_bytes(records))
         self._report = SwapReport()
-        self._pending: dict[str, list[Callable[[], bool]]] = {}
+        self._pending: dict[str, Callable[[], bool]] = {}
         self._calibrate(min(records, layout.num_blocks))
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The records, flat uint8."""
+        return self._copier.memory
 
     def save(self, saves: Sequence[Save]) -> None:
         """Start all saves of a step."""
-        start = perf_counter()
-        copied = 0
-        for save in saves:
-            for ids, records in self._pieces(save.block_ids, save.extents):
-                self._copier.save(ids, records)
-                copied += records.numel()
-        self._copier.saved()
-        if copied and self._copier.at_once:
-            self._report.out_bytes += copied
-            self._report.out_s += perf_counter() - start
+        start = self._copier.seconds()
+        ids = [block for save in saves for block in save.block_ids]
+        self._copier.save(ids, [extent for save in saves for extent in save.extents])
+        if ids and self._copier.at_once:
+            self._report.out_bytes += self._layout.packed_bytes(len(ids))
+            self._report.out_s += self._copier.seconds() - start
 
     def load(self, loads: Sequence[Load]) -> None:
-        """Start all loads of a step."""
-        start = perf_counter()
-        copied = 0
-        for load in loads:
-            done = []
-            for ids, records in self._pieces(load.block_ids, load.extents):
-                done.append(self._copier.load(ids, records, beside=load.beside))
-                copied += records.numel()
+        """Start all loads of a step, those first that its forward pass waits for."""
+        start, copied = self._copier.seconds(), 0
+        for load in sorted(loads, key=lambda load: load.beside):
+            done = self._copier.load(load.block_ids, load.extents, beside=load.beside)
+            copied += self._layout.packed_bytes(len(load.block_ids))
             if load.beside:
                 self._pending[load.request_id] = done
         if copied and self._copier.at_once:
             self._report.in_bytes += copied
-            self._report.in_s += perf_counter() - start
+            self._report.in_s += self._copier.seconds() - start
 
     def fence(self) -> None:
         """Have everything submitted later wait for the loads beside earlier forward passes."""
         self._copier.fence()
 
+    def renew(self) -> None:
+        """Make again what was kept in device memory: a sleep of the engine may have wiped it."""
+        forget_tables(self._layout)
+
     def finished(self) -> set[str]:
         """Return the requests whose loads beside the forward pass are done since the last call."""
-        done = {name for name, parts in self._pending.items() if all(part() for part in parts)}
+        done = {name for name, is_done in self._pending.items() if is_done()}
         for name in done:
             del self._pending[name]
         return done
@@ -222,33 +195,25 @@ class SwapWorker:
 
     def close(self) -> None:
         """Wait for copies under way, and let go of the memory."""
-        self._copier.wait()
+        self._copier.close()
         self._pending.clear()
-        self.memory = torch.empty(0, dtype=torch.uint8)
-
-    def _pieces(
-        self, block_ids: Sequence[int], extents: Sequence[Extent]
-    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-        """Split a copy at the borders of its extents."""
-        start = 0
-        for first, size in extents:
-            span = self._layout.record_span(first, first + size)
-            yield block_ids[start : start + size], self.memory[span]
-            start += size
 
     def _calibrate(self, blocks: int) -> None:
         """Measure both bandwidths with the cache's first blocks; nothing changes in them."""
         blocks = max(min(blocks, _CALIBRATION_BYTES // self._layout.record_bytes), 1)
-        ids, records = range(blocks), self.memory[self._layout.record_span(0, blocks)]
+        copier, ids, extents = self._copier, range(blocks), [Extent(0, blocks)]
+        copier.calibrate(blocks)
         for _ in range(_CALIBRATION_ROUNDS):
-            out_s = self._timed(lambda: self._copier.save(ids, records))
-            self._copier.saved()
-            in_s = self._timed(lambda: self._copier.load(ids, records, beside=False))
-        self._report = SwapReport(records.numel(), out_s, records.numel(), in_s)
+            out_s = self._timed(lambda: copier.save(ids, extents))
+            in_s = self._timed(lambda: copier.load(ids, extents, beside=False))
+        copied = self._layout.packed_bytes(blocks)
+        self._report = SwapReport(
+            copied, out_s, copied, in_s, copier.staging_bytes, copier.pack_bytes_per_s or 0.0
+        )
 
     def _timed(self, copy: Callable[[], object]) -> float:
         self._copier.wait()
-        start = perf_counter()
+        start = self._copier.seconds()
         copy()
         self._copier.wait()
-        return perf_counter() - start
+        return self._copier.seconds() - start

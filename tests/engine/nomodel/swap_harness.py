@@ -13,8 +13,9 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from benchmarks.engine.headless import Setup
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
 from hexgen_vllm.engine.swap.connector import HostKVConnector
+from hexgen_vllm.engine.swap.pool import Extent
 from hexgen_vllm.engine.swap.worker import HostCopier, SwapWorker
-from hexgen_vllm.kernels import BlockLayout
+from hexgen_vllm.kernels import BlockLayout, scatter_blocks
 from tests.engine.nomodel.harness import FakeEngine, FakeWorker
 
 BLOCK_BYTES = 128
@@ -72,21 +73,22 @@ class LateCopier(HostCopier):
 
     ASKED = 3
 
-    def __init__(self, layout: BlockLayout) -> None:
-        super().__init__(layout)
+    def __init__(self, layout: BlockLayout, records: int) -> None:
+        super().__init__(layout, records)
         self._under_way: list[Callable[[], None]] = []
 
     def load(
-        self, block_ids: Sequence[int], records: torch.Tensor, *, beside: bool
+        self, block_ids: Sequence[int], spans: Sequence[Extent], *, beside: bool
     ) -> Callable[[], bool]:
         if not beside:
-            return super().load(block_ids, records, beside=False)
+            return super().load(block_ids, spans, beside=False)
         asked = 0
-        content = records.clone()
+        parts = [self.memory[self._layout.record_span(a, a + size)] for a, size in spans]
+        content = torch.cat(parts)
 
         def arrive() -> None:
             self._under_way.remove(arrive)
-            HostCopier.load(self, block_ids, content, beside=False)
+            scatter_blocks(self._layout, block_ids, content)
 
         def done() -> bool:
             nonlocal asked

@@ -7,7 +7,9 @@ import random
 
 import pytest
 
-from hexgen_vllm.engine.swap.planner import Bandwidth
+from hexgen_vllm.engine.swap.messages import Save
+from hexgen_vllm.engine.swap.planner import Bandwidth, SwapPlanner
+from hexgen_vllm.engine.swap.pool import HostPool, RecordSpace
 
 RATE = 24e9
 
@@ -51,3 +53,15 @@ def test_nonsense_teaches_nothing() -> None:
         found.observe(size, seconds)
     assert found.rate() == before
     assert Bandwidth().rate() is None
+
+
+def test_workers_renew_what_they_keep_with_the_first_copy_after_a_reset() -> None:
+    """A sleep resets the cache, and wipes what workers keep in device memory."""
+    pool = HostPool(RecordSpace(9))
+    planner = SwapPlanner(pool, block_size=16, block_bytes=64, keep="always", beside=True)
+    assert not planner.end_step().renew
+    planner.forget_all("reset")
+    assert not planner.end_step().renew, "nothing is copied yet: it may still sleep"
+    for renewed in (True, False):
+        planner._saves["r"] = Save((1,), ())
+        assert planner.end_step().renew is renewed

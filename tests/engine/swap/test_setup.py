@@ -81,6 +81,27 @@ def test_another_connector_is_refused_by_name(changes: dict[str, Any], name: str
         setup.choose_connector(target(**changes), {"host_kv_gib": 1.0})
 
 
+@pytest.mark.parametrize("fixed", [None, "enable_sleep_mode", "enable_cumem_allocator"])
+def test_memory_that_can_grow_is_refused_before_vllm_does(
+    fixed: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    args = target(**({fixed: True} if fixed else {}))
+    if fixed is None:
+        with pytest.raises(ConfigError, match=r"^host_kv_gib .*expandable_segments:True out of"):
+            setup.choose_connector(args, {"host_kv_gib": 1.0})
+        setup.choose_connector(args, {})
+        assert args.kv_transfer_config is None
+    else:
+        setup.choose_connector(args, {"host_kv_gib": 1.0})
+        assert args.kv_transfer_config is not None
+
+
+def test_a_hybrid_model_is_told_of_the_option_that_helps() -> None:
+    with pytest.raises(ConfigError, match="--disable-hybrid-kv-cache-manager"):
+        setup.pool_size(parallel(), kv_cache(FULL, WINDOW), 1.0)
+
+
 def test_the_pool_is_counted_in_blocks_of_all_workers() -> None:
     found = setup.pool_size(parallel(), kv_cache(FULL), 1.0)
     assert found == (2**30 // (4 * 8192), 16, 4 * 8192)

@@ -19,6 +19,7 @@ from hexgen_vllm.engine.swap.messages import (
 from hexgen_vllm.engine.swap.pool import Extent
 from hexgen_vllm.engine.swap.worker import HostCopier, SwapWorker, make_copier
 from hexgen_vllm.kernels import BlockLayout
+from hexgen_vllm.kernels import tables as kernel_tables
 
 BLOCKS = 12
 
@@ -48,7 +49,7 @@ LAYOUTS = [per_layer, heads_first, one_for_all, small_kernel_blocks]
 
 def worker(tensors: list[torch.Tensor], records: int = 20) -> SwapWorker:
     layout = BlockLayout.from_tensors(tensors, BLOCKS)
-    return SwapWorker(layout, records, make_copier(layout))
+    return SwapWorker(layout, records, make_copier(layout, records))
 
 
 def blocks(tensors: list[torch.Tensor], ids: tuple[int, ...]) -> list[torch.Tensor]:
@@ -109,6 +110,21 @@ def test_bandwidth_is_measured_at_start_and_of_every_copy() -> None:
     assert swap.report() is None
 
 
+def test_what_a_sleep_wipes_is_made_again() -> None:
+    """Tables in the device's memory: vLLM's sleep mode gives that up, contents and all."""
+    tensors = per_layer()
+    swap = worker(tensors)
+    want = blocks(tensors, (1, 2))
+    for tables in kernel_tables._tables.values():
+        for table in tables.values():
+            table.zero_()
+    swap.renew()
+    swap.save([Save((1, 2), (Extent(0, 2),))])
+    swap.load([Load("r", (5, 6), (Extent(0, 2),), beside=False)])
+    got = blocks(tensors, (5, 6))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 class SlowCopier(HostCopier):
     """Loads beside the forward pass are done when the test says so."""
 
@@ -120,7 +136,7 @@ class SlowCopier(HostCopier):
 
 def test_loads_beside_are_reported_once_when_done() -> None:
     layout = BlockLayout.from_tensors(per_layer(), BLOCKS)
-    copier = SlowCopier(layout)
+    copier = SlowCopier(layout, 20)
     swap = SwapWorker(layout, 20, copier)
     swap.load([Load("at once", (1,), (Extent(0, 1),), beside=False)])
     swap.load([Load("later", (2, 3), (Extent(1, 1), Extent(5, 1)), beside=True)])
@@ -131,8 +147,8 @@ def test_loads_beside_are_reported_once_when_done() -> None:
 
 
 def test_reports_of_parallel_workers_add_bytes_not_time() -> None:
-    joined = SwapReport(10, 1.0, 20, 2.0).aggregate(SwapReport(30, 0.5, 40, 3.0))
-    assert joined == SwapReport(40, 1.0, 60, 3.0)
+    joined = SwapReport(10, 1.0, 20, 2.0, 5, 1.0).aggregate(SwapReport(30, 0.5, 40, 3.0, 5, 2.0))
+    assert joined == SwapReport(40, 1.0, 60, 3.0, 10, 3.0)
 
     class Foreign(KVConnectorWorkerMetadata):
         def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
