@@ -203,7 +203,9 @@ def _tight(requests: list[Request], uncached: float) -> list[TightCall]:
         prefill = 0
         if request.is_prefill_chunk or not computed:
             prefill = max(int((request.num_tokens - computed) * uncached), 0)
-        found.append(TightCall(call.deadline_s - call.tail_s, left, computed, prefill))
+        likely = output_left(call.expected_tokens, written, request.max_tokens)
+        due_s, tail = call.deadline_s - call.tail_prefill_s, call.tail_tokens
+        found.append(TightCall(due_s, left + tail, computed, prefill, likely + tail))
     return found
 
 

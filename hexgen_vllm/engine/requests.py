@@ -49,7 +49,9 @@ class CallState:
         displacements: times it was displaced.
         late: it cannot be on time any more, and comes after those that can.
         promoted: it waited so long that it goes first among calls of its rank.
-        likely_most, likely_least: output tokens, at a high and at a low quantile.
+        likely_most: output tokens, at a high quantile.
+        tail_tokens: output tokens of the tail, as far as they are known to be part of it.
+        tail_prefill_s: the rest of the tail: what no pace of decoding changes.
         least_tail_s: the tail at a low quantile.
         routed: a router placed it; it judges what is late, of all engines, and says so.
         known_as: what is learned of it, and by what.
@@ -72,7 +74,8 @@ class CallState:
     late: bool = False
     promoted: bool = False
     likely_most: int = 1
-    likely_least: int = 1
+    tail_tokens: int = 0
+    tail_prefill_s: float = 0.0
     least_tail_s: float = 0.0
     routed: bool = False
     known_as: Call | None = None
@@ -90,7 +93,8 @@ class CallBook:
 
     Attributes:
         rates: rates in force; set by the scheduler when it has measured better ones.
-        alone_token_s: seconds of a step with one call, ``None`` until measured.
+        reachable_token_s: seconds of an output token once calls without deadline have made way,
+            ``None`` until measured.
         outlooks: what was learned of lengths and of what follows.
         bad_metadata: values that could not be read so far.
     """
@@ -98,7 +102,7 @@ class CallBook:
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self.rates = ServiceRates.seeds(options)
-        self.alone_token_s: float | None = None
+        self.reachable_token_s: float | None = None
         self.outlooks = Outlooks()
         self.bad_metadata = 0
         self._warned_s = -_WARN_EVERY_S
@@ -121,19 +125,20 @@ class CallBook:
         if meta.workflow_deadline_ms is None and meta.service_class != wire.BATCH:
             deadline_s = min(deadline_s, outlook.deadline_s)  # an earlier call has said it
         said_tail_s = None if meta.tail_ms is None else meta.tail_ms / 1000
-        tail_s, least_s = self.rates.tail_s(outlook.tail), self.rates.tail_s(outlook.least_tail)
+        rates, tail = self.rates, outlook.tail
         request.hexgen = CallState(
             workflow_id=workflow_id or request.request_id,
             arrived_s=arrived_s,
             turn=self._turn,
             deadline_s=deadline_s,
-            tail_s=tail_s if said_tail_s is None else said_tail_s,
+            tail_s=rates.tail_s(tail) if said_tail_s is None else said_tail_s,
             expected_tokens=outlook.usual_tokens,
             background=bool(meta.background),
             displacements=old.displacements if old is not None else 0,
             likely_most=outlook.most_tokens,
-            likely_least=outlook.least_tokens,
-            least_tail_s=least_s,
+            tail_tokens=int(tail.output_tokens) if said_tail_s is None else 0,
+            tail_prefill_s=rates.tail_prefill_s(tail) if said_tail_s is None else said_tail_s,
+            least_tail_s=rates.tail_s(outlook.least_tail),
             routed=said_tail_s is not None,
             known_as=known_as,
         )
@@ -162,17 +167,17 @@ class CallBook:
         )
 
     def late_from_s(self, request: Request) -> float:
-        """Return the moment from which a waiting call cannot be on time any more.
+        """Return the moment from which a waiting call would probably not be on time any more.
 
         It is ``inf`` until rates are measured: what is only assumed must not put anybody behind.
         And for calls that a router placed: it demotes whole workflows if it is asked to; single
         calls put behind here would only make the longest workflows longer.
         """
         call = request.hexgen
-        if self.alone_token_s is None or call.routed:
+        if self.reachable_token_s is None or call.routed:
             return NO_DEADLINE
         done, most = request.num_output_tokens, request.max_tokens
-        return late_from_s(call, self.rates, self.alone_token_s, request.num_tokens, done, most)
+        return late_from_s(call, self.rates, self.reachable_token_s, request.num_tokens, done, most)
 
     def aged(self, request: Request) -> None:
         """End the background state of a call that has waited for as long as it may."""

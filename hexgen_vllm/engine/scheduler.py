@@ -39,8 +39,9 @@ from hexgen_vllm.engine.stats_server import StatsServer
 from hexgen_vllm.engine.swap.planner import SwapPlanner
 from hexgen_vllm.engine.swap.setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
+from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.order import LateWatch, demotes
-from hexgen_vllm.policy.pace import Places
+from hexgen_vllm.policy.pace import Places, reachable_token_s
 
 logger = logging.getLogger("vllm.hexgen")
 _REKEY_EVERY_STEPS: Final = 64
@@ -291,6 +292,10 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             request = self.requests.get(name)
             if request is None or not request.hexgen.has_deadline or request not in self.waiting:
                 continue
+            from_s = self.hexgen_book.late_from_s(request)
+            if now <= from_s and self._late is not None:
+                self._late.add(name, from_s)  # the engine has become faster since
+                continue
             request.hexgen.late = True
             self._due.discard(name)
             self.hexgen_book.price(request)
@@ -409,10 +414,10 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         # New rates wait for the end of a pass: beginning again would never reach the tail.
         if not self._to_rekey and meter.steps % _REFIT_EVERY_STEPS == 0:
             rates = meter.rates(self.max_num_scheduled_tokens)
+            if rates is not None:
+                book.reachable_token_s = self._reachable_token_s(rates)
             if rates is not None and rates.differs(book.rates, _RATES_MOVED):
                 book.rates = rates
-                cost = meter.fit.cost()
-                book.alone_token_s = cost.step_s(1) if cost is not None else rates.output_token_s
                 self._to_rekey = self.waiting.unordered()
         for _ in range(min(_REKEY_WAITING, len(self._to_rekey))):
             request = self._to_rekey.pop()
@@ -421,3 +426,11 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
                 self.waiting.rekey(request)
                 if self._late is not None and request.hexgen.has_deadline:
                     self._late.add(request.request_id, book.late_from_s(request))
+
+    def _reachable_token_s(self, rates: ServiceRates) -> float:
+        cost = self.hexgen_meter.fit.cost()
+        if cost is None or not self.hexgen_options.pace:
+            return rates.output_token_s
+        tight = [r.num_computed_tokens for r in self.running if r.request_id in self._due]
+        share = self.hexgen_meter.prefill_share() or 0.0
+        return reachable_token_s(cost, len(tight), sum(tight), share, rates.output_token_s)

@@ -707,10 +707,13 @@ class ServiceRates:
         """Return T, the seconds until a call with this much left is done."""
         return self.prefill_s(prefill_tokens) + output_tokens * self.output_token_s
 
+    def tail_prefill_s(self, tail: Tail) -> float:
+        """Return the seconds of the prefills of what follows a call."""
+        return tail.prefill_tokens * self.prefill_token_s
+
     def tail_s(self, tail: Tail) -> float:
         """Return R, the seconds of what follows a call."""
-        prefill_s = tail.prefill_tokens * self.prefill_token_s
-        return prefill_s + tail.output_tokens * self.output_token_s
+        return self.tail_prefill_s(tail) + tail.output_tokens * self.output_token_s
 
     def differs(self, other: ServiceRates, share: float) -> bool:
         """Return whether a typical prefill or decode takes over ``share`` more or less time."""

@@ -8,14 +8,17 @@
 | batch: no deadline | then | order of arrival |
 | background: demoted by the router | last, whatever its priority | seconds of work left |
 
-A call is late, in the order ``due``, once it could not be on time if it were alone from now on and
-as short as one in ten of its kind:
+A waiting call is late, in the order ``due``, once it is more likely than not that it would miss its
+deadline if it were admitted now, with the median length of its kind and at the speed that calls
+without deadline leave when they make way:
 
-    now > D - R_10 - T_10
+    now > D - R_10 - T_50
 
-Earliest deadline first is the best order while all can be on time, and the worst once they cannot:
-those that are late already come first and make the next ones late. Moving them behind the others
-is what keeps the others on time; least work first gets most of them out of the way.
+(R at its 10 % quantile: what follows may be nothing.) Whoever is admitted later than that takes a
+place for an answer that comes too late, and makes the next one late with it. Earliest deadline
+first is the best order while all can be on time, and the worst once they cannot: those that are
+late already come first and make the next ones late. Moving them behind the others is what keeps
+the others on time; least work first gets most of them out of the way.
 
 What it starves: late and batch calls while tight ones keep coming. When fewer of them run than
 their share of places (``interactive_share``), the one that waits longest is promoted, so the
@@ -79,12 +82,10 @@ class Priced(Placed, Protocol):
 
     Attributes:
         expected_tokens: output tokens expected in all.
-        likely_least: output tokens, at a low quantile.
         least_tail_s: R at a low quantile.
     """
 
     expected_tokens: int
-    likely_least: int
     least_tail_s: float
 
 
@@ -159,21 +160,21 @@ def price(  # noqa: PLR0913 - one for each fact
 
 
 def late_from_s(
-    call: Priced, rates: ServiceRates, alone_token_s: float, tokens: int, done: int, most: int
+    call: Priced, rates: ServiceRates, token_s: float, tokens: int, done: int, most: int
 ) -> float:
-    """Return the moment from which a waiting call cannot be on time any more.
+    """Return the moment from which a waiting call would more likely than not be late.
 
     Args:
         call: its state.
         rates: what a token costs now.
-        alone_token_s: seconds of a step with one call.
+        token_s: seconds of an output token that can be had
+            (:func:`hexgen_vllm.policy.pace.reachable_token_s`).
         tokens: its prompt and output tokens, all of which it has to compute.
         done: of them, output.
         most: output tokens that the request allows.
     """
-    left = output_left(call.likely_least, done, most)
-    least_s = rates.prefill_s(tokens) + left * alone_token_s
-    return latest_start(call.deadline_s, call.least_tail_s, least_s)
+    own_s = rates.prefill_s(tokens) + output_left(call.expected_tokens, done, most) * token_s
+    return latest_start(call.deadline_s, call.least_tail_s, own_s)
 
 
 def demotes(options: EngineOptions) -> bool:

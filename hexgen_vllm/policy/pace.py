@@ -9,12 +9,18 @@ and go on where they stopped.
 Formula, over the tight calls i, running and waiting:
 
     s0 = step time of the tight calls alone
-    s* = min over i of  max(1.05 s0, (0.75 (D_i - R_i - now) (1 - rho) - P) / n_i)
+    t_i = 0.85 (D_i - F_i - now) (1 - rho) - P
+    s* = min over i of  max(1.05 s0, 1.3 s0 + (t_i - 1.3 s0 n80_i) / n50_i)
 
-with D - R when the call must end, n the tokens that it will still write (a high quantile), P the
-seconds of prefill that tight calls still need, and rho the share of busy time that prefill takes.
+with D the deadline, F the prefills that follow the call, n the tokens that it and what follows it
+will still write, one after the other, at two quantiles, P the seconds of prefill that tight calls
+still need, and rho the share of busy time that prefill takes. So a call always keeps the time for
+an answer of the longer kind at 1.3 s0, and the rest of its time is spread over the answer that is
+likely. What follows it is paced by the same s*, not priced at the speed of the moment, which pace
+control has made itself.
+
 Loose calls run in the order of the queue while the predicted step time stays within s*. Their
-prefills take at most a quarter of the slack that the tightest call has beyond 1.3 s0 per token,
+prefills take at most a quarter of the time that the tightest call keeps beyond 1.3 s0 a token,
 and none is admitted while any is left out. Where steps run as CUDA graphs, a batch is padded to
 the next captured size, so that the number that runs is rounded down to one, unless that would
 take tight calls out.
@@ -43,27 +49,30 @@ from hexgen_vllm.types import StepCost
 
 EVERY_STEPS: Final = 4
 MOST_WAITING: Final = 32
-_SAFETY: Final = 0.75
+_SAFETY: Final = 0.85
 _LEAST_PACE: Final = 1.05
-_PREFILL_PACE: Final = 1.3
+_SURE_PACE: Final = 1.3
 _PREFILL_PART: Final = 0.25
 _LEAST_CHUNK: Final = 128
+_LEAST_DECODE_SHARE: Final = 0.1
 
 
 class TightCall(NamedTuple):
     """A call with a deadline.
 
     Attributes:
-        due_s: D - R, when it must end, absolute seconds.
-        output_left: tokens that it will still write, at a high quantile.
+        due_s: D - F, absolute seconds.
+        output_left: tokens that it and what follows it will still write, at a high quantile.
         context: tokens whose KV it holds.
         prefill_left: prompt tokens still to compute.
+        likely_left: tokens as ``output_left``, but at the median of its own.
     """
 
     due_s: float
     output_left: int
     context: int
     prefill_left: int
+    likely_left: int
 
 
 class LooseCall(NamedTuple):
@@ -108,11 +117,28 @@ def step_bound(
     """
     limit_s = spare_s = math.inf
     floor_s = _LEAST_PACE * base_s
-    for due_s, left, _, _ in calls:
-        own_s = _SAFETY * (due_s - now) * (1.0 - prefill_share) - pending_s
-        limit_s = min(limit_s, max(own_s / left, floor_s))
-        spare_s = min(spare_s, own_s - left * base_s * _PREFILL_PACE)
+    sure_s = _SURE_PACE * base_s
+    for due_s, left, _, _, likely in calls:
+        beyond_s = _SAFETY * (due_s - now) * (1.0 - prefill_share) - pending_s - left * sure_s
+        limit_s = min(limit_s, max(sure_s + beyond_s / likely, floor_s))
+        spare_s = min(spare_s, beyond_s)
     return limit_s, max(spare_s, 0.0)
+
+
+def reachable_token_s(
+    cost: StepCost, tight: int, context: int, prefill_share: float, usual_s: float
+) -> float:
+    """Return the seconds of an output token once loose calls have made way.
+
+    Args:
+        cost: the engine's step cost.
+        tight: calls with a deadline in the batch.
+        context: tokens whose KV they hold.
+        prefill_share: rho, 0 to 1.
+        usual_s: seconds of an output token in the usual step.
+    """
+    alone_s = cost.step_s(max(tight, 1), context)
+    return min(alone_s / max(1.0 - prefill_share, _LEAST_DECODE_SHARE), usual_s)
 
 
 def captured(tight: int, keep: int, sizes: Sequence[int]) -> int:

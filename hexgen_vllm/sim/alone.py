@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from random import Random
 from typing import Final
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.calls import Tail
+from hexgen_vllm.policy.cost import CostFit
 from hexgen_vllm.policy.outlook import Outlook, Outlooks, without_deadline
 from hexgen_vllm.sim.engine.engine import SimEngine
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
@@ -30,6 +32,7 @@ from hexgen_vllm.types import NO_DEADLINE, Call, CallResult, Placement
 ESTIMATES: Final = ("learned", "mean", "true")
 _DELIVERY_S: Final = 0.002
 _MEAN_WEIGHT: Final = 0.05
+_NOISE: Final = 0.03
 
 Rank = Callable[["Flow", CallSpec, Outlook], float]
 """Returns the stock priority of a call; lower is sooner."""
@@ -79,6 +82,11 @@ class Alone:
         rank: stock vLLM's priority of a call; without one it serves first come, first served.
         estimates: ``learned`` as the live engine learns them, ``mean`` is one mean over all
             calls, ``true`` are the true lengths and tails.
+        think: seconds that a workflow is away after a group of calls, by its number; without it
+            the next group follows at once.
+        keep_turns: KV of calls that ended stays in host memory for the next call of their
+            workflow, which has to be one that follows it and repeats its text; memory is taken
+            for unlimited, and needs ``model.kv_copy_tokens_per_s``.
     """
 
     def __init__(
@@ -89,15 +97,20 @@ class Alone:
         *,
         rank: Rank | None = None,
         estimates: str = "learned",
+        think: Callable[[WorkflowSpec, int], float] | None = None,
+        keep_turns: bool = False,
     ) -> None:
         stock = options is None
         order = EngineOptions(order="fcfs" if rank is None else "edf")
-        self.engine = SimEngine(model, options or order, stock=stock)
+        fit = None if stock else CostFit()
+        noise = (_NOISE, Random(0))
+        self.engine = SimEngine(model, options or order, stock=stock, fit=fit, noise=noise)
         self.flows: list[Flow] = []
         self.marks: dict[float, dict[str, int]] = {}
         self._ours, self._deadlines, self._rank, self._estimates = (
             not stock, deadlines, rank, estimates,
         )  # fmt: skip
+        self._think, self._keep_turns = think, keep_turns
         self._outlooks = Outlooks()
         self._mean = 256.0
         self._loop = EventLoop()
@@ -167,9 +180,15 @@ class Alone:
             chain=links(spec.layers, self.engine.model.block_size),
             tag=(flow, spec, call),
         )
-        sequence.likely_most, sequence.likely_least = outlook.most_tokens, outlook.least_tokens
+        sequence.likely_most = outlook.most_tokens
         sequence.least_tail_s = rates.tail_s(outlook.least_tail)
         sequence.routed = False
+        if self._ours:
+            sequence.tail_prefill_s = rates.tail_prefill_s(outlook.tail)
+            sequence.tail_tokens = int(outlook.tail.output_tokens)
+        if self._keep_turns and flow.group:
+            before = flow.spec.stages[flow.group - 1][0]
+            sequence.saved_tokens = before.prompt_tokens + before.output_tokens - 1
         self._loop.at(now + _DELIVERY_S, DELIVERY, self._deliver, sequence)
 
     def _expected(self, flow: Flow, spec: CallSpec, learned: Outlook) -> Outlook:
@@ -217,8 +236,18 @@ class Alone:
         result = CallResult(True, spec.prompt_tokens, cached, tokens)
         self._outlooks.ended(call, sequence.expected_tokens, result, now)
         flow.open -= 1
-        if not flow.open:
+        if flow.open:
+            return
+        away_s = 0.0
+        if self._think is not None and flow.group + 1 < len(flow.spec.stages):
+            away_s = self._think(flow.spec, flow.group)
+        if away_s > 0:
+            self._loop.at(now + away_s, ARRIVAL, self._back, flow)
+        else:
             self._next(flow, now)
+
+    def _back(self, now: float, flow: Flow) -> None:
+        self._next(flow, now)
 
 
 def rate(marks: Mapping[float, Mapping[str, int]], kind: str, from_s: float, to_s: float) -> float:

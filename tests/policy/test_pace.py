@@ -8,7 +8,15 @@ import random
 import pytest
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.pace import LooseCall, PaceControl, Places, TightCall, captured, step_bound
+from hexgen_vllm.policy.pace import (
+    LooseCall,
+    PaceControl,
+    Places,
+    TightCall,
+    captured,
+    reachable_token_s,
+    step_bound,
+)
 from hexgen_vllm.types import StepCost
 
 NOW = 1000.0
@@ -21,22 +29,45 @@ def control(share: float = 1.0, **more: tuple[int, ...]) -> PaceControl:
 
 
 def test_the_step_is_as_long_as_the_tightest_call_can_bear() -> None:
-    calls = [TightCall(NOW + 10.0, 100, 300, 0), TightCall(NOW + 4.0, 200, 300, 0)]
+    calls = [TightCall(NOW + 10.0, 100, 300, 0, 100), TightCall(NOW + 4.0, 200, 300, 0, 200)]
     limit_s, spare_s = step_bound(calls, 0.010, 0.5, 0.1, NOW)
-    own_s = 0.75 * 4.0 * 0.9 - 0.5
+    own_s = 0.85 * 4.0 * 0.9 - 0.5
     assert limit_s == pytest.approx(own_s / 200)
     assert spare_s == 0.0  # 200 tokens at 1.3 x 10 ms take more than that
     assert step_bound([], 0.01, 0.0, 0.0, NOW) == (math.inf, math.inf)
 
 
+def test_time_for_a_long_answer_is_kept_and_the_rest_spread_over_the_likely_one() -> None:
+    """Until the end: whoever writes more than is likely still has the time for all of it."""
+    left, likely, due_s = 300, 150, NOW + 8.0
+    first_s, _ = step_bound([TightCall(due_s, left, 300, 0, likely)], 0.010, 0.0, 0.0, NOW)
+    assert first_s > step_bound([TightCall(due_s, left, 300, 0, left)], 0.010, 0.0, 0.0, NOW)[0]
+    now = NOW
+    for written in range(left):
+        call = TightCall(
+            due_s, left - written, 300, 0, max(likely - written, (left - written) // 2, 1)
+        )
+        now += step_bound([call], 0.010, 0.0, 0.0, now)[0]
+    assert now <= due_s
+
+
+@pytest.mark.parametrize(
+    ("tight", "share", "found"), [(1, 0.0, 0.009), (4, 0.5, 0.024), (0, 0, 0.009)]
+)
+def test_what_calls_with_deadlines_can_reach(tight: int, share: float, found: float) -> None:
+    """However slow loose calls have made the usual step; never slower than it, though."""
+    assert reachable_token_s(COST, tight, 900, share, 0.05) == pytest.approx(found)
+    assert reachable_token_s(COST, tight, 900, share, 0.004) == 0.004
+
+
 def test_what_cannot_be_met_asks_for_a_little_more_than_the_step_alone() -> None:
-    late = [TightCall(NOW - 50.0, 100, 300, 0)]
+    late = [TightCall(NOW - 50.0, 100, 300, 0, 100)]
     assert step_bound(late, 0.010, 0.5, 0.1, NOW) == (pytest.approx(0.0105), 0.0)
 
 
-@pytest.mark.parametrize(("seconds", "keep"), [(1.0, 0), (2.05, 6), (2.45, 9), (9.0, 20)])
+@pytest.mark.parametrize(("seconds", "keep"), [(1.0, 0), (1.81, 6), (2.17, 9), (9.0, 20)])
 def test_so_many_decode_as_fit_into_the_step(seconds: float, keep: int) -> None:
-    tight = [TightCall(NOW + seconds, 100, 300, 0)]
+    tight = [TightCall(NOW + seconds, 100, 300, 0, 100)]
     plan = control().plan(tight, LOOSE, COST, 0.0, NOW)
     assert plan.keep == keep
     alone_s = COST.step_s(1)
@@ -49,7 +80,7 @@ def test_without_a_call_that_has_a_deadline_there_is_no_bound() -> None:
 
 
 def test_nobody_new_comes_in_while_any_is_left_out() -> None:
-    urgent, lazy = TightCall(NOW + 2.0, 100, 300, 0), TightCall(NOW + 60.0, 100, 300, 0)
+    urgent, lazy = TightCall(NOW + 2.0, 100, 300, 0, 100), TightCall(NOW + 60.0, 100, 300, 0, 100)
     plan = control().plan([urgent, lazy], LOOSE, COST, 0.0, NOW)
     assert not plan.admit
     assert plan.prefill_tokens is not None
@@ -60,16 +91,16 @@ def test_nobody_new_comes_in_while_any_is_left_out() -> None:
 
 def test_prefills_of_loose_calls_take_part_of_the_slack_only() -> None:
     chunk = LooseCall(0, 5000)
-    tight = [TightCall(NOW + 2.4, 100, 300, 0)]
+    tight = [TightCall(NOW + 2.2, 100, 300, 0, 100)]
     plan = control().plan(tight, [LooseCall(500, 0), chunk], COST, 0.0, NOW)
-    spare_s = 0.75 * 2.4 - 100 * COST.step_s(1, 300) * 1.3
-    assert plan.prefill_tokens == int(0.25 * spare_s / COST.p1)
-    none = control().plan([TightCall(NOW + 1.6, 100, 300, 0)], [chunk], COST, 0.0, NOW)
+    spare_s = 0.85 * 2.2 - 100 * COST.step_s(1, 300) * 1.3
+    assert plan.prefill_tokens == pytest.approx(0.25 * spare_s / COST.p1, abs=1)
+    none = control().plan([TightCall(NOW + 1.4, 100, 300, 0, 100)], [chunk], COST, 0.0, NOW)
     assert (none.keep, none.prefill_tokens) == (0, 0)
 
 
 def test_somebody_runs_while_no_call_with_a_deadline_does() -> None:
-    waiting = [TightCall(NOW - 5.0, 100, 0, 400)]
+    waiting = [TightCall(NOW - 5.0, 100, 0, 400, 100)]
     assert control().plan(waiting, LOOSE, COST, 0.0, NOW).keep == 1
 
 
@@ -80,7 +111,7 @@ def test_turns_of_loose_calls_are_at_least_their_share(share: float, loose: int)
     rng = random.Random(1)
     served = plans = 0
     for _ in range(4000):
-        tight = [TightCall(NOW + rng.choice([-9.0, 0.9, 1.4]), 100, 300, 0)]
+        tight = [TightCall(NOW + rng.choice([-9.0, 0.8, 1.2]), 100, 300, 0, 100)]
         served += one.plan(tight, LOOSE[:loose], COST, 0.2, NOW).keep
         plans += 1
     assert served >= (1.0 - share) * loose * plans - 2

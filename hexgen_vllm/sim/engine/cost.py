@@ -18,6 +18,7 @@ from typing import Final
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.cost import CostFit, ServiceRates, is_sampled
 from hexgen_vllm.policy.order import late_from_s, price
+from hexgen_vllm.policy.pace import reachable_token_s
 from hexgen_vllm.sim.engine.sequence import Sequence
 from hexgen_vllm.types import NO_DEADLINE, StepCost
 
@@ -159,8 +160,10 @@ class Pricing:
         self, options: EngineOptions, cost: StepCost, chunk: int, fit: CostFit | None = None
     ) -> None:
         self._order, self._cost, self._chunk = options.order, cost, chunk
+        self._pace = options.pace
         self.fit = fit
-        self._step_s = self._alone_s = cost.step_s(1)
+        self._step_s = cost.step_s(1)
+        self._reachable_s: float | None = None
         self._uncached = 1.0
         self._steps = 0
         self._checked = 0
@@ -171,6 +174,22 @@ class Pricing:
     def prefill_share(self) -> float | None:
         """Share of recent busy time that prefill took; ``None`` before the first step."""
         return self._prefill_s / self._busy_s if self._busy_s > 0 else None
+
+    @property
+    def cost(self) -> StepCost | None:
+        """The step cost as the engine knows it, ``None`` while it does not."""
+        return self._cost if self.fit is None else self.fit.cost()
+
+    def reach(self, tight: int, context: int) -> None:
+        """Note the calls with a deadline in the batch, and the tokens whose KV they hold."""
+        cost, usual_s = self.cost, self.rates.output_token_s
+        if cost is None:
+            self._reachable_s = None
+        elif not self._pace:
+            self._reachable_s = usual_s
+        else:
+            share = self.prefill_share or 0.0
+            self._reachable_s = reachable_token_s(cost, tight, context, share, usual_s)
 
     def price(self, sequence: Sequence, tokens: int, computed: int) -> None:
         """Set latest start and key of a call from what it still has to do.
@@ -195,11 +214,11 @@ class Pricing:
 
     def late_from_s(self, sequence: Sequence) -> float:
         """Return the moment from which a waiting call cannot be on time any more, as live."""
-        if sequence.routed:
+        if sequence.routed or self._reachable_s is None:
             return NO_DEADLINE
         tokens, most = sequence.tokens, sequence.most_tokens
         done = tokens - sequence.prompt_tokens
-        return late_from_s(sequence, self.rates, self._alone_s, tokens, done, most)
+        return late_from_s(sequence, self.rates, self._reachable_s, tokens, done, most)
 
     def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
         """Learn from the prefix hit of a call."""
@@ -240,7 +259,7 @@ class Pricing:
         if self._steps - self._checked < _REFIT_EVERY_STEPS:
             return False
         self._checked = self._steps
-        cost = self._cost if self.fit is None else self.fit.cost()
+        cost = self.cost
         if cost is None:
             return False
         rates = ServiceRates.fitted(cost, self._chunk, self._step_s, self._uncached)

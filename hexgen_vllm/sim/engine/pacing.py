@@ -76,8 +76,10 @@ class Pacer:
         tight += [s for s in waiting if s.has_deadline]
         loose = [s for s in batch.running if not s.has_deadline]
         self._members, self._next_step = members, step + EVERY_STEPS
-        self._mixed = bool(self._on and tight and (loose or len(waiting) < batch.queued))
-        if not self._mixed or not tight:
+        cost = batch.pricing.cost
+        known = self._on and cost is not None
+        self._mixed = bool(known and tight and (loose or len(waiting) < batch.queued))
+        if not self._mixed or cost is None:
             self._release(loose)
             return []
         best = min(s.rank for s in tight)
@@ -86,7 +88,7 @@ class Pacer:
         plan = self.control.plan(
             [self._tight(s) for s in tight],
             [self._loose(s) for s in free],
-            batch.model.cost,
+            cost,
             batch.pricing.prefill_share or 0.0,
             now,
         )
@@ -120,10 +122,16 @@ class Pacer:
 
     def _tight(self, s: Sequence) -> TightCall:
         tokens = self._batch.clock.tokens(s)
-        left = output_left(s.likely_most, tokens - s.prompt_tokens, s.most_tokens)
+        done = tokens - s.prompt_tokens
+        left = output_left(s.likely_most, done, s.most_tokens)
+        likely = output_left(s.expected_tokens, done, s.most_tokens)
         prefill = 0 if s.decoding else s.tokens - s.computed
         return TightCall(
-            s.deadline_s - s.tail_s, left, tokens if s.decoding else s.computed, prefill
+            s.deadline_s - s.tail_prefill_s,
+            left + s.tail_tokens,
+            tokens if s.decoding else s.computed,
+            prefill,
+            likely + s.tail_tokens,
         )
 
     def _loose(self, s: Sequence) -> LooseCall:

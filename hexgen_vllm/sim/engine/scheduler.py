@@ -38,6 +38,7 @@ from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 
 _TIGHT_KEY: Final = attrgetter("paused", "rank", "key_s")  # who is left out gives way first
 _KEY: Final = attrgetter("rank", "key_s")
+_REACH_EVERY_STEPS: Final = 32
 
 
 class Demoted:
@@ -358,6 +359,7 @@ class Batch:
         self._late: LateWatch[Sequence] | None = None
         if not stock and demotes(options):
             self._late = LateWatch()
+        self._next_reach = 0
         self._demoted = Demoted(options.background_max_wait_s)
         self._admitted = 0
         self._tight = False  # the present step was scheduled call by call
@@ -522,10 +524,19 @@ class Batch:
 
     def _demote_late(self, watch: LateWatch[Sequence], now: float) -> None:
         """Put waiting calls that cannot be on time any more behind those that can."""
+        if self.clock.steps >= self._next_reach:
+            self._next_reach = self.clock.steps + _REACH_EVERY_STEPS
+            tight = [s for s in self.running if s.has_deadline]
+            self.pricing.reach(len(tight), sum(self.clock.tokens(s) for s in tight))
         for sequence in watch.late(now):
-            if sequence.has_deadline and sequence in self.waiting:
+            if not sequence.has_deadline or sequence not in self.waiting:
+                continue
+            from_s = self.pricing.late_from_s(sequence)
+            if now > from_s:
                 sequence.late = True
                 self.rekey(sequence)
+            else:
+                watch.add(sequence, from_s)  # the engine has become faster since
 
     def displace(self, sequence: Sequence) -> None:
         """Take a running call out for a more urgent one; it is not queued yet."""

@@ -59,7 +59,8 @@ class Sequence:
         total_tokens: prompt and output length together; where it ends.
         deadline_s, tail_s, expected_tokens, background: what the router said of it.
         most_tokens: output tokens that the request allows.
-        likely_most, likely_least: output tokens, at a high and at a low quantile.
+        likely_most: output tokens, at a high quantile.
+        tail_tokens: output tokens of R; the seconds of its prefills are ``tail_prefill_s``.
         least_tail_s: R at a low quantile.
         routed: a router placed it, and judges what is late.
         late: it cannot be on time any more, and comes after those that can.
@@ -102,7 +103,6 @@ class Sequence:
         "late",
         "latest_start_s",
         "least_tail_s",
-        "likely_least",
         "likely_most",
         "most_tokens",
         "number",
@@ -117,7 +117,9 @@ class Sequence:
         "routed",
         "saved_tokens",
         "tag",
+        "tail_prefill_s",
         "tail_s",
+        "tail_tokens",
         "tokens",
         "total_tokens",
     )
@@ -145,7 +147,7 @@ class Sequence:
         self.displacements = self.preemptions = self.saved_tokens = 0
         self.decoding = self.late = self.paused = self.promoted = False
         self.likely_most = self.expected_tokens
-        self.likely_least, self.least_tail_s = self.expected_tokens, 0.0
+        self.tail_prefill_s, self.tail_tokens, self.least_tail_s = self.tail_s, 0, 0.0
         self.routed = True
         self.cached_tokens = -1
         self.first_token_s: float | None = None
