@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -345,3 +346,50 @@ async def test_junk_claims_leave_the_router_serving(keys: str) -> None:
         ):
             await call(stand, {**bearer("sk-a"), **headers})
         assert stand.context.ledger.open == 0
+
+
+async def test_who_calls_everything_interactive_gains_nothing_over_its_ceiling(
+    tmp_path: Path,
+) -> None:
+    """Its calls are served in the order in which they are when it claims nothing."""
+    path = tmp_path / "keys.yaml"
+    path.write_text(
+        "keys:\n"
+        "  - {key: sk-greedy, tenant: greedy, max-priority: bulk, min-deadline-ms: 600000}\n"
+        "  - {key: sk-honest, tenant: honest, max-priority: interactive}\n"
+    )
+    claims = {
+        "x-hexgen-class": "interactive", "x-smg-priority": "system", "x-vllm-priority": "-9",
+        "x-hexgen-tenant": "honest", "x-hexgen-workflow-deadline-ms": "1",
+    }  # fmt: skip
+    body = {"priority": -9, "service_tier": "priority", "max_tokens": 4, "ignore_eos": True}
+    orders = []
+    for claimed in (False, True):
+        engine = FakeSettings(stats={**STATS, "max_num_seqs": 1}, slots=1, step_s=0.01)
+        async with opened(engine, api_keys=str(path), dispatch={"hold_depth": 0}) as stand:
+
+            async def greedy(i: int, claimed: bool = claimed, stand: Stand = stand) -> None:
+                more = {**claims, "x-hexgen-workflow-id": f"g{i}"} if claimed else {}
+                said = {**bearer("sk-greedy", **more), "x-request-id": f"g{i}"}
+                await call(stand, said, **(body if claimed else {"max_tokens": 4}))
+
+            async def honest(i: int, stand: Stand = stand) -> None:
+                mine = {"x-hexgen-workflow-id": f"h{i}", "x-hexgen-workflow-deadline-ms": "5000"}
+                said = {**bearer("sk-honest", **mine), "x-request-id": f"h{i}"}
+                await call(stand, said, max_tokens=4)
+
+            load = [asyncio.create_task(greedy(i)) for i in range(6)]
+            await stand.until(lambda stand=stand: stand.context.service.waiting == 5)
+            load += [asyncio.create_task(honest(i)) for i in range(3)]
+            await asyncio.gather(*load)
+            sent = [one.headers for one in stand.received() if one.method == "POST"]
+            orders.append([one["x-request-id"] for one in sent])
+            for one in sent:
+                if one["x-request-id"].startswith("g") and claimed:
+                    assert one["x-hexgen-tenant"] == "greedy"
+                    assert "x-hexgen-class" not in one
+                    assert int(one["x-vllm-priority"]) >= 1
+            if claimed:
+                assert stand.context.ledger.clamped["class"] == 6
+    assert orders[0] == orders[1]
+    assert orders[0][1:4] == ["h0", "h1", "h2"]

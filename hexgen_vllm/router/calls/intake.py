@@ -195,11 +195,14 @@ class Intake:
             kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw
         else:
             prompt, kept = parsed.prompt, parsed.kept
+        service_class = _service_class(said, foreign)
         call = self._call(endpoint, model, said, foreign, prompt, body, now)
         session_id = said.workflow_id or foreign.session_id
         clamped, headers_said = _NONE, _NOTHING
         if client is not ANYBODY:
             call, clamped = _held_to(client, call, session_id, said.tenant or foreign.tenant, now)
+            if service_class == wire.INTERACTIVE and client.ceiling.max_priority < 0:
+                service_class, clamped = None, (*clamped, "class")
             headers_said = _said_for(client, call, session_id, names, body)
             if session_id is not None:
                 session_id = client.engine_id(call.tenant, session_id)
@@ -213,7 +216,7 @@ class Intake:
             prompt=prompt,
             session_id=session_id,
             priority=call.priority,
-            service_class=said.service_class or (wire.BATCH if foreign.batch else None),
+            service_class=service_class,
             said=headers_said,
             clamped=clamped,
             follows=_follows(endpoint, body),
@@ -266,12 +269,16 @@ class Intake:
 
     def _asks(self, said: wire.CallMeta, foreign: Foreign) -> bool:
         timeout_s = foreign.timeout_s
+        if _service_class(said, foreign) == wire.BATCH:
+            return False
         sooner = timeout_s is not None and timeout_s <= self._default_deadline_s
         return sooner or said.workflow_deadline_ms is not None
 
     def _deadline_s(
         self, said: wire.CallMeta, foreign: Foreign, now: float, in_session: bool
     ) -> float:
+        if _service_class(said, foreign) == wire.BATCH:
+            return NO_DEADLINE  # nobody waits, whatever else is said
         if said.workflow_deadline_ms is not None:
             return now + said.workflow_deadline_ms / 1000.0
         if said.workflow_id is not None:
@@ -280,6 +287,10 @@ class Intake:
         if foreign.timeout_s is not None:
             return now + min(foreign.timeout_s, usual)
         return now + usual if in_session else NO_DEADLINE
+
+
+def _service_class(said: wire.CallMeta, foreign: Foreign) -> str | None:
+    return said.service_class or (wire.BATCH if foreign.batch else None)
 
 
 def _held_to(

@@ -21,7 +21,7 @@ AGAIN: Final = 5
 IDLE_USES: Final = 1024
 """Uses of all names after which one that was not among them may lose its place."""
 _WAITING: Final = 1024  # names without a place that are remembered
-CLAIMS: Final = ("deadline", "priority", "tenant")
+CLAIMS: Final = ("class", "deadline", "priority", "tenant")
 GONE: Final = "gone"
 """Stands for all engines that have left, of which there may be any number."""
 ON_TIME: Final = "on-time"
