@@ -33,6 +33,9 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("explain",): ("hexgen_vllm.explain", "say where the time of a workflow went"),
     ("doctor",): ("hexgen_vllm.doctor", "check this installation and say what is missing"),
     ("completion",): ("hexgen_vllm.completion", "print what completes commands in a shell"),
+    ("batch", "run"): ("hexgen_vllm.batches.run", "have a file of requests answered by a server"),
+    ("batch", "status"): ("hexgen_vllm.batches.status", "show the batches of a server, or one"),
+    ("batch", "cancel"): ("hexgen_vllm.batches.cancel", "end a batch of a server"),
     ("bench", "live"): ("hexgen_vllm.bench.live", "play workflows against real endpoints"),
     ("bench", "scheduler"): ("benchmarks.engine.scheduler", "time schedule() against stock vLLM"),
     ("bench", "preempt"): (
@@ -50,7 +53,10 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("bench", "report"): ("benchmarks.evaluation.report", "compare all policies in the simulator"),
 }
 _PIPE_CLOSED: Final = 128 + 13  # as a shell says it of SIGPIPE
-_GROUPS: Final = {"bench": "measure engines, scheduler, router, simulator and KV copies"}
+_GROUPS: Final = {
+    "batch": "answer requests by file, when nobody else needs the engines",
+    "bench": "measure engines, scheduler, router, simulator and KV copies",
+}
 
 
 def _usage(words: tuple[str, ...]) -> str:

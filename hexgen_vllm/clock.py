@@ -19,6 +19,11 @@ class Clock(Protocol):
         ...
 
 
+def unix_s() -> float:
+    """Return seconds since 1970, for what is written down or told; it may jump."""
+    return time.time()
+
+
 class SystemClock:
     """Monotonic time of this process plus a random offset of 1e5 to 2e5 seconds."""
 

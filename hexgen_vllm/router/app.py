@@ -22,6 +22,7 @@ from hexgen_vllm.router import access, errors
 from hexgen_vllm.router.access import Cors, Keys
 from hexgen_vllm.router.addresses import ServedHosts, is_loopback
 from hexgen_vllm.router.admin import Admin
+from hexgen_vllm.router.batches import Batches
 from hexgen_vllm.router.calls.intake import Intake
 from hexgen_vllm.router.calls.keep_alive import KeepAlives
 from hexgen_vllm.router.calls.prompt import TokenRatios
@@ -234,7 +235,8 @@ class Router:
             self._shard = Shard(self._spot, context)
         self._relay = Relay(context, None if self._shard is None else self._shard.engine_of)
         self._pages = Pages(context, 1 if self._spot is None else self._spot.count)
-        parts = Parts(self._pages, Admin(context), self._relay, self._shard)
+        self._batches = Batches(context, self._handle)
+        parts = Parts(self._pages, Admin(context), self._relay, self._batches, self._shard)
         self._routes = Routes(parts)
         server = Server(
             self._handle,
@@ -243,8 +245,10 @@ class Router:
             max_body_bytes=self._options.max_payload_size,
             max_buffered_bytes=self._options.max_buffered_bytes,
             max_connections=self._max_connections(),
+            uploads=self._batches.uploads,
             mark=self._mark if self._cors.enabled or self._spot is not None else None,
         )
+        await self._batches.open()
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
         await self._runner.setup()
         try:
@@ -257,6 +261,7 @@ class Router:
                 reuse_port=self._spot is not None,
             ).start()
         except OSError:
+            await self._batches.close()
             pool.close()
             raise
         self.port = self._runner.addresses[0][1]
@@ -267,6 +272,7 @@ class Router:
         context.watchers.start()
         await self._look_for_engines()
         self._tasks.append(asyncio.create_task(self._beat()))
+        self._tasks += self._batches.start()
         if context.tuning is not None:
             self._tasks.append(asyncio.create_task(context.tuning.run()))
         engines = ",".join(context.fleet.engines)
@@ -313,6 +319,7 @@ class Router:
         """Refuse new calls and wait until those in flight have ended; then end the rest."""
         context = self.context
         context.draining = True
+        await self._batches.pause()
         _LOG.info("draining open_calls=%d", context.ledger.open)
         await self._wait_settled(self._options.shutdown_timeout)
         if context.ledger.open:
@@ -347,6 +354,7 @@ class Router:
         if self._runner is not None:
             await self._runner.cleanup()
         self._relay.close()
+        await self._batches.close()
         await self.context.discovery.close()
         if self._shard is not None:
             self._shard.close()

@@ -95,6 +95,10 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
         "worker_dns_least_refresh_secs", "worker_dns_timeout_secs", "service_discovery",
         "selector", "service_discovery_port", "service_discovery_namespace", "kubeconfig",
     ),
+    "batches": (
+        "batch_dir", "batch_concurrency", "batch_max_file_bytes", "batch_max_requests",
+        "batch_max_bytes", "batch_max_tenant_bytes",
+    ),
     "tuning": (
         "tune", "tune_period_s", "tune_drift", "tune_least_s", "tune_workflows", "tune_ring",
         "tune_simulations",
@@ -370,6 +374,20 @@ class RouterOptions:
     kubeconfig: str | None = option(
         None, "file that says where the cluster is; by default the pod's own account, or kubectl's"
     )
+
+    # Batches
+    batch_dir: str | None = option(
+        None, "folder of files and batches (/v1/files, /v1/batches); they are off by default"
+    )
+    batch_concurrency: int = option(
+        0,
+        "requests of batches in flight at once, 0 for nine tenths of what engines can run",
+        least=0,
+    )
+    batch_max_file_bytes: int = option(200 * 2**20, "largest file that is taken, bytes", least=1)
+    batch_max_requests: int = option(50_000, "requests of a batch, more are refused", least=1)
+    batch_max_bytes: int = option(20 * 2**30, "bytes of all files and answers on disk", least=1)
+    batch_max_tenant_bytes: int = option(10 * 2**30, "the same of one tenant", least=1)
 
     # Tuning
     tune: str = shared(OnlineOptions, "tune")

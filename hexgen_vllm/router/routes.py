@@ -17,12 +17,14 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from hexgen_vllm.batches import api
 from hexgen_vllm.router import errors
 from hexgen_vllm.router.endpoints import ENDPOINTS, MORE_ENDPOINTS, OTHER, Endpoint
 from hexgen_vllm.router.http.messages import Request
 
 if TYPE_CHECKING:
     from hexgen_vllm.router.admin import Admin
+    from hexgen_vllm.router.batches import Batches
     from hexgen_vllm.router.processes.shard import Shard
     from hexgen_vllm.router.relay import Relay
     from hexgen_vllm.router.status.pages import Pages
@@ -60,6 +62,7 @@ class Topic(Enum):
     MONITORING = "monitoring"  # also served on the port for metrics
     STATUS = "status"
     CALLS = "calls"
+    BATCHES = "batches"
     ADMIN = "admin"
 
 
@@ -70,12 +73,14 @@ class Parts(NamedTuple):
         pages: what the router says of itself.
         admin: what changes the engines.
         relay: answers calls.
+        batches: files and batches.
         shard: this one of several processes, ``None`` when there is only one.
     """
 
     pages: Pages
     admin: Admin
     relay: Relay
+    batches: Batches
     shard: Shard | None
 
     def need_shard(self) -> Shard:
@@ -132,7 +137,7 @@ def _bind_call(endpoint: Endpoint) -> Bind:
 
 # fmt: off
 def _table() -> Iterator[Route]:
-    monitoring, status, calls, admin = Topic
+    monitoring, status, calls, batches, admin = Topic
     opened, client, operator, process = Access
     here, owner, every = ProcessScope
     serves = "Whether a call that comes now would be served: 200 or 503."
@@ -186,6 +191,21 @@ def _table() -> Iterator[Route]:
     yield Route("GET", "/explain", lambda at: at.pages.explain, client, owner, status,
                 "Where the time of a workflow went.", query=("session_id*",))
 
+    for method, path, summary in (
+        ("POST", api.FILES, "Upload a file: requests of a batch."),
+        ("GET", api.FILES, "The files of this tenant."),
+        ("GET", f"{api.FILES}/{{name}}", "One file."),
+        ("DELETE", f"{api.FILES}/{{name}}", "Delete a file."),
+        ("GET", f"{api.FILES}/{{name}}/content", "What is in a file."),
+        ("POST", api.BATCHES, "Have the requests in a file answered."),
+        ("GET", api.BATCHES, "The batches of this tenant."),
+        ("GET", f"{api.BATCHES}/{{name}}", "How far a batch is."),
+        ("POST", f"{api.BATCHES}/{{name}}/cancel", "End a batch."),
+    ):
+        yield Route(method, path, lambda at: at.batches.answer, client, here, batches, summary,
+                    content="application/octet-stream" if path.endswith("/content")
+                    else "application/json")
+
     yield Route("POST", "/workers", lambda at: at.admin.register, operator, every, admin,
                 "Take in an engine.", statuses=(201,))
     yield Route("POST", "/workers/{name}/drain", lambda at: at.admin.drain, operator, every, admin,
@@ -233,6 +253,15 @@ def manages(path: str) -> bool:
         path = unquote(path)
     segments = [s.lower() for s in re.split(r"[/\\;?]+", path) if s and s != "."]
     return any(_MANAGES.fullmatch(segment.replace("-", "_")) for segment in segments)
+
+
+def takes_batches(path: str) -> bool:
+    """Whether the requests of a batch may be for ``path``: a call with a JSON body."""
+    found = [route for route in ROUTES if route.path == path]
+    if found:
+        return any(route.endpoint is not None for route in found)
+    ours = any(_pattern(route.path).fullmatch(path) for route in ROUTES)
+    return not ours and not manages(path)
 
 
 def public() -> Iterator[Route]:

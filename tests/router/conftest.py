@@ -16,7 +16,15 @@ LOOPS: Mapping[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
 }
 # Long, and about decisions rather than connections, or about processes, which choose their loop.
-ON_ONE = frozenset(("test_churn.py", "test_overview_sum.py", "test_processes.py", "test_tuning.py"))
+ON_ONE = frozenset(
+    (
+        "test_churn.py",
+        "test_crashes.py",
+        "test_overview_sum.py",
+        "test_processes.py",
+        "test_tuning.py",
+    )
+)
 
 
 def pytest_asyncio_loop_factories(

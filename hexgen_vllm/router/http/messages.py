@@ -54,6 +54,7 @@ _KEYS: Final[dict[bytes, str]] = {}
 _MOST_KEYS: Final = 512
 _SMALL_BYTES: Final = 1024
 _ONCE: Final = frozenset(("content-encoding", "content-length", "host", "transfer-encoding"))
+_AHEAD_BYTES: Final = 2**20  # of a body that is taken in pieces, until its client has to wait
 
 
 def parts(response: web.StreamResponse) -> tuple[list[bytes], bytes]:
@@ -214,6 +215,8 @@ class Request:
         self._pieces: list[bytes | bytearray] = []
         self.size = self.sweeps = 0
         self.held = 0
+        self._most = connection.max_body_bytes
+        self._in_pieces = self._paused = False
         self._whole: bytes | None = None
         self.body_complete = False
         self._failure: Exception | None = None
@@ -296,7 +299,36 @@ class Request:
             self._hold(len(whole) - self.size)
         return self._whole
 
+    async def piece(self) -> bytes:
+        """Return what has come of a body that is taken in pieces, empty at its end.
+
+        Raises:
+            HTTPRequestEntityTooLarge: it is too long.
+            RequestPayloadError: it broke off.
+            LateBody: it did not arrive in time.
+            Refused: the server holds too much already.
+        """
+        while self._failure is None and not self._pieces and not self.body_complete:
+            self._waiter = self._connection.loop.create_future()
+            await self._waiter
+        if self._failure is not None:
+            raise self._failure
+        pieces, self._pieces = self._pieces, []
+        self.release()
+        self.flow()
+        return b"".join(pieces)
+
     # For the connection
+
+    def take_in_pieces(self, most: int) -> None:
+        """Let the body, of up to ``most`` bytes, be had by :meth:`piece` only."""
+        self._in_pieces, self._most = True, most
+
+    def flow(self) -> None:
+        """Let the client go on sending."""
+        if self._paused:
+            self._paused = False
+            self._connection.hold(False)
 
     def aim(self, url: Any) -> None:
         """Read a target that is no plain path as uvicorn does: an absolute one, or with escapes.
@@ -320,9 +352,16 @@ class Request:
         self.held += len(piece)
         if buffered.size > buffered.most:
             self.fail(_too_much())
-        if self.size > self._connection.max_body_bytes:
+        if self.size > self._most:
             self.expect(self.size)
         if self._failure is not None:
+            return
+        if self._in_pieces:
+            self._pieces.append(piece)
+            self._wake()
+            if self.held > _AHEAD_BYTES and not self._paused:
+                self._paused = True
+                self._connection.hold(True)
             return
         last = self._pieces[-1] if self._pieces else None
         if isinstance(last, bytearray):
@@ -342,7 +381,7 @@ class Request:
 
     def expect(self, size: int) -> None:
         """Fail if a body of ``size`` bytes is too long."""
-        most = self._connection.max_body_bytes
+        most = self._most
         if size > most:
             self.fail(web.HTTPRequestEntityTooLarge(most, size))
 
@@ -363,6 +402,7 @@ class Request:
             self._failure = failure
             self._pieces.clear()
             self._wake()
+            self.flow()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, cast
 
 import httptools
@@ -153,6 +153,10 @@ class Reader(asyncio.Protocol):
         )
         if target[:1] != b"/" or b"%" in target or b"#" in target:
             request.aim(httptools.parse_url(target))
+        if request.method == "POST":
+            most = self._upload_bytes(request.path)
+            if most is not None:
+                request.take_in_pieces(most)
         coding = request.names.get("transfer-encoding")
         read_alike = coding is None or (can_chunk and coding.strip(" \t").lower() == "chunked")
         if request.doubtful or not read_alike or len(self._ready) == _MAX_READY:
@@ -160,6 +164,10 @@ class Reader(asyncio.Protocol):
         request.expect(int(request.names.get("content-length", 0)))
         self._reading = request
         self._ready.append(request)
+
+    def _upload_bytes(self, path: str) -> int | None:
+        """Return how long a body for ``path`` may be that is taken in pieces, if it is."""
+        return None
 
     def on_body(self, piece: bytes) -> None:
         """Take in a piece of a body."""
@@ -294,8 +302,8 @@ class Connection(Reader):
             _LOG.exception("request failed")
             self._write_response(request, self._server.refuse("The router failed.", 500))
         finally:
-            self.buffered.size -= request.held
-            request.held = 0
+            request.release()
+            request.flow()
             self.task = self._served = self._source = None
         self._after(request)
 
@@ -349,6 +357,9 @@ class Connection(Reader):
             return
         request.reply(response.status, *messages.parts(response))
 
+    def _upload_bytes(self, path: str) -> int | None:
+        return self._server.uploads.get(path)
+
     # For requests and the server
 
     @property
@@ -371,6 +382,11 @@ class Connection(Reader):
         """Send ``data`` if the client is still there."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
+
+    def hold(self, paused: bool) -> None:
+        """Stop reading, or read on."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading() if paused else self.transport.resume_reading()
 
     def draw_from(self, source: Source) -> None:
         """Have ``source`` wait whenever the client does not read fast enough."""
@@ -442,6 +458,7 @@ class Server(web.Server):
         mark: adds headers to every answer; ``None`` adds nothing.
         max_buffered_bytes: most bytes of bodies held at once.
         max_connections: most clients connected at once; more are told so and turned away.
+        uploads: most bytes of the bodies that are taken in pieces, by the path of the POST request.
 
     Attributes:
         open: connections there are.
@@ -459,12 +476,14 @@ class Server(web.Server):
         mark: Mark | None = None,
         max_buffered_bytes: int = _MAX_BUFFERED_BYTES,
         max_connections: int = _MAX_CONNECTIONS,
+        uploads: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(cast(Any, handle))
         self.handle, self.refuse, self.turn_away = handle, refuse, turn_away
         self.max_body_bytes, self.mark = max_body_bytes, mark
         self.buffered = Buffered(max_buffered_bytes)
         self.max_connections, self.refused = max_connections, 0
+        self.uploads: Mapping[str, int] = uploads or {}
         self.open: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
