@@ -174,8 +174,8 @@ class HeldCalls:
 
     def _by_due(self, now: float) -> Iterator[_Entry]:
         queues = self._tenants
-        if self._shares is None or len(queues) < 2:
-            return merge(*queues.values()) if len(queues) > 1 else chain(*queues.values())
+        if self._shares is None or len(queues) < 2:  # without shares all are in one queue
+            return chain(*queues.values())
         ahead = self._shares.ahead(queues)
         if not ahead:
             return merge(*queues.values())

@@ -129,6 +129,7 @@ def test_a_deadline_that_cannot_be_met_is_no_claim() -> None:
     assert credible_deadline_s(10.5, NO_DEADLINE, 60.0, 11.0) == 60.0
     assert credible_deadline_s(10.5, 30.0, 60.0, 11.0) == 30.0, "the one it had stands"
     assert credible_deadline_s(10.5, 9.0, 60.0, 11.0) == 10.5, "a later one is taken at its word"
+    assert credible_deadline_s(11.0, 30.0, 60.0, 11.0) == 11.0, "just possible"
 
 
 def test_nothing_is_due_before_it_came() -> None:
