@@ -126,9 +126,9 @@ def call_head(  # noqa: PLR0913 - what a head is made of
     if kind is EngineKind.PRIORITY:
         due_s = placement.due_s - epoch
         number = narrow_priority if bare else stock_priority
-        said[PRIORITY_HEADER] = str(number(due_s, accepted.priority))
-    elif kind is EngineKind.HEXGEN and accepted.priority:
-        said[PRIORITY_HEADER] = str(-accepted.priority)  # vLLM's: lower is sooner
+        said[PRIORITY_HEADER] = str(number(due_s, accepted.call.priority))
+    elif kind is EngineKind.HEXGEN and accepted.call.priority:
+        said[PRIORITY_HEADER] = str(-accepted.call.priority)  # vLLM's: lower is sooner
     if bare and PRIORITY_HEADER in said:
         said[PRIORITY_HEADER] = _within_32_bits(said[PRIORITY_HEADER])
     kept, names = _kept_lines(accepted.pairs, said)

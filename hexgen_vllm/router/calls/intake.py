@@ -59,12 +59,10 @@ class Accepted:
 
     Attributes:
         call: what policies see.
-        endpoint: where it came in.
         pairs: the client's headers, names and values as they came.
         body: bytes for the engine; the client's own unless something had to be taken out.
         prompt: what the length estimate stands on.
         session_id: workflow or session the client named, ``None`` when it named none.
-        priority: importance, higher is sooner.
         service_class: ``batch`` for a call that nobody waits for, ``None`` where nothing is said.
         said: headers that replace the client's, by lower-case name.
         clamped: what the client claimed beyond its ceiling.
@@ -72,12 +70,10 @@ class Accepted:
     """
 
     call: Call
-    endpoint: Endpoint
     pairs: Pairs
     body: bytes
     prompt: Prompt
     session_id: str | None
-    priority: int
     service_class: str | None
     said: Mapping[str, str]
     clamped: tuple[str, ...]
@@ -86,21 +82,19 @@ class Accepted:
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
         call: Call,
-        endpoint: Endpoint,
         pairs: Pairs,
         body: bytes,
         prompt: Prompt,
         session_id: str | None,
-        priority: int,
         service_class: str | None = None,
         *,
         said: Mapping[str, str] = _NOTHING,
         clamped: tuple[str, ...] = (),
         follows: str | None = None,
     ) -> None:
-        self.call, self.endpoint, self.pairs = call, endpoint, pairs
+        self.call, self.pairs = call, pairs
         self.body, self.prompt, self.session_id = body, prompt, session_id
-        self.priority, self.service_class = priority, service_class
+        self.service_class = service_class
         self.said, self.clamped, self.follows = said, clamped, follows
 
 
@@ -210,12 +204,10 @@ class Intake:
                 _check_response_id(body)
         return Accepted(
             call=call,
-            endpoint=endpoint,
             pairs=pairs or [],
             body=kept,
             prompt=prompt,
             session_id=session_id,
-            priority=call.priority,
             service_class=service_class,
             said=headers_said,
             clamped=clamped,

@@ -14,7 +14,6 @@ from hexgen_vllm import wire
 from hexgen_vllm.router.calls import headers as outbound
 from hexgen_vllm.router.calls.intake import Accepted
 from hexgen_vllm.router.calls.prompt import Prompt
-from hexgen_vllm.router.endpoints import ENDPOINTS
 from hexgen_vllm.router.http.messages import Pairs
 from hexgen_vllm.types import Call, EngineKind, Placement
 
@@ -69,7 +68,7 @@ def accepted(
     headers: dict[str, str] = CLIENT, session: str | None = "w1", priority: int = 0
 ) -> Accepted:
     prompt = Prompt("", 0, 0)
-    return Accepted(CALL, ENDPOINTS[0], pairs(headers), b"{}", prompt, session, priority)
+    return Accepted(replace(CALL, priority=priority), pairs(headers), b"{}", prompt, session)
 
 
 def sent(
@@ -228,9 +227,7 @@ def test_headers_named_by_connection_stay_here(named: str) -> None:
 
 
 def test_headers_that_come_twice_go_on_twice() -> None:
-    one = Accepted(
-        CALL, ENDPOINTS[0], [(b"X-A", b"1"), (b"x-a", b"2")], b"", Prompt("", 0, 0), None, 0
-    )
+    one = Accepted(CALL, [(b"X-A", b"1"), (b"x-a", b"2")], b"", Prompt("", 0, 0), None)
     head = outbound.call_head(
         one, PLACED, EngineKind.FCFS, url=ENGINE, now=NOW, epoch=EPOCH, request_id="r"
     )
