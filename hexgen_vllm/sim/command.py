@@ -73,6 +73,8 @@ def main(args: argparse.Namespace) -> int:
     for path in (args.json, args.plot, args.timeline):
         files.check_writable(path)
     if args.plot:
+        if scenario.deadline.by == "own":
+            raise ConfigError("--plot needs one deadline for all workflows: deadline.by base.")
         check_plot(args.plot)
     rows = play(scenario, _progress_line, args.timeline)
     if sys.stderr.isatty():
@@ -107,7 +109,7 @@ def play(
         raise ConfigError(
             f"--timeline shows one run, not {len(runs)}; choose one --policy, --load and --seed."
         )
-    print(limits_text(bounds, scenario.deadline.scale * base_s, base_s), end="\n\n")
+    print(limits_text(bounds, scenario.deadline, base_s), end="\n\n")
     rows = []
     for index, run in enumerate(runs):
         timeline = None if trace is None else Timeline()

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.sim.engine.sequence import EngineModel
@@ -29,7 +29,7 @@ from hexgen_vllm.sim.workloads.prompts import spans
 from hexgen_vllm.sim.workloads.workload import (
     CallSpec,
     WorkflowSpec,
-    workflow_stream,
+    is_own,
 )
 
 _ZERO: Final = 1e-12
@@ -113,6 +113,34 @@ class Limits:
     base_s: float
 
 
+class Uncontended(NamedTuple):
+    """The critical path of a workflow that is alone, in seconds.
+
+    Attributes:
+        total_s: from its arrival to its end.
+        work_s: of that, on engines; the rest are think times, which no engine makes shorter.
+    """
+
+    total_s: float
+    work_s: float
+
+    def deadline_s(self, scale: float) -> float:
+        """Return ``scale`` times the work, and the think times once."""
+        return self.total_s + (scale - 1.0) * self.work_s
+
+    def scale(self, latency_s: float) -> float:
+        """Return the least scale at which a workflow that took ``latency_s`` is on time."""
+        return 1.0 + (latency_s - self.total_s) / self.work_s
+
+
+def uncontended(models: Sequence[EngineModel], spec: WorkflowSpec) -> Uncontended:
+    """Return the critical path of ``spec`` alone on the average engine.
+
+    The prefix cache has nothing but what the workflow's own calls have computed.
+    """
+    return _path(models, spec, _new_tokens(spec, lambda stream: True), _mean)
+
+
 def limits(models: Sequence[EngineModel], workflows: Sequence[WorkflowSpec]) -> Limits:
     """Return the bounds of ``workflows`` on ``models``; neither may be empty."""
     uncached = [uncached_tokens(spec) for spec in workflows]
@@ -166,12 +194,20 @@ def _split(seconds: Sequence[Sequence[float]], counts: Sequence[int]) -> float:
 
 def uncached_tokens(spec: WorkflowSpec) -> list[int]:
     """Return, per call, the prompt tokens that a perfect prefix cache does not hold."""
-    own, found = workflow_stream(spec.workflow_id), []
+    return _new_tokens(spec, lambda stream: is_own(stream, spec.workflow_id))
+
+
+def _new_tokens(spec: WorkflowSpec, counts: Callable[[str], bool]) -> list[int]:
+    """Return, per call, what no earlier call of the workflow has computed.
+
+    Streams that do not count are there from the start.
+    """
+    found = []
     seen: dict[int, int] = {}
     for call in spec.calls():
         left = call.own_tokens
         for layer, span in zip(call.layers, spans(call.layers), strict=True):
-            if layer.stream == own:
+            if counts(layer.stream):
                 left += max(layer.tokens - seen.get(span.key, 0), 0)
                 seen[span.key] = max(layer.tokens, seen.get(span.key, 0))
         found.append(max(left, 1))
@@ -201,14 +237,22 @@ def _path_s(
     among: _Chooser,
 ) -> float:
     """Return the critical path alone, each call at ``among`` of its times on the engines."""
-    total, left = 0.0, iter(uncached)
-    for group in spec.stages:
-        longest = 0.0
-        for call in group:
-            tokens = next(left)
-            longest = max(longest, among([solo_s(m, call, tokens) for m in models]))
-        total += longest
-    return total
+    return _path(models, spec, uncached, among).total_s
+
+
+def _path(
+    models: Sequence[EngineModel],
+    spec: WorkflowSpec,
+    uncached: Sequence[int],
+    among: _Chooser,
+) -> Uncontended:
+    """Return the critical path alone, with its think times."""
+    ends: list[Uncontended] = []
+    for call, tokens, before in zip(spec.calls(), uncached, spec.waits(), strict=True):
+        start = max((ends[index] for index in before), default=Uncontended(0.0, 0.0))
+        own_s = among([solo_s(m, call, tokens) for m in models])
+        ends.append(Uncontended(start.total_s + call.think_s + own_s, start.work_s + own_s))
+    return max(ends)
 
 
 def _classes(

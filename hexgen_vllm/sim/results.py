@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any, Final
 
 from hexgen_vllm.records import CallRecord, WorkflowRecord
 from hexgen_vllm.report.results import json_value
 from hexgen_vllm.report.summary import (
+    RunSummary,
+    min_deadline,
     percentile,
     stage_figures,
     summarise,
 )
 from hexgen_vllm.report.table import aligned, seconds
 from hexgen_vllm.sim.engine.engine import StepObserver
-from hexgen_vllm.sim.limits import Limits
-from hexgen_vllm.sim.scenario import Scenario, ScenarioRun
+from hexgen_vllm.sim.limits import Limits, uncontended
+from hexgen_vllm.sim.scenario import DeadlineOptions, Scenario, ScenarioRun
 from hexgen_vllm.sim.simulator import Simulation
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
 TRUE_RATES: Final = "true rates: policies know what steps cost, which live they must learn"
 """Title of results that were played so."""
-_LEGEND: Final = "times in seconds; range of on time over seeds in brackets; - is no value"
+_LEGEND: Final = (
+    "times in seconds; range of on time over seeds in brackets; goodput is workflows on time per "
+    "second; - is no value"
+)
+_OWN: Final = "x base: multiples of each workflow's own time alone"
 Row = dict[str, Any]
 
 
@@ -47,7 +54,7 @@ def simulate(
         observer: sees every engine step.
         progress: called with the number of workflows that have ended, each time one does.
     """
-    deadline_s = scenario.deadline.of(scenario.base_s(bounds))
+    deadline_s = scenario.deadline.of(scenario.base_s(bounds), scenario.fleet)
     simulation = Simulation(
         scenario.fleet,
         run.policy,
@@ -70,13 +77,16 @@ def row(scenario: Scenario, run: ScenarioRun, bounds: Limits, simulation: Simula
     summary = summarise(
         workflows, calls, policy=run.policy.name, seed=run.seed, rate=run.rate, base_s=base_s
     )
+    if scenario.deadline.by == "own":
+        summary = _by_own_time(summary, scenario, run, workflows)
     horizon_s = percentile(bounds.horizons_s, 0.95)
     errors = Counter(w.error for w in workflows if w.error is not None)
     engines = Counter(c.engine for c in calls if c.engine is not None)
     figures = {
         **asdict(summary),
         "load": run.load,
-        "deadline_s": scenario.deadline.scale * base_s,
+        "deadline_s": _deadline_s(scenario, base_s, workflows),
+        "deadline_by": scenario.deadline.by,
         "base_s": base_s,
         "capacity_per_s": bounds.rate_per_s,
         "cold_capacity_per_s": bounds.cold_rate_per_s,
@@ -96,6 +106,35 @@ def row(scenario: Scenario, run: ScenarioRun, bounds: Limits, simulation: Simula
         "calls": {"stages": stage_figures(calls), "engines": dict(sorted(engines.items()))},
     }
     return {name: json_value(value) for name, value in figures.items()}
+
+
+def _deadline_s(
+    scenario: Scenario, base_s: float, workflows: Sequence[WorkflowRecord]
+) -> float | None:
+    """Return the deadline of workflows; their mean where each has its own."""
+    if scenario.deadline.by == "base":
+        return scenario.deadline.scale * base_s
+    return fmean(w.deadline_s for w in workflows) if workflows else None
+
+
+def _by_own_time(
+    summary: RunSummary, scenario: Scenario, run: ScenarioRun, workflows: Sequence[WorkflowRecord]
+) -> RunSummary:
+    """Return ``summary`` with least deadlines as multiples of each workflow's own time alone."""
+    alone = {
+        spec.workflow_id: uncontended(scenario.fleet, spec) for spec in scenario.specs(run)
+    }
+    scales = [
+        None if w.latency_s is None else alone[w.workflow_id].scale(w.latency_s) for w in workflows
+    ]
+    at_95, at_99 = (min_deadline(scales, share, 1.0).scale for share in (0.95, 0.99))
+    return replace(
+        summary,
+        min_deadline_95_s=math.nan,
+        min_deadline_99_s=math.nan,
+        min_deadline_95_x=at_95,
+        min_deadline_99_x=at_99,
+    )
 
 
 def counted(
@@ -123,6 +162,8 @@ _FIGURES: Final[tuple[tuple[str, str, Callable[[float | None], str]], ...]] = (
     ("min deadline @95%", "min_deadline_95_s", seconds),
     ("x base", "min_deadline_95_x", seconds),
     ("@99%", "min_deadline_99_s", seconds),
+    ("x base", "min_deadline_99_x", seconds),
+    ("goodput/s", "goodput_per_s", lambda v: "-" if v is None else f"{v:.3f}"),
     ("P50", "p50_s", seconds),
     ("P95", "p95_s", seconds),
     ("x horizon", "p95_over_horizon", seconds),
@@ -145,17 +186,23 @@ def summary_table(rows: Sequence[RowView]) -> str:
         for (load, policy), runs in groups.items()
     ]
     text = f"{aligned(heads, lines)}\n\n{_LEGEND}"
+    if any(row.get("deadline_by") == "own" for row in rows):
+        text = f"{text}; {_OWN}"
     return f"{TRUE_RATES}\n\n{text}" if any(r["rates"] == "true" for r in rows) else text
 
 
-def limits_text(bounds: Limits, deadline_s: float, base_s: float) -> str:
+def limits_text(bounds: Limits, deadline: DeadlineOptions, base_s: float) -> str:
     """Return the limits as text."""
     horizons = bounds.horizons_s
+    if deadline.by == "own":
+        told = f"{deadline.scale:g} x each workflow's own time alone"
+    else:
+        told = f"{deadline.scale * base_s:.1f} s"
     return (
         f"limits: capacity λ* {bounds.rate_per_s:.3f} workflows/s "
         f"({bounds.cold_rate_per_s:.3f} without prefix cache), standalone horizon "
         f"P50 {percentile(horizons, 0.5):.1f} s, P95 {percentile(horizons, 0.95):.1f} s\n"
-        f"base SLO {base_s:.1f} s, deadline {deadline_s:.1f} s"
+        f"base SLO {base_s:.1f} s, deadline {told}"
     )
 
 

@@ -6,13 +6,13 @@ Values only; :mod:`hexgen_vllm.sim.scenario_file` reads them from YAML.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.engine.sequence import EngineModel
-from hexgen_vllm.sim.limits import Limits, limits
+from hexgen_vllm.sim.limits import Limits, limits, uncontended
 from hexgen_vllm.sim.policies import Policy, named
 from hexgen_vllm.sim.simulator import SimOptions
 from hexgen_vllm.sim.workloads.agents import mac_sql, map_reduce, mixed_tenants, react
@@ -119,7 +119,13 @@ class ArrivalOptions:
 class DeadlineOptions:
     """How long workflows may take."""
 
-    scale: float = option(2.0, "deadline in multiples of the base SLO", least=1e-3)
+    scale: float = option(2.0, "deadline in multiples of what by says", least=1e-3)
+    by: str = option(
+        "base",
+        "base is the base SLO, the same for all workflows; own is a workflow's own time alone on "
+        "the average engine, think times once",
+        choices=("base", "own"),
+    )
     base_s: float | None = option(
         None,
         "base SLO, seconds; none is the mean critical path on the average idle engine",
@@ -133,9 +139,13 @@ class DeadlineOptions:
             if not (math.isfinite(scale) and scale > 0):
                 raise ConfigError(f"the scale of tenant {tenant} must be more than 0.")
 
-    def of(self, base_s: float) -> Callable[[WorkflowSpec], float]:
+    def of(
+        self, base_s: float, fleet: Sequence[EngineModel]
+    ) -> Callable[[WorkflowSpec], float]:
         """Return the function from a workflow to its deadline in seconds."""
         scale, tenants = self.scale, self.tenants
+        if self.by == "own":
+            return lambda spec: uncontended(fleet, spec).deadline_s(tenants.get(spec.tenant, scale))
         if not tenants:
             return lambda spec: scale * base_s
         return lambda spec: tenants.get(spec.tenant, scale) * base_s

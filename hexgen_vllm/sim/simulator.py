@@ -102,7 +102,8 @@ class WorkflowState:
         deadline_s: absolute deadline.
         group: group whose calls are open, -1 before the first.
         calls: calls sent so far.
-        open_calls: of them, not ended.
+        open_calls: calls that are under way, or whose think time is.
+        graph: what is left of a workflow that is one, ``None`` for others.
         error: why it failed.
     """
 
@@ -111,17 +112,45 @@ class WorkflowState:
     group: int = -1
     calls: int = 0
     open_calls: int = 0
+    graph: _Graph | None = None
     error: str | None = None
+
+
+class _Graph:
+    """Which calls of a workflow wait for which; mutable, one for each workflow under way."""
+
+    def __init__(self, spec: WorkflowSpec) -> None:
+        self.calls = list(spec.calls())
+        waits = spec.waits()
+        self.missing = [len(before) for before in waits]
+        self.followers: list[list[int]] = [[] for _ in waits]
+        for index, before in enumerate(waits):
+            for other in before:
+                self.followers[other].append(index)
+
+    def roots(self) -> list[int]:
+        """Return the calls that wait for none."""
+        return [index for index, count in enumerate(self.missing) if not count]
+
+    def ended(self, index: int) -> list[int]:
+        """Return the calls that waited for this one last."""
+        ready = []
+        for follower in self.followers[index]:
+            self.missing[follower] -= 1
+            if not self.missing[follower]:
+                ready.append(follower)
+        return ready
 
 
 @dataclass(slots=True)
 class SimCall:
-    """A call between its arrival at the router and its end."""
+    """A call between its arrival at the router and its end; ``index`` is its place in a graph."""
 
     workflow: WorkflowState
     spec: CallSpec
     sent_s: float
     engine: SimEngine | None = None
+    index: int = 0
 
 
 class SimRecorder:
@@ -223,18 +252,26 @@ def true_tails(spec: WorkflowSpec) -> dict[tuple[str, int], Tail]:
 
     Prompt tokens that lie in shared layers count as cached.
     """
-    after = NOTHING
-    by_group = []
-    for group in reversed(spec.stages):
-        by_group.append(after)
-        after = max((_longer(after, call) for call in group), key=path_weight)
+    calls = list(spec.calls())
+    after = [NOTHING] * len(calls)
+    if spec.is_graph:
+        waits = spec.waits()
+        for index in range(len(calls) - 1, -1, -1):
+            path = _longer(after[index], calls[index])
+            for before in waits[index]:
+                after[before] = max(after[before], path, key=path_weight)
+    else:
+        tail, end = NOTHING, len(calls)
+        for group in reversed(spec.stages):
+            after[end - len(group) : end] = [tail] * len(group)
+            end -= len(group)
+            tail = max((_longer(tail, call) for call in group), key=path_weight)
     tails: dict[tuple[str, int], Tail] = {}
     counts: dict[str, int] = {}
-    for group, tail in zip(spec.stages, reversed(by_group), strict=True):
-        for call in group:
-            ordinal = counts.get(call.stage, 0)
-            counts[call.stage] = ordinal + 1
-            tails[call.stage, ordinal] = tail
+    for call, tail in zip(calls, after, strict=True):
+        ordinal = counts.get(call.stage, 0)
+        counts[call.stage] = ordinal + 1
+        tails[call.stage, ordinal] = tail
     return tails
 
 
@@ -400,7 +437,12 @@ class Simulation:
         self._open += 1
         if self._truth is not None:
             self._truth.reveal(spec)
-        self._next_group(WorkflowState(spec, now + self._deadline_s(spec)), now)
+        workflow = WorkflowState(spec, now + self._deadline_s(spec))
+        if spec.is_graph:
+            workflow.graph = _Graph(spec)
+            self._start(workflow, workflow.graph, workflow.graph.roots(), now)
+        else:
+            self._next_group(workflow, now)
 
     def _next_group(self, workflow: WorkflowState, now: float) -> None:
         workflow.group += 1
@@ -410,7 +452,30 @@ class Simulation:
         group = workflow.spec.stages[workflow.group]
         workflow.open_calls = len(group)
         for call in group:
-            self._send(workflow, call, now)
+            self._think(workflow, call, 0, now)
+
+    def _start(
+        self, workflow: WorkflowState, graph: _Graph, ready: Iterable[int], now: float
+    ) -> None:
+        """Start calls of a graph."""
+        for index in ready:
+            workflow.open_calls += 1
+            self._think(workflow, graph.calls[index], index, now)
+
+    def _think(self, workflow: WorkflowState, call: CallSpec, index: int, now: float) -> None:
+        """Send a call when its think time is over."""
+        if call.think_s > 0:
+            told = workflow, call, index
+            self._loop.at(now + call.think_s, ARRIVAL, self._thought, told)
+        else:
+            self._send(workflow, call, index, now)
+
+    def _thought(self, now: float, told: tuple[WorkflowState, CallSpec, int]) -> None:
+        workflow, call, index = told
+        if workflow.error is None:
+            self._send(workflow, call, index, now)
+        else:
+            self._call_over(workflow, index, now)
 
     def _end_workflow(self, workflow: WorkflowState, now: float) -> None:
         spec = workflow.spec
@@ -424,10 +489,10 @@ class Simulation:
 
     # Calls
 
-    def _send(self, workflow: WorkflowState, spec: CallSpec, now: float) -> None:
+    def _send(self, workflow: WorkflowState, spec: CallSpec, index: int, now: float) -> None:
         call_id = f"{workflow.spec.workflow_id}.{workflow.calls}"
         workflow.calls += 1
-        self._pending[call_id] = SimCall(workflow, spec, now)
+        self._pending[call_id] = SimCall(workflow, spec, now, index=index)
         call = Call(
             call_id=call_id,
             workflow_id=workflow.spec.workflow_id,
@@ -480,12 +545,18 @@ class Simulation:
         pending = self._pending.pop(call_id)
         pending.workflow.error = reason
         self.records.failed(pending, reason, now)
-        self._call_over(pending.workflow, now)
+        self._call_over(pending.workflow, pending.index, now)
 
-    def _call_over(self, workflow: WorkflowState, now: float) -> None:
+    def _call_over(self, workflow: WorkflowState, index: int, now: float) -> None:
+        graph = workflow.graph
         workflow.open_calls -= 1
+        if graph is not None and workflow.error is None:
+            self._start(workflow, graph, graph.ended(index), now)
         if not workflow.open_calls:
-            self._next_group(workflow, now)
+            if graph is None:
+                self._next_group(workflow, now)
+            else:
+                self._end_workflow(workflow, now)
 
     # Engines
 
@@ -512,7 +583,7 @@ class Simulation:
         decisions = self.coordinator.call_finished(sequence.call_id, result, now)
         self.records.answered(pending, sequence, now)
         self._carry_out(decisions, now)
-        self._call_over(pending.workflow, now)
+        self._call_over(pending.workflow, pending.index, now)
 
     def _tick(self, now: float, _: None) -> None:
         """Read telemetry and progress, as the router does."""

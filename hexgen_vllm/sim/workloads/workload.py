@@ -93,18 +93,25 @@ class CallSpec:
         layers: leading layers of the prompt, widest shared first: the stage's template, the
             database schema, what the workflow's calls share. The rest of the prompt is this
             call's own and equals no other call's.
+        think_s: seconds between the end of what it waits for and its sending: a tool, a person.
+        after: calls that it waits for, by their place in :meth:`WorkflowSpec.calls`, all before
+            its own; ``None`` is every call of the group before.
     """
 
     stage: str
     prompt_tokens: int
     output_tokens: int
     layers: tuple[Layer, ...] = ()
+    think_s: float = 0.0
+    after: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.output_tokens < 1:
             raise ConfigError(f"a {self.stage} call needs at least 1 prompt and 1 output token.")
         if self.shared_tokens > self.prompt_tokens:
             raise ConfigError(f"the layers of a {self.stage} call are longer than its prompt.")
+        if not 0 <= self.think_s < math.inf:
+            raise ConfigError(f"the think time of a {self.stage} call must be 0 or more seconds.")
 
     @property
     def shared_tokens(self) -> int:
@@ -124,6 +131,9 @@ CallGroup = tuple[CallSpec, ...]
 class WorkflowSpec:
     """One workflow: groups in sequence, the calls of a group in parallel.
 
+    Calls that name what they wait for (:attr:`CallSpec.after`) make it a graph instead: each starts
+    when those have ended, whatever else of their groups is under way.
+
     Attributes:
         workflow_id: unique in the workload.
         type: name under which the shape of such workflows is learned.
@@ -141,6 +151,25 @@ class WorkflowSpec:
     def __post_init__(self) -> None:
         if not self.stages or not all(self.stages):
             raise ConfigError(f"workflow {self.workflow_id} has no call, or a group without one.")
+        for index, call in enumerate(self.calls()):
+            if call.after is not None and not all(0 <= at < index for at in call.after):
+                raise ConfigError(
+                    f"call {index} of workflow {self.workflow_id} waits for one that comes later."
+                )
+
+    def waits(self) -> list[tuple[int, ...]]:
+        """Return for each call the calls that it waits for, in order of groups."""
+        found: list[tuple[int, ...]] = []
+        before: tuple[int, ...] = ()
+        for group in self.stages:
+            found.extend(before if call.after is None else call.after for call in group)
+            before = tuple(range(len(found) - len(group), len(found)))
+        return found
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether a call names what it waits for."""
+        return any(call.after is not None for call in self.calls())
 
     def calls(self) -> Iterator[CallSpec]:
         """Yield every call, in order of groups."""
@@ -158,9 +187,15 @@ class WorkflowSpec:
         return sum(call.output_tokens for call in self.calls())
 
 
-def workflow_stream(workflow_id: str) -> str:
-    """Return the stream of the layer that only the calls of one workflow share."""
-    return f"workflow:{workflow_id}"
+def workflow_stream(workflow_id: str, part: int | None = None) -> str:
+    """Return a stream that only the calls of one workflow share; ``part`` tells several apart."""
+    return f"workflow:{workflow_id}" if part is None else f"workflow:{workflow_id}/{part}"
+
+
+def is_own(stream: str, workflow_id: str) -> bool:
+    """Return whether only the calls of one workflow share ``stream``."""
+    own = workflow_stream(workflow_id)
+    return stream == own or stream.startswith(f"{own}/")
 
 
 def generator(seed: int, *names: object) -> random.Random:
@@ -189,7 +224,10 @@ def renamed(spec: WorkflowSpec, workflow_id: str) -> WorkflowSpec:
 
     def moved(call: CallSpec) -> CallSpec:
         layers = (
-            layer._replace(stream=new) if layer.stream == old else layer for layer in call.layers
+            layer._replace(stream=new + layer.stream[len(old) :])
+            if is_own(layer.stream, spec.workflow_id)
+            else layer
+            for layer in call.layers
         )
         return replace(call, layers=tuple(layers))
 
@@ -225,4 +263,6 @@ def _scaled_call(call: CallSpec, scale: float) -> CallSpec:
         prompt_tokens=prompt,
         output_tokens=max(1, round(call.output_tokens * scale)),
         layers=tuple(layer for layer in layers if layer.tokens > 0),
+        think_s=call.think_s,
+        after=call.after,
     )
