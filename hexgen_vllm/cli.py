@@ -28,6 +28,15 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("calibrate",): ("hexgen_vllm.calibrate.command", "measure an engine for the simulator"),
     ("text2sql",): ("hexgen_vllm.text2sql.command", "ask a database questions in plain language"),
     ("tune",): ("hexgen_vllm.tune.command", "find the knobs for recent workflows"),
+    ("trace", "info"): ("hexgen_vllm.sim.workloads.traces.info", "say what a trace holds"),
+    ("trace", "convert"): (
+        "hexgen_vllm.sim.workloads.traces.convert",
+        "write a trace in another format",
+    ),
+    ("trace", "sample"): (
+        "hexgen_vllm.sim.workloads.traces.sample",
+        "write some workflows of a trace",
+    ),
     ("patch",): ("hexgen_vllm.patch.command", "apply optional patches to the installed vLLM"),
     ("reference",): ("tools.reference.command", "print options, files, endpoints, names"),
     ("explain",): ("hexgen_vllm.explain", "say where the time of a workflow went"),
@@ -56,6 +65,7 @@ _PIPE_CLOSED: Final = 128 + 13  # as a shell says it of SIGPIPE
 _GROUPS: Final = {
     "batch": "answer requests by file, when nobody else needs the engines",
     "bench": "measure engines, scheduler, router, simulator and KV copies",
+    "trace": "read recorded traffic, our own or public",
 }
 
 

@@ -21,6 +21,7 @@ from hexgen_vllm.sim.results import Row, limits_text, row, simulate, summary_tab
 from hexgen_vllm.sim.scenario import Scenario, ScenarioRun
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.sim.timeline import Timeline
+from hexgen_vllm.sim.workloads.traces.formats import NAMES as NAMES_OF_FORMATS
 
 Progress = Callable[[ScenarioRun, int, int, int], None]
 """Takes a run, its number, their count, and the workflows of it that have ended."""
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("scenario", type=Path, metavar="SCENARIO.yaml", help="what to play")
     add("--trace", type=Path, metavar="FILE", help="draw workflows from this trace instead")
+    add("--trace-format", choices=NAMES_OF_FORMATS, help="format of --trace (default: auto)")
     add("--policy", nargs="+", metavar="NAME", dest="policies", help=f"of {', '.join(NAMES)}")
     add("--seed", nargs="+", type=int, dest="seeds", help="one run each")
     add(
@@ -151,7 +153,7 @@ def _changed(scenario: Scenario, args: argparse.Namespace) -> Scenario:
     """Return ``scenario`` with what the command line says otherwise."""
     workload = scenario.workload
     if args.trace is not None:
-        workload = replace(workload, trace=str(args.trace))
+        workload = replace(workload, trace=str(args.trace), format=args.trace_format or "auto")
     if args.workflows is not None:
         workload = replace(workload, workflows=args.workflows)
     scenario = replace(scenario, workload=workload)

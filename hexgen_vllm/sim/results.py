@@ -121,9 +121,7 @@ def _by_own_time(
     summary: RunSummary, scenario: Scenario, run: ScenarioRun, workflows: Sequence[WorkflowRecord]
 ) -> RunSummary:
     """Return ``summary`` with least deadlines as multiples of each workflow's own time alone."""
-    alone = {
-        spec.workflow_id: uncontended(scenario.fleet, spec) for spec in scenario.specs(run)
-    }
+    alone = {spec.workflow_id: uncontended(scenario.fleet, spec) for spec in scenario.specs(run)}
     scales = [
         None if w.latency_s is None else alone[w.workflow_id].scale(w.latency_s) for w in workflows
     ]

@@ -1,59 +1,21 @@
-"""Recent workflows as JSON lines: names, lengths and timings, never text.
+"""The workflows that a router remembers for its tuner.
 
-One line for each workflow that ended::
-
-    {"type": "text2sql", "tenant": "default", "arrived_s": 12.5, "deadline_s": 30.0,
-     "latency_s": 21.3, "calls": [
-       {"stage": "revise", "at_s": 0.0, "took_s": 1.2, "prompt": 5963, "cached": 3056,
-        "output": 79}, ...]}
-
-``arrived_s`` counts from any moment that all lines share; ``at_s`` from the workflow's arrival.
-``deadline_s`` is ``null`` when there is none, ``latency_s`` when it did not finish, ``cached``
-when the engine did not say how much of the prompt its prefix cache had.
+What one is, and how it is written, is in :mod:`hexgen_vllm.sim.workloads.traces.recorded`.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from collections.abc import Iterator
 
-from hexgen_vllm.config import known_names
-from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.sim.workloads.traces.recorded import (
+    MAX_CALLS,
+    RecentCall,
+    RecentWorkflow,
+    parse,
+)
 
-MAX_CALLS: Final = 1024
-_MAX_TOKENS: Final = 10_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class RecentCall:
-    """One answered call; lengths in tokens, times in seconds."""
-
-    stage: str
-    at_s: float
-    took_s: float
-    prompt: int
-    output: int
-    cached: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RecentWorkflow:
-    """One workflow that ended."""
-
-    type: str
-    arrived_s: float
-    calls: tuple[RecentCall, ...]
-    tenant: str = "default"
-    deadline_s: float | None = None
-    latency_s: float | None = None
-
-    def line(self) -> str:
-        """Return it as one line of JSON, without the line break."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+__all__ = ["MAX_CALLS", "RecentCall", "RecentWorkflow", "Ring", "parse"]
 
 
 class Ring:
@@ -81,97 +43,3 @@ class Ring:
     def text(self) -> str:
         """Return all of them as JSON lines; another thread may add some meanwhile."""
         return "".join(f"{workflow.line()}\n" for workflow in list(self._kept))
-
-
-def parse(lines: Iterable[str], name: str) -> list[RecentWorkflow]:
-    """Read JSON lines, in order of arrival; empty lines are skipped.
-
-    Args:
-        lines: of the file.
-        name: what errors call it.
-
-    Raises:
-        ConfigError: a line is wrong; names file, line and key.
-    """
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            found.append(_workflow(line, f"{name}, line {number}"))
-    if not found:
-        raise ConfigError(f"{name} holds no workflow.")
-    return sorted(found, key=lambda w: w.arrived_s)
-
-
-def _workflow(line: str, where: str) -> RecentWorkflow:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where} is not JSON: {error}.") from None
-    _check_keys(data, RecentWorkflow, where)
-    listed = data["calls"]
-    if not isinstance(listed, list) or not 0 < len(listed) <= MAX_CALLS:
-        raise ConfigError(f'{where}: "calls" must be a list of 1 to {MAX_CALLS} calls.')
-    calls = tuple(_call(call, f"{where}, call {i}") for i, call in enumerate(listed, 1))
-    return RecentWorkflow(
-        type=_text(data, "type", where),
-        arrived_s=_number(data, "arrived_s", where),
-        calls=calls,
-        tenant=_text(data, "tenant", where) if "tenant" in data else "default",
-        deadline_s=_maybe_s(data, "deadline_s", where),
-        latency_s=_maybe_s(data, "latency_s", where),
-    )
-
-
-def _call(data: object, where: str) -> RecentCall:
-    known = _check_keys(data, RecentCall, where)
-    cached = known.get("cached")
-    return RecentCall(
-        stage=_text(known, "stage", where),
-        at_s=_number(known, "at_s", where),
-        took_s=_number(known, "took_s", where, least=0.0),
-        prompt=_tokens(known, "prompt", where, 1),
-        output=_tokens(known, "output", where, 1),
-        cached=None if cached is None else _tokens(known, "cached", where, 0),
-    )
-
-
-def _check_keys(data: object, cls: type[Any], where: str) -> Mapping[str, Any]:
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where} must be a JSON object.")
-    names = [f.name for f in fields(cls)]
-    for key in data:
-        if key not in names:
-            raise ConfigError(f"{where}: unknown key {key!r}; known are {known_names(key, names)}.")
-    for f in fields(cls):
-        required = f.name not in ("tenant", "deadline_s", "latency_s", "cached")
-        if required and f.name not in data:
-            raise ConfigError(f'{where}: "{f.name}" is missing.')
-    return data
-
-
-def _text(data: Mapping[str, Any], key: str, where: str) -> str:
-    value = data[key]
-    if not isinstance(value, str) or not 0 < len(value) <= 128:
-        raise ConfigError(f'{where}: "{key}" must be a name, not {value!r}.')
-    return value
-
-
-def _number(data: Mapping[str, Any], key: str, where: str, least: float = -math.inf) -> float:
-    value = data[key]
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < least:
-        raise ConfigError(f'{where}: "{key}" must be a number of seconds, not {value!r}.')
-    return float(value)
-
-
-def _maybe_s(data: Mapping[str, Any], key: str, where: str) -> float | None:
-    return None if data.get(key) is None else _number(data, key, where, 0.0)
-
-
-def _tokens(data: Mapping[str, Any], key: str, where: str, least: int) -> int:
-    value = data[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_TOKENS:
-        raise ConfigError(
-            f'{where}: "{key}" must be a whole number from {least} to {_MAX_TOKENS}, not {value!r}.'
-        )
-    return value

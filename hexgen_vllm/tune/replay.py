@@ -1,31 +1,25 @@
-"""From recent workflows to workflows that the simulator can play.
-
-Lengths and timings are recorded, contents are not. Calls that overlapped in time were parallel.
-What prompts share follows from what prefix caches had of them: half of all calls of a stage found
-its template, so the template is as long as the median hit; what a call found beyond it is taken
-for the workflow's own.
-"""
+"""Recent workflows as a source of workload, with what was recorded of rates and deadlines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Final
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.workloads.text2sql import Text2SqlOptions, text2sql
 from hexgen_vllm.sim.workloads.trace import read_trace, resample
-from hexgen_vllm.sim.workloads.workload import (
-    CallSpec,
-    Layer,
-    WorkflowSpec,
-    generator,
-    renamed,
-    workflow_stream,
-)
-from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, parse
+from hexgen_vllm.sim.workloads.traces.formats import AUTO, Source
+from hexgen_vllm.sim.workloads.traces.model import TraceWorkflow
+from hexgen_vllm.sim.workloads.traces.played import reservoir
+from hexgen_vllm.sim.workloads.traces.recorded import RecentWorkflow, groups, traced
+from hexgen_vllm.sim.workloads.traces.specs import compact, specs_of
+from hexgen_vllm.sim.workloads.workload import WorkflowSpec, generator, renamed
 
-_SAME_TIME_S = 1e-6
+__all__ = ["Generated", "Recent", "from_recorded", "groups", "read"]
+
+_MOST: Final = 5_000  # workflows that are remembered of a long trace
 
 
 class Recent:
@@ -36,11 +30,23 @@ class Recent:
         rate_per_s: mean arrivals, ``None`` when the recording has no times.
         deadline_s: median deadline, ``None`` when none was recorded.
         latencies_s: as recorded, ``None`` for workflows that did not finish.
+
+    Args:
+        specs: the workflows.
+        recorded: what was recorded of them.
+        share: they are of all that were recorded.
     """
 
-    def __init__(self, specs: Sequence[WorkflowSpec], recorded: Sequence[RecentWorkflow]) -> None:
+    def __init__(
+        self,
+        specs: Sequence[WorkflowSpec],
+        recorded: Sequence[TraceWorkflow],
+        *,
+        share: float = 1.0,
+    ) -> None:
         self.specs = tuple(specs)
-        self.rate_per_s = _rate(recorded)
+        rate_per_s = _rate(recorded)
+        self.rate_per_s = None if rate_per_s is None else rate_per_s / share
         deadlines = [w.deadline_s for w in recorded if w.deadline_s is not None]
         self.deadline_s = median(deadlines) if deadlines else None
         self.latencies_s = [w.latency_s for w in recorded]
@@ -65,82 +71,34 @@ class Generated(Recent):
         return text2sql(count, seed=seed, options=self._options or Text2SqlOptions())
 
 
-def read(path: Path) -> Recent:
-    """Read a ``.jsonl`` file of recent workflows, or any other file as a public trace.
+def read(path: Path, format_: str = AUTO) -> Recent:
+    """Read workflows of any format; of a long file a sample.
 
     Raises:
         ConfigError: the file cannot be read or is wrong; names the place.
     """
-    if path.suffix != ".jsonl":
+    known = Source(path, format_).known_format("hexgen" if path.suffix == ".jsonl" else "")
+    source = Source(path, known)
+    if known == "text2sql":
         return Recent(read_trace(path), ())
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from None
-    return from_recorded(parse(lines, str(path)))
+    found, seen = reservoir(map(compact, source.workflows()), _MOST, generator(0, "recent"))
+    if not found:
+        raise ConfigError(f"{path} holds no workflow.")
+    return _recent(found, seen, templates=known == "hexgen")
 
 
 def from_recorded(recorded: Sequence[RecentWorkflow]) -> Recent:
     """Return recorded workflows as a source of workload."""
-    templates = _templates(recorded)
-    return Recent([_spec(f"recent-{i}", w, templates) for i, w in enumerate(recorded)], recorded)
+    found = [traced(one) for one in recorded]
+    return _recent(found, len(found), templates=True)
 
 
-def _rate(recorded: Sequence[RecentWorkflow]) -> float | None:
-    times = [w.arrived_s for w in recorded]
+def _recent(found: Sequence[TraceWorkflow], seen: int, *, templates: bool) -> Recent:
+    return Recent(specs_of(found, templates=templates), found, share=len(found) / seen)
+
+
+def _rate(recorded: Sequence[TraceWorkflow]) -> float | None:
+    times = [w.arrived_s for w in recorded if w.arrived_s is not None]
     if len(times) < 2 or max(times) <= min(times):
         return None
     return (len(times) - 1) / (max(times) - min(times))
-
-
-def _templates(recorded: Iterable[RecentWorkflow]) -> dict[tuple[str, str], int]:
-    """Return the length of the template of every (type, stage)."""
-    hits: dict[tuple[str, str], list[int]] = {}
-    shortest: dict[tuple[str, str], int] = {}
-    for workflow in recorded:
-        for call in workflow.calls:
-            key = workflow.type, call.stage
-            hits.setdefault(key, []).append(min(call.cached or 0, call.prompt - 1))
-            shortest[key] = min(call.prompt - 1, shortest.get(key, call.prompt))
-    return {key: min(round(median(values)), shortest[key]) for key, values in hits.items()}
-
-
-def _spec(
-    workflow_id: str, recorded: RecentWorkflow, templates: dict[tuple[str, str], int]
-) -> WorkflowSpec:
-    return WorkflowSpec(
-        workflow_id,
-        recorded.type,
-        tuple(
-            tuple(_call(workflow_id, recorded.type, call, templates) for call in group)
-            for group in groups(recorded.calls)
-        ),
-        tenant=recorded.tenant,
-    )
-
-
-def _call(
-    workflow_id: str, kind: str, call: RecentCall, templates: dict[tuple[str, str], int]
-) -> CallSpec:
-    template = templates[kind, call.stage]
-    own = max(min(call.cached or 0, call.prompt - 1) - template, 0)
-    layers = (
-        Layer(f"template:{kind}/{call.stage}", template),
-        Layer(workflow_stream(workflow_id), own),
-    )
-    kept = tuple(layer for layer in layers if layer.tokens)
-    return CallSpec(call.stage, call.prompt, call.output, kept)
-
-
-def groups(calls: Sequence[RecentCall]) -> list[tuple[RecentCall, ...]]:
-    """Return calls in groups: what began before the last one had ended is parallel to it."""
-    found: list[list[RecentCall]] = []
-    end_s = 0.0
-    for call in sorted(calls, key=lambda c: (c.at_s, c.stage)):
-        if not found or call.at_s >= end_s - _SAME_TIME_S:
-            found.append([call])
-            end_s = call.at_s + call.took_s
-        else:
-            found[-1].append(call)
-            end_s = max(end_s, call.at_s + call.took_s)
-    return [tuple(group) for group in found]
