@@ -30,6 +30,7 @@ from hexgen_vllm.sim.workloads.workload import (
     CallSpec,
     WorkflowSpec,
     is_own,
+    is_recorded,
 )
 
 _ZERO: Final = 1e-12
@@ -138,12 +139,13 @@ def uncontended(models: Sequence[EngineModel], spec: WorkflowSpec) -> Uncontende
 
     The prefix cache has nothing but what the workflow's own calls have computed.
     """
-    return _path(models, spec, _new_tokens(spec, lambda stream: True), _mean)
+    return _path(models, spec, _new_tokens(spec, lambda stream: True, {}), _mean)
 
 
 def limits(models: Sequence[EngineModel], workflows: Sequence[WorkflowSpec]) -> Limits:
     """Return the bounds of ``workflows`` on ``models``; neither may be empty."""
-    uncached = [uncached_tokens(spec) for spec in workflows]
+    seen: dict[int, int] = {}
+    uncached = [uncached_tokens(spec, seen) for spec in workflows]
     cold = [[call.prompt_tokens for call in spec.calls()] for spec in workflows]
     context = _mean_context(workflows)
     horizons = sorted(_path_s(models, s, u, min) for s, u in zip(workflows, uncached, strict=True))
@@ -192,18 +194,29 @@ def _split(seconds: Sequence[Sequence[float]], counts: Sequence[int]) -> float:
     return maximise([0.0] * (variables - 1) + [1.0], rows, bounds)
 
 
-def uncached_tokens(spec: WorkflowSpec) -> list[int]:
-    """Return, per call, the prompt tokens that a perfect prefix cache does not hold."""
-    return _new_tokens(spec, lambda stream: is_own(stream, spec.workflow_id))
+def uncached_tokens(spec: WorkflowSpec, seen: dict[int, int] | None = None) -> list[int]:
+    """Return, per call, the prompt tokens that a perfect prefix cache does not hold.
+
+    Args:
+        spec: the workflow.
+        seen: what earlier workflows of a trace have computed, kept up to date: what several of
+            them share is there once the first has computed it. Templates and schemas always are.
+    """
+
+    def counts(stream: str) -> bool:
+        return is_own(stream, spec.workflow_id) or is_recorded(stream)
+
+    return _new_tokens(spec, counts, {} if seen is None else seen)
 
 
-def _new_tokens(spec: WorkflowSpec, counts: Callable[[str], bool]) -> list[int]:
-    """Return, per call, what no earlier call of the workflow has computed.
+def _new_tokens(
+    spec: WorkflowSpec, counts: Callable[[str], bool], seen: dict[int, int]
+) -> list[int]:
+    """Return, per call, what nobody has computed yet.
 
     Streams that do not count are there from the start.
     """
     found = []
-    seen: dict[int, int] = {}
     for call in spec.calls():
         left = call.own_tokens
         for layer, span in zip(call.layers, spans(call.layers), strict=True):

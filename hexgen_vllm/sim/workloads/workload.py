@@ -192,6 +192,16 @@ def workflow_stream(workflow_id: str, part: int | None = None) -> str:
     return f"workflow:{workflow_id}" if part is None else f"workflow:{workflow_id}/{part}"
 
 
+def recorded_stream(part: int) -> str:
+    """Return a stream that several workflows of a trace share, and the first of them computes."""
+    return f"trace:{part}"
+
+
+def is_recorded(stream: str) -> bool:
+    """Return whether a stream is one of :func:`recorded_stream`."""
+    return stream.startswith("trace:")
+
+
 def is_own(stream: str, workflow_id: str) -> bool:
     """Return whether only the calls of one workflow share ``stream``."""
     own = workflow_stream(workflow_id)

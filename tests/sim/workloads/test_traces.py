@@ -14,7 +14,9 @@ from hexgen_vllm.cli import main
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.limits import limits, uncontended
 from hexgen_vllm.sim.policies import fleet
+from hexgen_vllm.sim.workloads.traces.agents import moment
 from hexgen_vllm.sim.workloads.traces.formats import WRITERS, Source
+from hexgen_vllm.sim.workloads.traces.lines import Row
 from hexgen_vllm.sim.workloads.traces.model import TraceCall, TraceWorkflow, link
 from hexgen_vllm.sim.workloads.traces.played import as_recorded, drawn
 from hexgen_vllm.sim.workloads.traces.specs import specs_of
@@ -350,6 +352,15 @@ def test_subagents_start_with_and_are_joined_by_the_main_agent(tmp_path: Path) -
     assert all(is_own(layer.stream, spec.workflow_id) for c in spec.calls() for layer in c.layers)
 
 
+def test_subagents_of_agentx_have_absolute_times(tmp_path: Path) -> None:
+    inner = [weka_call(5.0, 2.0, [50]), weka_call(10.0, 3.0, [50, 51])]
+    subagent = {"t": 5.0, "type": "subagent", "duration_ms": 19_000, "requests": inner}
+    (older,) = read(sample(tmp_path, "weka"), silence_s=1e5)
+    told = {**WEKA, "requests": [WEKA["requests"][0], subagent, *WEKA["requests"][2:]]}
+    (found,) = read(lines(tmp_path / "x.jsonl", [told]), silence_s=1e5)
+    assert shape(found) == shape(older)
+
+
 def test_conversations_can_be_a_folder_of_indented_files(tmp_path: Path) -> None:
     for name in "ba":
         told = {**WEKA, "id": name}
@@ -399,6 +410,26 @@ def test_lines_of_tables_are_workflows_and_failed_ones_are_left_out(tmp_path: Pa
     burst = {w.name: w for w in read(sample(tmp_path, "burstgpt"))}
     assert shape(burst["s1"]) == [(100, (), 0.0), (230, (0,), 22.5)]
     assert len(burst["request"].calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "at_s"),
+    [
+        ("1970-01-01T00:00:10Z", 10.0),
+        ("2000-02-29 12:00:00.25", 951825600.25),
+        ("2000-02-29T14:00:00.250+02:00", 951825600.25),
+        ("2001-02-29T00:00:00Z", None),
+        ("2001-13-01T00:00:00Z", None),
+        ("2001-01-01", None),
+    ],
+)
+def test_moments_are_read_as_they_are_written(text: str, at_s: float | None) -> None:
+    row = Row({"at": text}, "it")
+    if at_s is not None:
+        assert moment(row, "at") == at_s
+        return
+    with pytest.raises(ConfigError, match='"at" must be a date and time'):
+        moment(row, "at")
 
 
 def test_turns_wait_for_the_turn_that_they_answer(tmp_path: Path) -> None:
@@ -625,3 +656,22 @@ def test_capacity_counts_what_one_workflow_alone_has(tmp_path: Path) -> None:
         {**told, "requests": told["requests"][:1]},
     ]))))  # fmt: skip
     assert bound.rate_per_s < lone.rate_per_s
+
+
+def test_capacity_counts_what_several_workflows_share_once(tmp_path: Path) -> None:
+    engines = fleet("reference-4")
+    rows = [mooncake(1000.0 * n, [1, 2, 3, n + 9]) for n in range(6)]
+    same = limits(engines, played(lines(tmp_path / "t.jsonl", rows)))
+    rows = [mooncake(1000.0 * n, [10 * n, 10 * n + 1, 10 * n + 2, 5]) for n in range(6)]
+    other = limits(engines, played(lines(tmp_path / "u.jsonl", rows)))
+    assert same.rate_per_s > 1.5 * other.rate_per_s
+    assert other.rate_per_s == pytest.approx(other.cold_rate_per_s)
+    assert (
+        same.rate_per_s
+        < limits(
+            engines,
+            played(
+                lines(tmp_path / "v.jsonl", [mooncake(0, [n + 9], prompt=412) for n in range(6)])
+            ),
+        ).rate_per_s
+    ), "someone has to compute it"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
+import re
+from calendar import monthrange, timegm
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from hexgen_vllm.errors import ConfigError
@@ -13,23 +14,31 @@ from hexgen_vllm.sim.workloads.traces.model import Open, TraceCall, TraceWorkflo
 DYNAMO_SCHEMA: Final = "dynamo.request.trace.v1"
 _WEKA_TOKENS: Final = 64
 _SUBAGENT: Final = "subagent"
+_MOMENT: Final = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?"
+    r"(?:Z|([+-])(\d\d):?(\d\d))?",
+    re.ASCII,
+)
+_SAME_S: Final = 1e-6
+_CLOCKS_S: Final = 2.0  # times in these traces are in whole seconds, most of them
 _SENT: Final = ("user_message", "tool_result")
 
 
 def moment(row: Row, key: str) -> float:
     """Return a date and time in ISO 8601 as seconds since 1970; UTC unless it says otherwise."""
     text = row.data.get(key)
-    if not isinstance(text, str):
+    found = _MOMENT.fullmatch(text.strip()) if isinstance(text, str) else None
+    if found is None:
         raise row.error(key, "a date and time")
-    whole, point, rest = text.strip().replace(" ", "T").partition(".")
-    digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
-    zone = rest[len(digits) :] if point else ""
-    try:
-        at = datetime.fromisoformat((whole + zone).replace("Z", "+00:00"))
-    except ValueError:
-        raise row.error(key, "a date and time") from None
-    at = at if at.tzinfo else at.replace(tzinfo=timezone.utc)
-    return at.timestamp() + (float(f"0.{digits}") if digits else 0.0)
+    year, month, day, hour, minute, second = map(int, found.group(*range(1, 7)))
+    days = monthrange(year, month)[1] if 1 <= month <= 12 and year else 0
+    if not 1 <= day <= days or hour > 23 or minute > 59 or second > 60:
+        raise row.error(key, "a date and time")
+    at_s = float(timegm((year, month, day, hour, minute, second)))
+    part, sign, hours, minutes = found.group(7, 8, 9, 10)
+    if sign:
+        at_s -= (1 if sign == "+" else -1) * 60.0 * (60 * int(hours) + int(minutes))
+    return at_s + float(f"0.{part or 0}")
 
 
 def read_weka(rows: Iterable[Row], silence_s: float, block: int) -> Iterator[TraceWorkflow]:
@@ -37,8 +46,7 @@ def read_weka(rows: Iterable[Row], silence_s: float, block: int) -> Iterator[Tra
 
     ``requests`` has the calls of the main agent in order: sent at ``t``, answered after
     ``api_time``, ``think_time`` after the one before. One of type ``subagent`` has calls of its
-    own; its ``t`` is when it ended, and theirs count from its start, ``duration_ms`` earlier. It
-    begins after the call before it, and the first call after its end waits for it.
+    own. It begins after the call before it, and the first call after its end waits for it.
     """
     for row in rows:
         conversation = _Conversation(row, block)
@@ -104,13 +112,13 @@ class _Conversation:
         """Add the calls of a subagent."""
         calls = self.workflow.calls
         self._subagents += 1
-        begun_s = item.number("t") - item.number("duration_ms", 0.0, 0.0) / 1e3
-        last, ended_s = (
-            self._last,
-            calls[self._last].end_s or 0.0 if self._last is not None else begun_s,
-        )
-        for inner in item.rows("requests", needed=False):
-            call = _weka_call(inner, begun_s, f"subagent-{self._subagents}")
+        last = self._last
+        before_s = None if last is None else calls[last].end_s or 0.0
+        inner = list(item.rows("requests", needed=False))
+        base_s, begun_s = _begun(item, inner, before_s)
+        ended_s = begun_s if before_s is None else before_s
+        for request in inner:
+            call = _weka_call(request, base_s, f"subagent-{self._subagents}")
             if call is None:
                 continue
             call.stage = item.text("subagent_type", _SUBAGENT)
@@ -121,6 +129,21 @@ class _Conversation:
             calls.append(call)
         if last is not None and last != self._last:
             self._running.append(last)
+
+
+def _begun(item: Row, inner: Sequence[Row], before_s: float | None) -> tuple[float, float]:
+    """Return what the times of a subagent's calls count from, and when it began.
+
+    Those of AgentX count from the conversation's start, and its ``t`` is when it began. In older
+    ones they count from its own start, and its ``t`` is when it ended.
+    """
+    told_s = item.number("t")
+    if inner and told_s > 0 and inner[0].number("t") >= told_s - _SAME_S:
+        return 0.0, told_s
+    begun_s = told_s - item.number("duration_ms", 0.0, 0.0) / 1e3
+    if begun_s < (before_s or 0.0) - _CLOCKS_S:  # it would have begun before it was asked for
+        begun_s = told_s
+    return begun_s, begun_s
 
 
 def _weka_call(item: Row, base_s: float, thread: str) -> TraceCall | None:

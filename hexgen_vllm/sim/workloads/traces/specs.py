@@ -22,7 +22,14 @@ from statistics import median
 from typing import Final
 
 from hexgen_vllm.sim.workloads.traces.model import TraceCall, TraceWorkflow
-from hexgen_vllm.sim.workloads.workload import CallSpec, Group, Layer, WorkflowSpec, workflow_stream
+from hexgen_vllm.sim.workloads.workload import (
+    CallSpec,
+    Group,
+    Layer,
+    WorkflowSpec,
+    recorded_stream,
+    workflow_stream,
+)
 
 _SHARED: Final = -1
 _Path = list[tuple[int, int]]
@@ -154,7 +161,9 @@ def _hashed(name: str, index: int, path: _Path, tree: PromptTree | None) -> tupl
         return tuple(Layer(workflow_stream(name, stream), tokens) for stream, tokens in path)
     return tuple(
         Layer(
-            workflow_stream(name, stream) if tree.owner[stream] == index else f"trace:{stream}",
+            workflow_stream(name, stream)
+            if tree.owner[stream] == index
+            else recorded_stream(stream),
             tokens,
         )
         for stream, tokens in _worthwhile(path, tree)
