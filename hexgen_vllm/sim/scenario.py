@@ -19,7 +19,7 @@ from hexgen_vllm.sim.simulator import SimOptions
 from hexgen_vllm.sim.workloads.agents import mac_sql, map_reduce, mixed_tenants, react
 from hexgen_vllm.sim.workloads.text2sql import Text2SqlOptions, text2sql
 from hexgen_vllm.sim.workloads.traces import formats as trace_formats
-from hexgen_vllm.sim.workloads.traces.formats import Source
+from hexgen_vllm.sim.workloads.traces.formats import TraceSource
 from hexgen_vllm.sim.workloads.traces.model import SILENCE_S
 from hexgen_vllm.sim.workloads.traces.played import as_recorded, drawn
 from hexgen_vllm.sim.workloads.workload import (
@@ -92,8 +92,8 @@ class WorkloadOptions:
             return self.trace
         return f"{self.kind}/{self.retries}" if self.kind == "text2sql" else self.kind
 
-    def _source(self, trace: str) -> Source:
-        return Source(Path(trace), self.format, self.silence_s, self.block_tokens)
+    def _source(self, trace: str) -> TraceSource:
+        return TraceSource(Path(trace), self.format, self.silence_s, self.block_tokens)
 
     def _generated(self, count: int, seed: int) -> tuple[WorkflowSpec, ...]:
         options = Text2SqlOptions(self.databases, self.zipf, self.retries, self.tenants)

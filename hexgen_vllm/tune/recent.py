@@ -1,6 +1,6 @@
 """The workflows that a router remembers for its tuner.
 
-What one is, and how it is written, is in :mod:`hexgen_vllm.sim.workloads.traces.recorded`.
+What one is, and how it is written, is in :mod:`hexgen_vllm.recorded`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from hexgen_vllm.sim.workloads.traces.recorded import (
+from hexgen_vllm.recorded import (
     MAX_CALLS,
     RecentCall,
     RecentWorkflow,

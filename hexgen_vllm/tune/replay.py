@@ -8,12 +8,13 @@ from statistics import median
 from typing import Final
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.recorded import RecentWorkflow
 from hexgen_vllm.sim.workloads.text2sql import Text2SqlOptions, text2sql
 from hexgen_vllm.sim.workloads.trace import read_trace, resample
-from hexgen_vllm.sim.workloads.traces.formats import AUTO, Source
+from hexgen_vllm.sim.workloads.traces.formats import AUTO, TraceSource
 from hexgen_vllm.sim.workloads.traces.model import TraceWorkflow
 from hexgen_vllm.sim.workloads.traces.played import reservoir
-from hexgen_vllm.sim.workloads.traces.recorded import RecentWorkflow, groups, traced
+from hexgen_vllm.sim.workloads.traces.recorded import groups, traced
 from hexgen_vllm.sim.workloads.traces.specs import compact, specs_of
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec, generator, renamed
 
@@ -77,8 +78,8 @@ def read(path: Path, format_: str = AUTO) -> Recent:
     Raises:
         ConfigError: the file cannot be read or is wrong; names the place.
     """
-    known = Source(path, format_).known_format("hexgen" if path.suffix == ".jsonl" else "")
-    source = Source(path, known)
+    known = TraceSource(path, format_).known_format("hexgen" if path.suffix == ".jsonl" else "")
+    source = TraceSource(path, known)
     if known == "text2sql":
         return Recent(read_trace(path), ())
     found, seen = reservoir(map(compact, source.workflows()), _MOST, generator(0, "recent"))

@@ -15,7 +15,7 @@ from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.limits import limits, uncontended
 from hexgen_vllm.sim.policies import fleet
 from hexgen_vllm.sim.workloads.traces.agents import moment
-from hexgen_vllm.sim.workloads.traces.formats import WRITERS, Source
+from hexgen_vllm.sim.workloads.traces.formats import WRITERS, TraceSource
 from hexgen_vllm.sim.workloads.traces.lines import Row
 from hexgen_vllm.sim.workloads.traces.model import TraceCall, TraceWorkflow, link
 from hexgen_vllm.sim.workloads.traces.played import as_recorded, drawn
@@ -249,11 +249,11 @@ def sample(tmp_path: Path, name: str) -> Path:
 
 
 def read(path: Path, **more: Any) -> list[TraceWorkflow]:
-    return list(Source(path, **more).workflows())
+    return list(TraceSource(path, **more).workflows())
 
 
 def played(path: Path, **more: Any) -> tuple[WorkflowSpec, ...]:
-    return specs_of(read(path, **more), templates=Source(path).known_format() == "hexgen")
+    return specs_of(read(path, **more), templates=TraceSource(path).known_format() == "hexgen")
 
 
 def shape(workflow: TraceWorkflow) -> list[tuple[int, tuple[int, ...], float]]:
@@ -276,10 +276,10 @@ def shared(spec: WorkflowSpec, index: int, other: WorkflowSpec, at: int) -> int:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_format_is_known_by_its_first_record_packed_or_not(tmp_path: Path, name: str) -> None:
     path = sample(tmp_path, name)
-    assert Source(path).known_format() == name
+    assert TraceSource(path).known_format() == name
     packed = tmp_path / "packed.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert Source(packed).known_format() == name
+    assert TraceSource(packed).known_format() == name
     assert read(packed) == read(path)
 
 
@@ -458,7 +458,7 @@ def test_what_is_converted_is_the_same_workload(
     path, out = sample(tmp_path, name), tmp_path / "out.jsonl"
     assert main(["trace", "convert", str(path), str(out), f"--to={to}"]) == 0
     told = {"agentic-mooncake-v1": "agentic-mooncake"}
-    assert Source(out).known_format() == told.get(to, to)
+    assert TraceSource(out).known_format() == told.get(to, to)
 
     def told_of(trace: Path) -> list[object]:
         """Return lengths and think times; OTLP's times say who waits for whom in another way."""
@@ -591,7 +591,7 @@ def test_long_files_are_read_as_they_go(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", [MOONCAKE[0]] * 50)
     with path.open("a") as file:
         file.write("{oops")
-    source = Source(path).workflows()
+    source = TraceSource(path).workflows()
     assert next(source).calls[0].prompt == 1436
     with pytest.raises(ConfigError, match="line 51"):
         list(source)
@@ -602,7 +602,7 @@ def test_sessions_that_fell_silent_are_not_held(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", rows)
     with path.open("a") as file:
         file.write("{oops")
-    source = Source(path).workflows()
+    source = TraceSource(path).workflows()
     assert [next(source).name for _ in range(29)] == [f"s{n}" for n in range(29)]
     with pytest.raises(ConfigError, match="line 31"):
         next(source)
@@ -611,7 +611,7 @@ def test_sessions_that_fell_silent_are_not_held(tmp_path: Path) -> None:
 def test_drawn_workflows_have_contents_of_their_own_but_share_what_several_do(
     tmp_path: Path,
 ) -> None:
-    source = Source(sample(tmp_path, "mooncake"))
+    source = TraceSource(sample(tmp_path, "mooncake"))
     specs = drawn(source, 30, 3)
     assert specs == drawn(source, 30, 3)
     assert specs != drawn(source, 30, 4)
@@ -622,7 +622,7 @@ def test_drawn_workflows_have_contents_of_their_own_but_share_what_several_do(
 
 def test_a_stretch_keeps_order_and_times_and_each_seed_has_another(tmp_path: Path) -> None:
     rows = [mooncake(1000.0 * n * n, [n], prompt=100 + n) for n in range(10)]
-    source = Source(lines(tmp_path / "t.jsonl", rows))
+    source = TraceSource(lines(tmp_path / "t.jsonl", rows))
     first, second, third = (as_recorded(source, 4, seed) for seed in range(3))
     assert [s.arrival_s for s in first] == [0.0, 1.0, 4.0, 9.0]
     assert [next(s.calls()).prompt_tokens for s in second] == [104, 105, 106, 107]
@@ -631,7 +631,7 @@ def test_a_stretch_keeps_order_and_times_and_each_seed_has_another(tmp_path: Pat
     with pytest.raises(ConfigError, match="has 10 workflows, fewer than 11"):
         as_recorded(source, 11, 0)
     with pytest.raises(ConfigError, match="no arrival times"):
-        as_recorded(Source(sample(tmp_path, "weka"), silence_s=1.0), 2, 0)
+        as_recorded(TraceSource(sample(tmp_path, "weka"), silence_s=1.0), 2, 0)
 
 
 def test_links_skip_what_goes_without_saying_and_have_no_circles() -> None:

@@ -90,7 +90,7 @@ AUTO: Final = "auto"
 NAMES: Final = (AUTO, *FORMATS)
 
 
-class Source(NamedTuple):
+class TraceSource(NamedTuple):
     """A trace and how it is read.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from hexgen_vllm.report.summary import percentile
 from hexgen_vllm.report.table import aligned
-from hexgen_vllm.sim.workloads.traces.formats import AUTO, FORMATS, NAMES, Source
+from hexgen_vllm.sim.workloads.traces.formats import AUTO, FORMATS, NAMES, TraceSource
 from hexgen_vllm.sim.workloads.traces.model import SILENCE_S, TraceWorkflow
 
 _KEPT: Final = 50_000  # values of a figure that its percentiles are taken from
@@ -35,9 +35,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     add("--block-tokens", type=int, default=0, metavar="N", help="tokens of a hashed block")
 
 
-def source_of(args: argparse.Namespace) -> Source:
+def source_of(args: argparse.Namespace) -> TraceSource:
     """Return the trace that the command line names."""
-    return Source(args.trace, args.format, args.silence, args.block_tokens)
+    return TraceSource(args.trace, args.format, args.silence, args.block_tokens)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

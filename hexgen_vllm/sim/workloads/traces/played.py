@@ -12,7 +12,7 @@ from typing import Final
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.workloads.trace import read_trace
-from hexgen_vllm.sim.workloads.traces.formats import Source
+from hexgen_vllm.sim.workloads.traces.formats import TraceSource
 from hexgen_vllm.sim.workloads.traces.lines import files_of
 from hexgen_vllm.sim.workloads.traces.model import TraceWorkflow
 from hexgen_vllm.sim.workloads.traces.specs import compact, specs_of
@@ -43,7 +43,7 @@ def reservoir(
     return [workflow for _, workflow in sorted(kept, key=lambda pair: pair[0])], seen
 
 
-def drawn(source: Source, count: int, seed: int) -> tuple[WorkflowSpec, ...]:
+def drawn(source: TraceSource, count: int, seed: int) -> tuple[WorkflowSpec, ...]:
     """Draw ``count`` workflows with replacement, all arriving at 0.
 
     Each copy has an id and contents of its own, apart from what several workflows share.
@@ -57,7 +57,7 @@ def drawn(source: Source, count: int, seed: int) -> tuple[WorkflowSpec, ...]:
     return tuple(renamed(rng.choice(pool), f"{kind}-{seed}-{index}") for index in range(count))
 
 
-def as_recorded(source: Source, count: int, seed: int) -> tuple[WorkflowSpec, ...]:
+def as_recorded(source: TraceSource, count: int, seed: int) -> tuple[WorkflowSpec, ...]:
     """Return ``count`` workflows that followed each other, with their arrivals from 0 on.
 
     Seed 0 has the first ones, each other one those that follow the seed's before it; behind the
@@ -69,7 +69,7 @@ def as_recorded(source: Source, count: int, seed: int) -> tuple[WorkflowSpec, ..
     return _stretch(source, count, seed, _stamp(source))
 
 
-def _stamp(source: Source) -> tuple[object, ...]:
+def _stamp(source: TraceSource) -> tuple[object, ...]:
     """Return what changes when the files of a trace do."""
     return tuple(
         (str(path), os.stat(path).st_mtime_ns, os.stat(path).st_size)
@@ -79,7 +79,7 @@ def _stamp(source: Source) -> tuple[object, ...]:
 
 
 @lru_cache(maxsize=4)
-def _pool(source: Source, count: int, stamp: tuple[object, ...]) -> tuple[WorkflowSpec, ...]:
+def _pool(source: TraceSource, count: int, stamp: tuple[object, ...]) -> tuple[WorkflowSpec, ...]:
     del stamp
     if source.known_format() == _TEXT2SQL:
         return read_trace(source.path)
@@ -89,7 +89,7 @@ def _pool(source: Source, count: int, stamp: tuple[object, ...]) -> tuple[Workfl
 
 @lru_cache(maxsize=8)
 def _stretch(
-    source: Source, count: int, seed: int, stamp: tuple[object, ...]
+    source: TraceSource, count: int, seed: int, stamp: tuple[object, ...]
 ) -> tuple[WorkflowSpec, ...]:
     del stamp
     first = seed * count
@@ -112,7 +112,7 @@ def _stretch(
     )
 
 
-def _specs(source: Source, workflows: list[TraceWorkflow]) -> tuple[WorkflowSpec, ...]:
+def _specs(source: TraceSource, workflows: list[TraceWorkflow]) -> tuple[WorkflowSpec, ...]:
     if not workflows:
         raise ConfigError(f"{source.path} holds no workflow.")
     return specs_of(workflows, templates=source.known_format() == _OURS)

@@ -23,8 +23,8 @@ from typing import Final
 
 from hexgen_vllm.sim.workloads.traces.model import TraceCall, TraceWorkflow
 from hexgen_vllm.sim.workloads.workload import (
+    CallGroup,
     CallSpec,
-    Group,
     Layer,
     WorkflowSpec,
     recorded_stream,
@@ -260,5 +260,5 @@ def _spec(name: str, workflow: TraceWorkflow, layers: Sequence[tuple[Layer, ...]
         after = None if plain else tuple(sorted(place[b] for b in call.after))
         return CallSpec(call.stage, call.prompt, call.output, layers[index], call.think_s, after)
 
-    stages: tuple[Group, ...] = tuple(tuple(map(spec, group)) for group in by_depth)
+    stages: tuple[CallGroup, ...] = tuple(tuple(map(spec, group)) for group in by_depth)
     return WorkflowSpec(name, workflow.type, stages, tenant=workflow.tenant)
