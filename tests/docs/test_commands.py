@@ -141,7 +141,8 @@ def assert_known_options(said: list[str]) -> None:
     if said[0] == "hexgen-vllm":
         path = next((p for p in (tuple(said[1:3]), tuple(said[1:2])) if p in cli.COMMANDS), None)
         if path is None:
-            assert said[1:2] == ["bench"] or not said[1:], said
+            groups = {one[0] for one in cli.COMMANDS if len(one) > 1} | {"bench"}
+            assert not said[1:] or said[1] in groups, said
             return
         parser = argparse.ArgumentParser()
         import_module(cli.COMMANDS[path][0]).add_arguments(parser)
