@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -65,16 +64,6 @@ async def run(config: LiveConfig, report: Report | None = None) -> LiveResult:
         tuple(record for record in workflows if record.workflow_id in counted),
         tuple(call for call in load.calls if call.workflow_id in counted),
     )
-
-
-async def run_seeds(
-    config: LiveConfig, seeds: Sequence[int], report: Report | None = None
-) -> list[LiveResult]:
-    """Play one run after the other, each with its seed and prompts of its own."""
-    return [
-        await run(replace(config, seed=seed, run_id=f"{config.run_id}-{seed}"), report)
-        for seed in seeds
-    ]
 
 
 @asynccontextmanager

@@ -82,11 +82,6 @@ def paper_key(arrived_s: float, deadline_s: float, tail_s: float, service_s: flo
     return arrived_s + budget_s - service_s
 
 
-def paper_urgency(key_s: float, now: float) -> float:
-    """Return U at ``now`` of a call with :func:`paper_key` ``key_s``."""
-    return now - key_s
-
-
 def late_key(work_s: float) -> float:
     """Return the key of a call that cannot be on time any more: least remaining work first.
 

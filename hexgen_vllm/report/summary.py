@@ -80,28 +80,6 @@ def goodput(records: Iterable[WorkflowRecord], duration_s: float) -> float:
     return sum(r.on_time for r in records) / duration_s if duration_s > 0 else math.nan
 
 
-def sustained_rate(points: Iterable[tuple[float, float]], share: float = 0.95) -> float | None:
-    """Return the highest rate before the first one that fails.
-
-    Args:
-        points: (arrival rate per second, share on time), in any order; several points of one
-            rate, such as seeds, count by their mean.
-        share: share on time that a rate must have.
-
-    Returns:
-        The rate, or ``None`` when the lowest rate fails or there is none.
-    """
-    by_rate: dict[float, list[float]] = {}
-    for rate, on_time in points:
-        by_rate.setdefault(rate, []).append(on_time)
-    best = None
-    for rate in sorted(by_rate):
-        if fmean(by_rate[rate]) < share:
-            break
-        best = rate
-    return best
-
-
 class Spread(NamedTuple):
     """One figure over several seeds."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.bench.live import run, run_seeds
+from hexgen_vllm.bench.live import run
 from hexgen_vllm.bench.load import Progress
 from hexgen_vllm.bench.scenario import LiveConfig
 from hexgen_vllm.cli import main
@@ -67,14 +67,6 @@ async def test_lost_workflows_are_counted(server: FakeServer) -> None:
     server.faults.append(Fault("hang"))
     row = (await run(LiveConfig(server.url, "p", drain_s=3.0, **SMALL))).row()
     assert (row["lost"], row["errors"]) == (1, 0)
-
-
-async def test_seeds_get_workloads_and_prompts_of_their_own(server: FakeServer) -> None:
-    results = await run_seeds(LiveConfig(server.url, "p", **SMALL), [1, 2])
-    assert [result.config.seed for result in results] == [1, 2]
-    assert len({result.config.run_id for result in results}) == 2
-    first, second = (result.row()["arrivals_s"] for result in results)
-    assert first != second
 
 
 async def test_the_same_run_id_repeats_every_prompt(server: FakeServer) -> None:

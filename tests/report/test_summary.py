@@ -17,7 +17,6 @@ from hexgen_vllm.report.summary import (
     spread,
     stage_figures,
     summarise,
-    sustained_rate,
 )
 
 values = st.lists(st.floats(0, 1e6), min_size=1, max_size=60)
@@ -92,14 +91,6 @@ def test_workflows_that_did_not_finish_meet_no_deadline() -> None:
 def test_goodput_counts_only_what_is_on_time() -> None:
     assert goodput([flow(10.0), flow(10.1), flow(None), flow(1.0)], 4.0) == 0.5
     assert math.isnan(goodput([], 0.0))
-
-
-def test_the_sustained_rate_ends_at_the_first_rate_that_fails() -> None:
-    points = [(3.0, 0.97), (1.0, 1.0), (2.0, 0.95), (4.0, 0.80), (5.0, 0.99)]
-    assert sustained_rate(points) == 3.0
-    assert sustained_rate([(1.0, 0.94), (2.0, 1.0)]) is None
-    assert sustained_rate([]) is None
-    assert sustained_rate([(1.0, 0.94), (1.0, 0.98), (2.0, 0.5)]) == 1.0
 
 
 def test_spread_over_seeds() -> None:
