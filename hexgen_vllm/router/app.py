@@ -38,7 +38,7 @@ from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT, Request
 from hexgen_vllm.router.http.server import Handle, Server
-from hexgen_vllm.router.metrics import Metrics, without_tenants
+from hexgen_vllm.router.metrics import Connections, Metrics, without_tenants
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.router.observe.tracing import Tracing
@@ -248,6 +248,7 @@ class Router:
             uploads=self._batches.uploads,
             mark=self._mark if self._cors.enabled or self._spot is not None else None,
         )
+        context.metrics.add(Connections(server))
         await self._batches.open()
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
         await self._runner.setup()

@@ -35,6 +35,7 @@ from hexgen_vllm.router.calls.call import Job
 from hexgen_vllm.router.endpoints import ENDPOINT_NAMES
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.errors import Blame, Outcome
+from hexgen_vllm.router.http.server import Server
 from hexgen_vllm.router.observe.families import PREFIX, counter, gauge
 from hexgen_vllm.router.observe.ledger import OTHER, BoundedNames, Ledger, Outcomes
 from hexgen_vllm.router.service import Service
@@ -145,6 +146,23 @@ class Pressure(Collector):
                     "router", (), (((), tokens),))  # fmt: skip
         yield gauge("oldest_held_seconds", "Age of the call waiting longest in the router", (),
                     (((), oldest_s),))  # fmt: skip
+
+
+class Connections(Collector):
+    """Counts the clients of a server."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield how many there are, may be, and were turned away."""
+        server = self._server
+        yield gauge("client_connections", "Connections of clients, also of those that are told why "
+                    "they are turned away", (), (((), len(server.open)),))  # fmt: skip
+        yield gauge("most_client_connections", "Connections that clients may have "
+                    "(--max-connections)", (), (((), server.max_connections),))  # fmt: skip
+        yield counter("refused_connections", "Connections turned away as there were too many", (),
+                      (((), server.refused),))  # fmt: skip
 
 
 class LabeledHistogram(Collector):

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from hexgen_vllm.router.engines.discovery.members import EMPTY, SourceBook
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.engines.probe import Found
 from hexgen_vllm.router.errors import Outcome
-from hexgen_vllm.router.metrics import Metrics
+from hexgen_vllm.router.metrics import Connections, Metrics
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.service import Service
@@ -59,6 +60,8 @@ class Scene:
         options = RouterOptions(worker_urls=("http://a:1", "http://b:1"))
         self.fleet = Fleet(options, self.service, Guard(1.0, 1.0))
         self.metrics = Metrics(self.book, self.service, self.fleet)
+        self.server: Any = SimpleNamespace(open=(), max_connections=64, refused=0)
+        self.metrics.add(Connections(self.server))
         self.source = SourceBook("dns", "engines.example", 0.0)
         self.age_s = 0.0
         self.engine: dict[str, Any] = dict(SNAPSHOT) | {"recomputed_tokens": 0}
@@ -127,6 +130,10 @@ def but(what: Callable[[Scene, int], None]) -> Callable[[Scene, int], None]:
 
 def gone(scene: Scene, i: int) -> None:
     scene.answers = False
+
+
+def crowded(scene: Scene, i: int) -> None:
+    scene.server.refused += 3
 
 
 def none_ready(scene: Scene, i: int) -> None:
@@ -200,6 +207,7 @@ def recomputes(scene: Scene, i: int) -> None:
 # and after a while in which all was well.
 CASES: tuple[tuple[str, Callable[[Scene, int], None]], ...] = (
     ("RouterGone", gone),
+    ("ClientsTurnedAway", crowded),
     ("NoEngineReady", none_ready),
     ("NoEngineReady", no_engines_at_all),
     ("NoEngineFound", none_named),

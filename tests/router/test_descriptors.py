@@ -164,6 +164,9 @@ async def test_a_flood_of_connections_is_cut_off() -> None:
         server: Any = stand.router._runner.server  # type: ignore[union-attr]
         await stand.until(lambda: server.refused >= 96)
         assert len(server.open) <= 5 + 16
+        shown = stand.context.metrics.exposition().decode()
+        assert f"hexgen_router_refused_connections_total {float(server.refused)}\n" in shown
+        assert "hexgen_router_most_client_connections 5.0\n" in shown
         first.writer.write(request(call(stand, max_tokens=2)))
         assert (await first.answer())[0] == 200
         for wire in flood:

@@ -47,6 +47,7 @@ _SUMMED: Final = (
     "open_calls",
     "held_calls",
     "held_tokens",
+    "client_connections",
     "slack_calls",
     "workflows_at_risk",
     "open_workflows",
