@@ -286,7 +286,8 @@ class RouterOptions:
     )
     sse_keep_alive_interval: float = option(
         0.0,
-        "time between comments to clients whose streams have not begun, seconds; 0 sends none",
+        "longest silence of a stream before its client gets a comment, also while the call waits,"
+        " seconds; 0 sends none",
         least=0.0,
     )
     engine_stall_secs: float = option(

@@ -103,12 +103,18 @@ class StreamPass:
         self._job.sent += 1
         if self._job.sent == 1 and self._job.learn is not None:
             self._job.learn(data)
+        self._job.rests = self._rests
         begun = self._attempt.answering or self._job.kept_alive
         self._attempt.answering = True
         if begun:
             self._job.request.send(data)
             return
         self._job.request.begin(200, self._head, None, data)
+
+    def _rests(self) -> bool:
+        watch = self._watch
+        ended = watch.complete() or watch.failed()
+        return watch.between and not ended and not self._attempt.client_is_slow()
 
     def _report(self, first: bool) -> None:
         accepted = self._job.accepted

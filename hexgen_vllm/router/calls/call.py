@@ -65,6 +65,8 @@ class Job:
         tried: names of engines that it was sent to past the policy.
         placement: the last decision about it.
         sent: pieces of an answer that the client has been sent.
+        rests: returns whether a comment may go to the client now, between two events of a stream
+            that has begun; ``None`` before that.
         learn: is told the beginning of a good answer, where something is to be learned from it.
         kept_alive: the client has the head of a stream and comments.
         outcome: for the ledger.
@@ -84,6 +86,7 @@ class Job:
     sent: int
     tried: list[str]
     placement: Placement | None
+    rests: Callable[[], bool] | None
     learn: Callable[[bytes], None] | None
     kept_alive: bool
     outcome: Outcome
@@ -97,7 +100,7 @@ class Job:
         self.placed_s = self.sent_s = self.first_token_s = None
         self.request_id = self.accepted = self.placement = None
         self.tries = self.sent = 0
-        self.learn = None
+        self.rests = self.learn = None
         self.kept_alive = False
         self.tried = []
         self.outcome, self.result = Outcome.INTERNAL, _ABORTED

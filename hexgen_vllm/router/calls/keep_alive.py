@@ -1,4 +1,4 @@
-"""Comments for clients whose streams have not begun, so that nothing in front cuts them off."""
+"""Comments for clients whose streams are silent, so that nothing in front cuts them off."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _HEAD: Final = (
 
 
 class KeepAlives:
-    """Streams that have not begun.
+    """Streams that clients wait for, or for more of.
 
-    A call stays free to go to any engine: the client has the head of an answer and comments, and
-    no part of the answer.
+    As long as none of it has come, a call stays free to go to any engine: the client has the head
+    of an answer and comments. Later they stand between events, where everybody skips them.
 
     Args:
-        interval_s: time between two comments, seconds; 0 sends none.
+        interval_s: longest silence towards a client, seconds; 0 sends no comments.
     """
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
-        self._jobs: dict[int, tuple[Job, float]] = {}
+        self._jobs: dict[int, tuple[Job, float, int]] = {}
 
     def add(self, job: Job, now: float) -> None:
-        """Send comments to the client of ``job`` from now on, until its answer begins."""
+        """Send comments to the client of ``job`` whenever it hears nothing, from now on."""
         if self._interval_s:
-            self._jobs[id(job)] = job, now
+            self._jobs[id(job)] = job, now, 0
 
     def discard(self, job: Job) -> None:
         """Send no more."""
@@ -40,15 +40,21 @@ class KeepAlives:
 
     def tick(self, now: float) -> None:
         """Send the comments that are due."""
-        for key, (job, since_s) in list(self._jobs.items()):
-            if job.sent or (job.request.answering and not job.kept_alive):
-                del self._jobs[key]
+        for key, (job, since_s, sent) in list(self._jobs.items()):
+            if job.sent != sent:
+                self._jobs[key] = job, now, job.sent
+            elif job.request.answering and not (job.kept_alive or sent):
+                del self._jobs[key]  # it is no stream
             elif now - since_s >= self._interval_s:
-                self._jobs[key] = job, now
+                self._jobs[key] = job, now, sent
                 _comment(job)
 
 
 def _comment(job: Job) -> None:
+    if job.rests is not None:
+        if job.rests():
+            job.request.send(COMMENT)
+        return
     if job.kept_alive:
         job.request.send(COMMENT)
         return
