@@ -212,16 +212,22 @@ class Relay:
         return Placement(call.call_id, next(iter(home.targets)), "stored")
 
     async def _home(self, job: Job) -> Engine | None:
-        """Return the engine that has the response that a request is about, ``None`` if any may.
+        """Return the engine that has what a request is about or follows, ``None`` if any may.
+
+        Engines may not know conversations: one whose engine has left, or that is new, is theirs to
+        judge.
 
         Raises:
-            BadRequest: the engine has left, and the response with it, or the response is none of
+            BadRequest: the engine has left, and the response with it, or what is named is none of
                 this tenant.
         """
         context, now, accepted = self._context, self._context.clock.now(), job.accepted
         if accepted is None:
             return None
-        response = stored.response_named(job.request.path) or accepted.follows
+        response = stored.stored_id(job.request.path) or accepted.follows
+        joins = response is None
+        if response is None:
+            response = accepted.conversation
         if response is None:
             return None
         own_id = job.own_id(response)
@@ -232,10 +238,11 @@ class Relay:
                 context.stored.note(own_id, name, now)
         if name is None:
             if own_id != response:
-                raise _not_there(f"Response with id {response!r} not found.")
+                what = "Conversation" if joins or stored.is_conversation(response) else "Response"
+                raise _not_there(f"{what} with id {response!r} not found.")
             return None
         engine = context.fleet.engines.get(name)
-        if engine is None:
+        if engine is None and not joins:
             text = f"Response with id {response!r} is no longer there: its engine has left."
             raise _not_there(text)
         return engine
@@ -343,14 +350,23 @@ class Relay:
             head.append(f"Location: {leads}\r\n".encode("utf-8", "surrogateescape"))
         if answer.status == 200 and job.endpoint.name == "responses":
             job.learn = partial(self._learn_response, job, attempt.engine)
+        elif answer.status in (200, 201) and _creates_conversation(job.request):
+            job.learn = partial(self._learn_conversation, job, attempt.engine)
         if answer.status == 200 and _is_stream(answer):
             return await StreamPass(job, attempt, self._context.service, head).run(answer)
         return await whole_pass(job, attempt, answer, head)
 
     def _learn_response(self, job: Job, engine: str, answer: bytes) -> None:
-        response = stored.told(answer)
-        if response is not None:
-            self._context.stored.note(job.own_id(response), engine, self._context.clock.now())
+        self._note_stored(job, engine, stored.told(answer))
+        if job.accepted is not None:
+            self._note_stored(job, engine, job.accepted.conversation)
+
+    def _learn_conversation(self, job: Job, engine: str, answer: bytes) -> None:
+        self._note_stored(job, engine, stored.conversation_told(answer))
+
+    def _note_stored(self, job: Job, engine: str, name: str | None) -> None:
+        if name is not None:
+            self._context.stored.note(job.own_id(name), engine, self._context.clock.now())
 
     async def _found(self, job: Job, response: str, own_id: str) -> str | None:
         """Ask for a response that another process saw, or this one before it started.
@@ -359,23 +375,24 @@ class Relay:
         router's processes are asked. Only a few such questions are under way at once: ids are the
         clients' to choose.
         """
-        if not stored.is_id(response):
+        path = stored.path_of(response)
+        if path is None:
             return None
         async with self._asking:
             name = None if self._ask_others is None else await self._ask_others(own_id)
             ready = self._context.fleet.ready()
             if name is not None or own_id != response or len(ready) < 2:
                 return name
-            found = await asyncio.gather(*(self._has(job, e, response) for e in ready))
+            found = await asyncio.gather(*(self._has(job, e, path) for e in ready))
         return next((e.name for e, has in zip(ready, found, strict=True) if has), None)
 
-    async def _has(self, job: Job, engine: Engine, response: str) -> bool:
+    async def _has(self, job: Job, engine: Engine, path: str) -> bool:
         key = self._key_for_engine(job.request)
         headers = {**key, "Accept-Encoding": "identity"}
         if not key and "authorization" in job.request.names:
             headers["Authorization"] = job.request.names["authorization"]
         try:
-            url = URL(engine.worker.url + stored.PATH + response, encoded=True)
+            url = URL(engine.worker.url + path, encoded=True)
             pool = self._context.pool
             status, _ = await pool.get(url, headers, most=0, within_s=_ASK_TIMEOUT_S)
         except (OSError, asyncio.TimeoutError):
@@ -415,6 +432,10 @@ async def _body_for(accepted: Accepted, placement: Placement, now: float) -> byt
 
 def _not_there(text: str) -> BadRequest:
     return BadRequest(text, status=404, param="response_id")
+
+
+def _creates_conversation(request: Request) -> bool:
+    return request.method == "POST" and request.path.rstrip("/") == stored.CONVERSATIONS
 
 
 def _was_not_begun(failure: EngineFailed) -> bool:

@@ -40,6 +40,7 @@ MAX_CONTAINERS: Final = 2**17
 waits meanwhile, whichever thread does it."""
 
 _MAX_NAMES: Final = 1024  # in an object at the top of a large body
+_MAX_STORED_ID: Final = 256
 _MAX_DEPTH: Final = 3  # of what is read of a body besides the prompt
 SESSION_HEADER: Final = "x-session-id"
 PRIORITY_HEADER: Final = "x-vllm-priority"
@@ -67,6 +68,7 @@ class Accepted:
         said: headers that replace the client's, by lower-case name.
         clamped: what the client claimed beyond its ceiling.
         follows: the stored response that it goes on from, ``None`` if none.
+        conversation: the stored conversation that it is part of, ``None`` if none.
     """
 
     call: Call
@@ -78,6 +80,7 @@ class Accepted:
     said: Mapping[str, str]
     clamped: tuple[str, ...]
     follows: str | None
+    conversation: str | None
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -91,11 +94,13 @@ class Accepted:
         said: Mapping[str, str] = _NOTHING,
         clamped: tuple[str, ...] = (),
         follows: str | None = None,
+        conversation: str | None = None,
     ) -> None:
         self.call, self.pairs = call, pairs
         self.body, self.prompt, self.session_id = body, prompt, session_id
         self.service_class = service_class
         self.said, self.clamped, self.follows = said, clamped, follows
+        self.conversation = conversation
 
 
 class Parsed(NamedTuple):
@@ -212,6 +217,7 @@ class Intake:
             said=headers_said,
             clamped=clamped,
             follows=_follows(endpoint, body),
+            conversation=_conversation(endpoint, body),
         )
 
     def tenant(self, names: HeaderMap) -> str | None:
@@ -332,6 +338,13 @@ def _follows(endpoint: Endpoint, body: Mapping[str, Any]) -> str | None:
     follows = body.get("previous_response_id")
     reads = endpoint.name == "responses" or not endpoint.known
     return follows if reads and isinstance(follows, str) and follows else None
+
+
+def _conversation(endpoint: Endpoint, body: Mapping[str, Any]) -> str | None:
+    """Return the conversation that a response is to be part of: its id, or an object with it."""
+    said = body.get("conversation") if endpoint.name == "responses" else None
+    found = said.get("id") if isinstance(said, dict) else said
+    return found[:_MAX_STORED_ID] if isinstance(found, str) and found else None
 
 
 def _check_response_id(body: Mapping[str, Any]) -> None:

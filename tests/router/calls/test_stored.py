@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from yarl import URL
 
 from hexgen_vllm.router.calls.stored import (
     KEPT_S,
     MAX_RESPONSES,
     Stored,
-    response_named,
+    stored_id,
     told,
 )
 from hexgen_vllm.testing import fake_answers
@@ -172,8 +173,65 @@ def test_what_is_known_is_bounded() -> None:
 def test_names() -> None:
     assert told(b'{"object": "response", "id" : "resp_1"}') == "resp_1"
     assert told(b'{"id": "chatcmpl-1"}') is None
-    assert response_named("/v1/responses/resp_1/cancel") == "resp_1"
-    assert response_named("/v1/responses%2Fresp_1") == "resp_1"
-    assert response_named("/v1/responses/./resp_1") == "resp_1"
-    assert response_named("/v1/responses") is None
-    assert response_named("/v1/files/x") is None
+    assert stored_id("/v1/responses/resp_1/cancel") == "resp_1"
+    assert stored_id("/v1/responses%2Fresp_1") == "resp_1"
+    assert stored_id("/v1/responses/./resp_1") == "resp_1"
+    assert stored_id("/v1/conversations/conv_1/items/msg_2") == "conv_1"
+    assert stored_id("/v1/%63onversations/conv_1") == "conv_1"
+    assert stored_id("/v1/conversations") is None
+    assert stored_id("/v1/responses") is None
+    assert stored_id("/v1/files/x") is None
+
+
+@pytest.mark.usefixtures("numbered")
+@pytest.mark.parametrize("said", ["conv_7", {"id": "conv_7"}])
+async def test_a_conversation_stays_where_it_began(said: Any) -> None:
+    async with open_stand(*[FakeSettings()] * 3, policy="round_robin") as stand:
+
+        async def engine(**more: Any) -> str:
+            async with stand.post(PATH, max_tokens=2, **more) as answer:
+                assert answer.status == 200
+                return str(answer.headers["x-hexgen-engine"])
+
+        home = await engine(conversation=said)
+        assert {await engine() for _ in range(6)} != {home}
+        assert {await engine(conversation=said) for _ in range(5)} == {home}
+        async with stand.get("/v1/conversations/conv_7/items") as answer:
+            assert answer.headers["x-hexgen-engine"] == home
+        stand.context.fleet.remove(home)
+        moved = await engine(conversation=said)  # whether that will do is for an engine to say
+        assert moved != home
+        assert {await engine(conversation=said) for _ in range(4)} == {moved}
+        stand.assert_settled()
+
+
+async def test_a_conversation_belongs_to_the_engine_that_made_it_and_to_its_tenant(
+    monkeypatch: pytest.MonkeyPatch, keys: str
+) -> None:
+    created = json.dumps({"id": "conv_made", "object": "conversation"}).encode()
+
+    async def makes(server: FakeServer, request: Any) -> Any:
+        await server._note(request)
+        return web.Response(body=created, content_type="application/json")
+
+    monkeypatch.setattr(FakeServer, "_echo", makes)
+    settings = FakeSettings(echoes=("/v1/conversations", "/v1/conversations/conv_made"))
+    async with open_stand(*[settings] * 3, api_keys=keys, policy="round_robin") as stand:
+        mine, others = as_key("sk-a"), as_key("sk-b")
+        where = f"{stand.router.url}/v1/conversations"
+        async with stand.client.post(where, headers=mine, json={}) as answer:
+            assert answer.status == 200
+            home = answer.headers["x-hexgen-engine"]
+        for said, status in ((mine, 200), (others, 404), (mine, 200)):
+            async with stand.post(PATH, headers=said, conversation="conv_made") as answer:
+                assert answer.status == status
+                assert status == 404 or answer.headers["x-hexgen-engine"] == home
+            async with stand.client.get(f"{where}/conv_made", headers=said) as answer:
+                assert answer.status == status
+                assert status == 404 or answer.headers["x-hexgen-engine"] == home
+
+
+@pytest.mark.parametrize("said", [None, 5, "", [], {"id": 5}, {}, {"id": ""}])
+async def test_what_names_no_conversation_is_for_engines_to_judge(said: Any) -> None:
+    async with open_stand() as stand, stand.post(PATH, conversation=said) as answer:
+        assert answer.status == 200
