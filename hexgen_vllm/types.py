@@ -13,8 +13,11 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
+from typing import Final
 
 NO_DEADLINE = math.inf
+OF: Final = " of "
+"""Between the name of a thing and the tenant to whom it belongs; neither has blanks."""
 
 
 @dataclass(init=False, slots=True, unsafe_hash=True)
@@ -27,6 +30,8 @@ class Call:
         workflow_type: name under which the shape of such workflows is learned.
         stage: name of the stage, such as ``revise``.
         tenant: who pays; used for fair shares.
+        taught_by: the tenant from whose calls alone is learned what to expect of it; ``""`` for
+            everybody's.
         model: served model name; an engine must serve it.
         arrived_s: when it was received.
         deadline_s: end-to-end deadline of the whole workflow, ``inf`` when none.
@@ -62,6 +67,7 @@ class Call:
     prefix_chunk_tokens: int
     deadline_asked: bool
     engine: str | None
+    taught_by: str
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -85,8 +91,9 @@ class Call:
         prefix_chunk_tokens: int = 0,
         deadline_asked: bool = True,
         engine: str | None = None,
+        taught_by: str = "",
     ) -> None:
-        self.engine = engine
+        self.engine, self.taught_by = engine, taught_by
         self.call_id, self.workflow_id, self.arrived_s = call_id, workflow_id, arrived_s
         self.prompt_tokens, self.workflow_type, self.stage = prompt_tokens, workflow_type, stage
         self.tenant, self.model, self.deadline_s = tenant, model, deadline_s
@@ -94,6 +101,12 @@ class Call:
         self.max_output_tokens, self.deadline_asked = max_output_tokens, deadline_asked
         self.final, self.priority, self.streamed = final, priority, streamed
         self.prefix, self.prefix_chunk_tokens = prefix, prefix_chunk_tokens
+
+    @property
+    def learned_as(self) -> str:
+        """Name under which its shape is learned; types have no blanks."""
+        owner = self.taught_by
+        return f"{self.workflow_type}{OF}{owner}" if owner else self.workflow_type
 
 
 class EngineKind(enum.Enum):

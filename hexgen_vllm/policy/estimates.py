@@ -61,7 +61,7 @@ class Estimates:
         """
         output = 1
         q = self._options.hopeless_quantile
-        learned = self._shapes.output_tokens(call.workflow_type, call.stage, q)
+        learned = self._shapes.output_tokens(call.learned_as, call.stage, q)
         if learned is not None:
             most = call.max_output_tokens
             output = learned if most is None else max(min(learned, most), 1)
@@ -69,7 +69,7 @@ class Estimates:
             output = output if hint is None else min(output, hint)
         path = 0.0
         if not call.final:
-            tail = self._shapes.tail(call.workflow_type, call.stage, ordinal, q, call.stages_left)
+            tail = self._shapes.tail(call.learned_as, call.stage, ordinal, q, call.stages_left)
             path = tail.output_tokens
         return self._fastest_step_s(call, now) * (output + path)
 
@@ -93,7 +93,7 @@ class Estimates:
             expected = hint
         else:
             quantile = self._options.length_quantile if q is None else q
-            learned = self._shapes.output_tokens(call.workflow_type, call.stage, quantile, seen)
+            learned = self._shapes.output_tokens(call.learned_as, call.stage, quantile, seen)
             expected = learned or max(self._options.default_output_tokens, seen + 1)
         most = call.max_output_tokens
         return expected if most is None else max(min(expected, most), 1)
@@ -167,7 +167,7 @@ class Estimates:
     def _known(self, call: Call) -> bool:
         if call.expected_output_tokens is not None:
             return True
-        return self._shapes.output_tokens(call.workflow_type, call.stage, 0.5) is not None
+        return self._shapes.output_tokens(call.learned_as, call.stage, 0.5) is not None
 
     @staticmethod
     def _uncached(engine: EngineLoad, call: Call) -> int:
@@ -176,7 +176,7 @@ class Estimates:
     def _tail(self, call: Call, ordinal: int, q: float, output: int) -> Tail:
         if call.final:
             return NOTHING
-        tail = self._shapes.tail(call.workflow_type, call.stage, ordinal, q, call.stages_left)
+        tail = self._shapes.tail(call.learned_as, call.stage, ordinal, q, call.stages_left)
         if tail is NOTHING and call.stages_left:
             n = call.stages_left
             return Tail(n, n * call.prompt_tokens, n * output)

@@ -63,7 +63,7 @@ class Outlooks:
             now: the present moment.
         """
         run, seen = self._workflows.arrived(call, now)
-        kind, stage = call.workflow_type, call.stage
+        kind, stage = call.learned_as, call.stage
         usual, most, least = self._lengths(call)
         tail = least_tail = NOTHING
         if not call.final and call.stages_left != 0:
@@ -78,7 +78,7 @@ class Outlooks:
             found = [said] * 3
         else:
             learned = (
-                self.shapes.output_tokens(call.workflow_type, call.stage, q)
+                self.shapes.output_tokens(call.learned_as, call.stage, q)
                 for q in (_USUAL, _MOST, _LEAST)
             )
             found = [FIRST_OUTPUT_GUESS if one is None else one for one in learned]

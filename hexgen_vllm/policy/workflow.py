@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from hexgen_vllm.policy.calls import Tail
-from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
+from hexgen_vllm.types import NO_DEADLINE, OF, Call, CallResult
 
 _FEW: Final = 16  # up to so many new samples are put in their places one by one
 NOTHING: Final = Tail(0.0, 0.0, 0.0)
@@ -154,6 +154,7 @@ class WorkflowRun:
     attained: float = 0.0  # work of its calls that ended, in output tokens
     calls: dict[str, SeenCall] = field(default_factory=dict)
     stage_counts: dict[str, int] = field(default_factory=dict)
+    learned_as: str = ""  # where that is not its type alone
 
 
 class _TailSample(NamedTuple):
@@ -175,22 +176,31 @@ class Shapes:
     """What workflows of each type looked like.
 
     Args:
-        max_keys: bound on remembered (type, stage, ordinal) keys; one long unused goes first.
+        max_keys: bound on remembered (type, stage, ordinal) keys; one long unused goes first, of
+            the tenant that has most where types belong to tenants.
     """
 
     def __init__(self, max_keys: int = _MAX_KEYS) -> None:
-        self._stats: OrderedDict[tuple[str, ...], _Stats] = OrderedDict()
+        self._stats: dict[tuple[str, ...], _Stats] = {}
+        self._by_owner: dict[str, OrderedDict[tuple[str, ...], None]] = {}  # oldest first
         self._max_keys = max_keys
 
     def _touch(self, key: tuple[str, ...]) -> _Stats:
         stats = self._stats.get(key)
         if stats is None:
             stats = self._stats[key] = _Stats()
+            self._by_owner.setdefault(_owner(key), OrderedDict())[key] = None
             if len(self._stats) > self._max_keys:
-                self._stats.popitem(last=False)
+                self._forget_one()
         elif len(self._stats) > self._max_keys // 2:  # long before any has to go
-            self._stats.move_to_end(key)
+            self._by_owner[_owner(key)].move_to_end(key)
         return stats
+
+    def _forget_one(self) -> None:
+        """Nobody who makes types up takes the place of other tenants' types."""
+        most = max(self._by_owner.values(), key=len)
+        key, _ = most.popitem(last=False)
+        del self._stats[key]
 
     @staticmethod
     def _keys(workflow_type: str, stage: str, ordinal: int) -> tuple[tuple[str, ...], ...]:
@@ -210,7 +220,8 @@ class Shapes:
         ended = [c for c in run.calls.values() if c.ended_s is not None]
         for call, tail in zip(ended, tails(ended), strict=True):
             sample = _TailSample(path_weight(tail), tail)
-            for key in self._keys(run.workflow_type, call.stage, call.ordinal):
+            kind = run.learned_as or run.workflow_type
+            for key in self._keys(kind, call.stage, call.ordinal):
                 self._touch(key).tails.add(sample)
 
     def output_tokens(self, workflow_type: str, stage: str, q: float, seen: int = 0) -> int | None:
@@ -257,6 +268,10 @@ class Shapes:
             if len(key) == 2:  # (type, stage)
                 known.setdefault(key[0], {})[key[1]] = len(stats.outputs)
         return known
+
+
+def _owner(key: tuple[str, ...]) -> str:
+    return key[0].partition(OF)[2]
 
 
 def path_weight(tail: Tail) -> float:
@@ -328,6 +343,7 @@ class Workflows:
         run = self._open.get(call.workflow_id)
         if run is None:
             run = WorkflowRun(call.workflow_id, call.workflow_type, now)
+            run.learned_as = call.learned_as
             self._open[call.workflow_id] = run
         self._open.move_to_end(call.workflow_id)
         if call.deadline_s != NO_DEADLINE:
@@ -358,7 +374,7 @@ class Workflows:
         run.in_flight -= 1
         run.last_seen_s, run.failed = now, not result.ok
         if result.ok and result.output_tokens is not None:
-            self.shapes.learn_output(run.workflow_type, call.stage, result.output_tokens)
+            self.shapes.learn_output(run.learned_as, call.stage, result.output_tokens)
             seen = run.calls.get(call.call_id)
             if seen is not None:
                 seen.ended_s, seen.output_tokens = now, result.output_tokens

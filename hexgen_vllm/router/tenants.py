@@ -38,6 +38,7 @@ from hexgen_vllm import wire
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.claims import MAX_PRIORITY, Ceiling
 from hexgen_vllm.router.conventions import CLASSES, as_id
+from hexgen_vllm.types import OF
 from hexgen_vllm.yaml_files import (
     Key,
     Located,
@@ -85,7 +86,7 @@ class Client:
 
         Ids of clients have no blanks, so that no two of different tenants are the same.
         """
-        return f"{workflow_id} of {tenant}" if self.scoped else workflow_id
+        return f"{workflow_id}{OF}{tenant}" if self.scoped else workflow_id
 
     def engine_id(self, tenant: str, workflow_id: str) -> str:
         """Return what engines know a workflow by, legal on the wire."""

@@ -169,3 +169,29 @@ def test_every_ending_is_told() -> None:
     assert told == [("a", False, 2.0), ("b", True, 2.0)]
     workflows.expire(13.0)
     assert told[2:] == [("c", False, 2.0)]
+
+
+def test_who_makes_types_up_takes_no_place_of_another_tenant() -> None:
+    shapes = Shapes(max_keys=32)
+    shapes.learn_output("sql of a", "draft", 40)
+    for i in range(500):
+        shapes.learn_output(f"junk-{i} of b", "draft", 1)
+    assert shapes.output_tokens("sql of a", "draft", 0.5) == 40
+    assert shapes.output_tokens("junk-499 of b", "draft", 0.5) == 1
+    assert sum(map(len, shapes.known_stages().values())) <= 32
+
+
+def test_what_is_taught_by_one_tenant_is_learned_of_that_tenant() -> None:
+    shapes = Shapes()
+    flows = Workflows(shapes)
+    for tenant, tokens in (("a", 10), ("b", 900), ("", 55)):
+        for i in range(8):
+            one = Call(f"{tenant}{i}", f"w{tenant}{i}", 0.0, 5, "sql", "draft", taught_by=tenant)
+            two = Call(f"{tenant}{i}.", f"w{tenant}{i}", 2.0, 5, "sql", "check", taught_by=tenant)
+            for call, now in ((one, 1.0), (two, 3.0)):
+                flows.arrived(call, call.arrived_s)
+                flows.ended(call, CallResult(True, 5, 0, tokens), now)
+            flows.finished(f"w{tenant}{i}")
+    for kind, tokens in (("sql of a", 10), ("sql of b", 900), ("sql", 55)):
+        assert shapes.output_tokens(kind, "draft", 0.5) == tokens
+        assert shapes.tail(kind, "draft", 0, 0.5).output_tokens == tokens

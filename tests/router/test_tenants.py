@@ -393,3 +393,41 @@ async def test_who_calls_everything_interactive_gains_nothing_over_its_ceiling(
                 assert stand.context.ledger.clamped["class"] == 6
     assert orders[0] == orders[1]
     assert orders[0][1:4] == ["h0", "h1", "h2"]
+
+
+async def test_no_tenant_teaches_what_to_expect_of_anothers_calls(keys: str) -> None:
+    typed = {"x-hexgen-workflow-type": "sql", "x-hexgen-stage": "draft"}
+    async with opened(FakeSettings(stats=STATS, default_tokens=400), api_keys=keys) as stand:
+        for _ in range(9):
+            await call(stand, {**bearer("sk-b"), **typed}, max_tokens=800)
+        told = {}
+        for key in ("sk-a", "sk-b", "sk-gate"):
+            tenant = {"x-hexgen-tenant": "web"} if key == "sk-gate" else {}
+            told[key] = await call(stand, {**bearer(key), **typed, **tenant}, max_tokens=800)
+        default = stand.context.service.coordinator.options.default_output_tokens
+        expected = [int(one["x-hexgen-expected-output-tokens"]) for one in told.values()]
+        assert expected == [default, 400, default]
+        types = [one["x-hexgen-workflow-type"] for one in told.values()]
+        assert types == ["sql:a", "sql:b", "sql:web"]
+
+
+async def test_a_type_that_is_too_long_with_its_tenant_still_has_a_name(keys: str) -> None:
+    typed = {"x-hexgen-workflow-type": "t" * 63}
+    async with opened(api_keys=keys) as stand:
+        names = [
+            (await call(stand, {**bearer(key), **typed}))["x-hexgen-workflow-type"]
+            for key in ("sk-a", "sk-b")
+        ]
+        assert len(set(names)) == 2
+        assert all(len(name) <= 64 for name in names)
+
+
+async def test_without_keys_of_several_all_learn_from_all() -> None:
+    typed = {"x-hexgen-workflow-type": "sql", "x-hexgen-stage": "draft"}
+    settings = FakeSettings(stats=STATS, default_tokens=400)
+    async with opened(settings, api_key=("sk-one",)) as stand:
+        for tenant in ("a",) * 9 + ("b",):
+            said = {**bearer("sk-one"), **typed, "x-hexgen-tenant": tenant}
+            told = await call(stand, said, max_tokens=800)
+        assert told["x-hexgen-expected-output-tokens"] == "400"
+        assert told["x-hexgen-workflow-type"] == "sql"

@@ -16,6 +16,7 @@ which it is not known that they schedule by priority.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -30,7 +31,7 @@ from hexgen_vllm.router.calls.intake import (
     Accepted,
 )
 from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SERVER, Pairs
-from hexgen_vllm.types import EngineKind, Placement
+from hexgen_vllm.types import Call, EngineKind, Placement
 
 ENGINE_HEADER: Final = "x-hexgen-engine"
 # A step of client priority outranks every difference in due time: 1e12 ms are 31 years.
@@ -237,7 +238,7 @@ def _workflow_lines(accepted: Accepted, placement: Placement, now: float) -> lis
     # which engines order by, stays what it is.
     overdue_s = max(now + LEAST_DEADLINE_S - deadline_s, 0.0)
     lines = [
-        f"{_WORKFLOW_TYPE}: {call.workflow_type}\r\n{_STAGE}: {call.stage}\r\n",
+        f"{_WORKFLOW_TYPE}: {_type_name(call)}\r\n{_STAGE}: {call.stage}\r\n",
         f"{_TENANT}: {call.tenant}\r\n{_TAIL}: {_ms(placement.tail_s + overdue_s)}\r\n",
     ]
     if accepted.session_id is not None:
@@ -255,6 +256,16 @@ def _workflow_lines(accepted: Accepted, placement: Placement, now: float) -> lis
     if placement.background:
         lines.append(f"{_BACKGROUND}: 1\r\n")
     return lines
+
+
+def _type_name(call: Call) -> str:
+    """Return what an engine learns a call as: of a tenant's own, where types belong to tenants."""
+    if not call.taught_by:
+        return call.workflow_type
+    name = f"{call.workflow_type}:{call.taught_by}"
+    if wire.NAME.fullmatch(name) is not None:
+        return name
+    return f"type-{hashlib.sha256(name.encode()).hexdigest()[:24]}"
 
 
 def _ms(seconds: float) -> str:

@@ -304,6 +304,8 @@ def _held_to(
         now: time of receipt.
     """
     ceiling, owner = client.ceiling, client.acts_for(tenant)
+    if client.scoped:
+        call.taught_by = owner
     priority = ceiling.priority(call.priority)
     deadline_s = ceiling.deadline_s(call.deadline_s, now)
     claims = (
