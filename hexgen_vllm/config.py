@@ -412,6 +412,9 @@ class EngineOptions:
         most=65535,
     )
     stats_host: str = option("127.0.0.1", "address for that port")
+    batch_dir: str | None = option(
+        None, "folder of files and batches (/v1/files, /v1/batches) of one engine; off by default"
+    )
     prefill_tokens_per_s: float = option(
         5000.0, "prefill rate assumed until measured, tokens/s", least=1e-3
     )

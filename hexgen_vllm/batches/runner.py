@@ -49,6 +49,7 @@ _FAILURES: Final = frozenset((408, 499, 500, 502, 504))
 _MAX_FAILURES: Final = 5
 _FIRST_WAIT_S: Final = 0.25
 _LONGEST_WAIT_S: Final = 30.0
+_SUSPECT: Final = 2  # failures after which a request is sent while no other suspect is
 _DEATHS: Final = 5  # of the process while a request was in flight, until it is given up
 _CLOSE_S: Final = 5.0
 
@@ -228,6 +229,7 @@ class Runner:
         self._works: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
         self._woken = asyncio.Event()
+        self._suspects = asyncio.Lock()
         self._swept_s = 0.0
         self.leads = False
 
@@ -444,7 +446,12 @@ class Runner:
         failures, wait_s = 0, _FIRST_WAIT_S
         while True:
             try:
-                answer = await self._sender.send(batch, request, request_id)
+                # One that brings engines down takes those with it that are there at the time.
+                if failures >= _SUSPECT:
+                    async with self._suspects:
+                        answer = await self._sender.send(batch, request, request_id)
+                else:
+                    answer = await self._sender.send(batch, request, request_id)
             except OSError:
                 answer = LineAnswer(502, _BROKEN, request_id)
             except Exception:

@@ -580,6 +580,21 @@ class Store:
         self._base.execute("COMMIT")
 
 
+def check_folder(folder: Path) -> None:
+    """Return if a store can be in ``folder``, which is made if it is not there.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        (folder / "files").mkdir(parents=True, exist_ok=True, mode=0o700)
+        probe = folder / new_id(".probe-")
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"batch_dir {folder} cannot be used: {error.strerror}.") from None
+
+
 def not_there(what: str, one_id: str) -> BadRequest:
     """Return the refusal of an id that does not exist, or belongs to another tenant."""
     shown = one_id if len(one_id) <= 100 else f"{one_id[:100]}..."

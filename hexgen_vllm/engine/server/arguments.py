@@ -13,9 +13,11 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Final
 
 from hexgen_vllm import wire
+from hexgen_vllm.batches.store import check_folder
 from hexgen_vllm.config import (
     EngineOptions,
     add_arguments,
@@ -114,6 +116,7 @@ def resolve(target: Any, *, refusal: str | None = None) -> None:
     target.scheduler_cls = target.scheduler_cls or SCHEDULER
     target.additional_config = _with_options(target.additional_config, options)
     _keep_kv(target, target.additional_config["hexgen"])
+    _keep_batches(target.additional_config["hexgen"])
     middleware = getattr(target, "middleware", None)
     if middleware is None:  # no server
         return
@@ -152,6 +155,20 @@ def _is_free(host: str, port: int) -> bool:
 def rust_frontend() -> bool:
     """Return whether ``vllm serve`` answers HTTP by its Rust program, which has no middleware."""
     return os.environ.get("VLLM_USE_RUST_FRONTEND", "0").strip() not in ("", "0")
+
+
+def _keep_batches(options: Mapping[str, Any]) -> None:
+    """Check early what would else be noticed after the model was loaded.
+
+    Raises:
+        ConfigError: batches cannot be kept.
+    """
+    where = options.get("batch_dir")
+    if not where:
+        return
+    if rust_frontend():
+        raise ConfigError("batch_dir needs vLLM's server in Python, not the one in Rust.")
+    check_folder(Path(where))
 
 
 def _keep_kv(target: Any, options: Mapping[str, Any]) -> None:

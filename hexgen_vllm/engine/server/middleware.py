@@ -6,6 +6,8 @@
 * ``GET /hexgen/stats`` is the scheduler's telemetry as JSON; with several data-parallel ranks,
   ``{"ranks": [...]}`` has that of each. With vLLM's ``--api-key`` it needs such a key.
 * ``GET /metrics`` gets the same telemetry as ``hexgen_vllm_*`` metrics after vLLM's own.
+* ``/v1/files`` and ``/v1/batches`` are OpenAI's, with ``--hexgen-batch-dir``: see
+  :mod:`hexgen_vllm.engine.server.batches`.
 * What the router asks on its own account, several times a second, is left out of the access log
   unless the answer is an error. Other clients' requests of the same paths are logged.
 
@@ -34,6 +36,7 @@ from itertools import accumulate
 from typing import Any, Final
 
 from hexgen_vllm import wire
+from hexgen_vllm.engine.server import batches
 from hexgen_vllm.engine.server.stats_api import StatsReader, StatsUnavailable
 from hexgen_vllm.errors import BadRequest
 
@@ -217,16 +220,43 @@ class HexgenMiddleware:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._stats = StatsReader()
+        self._batches: batches.EngineBatches | None = None
         if not any(isinstance(one, _Polls) for one in _ACCESS_LOG.filters):
             _ACCESS_LOG.addFilter(_Polls())
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Handle one connection as the ASGI specification says."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         _polled.set(_is_poll(scope))  # uvicorn writes the line in this same context
         await self._handler(scope)(scope, receive, send)
+
+    async def _live(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """Run batches for as long as the server lives."""
+        server = scope.get("app")
+        where = batches.folder(getattr(server, "state", None))
+        if where is not None:
+            self._batches = batches.opened(self, server, where, tuple(_keys(server)))
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if self._batches is not None:
+                await self._batches.close()
+
+    async def _send_batches(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if not _may_see(scope):
+            await _send_json(send, 401, openai_error(_no_key()))
+        elif self._batches is not None:
+            try:
+                await self._batches.answer(scope, receive, send)
+            except BadRequest as error:
+                await _send_json(send, error.status, openai_error(error))
+            except ConnectionAbortedError:
+                pass
 
     def _handler(self, scope: AsgiScope) -> App:
         route = (scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
@@ -234,6 +264,8 @@ class HexgenMiddleware:
             return self._send_stats
         if route == ("GET", METRICS_PATH):
             return self._send_metrics
+        if self._batches is not None and batches.is_ours(route[1]):
+            return self._send_batches
         return self._generate if route[0] == "POST" and route[1] in GENERATION else self._app
 
     async def _generate(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
@@ -254,8 +286,7 @@ class HexgenMiddleware:
 
     async def _send_stats(self, scope: AsgiScope, _: Receive, send: Send) -> None:
         if not _may_see(scope):
-            refusal = BadRequest("A valid API key is needed.", status=401, code="invalid_api_key")
-            await _send_json(send, 401, openai_error(refusal))
+            await _send_json(send, 401, openai_error(_no_key()))
             return
         try:
             snapshots = await self._stats.read(_engine_client(scope))
@@ -294,8 +325,7 @@ def _may_see(scope: AsgiScope) -> bool:
 
     vLLM guards only its own paths, and looks after this middleware.
     """
-    given = getattr(getattr(scope["app"].state, "args", None), "api_key", None)
-    keys = [key for key in (given or [os.environ.get("VLLM_API_KEY")]) if key]
+    keys = _keys(scope["app"])
     if not keys:
         return True
     headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -304,6 +334,15 @@ def _may_see(scope: AsgiScope) -> bool:
     found = hashlib.sha256(shown.strip()).digest()
     known = [hmac.compare_digest(found, hashlib.sha256(key.encode()).digest()) for key in keys]
     return scheme.lower() == b"bearer" and any(known)
+
+
+def _keys(server: Any) -> list[str]:
+    given = getattr(getattr(server.state, "args", None), "api_key", None)
+    return [key for key in (given or [os.environ.get("VLLM_API_KEY")]) if key]
+
+
+def _no_key() -> BadRequest:
+    return BadRequest("A valid API key is needed.", status=401, code="invalid_api_key")
 
 
 def _engine_client(scope: AsgiScope) -> Any:
