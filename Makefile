@@ -7,7 +7,7 @@
 #   make test-versions  the no-model suite on the other vLLM versions
 #   make test-upstream  the tests that vLLM has of its scheduler, with ours in its place (50 MB once)
 #   make mutate         changes the policies in small ways: does a test notice? (ONLY=module; hours for all)
-#   make test-clients   the examples of LangChain and LlamaIndex, in an environment of their own
+#   make test-clients   the examples of agent frameworks, in an environment of their own
 #   make demo           two real engines and the router under four policies -> out/demo/
 #   make agent-demo     a text-to-SQL agent on real engines, stock against slack -> out/agent/
 #   make bench-router   the compiled router against vllm-router -> out/router.json

@@ -21,6 +21,8 @@ from typing import Any, Final
 from hexgen_vllm.errors import BadRequest
 
 HEADER_PREFIX: Final = "x-hexgen-"
+SLACK_HEADER: Final = "x-hexgen-slack-ms"
+"""On an answer: milliseconds that its workflow has to spare, negative when it will be late."""
 POLLER: Final = "hexgen-vllm-router"
 """``User-Agent`` of what the router asks engines on its own account: health, telemetry, models."""
 XARGS_PREFIX: Final = "hexgen_"

@@ -9,18 +9,25 @@ import sys
 
 from llama_index.llms.openai_like import OpenAILike
 
-from examples.clients.remaining import Headers
+from hexgen_vllm.client import Workflow, async_http_client, http_client
 
 
 def main(base_url: str, model: str) -> None:
     """Make two calls of one workflow."""
     llm = OpenAILike(
-        api_base=base_url, api_key="none", model=model, is_chat_model=True, max_tokens=16
+        api_base=base_url,
+        api_key="none",
+        model=model,
+        is_chat_model=True,
+        max_tokens=16,
+        http_client=http_client(),
+        async_http_client=async_http_client(),
     )
-    headers = Headers("headlines", deadline_s=30)
-    print(llm.complete("Write a headline.", extra_headers=headers.of("draft")).text)
-    last = headers.of("shorten", final=True)
-    print(llm.complete("Make it shorter.", extra_headers=last).text)
+    with Workflow(deadline_s=30, type="headlines") as workflow:
+        with workflow.stage("draft"):
+            print(llm.complete("Write a headline.").text)
+        with workflow.stage("shorten"):
+            print(llm.complete("Make it shorter.").text)
 
 
 if __name__ == "__main__":

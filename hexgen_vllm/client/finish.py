@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 from urllib.parse import quote
 
 from hexgen_vllm import wire
+from hexgen_vllm.client.scope import Via
 
 TIMEOUT_S: Final = 2.0
 
@@ -46,6 +47,22 @@ async def finish_async(client: object, workflow_id: str, tenant: str | None = No
             "Awaitable[object]",
             post(finish_url(_base_url(client), workflow_id), **_said(tenant)),
         )
+
+
+def finish_via(via: Via | None) -> None:
+    """End a workflow through the HTTP client of its last call, if that can be done here."""
+    if via is not None and not via.is_async:
+        with suppress(Exception):
+            via.client.post(via.url, headers=via.headers, timeout=TIMEOUT_S)
+
+
+async def finish_via_async(via: Via | None) -> None:
+    """End a workflow through the HTTP client of its last call, of either kind."""
+    if via is not None and via.is_async:
+        with suppress(Exception):
+            await via.client.post(via.url, headers=via.headers, timeout=TIMEOUT_S)
+    else:
+        await asyncio.to_thread(finish_via, via)
 
 
 def _said(tenant: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from hexgen_vllm import wire
 from hexgen_vllm.clock import Clock
@@ -22,11 +22,23 @@ class DeadlineExceeded(HexgenError, TimeoutError):  # noqa: N818 - named after w
     """The workflow's deadline has passed, so the call was not sent."""
 
 
+@dataclass(frozen=True, slots=True)
+class Via:
+    """A way to the server of the last call: an HTTP client, what to ask, and with which headers."""
+
+    client: Any
+    url: str
+    headers: dict[str, str]
+    is_async: bool
+
+
 @dataclass(slots=True)
 class Calls:
     """What the calls of a workflow, those of its parts included, have said of its end."""
 
     open_end: bool = False  # a call was made, and none since said that it is the last
+    via: Via | None = None  # how the end is announced where the workflow has no client
+    slack_s: float | None = None  # how the workflow stands, as the last answer that says so says
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +52,7 @@ class Scope:
         type: type of workflow, ``None`` when not said.
         tenant: who pays, ``None`` when not said.
         stage: name of the enclosing stage, "" when there is none.
+        raises: whether a call after the deadline is an error here instead of being sent.
         calls: shared by the scopes of one workflow.
         outer: the scope around this one.
     """
@@ -50,6 +63,7 @@ class Scope:
     type: str | None = None
     tenant: str | None = None
     stage: str = ""
+    raises: bool = False
     calls: Calls = field(default_factory=Calls, compare=False)
     outer: Scope | None = field(default=None, repr=False, compare=False)
 
@@ -62,6 +76,20 @@ class Scope:
         if math.isinf(self.deadline_s):
             return None
         return max(self.remaining_s() * 1000.0, MIN_REMAINING_MS)
+
+    def check_late(self) -> None:
+        """Raise :class:`DeadlineExceeded` if the deadline has passed and that is an error."""
+        if self.raises and self.remaining_s() <= 0:
+            raise DeadlineExceeded(
+                f"the deadline of workflow {self.workflow_id} passed "
+                f"{-self.remaining_s():.3f} s ago."
+            )
+
+    def meta(self) -> wire.CallMeta:
+        """Return what all calls here say; the deadline is added to each when it is made."""
+        return wire.CallMeta(
+            workflow_id=self.workflow_id, workflow_type=self.type, tenant=self.tenant
+        )
 
     def within(self, stage: str) -> str:
         """Return the full name of ``stage`` here: ``outer/inner`` inside an open stage."""

@@ -7,11 +7,15 @@ from functools import lru_cache, wraps
 from inspect import Parameter, signature
 from typing import Final
 
+from hexgen_vllm import wire
+from hexgen_vllm.client import retries
 from hexgen_vllm.client import scope as scopes
 from hexgen_vllm.client.scope import Scope
 
 Headers = Callable[[], dict[str, str]]
 
+_DEADLINE: Final = wire.header_name("workflow_deadline_ms")
+_OF_DEADLINE: Final = frozenset({_DEADLINE, retries.MARK})  # the caller's own one is kept
 _COPIES: Final = frozenset({"copy", "with_options"})  # return another client
 
 
@@ -66,7 +70,10 @@ class StageClient:
         def call(*args: object, **kwargs: object) -> object:
             given = kwargs.pop("extra_headers", None)
             extra = dict(given) if isinstance(given, Mapping) else {}
-            return method(*args, extra_headers={**self._headers(), **extra}, **kwargs)
+            ours = self._headers()
+            if any(str(name).lower() == _DEADLINE for name in extra):
+                ours = {name: value for name, value in ours.items() if name not in _OF_DEADLINE}
+            return method(*args, extra_headers={**ours, **extra}, **kwargs)
 
         return call
 

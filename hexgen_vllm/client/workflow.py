@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import uuid
 from dataclasses import replace
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast, overload
 
 from hexgen_vllm import wire
+from hexgen_vllm.client import retries
 from hexgen_vllm.client import scope as scopes
-from hexgen_vllm.client.finish import finish, finish_async
-from hexgen_vllm.client.scope import Calls, DeadlineExceeded, Scope, checked
+from hexgen_vllm.client.finish import finish, finish_async, finish_via, finish_via_async
+from hexgen_vllm.client.scope import Calls, Scope, checked
 from hexgen_vllm.client.stage import StageClient
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.errors import ConfigError
@@ -19,6 +20,7 @@ ClientT = TypeVar("ClientT")
 WorkflowT = TypeVar("WorkflowT", bound="Workflow[Any]")
 
 LATE: Final = ("send", "raise")
+_RESOURCES: Final = ("chat", "completions", "responses", "messages", "embeddings")
 # One clock for the process: scopes compare deadlines, and two clocks do not compare.
 _CLOCK: Final = SystemClock()
 
@@ -27,12 +29,14 @@ class Workflow(Generic[ClientT]):
     """Adds workflow headers to the calls of an OpenAI client, until it is left.
 
     Use it with ``async with`` or ``with``. Opened inside another workflow it is a part of it: same
-    id, type and tenant unless given, and the tighter of the two deadlines. The client's own
-    retries repeat the headers of the first try. Leaving it tells the router that the workflow has
-    ended, unless the last call said so; a server that does not answer costs 2 s at most.
+    id, type and tenant unless given, and the tighter of the two deadlines. Leaving it tells the
+    router that the workflow has ended, unless the last call said so; a server that does not answer
+    costs 2 s at most.
 
     Args:
-        client: an ``openai.AsyncOpenAI``, ``openai.OpenAI`` or anything with their methods.
+        client: an ``openai.AsyncOpenAI``, ``openai.OpenAI``, a client of Anthropic or anything with
+            their methods; none where calls are made by an object with
+            :func:`~hexgen_vllm.client.http_client`.
         deadline_s: seconds from entering until the whole workflow must be done; none by default.
         type: name under which the shape of such workflows is learned.
         workflow_id: up to 128 printable characters; made up by default. One that differs from the
@@ -46,9 +50,35 @@ class Workflow(Generic[ClientT]):
         ConfigError: an argument is not legal.
     """
 
+    @overload
+    def __init__(
+        self: Workflow[Any],
+        client: None = None,
+        *,
+        deadline_s: float | None = None,
+        type: str | None = None,
+        workflow_id: str | None = None,
+        tenant: str | None = None,
+        late: str = "send",
+        clock: Clock | None = None,
+    ) -> None: ...
+
+    @overload
     def __init__(
         self,
         client: ClientT,
+        *,
+        deadline_s: float | None = None,
+        type: str | None = None,
+        workflow_id: str | None = None,
+        tenant: str | None = None,
+        late: str = "send",
+        clock: Clock | None = None,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        client: Any = None,
         *,
         deadline_s: float | None = None,
         type: str | None = None,
@@ -64,17 +94,39 @@ class Workflow(Generic[ClientT]):
         self._said = checked(
             wire.CallMeta(workflow_id=workflow_id, workflow_type=type, tenant=tenant)
         )
+        if client is not None and not _is_known(client):
+            raise ConfigError(
+                f"client must be one of openai or anthropic, or have their methods, and "
+                f"{client.__class__.__name__} has not; for other libraries leave it out and give "
+                f"them hexgen_vllm.client.http_client()."
+            )
         self._client = client
         self._deadline_s = deadline_s
         self._late = late
         self._clock = clock
         self._scope: Scope | None = None
         self._is_part = False
+        self._is_left = False
+        self._mark: str | None = None
 
     @property
     def id(self) -> str:
         """The workflow's id."""
         return self._entered().workflow_id
+
+    @property
+    def slack_s(self) -> float | None:
+        """Seconds that the workflow has to spare, as the router said with its last answer.
+
+        Negative when it is going to be late; ``None`` as long as nothing was said, or when calls
+        are not made through :func:`~hexgen_vllm.client.http_client`.
+        """
+        return self._entered().calls.slack_s
+
+    @property
+    def open_scope(self) -> Scope | None:
+        """What calls inherit from it, ``None`` before it is entered and after it was left."""
+        return None if self._is_left else self._scope
 
     @property
     def remaining_s(self) -> float:
@@ -102,7 +154,7 @@ class Workflow(Generic[ClientT]):
         """
         meta = self._meta(name, expected_output_tokens, stages_left, final)
         inner = replace(self._entered(), stage=meta.stage or "", outer=None)
-        return cast("ClientT", StageClient(self._client, lambda: self._headers(meta), inner))
+        return cast("ClientT", StageClient(self._client, lambda: self._marked(meta), inner))
 
     def headers(
         self,
@@ -126,7 +178,10 @@ class Workflow(Generic[ClientT]):
 
     def __exit__(self, *_: object) -> None:
         if workflow_id := self._leave():
-            finish(self._client, workflow_id, self._entered().tenant)
+            if self._client is None:
+                finish_via(self._entered().calls.via)
+            else:
+                finish(self._client, workflow_id, self._entered().tenant)
 
     async def __aenter__(self: WorkflowT) -> WorkflowT:
         self._enter()
@@ -134,7 +189,10 @@ class Workflow(Generic[ClientT]):
 
     async def __aexit__(self, *_: object) -> None:
         if workflow_id := self._leave():
-            await finish_async(self._client, workflow_id, self._entered().tenant)
+            if self._client is None:
+                await finish_via_async(self._entered().calls.via)
+            else:
+                await finish_async(self._client, workflow_id, self._entered().tenant)
 
     def _enter(self) -> None:
         if self._scope is not None:
@@ -152,14 +210,18 @@ class Workflow(Generic[ClientT]):
                 type=said.workflow_type or (outer.type if outer else None),
                 tenant=said.tenant or (around.tenant if around else None),
                 stage=outer.stage if outer else "",
+                raises=self._late == "raise",
                 calls=outer.calls if outer else Calls(),
             )
         )
+        self._mark = retries.follow(self._client, self._scope)
 
     def _leave(self) -> str | None:
         """Close the scope; return the id of a workflow whose end nobody has announced."""
         scope = self._entered()
         scopes.leave(scope)
+        self._is_left = True
+        retries.forget(self._mark)
         return scope.workflow_id if scope.calls.open_end and not self._is_part else None
 
     def _entered(self) -> Scope:
@@ -187,12 +249,18 @@ class Workflow(Generic[ClientT]):
             )
         )
 
+    def _marked(self, meta: wire.CallMeta) -> dict[str, str]:
+        headers = self._headers(meta)
+        return headers if self._mark is None else {**headers, retries.MARK: self._mark}
+
     def _headers(self, meta: wire.CallMeta) -> dict[str, str]:
         scope = self._entered()
-        if self._late == "raise" and scope.remaining_s() <= 0:
-            raise DeadlineExceeded(
-                f"the deadline of workflow {scope.workflow_id} passed "
-                f"{-scope.remaining_s():.3f} s ago."
-            )
+        scope.check_late()
         scope.calls.open_end = not meta.workflow_final
         return wire.to_headers(replace(meta, workflow_deadline_ms=scope.remaining_ms()))
+
+
+def _is_known(client: object) -> bool:
+    """Return whether ``client`` has resources whose methods take headers, as those of SDKs do."""
+    found = (getattr(client, name, None) for name in _RESOURCES)
+    return any(hasattr(one, "create") or hasattr(one, "completions") for one in found)

@@ -43,6 +43,7 @@ class FakeServer:
         faults: what the next generation requests meet, one each.
         fault: what every generation request meets when ``faults`` is empty.
         received: generation requests so far.
+        finished: workflows whose end was told, which an engine has no use for.
         healthy: whether ``/health`` says so.
         aborted: requests whose client went away before the end.
         counts: by rank, requests being answered, those waiting for a slot, and pieces of answers
@@ -55,6 +56,7 @@ class FakeServer:
     faults: deque[Fault] = field(default_factory=deque)
     fault: Fault | None = None
     received: list[Received] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
     healthy: bool = True
     aborted: int = 0
     counts: RankCounts = field(default_factory=RankCounts)
@@ -157,6 +159,8 @@ class FakeServer:
         return self.counts.steps.total()
 
     async def _tokenize(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/finish_session":
+            self.finished.append(request.query.get("session_id", ""))
         if request.path not in _COUNTING:
             return web.json_response({"detail": "Not Found"}, status=404)
         await self._note(request)

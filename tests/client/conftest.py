@@ -22,9 +22,13 @@ async def server() -> AsyncIterator[Recorder]:
             if name.lower().startswith("x-hexgen-")
         }
         recorder.calls.append((request.path, ours))
+        if recorder.failing:
+            recorder.failing -= 1
+            return web.json_response({}, status=503, headers={"retry-after-ms": "1"})
+        told = {} if recorder.slack_ms is None else {"x-hexgen-slack-ms": recorder.slack_ms}
         if (await request.json()).get("stream"):
-            return web.Response(body=CHUNK, content_type="text/event-stream")
-        return web.json_response(ANSWERS[request.path])
+            return web.Response(body=CHUNK, content_type="text/event-stream", headers=told)
+        return web.json_response(ANSWERS[request.path], headers=told)
 
     async def finish(request: web.Request) -> web.Response:
         recorder.finished.append(request.query["session_id"])

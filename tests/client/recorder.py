@@ -15,6 +15,8 @@ class Recorder:
         calls: path and ``x-hexgen-*`` headers, without the prefix, of every call.
         finished: ids of the workflows whose end was announced.
         finish_status: how announcements are answered.
+        failing: how many of the next calls are answered with 503.
+        slack_ms: how workflows stand, as told with every answer.
         tenants: whose workflows those were, as announced.
     """
 
@@ -22,6 +24,8 @@ class Recorder:
     calls: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     finish_status: int = 200
+    failing: int = 0
+    slack_ms: str | None = None
     tenants: list[str | None] = field(default_factory=list)
 
     @property
@@ -59,6 +63,15 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "model": "m",
         "data": [{"object": "embedding", "index": 0, "embedding": [0.5]}],
         "usage": {"prompt_tokens": 1, "total_tokens": 1},
+    },
+    "/v1/messages": {
+        "id": "m",
+        "type": "message",
+        "role": "assistant",
+        "model": "m",
+        "content": [{"type": "text", "text": "yes"}],
+        "stop_reason": "end_turn",
+        "usage": {"input_tokens": 1, "output_tokens": 1},
     },
     "/v1/responses": {"id": "r", "object": "response", "output": [], "model": "m"},
 }

@@ -337,12 +337,12 @@ def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], field: str
     ],
 )
 def test_bad_stages_are_refused_before_any_call(arguments: dict[str, Any], field: str) -> None:
-    with Workflow(object()) as flow, pytest.raises(ConfigError, match=field):
+    with Workflow(OpenAI(api_key="k")) as flow, pytest.raises(ConfigError, match=field):
         flow.stage(**arguments)
 
 
 def test_a_workflow_is_entered_before_use_and_once() -> None:
-    flow = Workflow(object())
+    flow = Workflow(OpenAI(api_key="k"))
     with pytest.raises(ConfigError, match="must be entered"):
         flow.stage("a")
     with flow, pytest.raises(ConfigError, match="only once"):

@@ -1,8 +1,8 @@
-"""Run the examples of LangChain and LlamaIndex in an environment of their own.
+"""Run the examples of agent frameworks in an environment of their own.
 
     python -m tests.examples.other_clients
 
-Both ask for an older openai than vLLM does, so the environment of the tests cannot hold them.
+They ask for an older openai than vLLM does, so the environment of the tests cannot hold them.
 They are installed once, into ``.cache/clients``.
 """
 
@@ -16,8 +16,13 @@ import venv
 from tests.examples.clients import ROOT, check, module
 
 HOME = ROOT / ".cache" / "clients"
-PACKAGES = ("langchain-openai==1.7.3", "llama-index-llms-openai-like==0.8.1")
-PROGRAMS = ("langchain_chat", "llama_index_chat")
+PACKAGES = (
+    "langchain-openai==1.7.3",
+    "llama-index-llms-openai-like==0.8.1",
+    "openai-agents",
+    "anthropic",
+)
+PROGRAMS = ("langchain_chat", "llama_index_chat", "openai_agents", "anthropic_sdk")
 
 
 def prepare() -> str:
