@@ -11,7 +11,7 @@ from hexgen_vllm.cluster import Cluster, ClusterSpec
 from hexgen_vllm.demo import DEVICES, FLEETS, DemoOptions, engine_entry, router_entry
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql.report import say
-from hexgen_vllm.text2sql.session import Endpoint, named
+from hexgen_vllm.text2sql.session import AskedEndpoint, named
 
 LOCAL = {"stock": "round_robin", "slack": "slack"}
 """Fleets of ``--compare`` and the router's placement before them, ours last."""
@@ -20,7 +20,7 @@ _WHOLE_PROMPTS = "--max-num-batched-tokens=8192"
 back the random generator of a call with a seed, and ends."""
 
 
-async def endpoints(options: Options) -> AsyncGenerator[Endpoint, None]:
+async def endpoints(options: Options) -> AsyncGenerator[AskedEndpoint, None]:
     """Yield the endpoints in turn; those started here run until the next one is asked for.
 
     Raises:
@@ -36,7 +36,7 @@ async def endpoints(options: Options) -> AsyncGenerator[Endpoint, None]:
     for fleet, placement in LOCAL.items():
         say(f"{fleet}: starting two engines and a router")
         async with Cluster(local_cluster(options, fleet, placement)) as cluster:
-            yield Endpoint(fleet, f"{cluster.router_url}/v1")
+            yield AskedEndpoint(fleet, f"{cluster.router_url}/v1")
 
 
 def local_cluster(options: Options, fleet: str, placement: str) -> ClusterSpec:

@@ -21,17 +21,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from hexgen_vllm.text2sql.agent import Agent, Answer
+    from hexgen_vllm.text2sql.agent import Agent, SqlAnswer
     from hexgen_vllm.text2sql.calls import Sampling
     from hexgen_vllm.text2sql.database import Database
     from hexgen_vllm.text2sql.gate import Gate
-    from hexgen_vllm.text2sql.outcome import Limits, Outcome
+    from hexgen_vllm.text2sql.outcome import QueryLimits, QueryOutcome
 
-__all__ = ["Agent", "Answer", "Database", "Gate", "Limits", "Outcome", "Sampling"]
+__all__ = ["Agent", "Database", "Gate", "QueryLimits", "QueryOutcome", "Sampling", "SqlAnswer"]
 
 _HOMES: Final = {
-    "Agent": "agent", "Answer": "agent", "Database": "database", "Gate": "gate",
-    "Limits": "outcome", "Outcome": "outcome", "Sampling": "calls",
+    "Agent": "agent", "SqlAnswer": "agent", "Database": "database", "Gate": "gate",
+    "QueryLimits": "outcome", "QueryOutcome": "outcome", "Sampling": "calls",
 }  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from openai import AsyncOpenAI, OpenAIError
 
 from hexgen_vllm.client import Workflow
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.text2sql.calls import Caller, Sampling, Usage, together
-from hexgen_vllm.text2sql.candidates import Candidate, Writer
+from hexgen_vllm.text2sql.calls import Caller, Sampling, TokenUsage, together
+from hexgen_vllm.text2sql.candidates import CandidateQuery, QueryWriter
 from hexgen_vllm.text2sql.choosing import choose
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.linking import linked_schema
@@ -24,7 +24,7 @@ End = Literal["completed", "refused", "invalid", "failed"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class SqlAnswer:
     """What the agent found.
 
     Attributes:
@@ -39,7 +39,7 @@ class Answer:
         usage: calls and tokens.
     """
 
-    usage: Usage
+    usage: TokenUsage
     sql: str = ""
     columns: tuple[str, ...] = ()
     rows: tuple[Row, ...] | None = None
@@ -78,7 +78,7 @@ class Agent:
     max_rounds: int = 4
     schema_chars: int = 40_000
 
-    async def answer(self, database: Database, question: str, key: str = "") -> Answer:
+    async def answer(self, database: Database, question: str, key: str = "") -> SqlAnswer:
         """Answer one question about ``database``; what goes wrong is in the answer.
 
         All calls are one workflow with one deadline, and its end is told to the router.
@@ -105,19 +105,21 @@ class Agent:
                 return await self._solve(caller, database, question)
             except OpenAIError as error:
                 said = " ".join(str(error).split())[:300]
-                return Answer(caller.usage, error=f"a call failed: {said}", failed=True)
+                return SqlAnswer(caller.usage, error=f"a call failed: {said}", failed=True)
 
-    async def _solve(self, caller: Caller, database: Database, question: str) -> Answer:
+    async def _solve(self, caller: Caller, database: Database, question: str) -> SqlAnswer:
         whole = database.schema().within(self.schema_chars, question)
         schema = await linked_schema(caller, database, whole, question)
-        writer = Writer(caller, database, schema, question, self.max_rounds)
+        writer = QueryWriter(caller, database, schema, question, self.max_rounds)
         candidates = await together(writer.write(style) for style in range(len(CANDIDATES)))
         chosen = await choose(caller, database, schema, question, candidates)
         return _answer(caller.usage, chosen, candidates)
 
 
-def _answer(usage: Usage, chosen: Candidate, candidates: Sequence[Candidate]) -> Answer:
-    return Answer(
+def _answer(
+    usage: TokenUsage, chosen: CandidateQuery, candidates: Sequence[CandidateQuery]
+) -> SqlAnswer:
+    return SqlAnswer(
         usage=usage,
         sql=chosen.sql,
         columns=chosen.outcome.columns,

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 
 from hexgen_vllm.client import Workflow
 from hexgen_vllm.text2sql.grammar import Grammar
-from hexgen_vllm.text2sql.prompts import Prompt
+from hexgen_vllm.text2sql.prompts import ChatPrompt
 from hexgen_vllm.text2sql.replies import without_thought
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Sampling:
 
 
 @dataclass
-class Usage:
+class TokenUsage:
     """What a question has used: calls sent, prompt and output tokens as the server counts them."""
 
     calls: int = 0
@@ -57,12 +57,12 @@ class Caller:
     """
 
     def __init__(self, workflow: Workflow[AsyncOpenAI], sampling: Sampling, key: str) -> None:
-        self.usage = Usage()
+        self.usage = TokenUsage()
         self._workflow = workflow
         self._sampling = sampling
         self._key = key
 
-    async def ask(self, stage: str, place: str, prompt: Prompt, grammar: Grammar) -> str:
+    async def ask(self, stage: str, place: str, prompt: ChatPrompt, grammar: Grammar) -> str:
         """Return the answer to one prompt.
 
         Args:

@@ -9,14 +9,14 @@ from hexgen_vllm.text2sql import prompts, replies
 from hexgen_vllm.text2sql.calls import Caller
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.grammar import Grammar
-from hexgen_vllm.text2sql.outcome import Outcome
-from hexgen_vllm.text2sql.prompts import Prompt
+from hexgen_vllm.text2sql.outcome import QueryOutcome
+from hexgen_vllm.text2sql.prompts import ChatPrompt
 from hexgen_vllm.text2sql.schema import Schema
 from hexgen_vllm.text2sql.sql_grammar import query_grammar
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidateQuery:
     """A query and what came of it.
 
     Attributes:
@@ -27,12 +27,12 @@ class Candidate:
     """
 
     sql: str
-    outcome: Outcome
+    outcome: QueryOutcome
     rounds: int = 0
     refused: int = 0
 
 
-class Writer:
+class QueryWriter:
     """Writes candidates for one question.
 
     Args:
@@ -53,7 +53,7 @@ class Writer:
         self._max_rounds = max_rounds
         self._grammar: Grammar = query_grammar(schema)
 
-    async def write(self, style: int) -> Candidate:
+    async def write(self, style: int) -> CandidateQuery:
         """Return the candidate of one style, revised until its result may be an answer."""
         prompt = prompts.candidate(self._database.product, style, self._schema, self._question)
         best = await self._query("generate_candidate", str(style), prompt)
@@ -63,18 +63,18 @@ class Writer:
             )
             new = await self._query("revise", f"{style}/{best.rounds}", prompt)
             repeated = new.sql == best.sql  # the model stands by it
-            best = Candidate(
+            best = CandidateQuery(
                 new.sql, new.outcome, best.rounds + 1, best.refused + new.refused * (not repeated)
             )
             if repeated:
                 break
         return best
 
-    async def _query(self, stage: str, place: str, prompt: Prompt) -> Candidate:
+    async def _query(self, stage: str, place: str, prompt: ChatPrompt) -> CandidateQuery:
         sql = replies.query(
             await self._caller.ask(stage, place, prompt, self._grammar), self._database.dialect
         )
         if not sql:
-            return Candidate("", Outcome(error="the answer holds no SQL query"))
+            return CandidateQuery("", QueryOutcome(error="the answer holds no SQL query"))
         outcome = await asyncio.to_thread(self._database.run, sql)
-        return Candidate(sql, outcome, refused=int(outcome.refused))
+        return CandidateQuery(sql, outcome, refused=int(outcome.refused))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hexgen_vllm.text2sql import grammar, prompts, replies
 from hexgen_vllm.text2sql.calls import Caller, together
-from hexgen_vllm.text2sql.candidates import Candidate
+from hexgen_vllm.text2sql.candidates import CandidateQuery
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.matching import same_rows
 from hexgen_vllm.text2sql.schema import Schema
@@ -17,8 +17,8 @@ async def choose(
     database: Database,
     schema: Schema,
     question: str,
-    candidates: Sequence[Candidate],
-) -> Candidate:
+    candidates: Sequence[CandidateQuery],
+) -> CandidateQuery:
     """Return the best candidate: the one that passes most tests, and the first of several.
 
     Candidates without a result are out; those that agree need no tests.
@@ -40,7 +40,7 @@ async def choose(
     return running[scores.index(max(scores))]
 
 
-def _agree(candidates: Sequence[Candidate]) -> bool:
+def _agree(candidates: Sequence[CandidateQuery]) -> bool:
     first = candidates[0].outcome.rows or ()
     return all(same_rows(c.outcome.rows or (), first, ordered=True) for c in candidates)
 
@@ -57,7 +57,7 @@ async def _passes(
     caller: Caller,
     database: Database,
     question: str,
-    candidate: Candidate,
+    candidate: CandidateQuery,
     test: str,
     place: str,
 ) -> bool:

@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{error.name} is not installed; pip install 'hexgen-vllm[text2sql]'."
         ) from None
-    limits = outcome.Limits(
+    limits = outcome.QueryLimits(
         options.query_time_s, options.query_rows, result_bytes=options.query_bytes
     )
     with database.Database.open(options.database, limits) as opened:

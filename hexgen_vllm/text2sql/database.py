@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.text2sql.outcome import Limits, Outcome, refusal
+from hexgen_vllm.text2sql.outcome import QueryLimits, QueryOutcome, refusal
 from hexgen_vllm.text2sql.schema import Schema
 
 EXTRA: Final = "pip install 'hexgen-vllm[text2sql]'"
@@ -44,7 +44,7 @@ class Adapter(Protocol):
     def schemas(self) -> Sequence[str]:
         """Return what may stand before the name of a table that needs nothing there."""
 
-    def run(self, sql: str) -> Outcome:
+    def run(self, sql: str) -> QueryOutcome:
         """Run a query that has passed the gate."""
 
     def values(
@@ -63,7 +63,7 @@ class Database:
         name: what it is called in reports, without a password.
     """
 
-    def __init__(self, name: str, adapter: Adapter, limits: Limits) -> None:
+    def __init__(self, name: str, adapter: Adapter, limits: QueryLimits) -> None:
         from hexgen_vllm.text2sql.gate import Gate
 
         self.name = name
@@ -75,7 +75,7 @@ class Database:
 
     @classmethod
     def open(
-        cls, where: str | Path, limits: Limits | None = None, clock: Clock | None = None
+        cls, where: str | Path, limits: QueryLimits | None = None, clock: Clock | None = None
     ) -> Database:
         """Open a file of SQLite or DuckDB, or a SQLAlchemy URL of those or of PostgreSQL.
 
@@ -88,7 +88,7 @@ class Database:
         Raises:
             ConfigError: it is not there, no such database, cannot be read, or holds no table.
         """
-        limits, clock = limits or Limits(), clock or SystemClock()
+        limits, clock = limits or QueryLimits(), clock or SystemClock()
         kind, place, name = _kind_of(where)
         module, adapter = _ADAPTERS[kind]
         try:
@@ -123,7 +123,7 @@ class Database:
         """Return tables and views as they were when it was opened."""
         return self._schema
 
-    def run(self, sql: str) -> Outcome:
+    def run(self, sql: str) -> QueryOutcome:
         """Run one query; whatever is wrong with it comes back as an error."""
         if len(sql.encode(errors="replace")) > self._limits.sql_bytes:
             return refusal(f"the query is longer than {self._limits.sql_bytes} bytes")

@@ -13,7 +13,7 @@ import duckdb
 
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.text2sql.outcome import Limits, Outcome, Result, failure, refusal
+from hexgen_vllm.text2sql.outcome import QueryLimits, QueryOutcome, Result, failure, refusal
 from hexgen_vllm.text2sql.schema import Column, Schema, Table, quoted, spelled
 
 SEARCHED_ROWS: Final = 100_000  # of a table, for values
@@ -34,7 +34,7 @@ class DuckdbFile:
     dialect: Final = "duckdb"
     product: Final = "DuckDB"
 
-    def __init__(self, path: Path, limits: Limits, _: Clock) -> None:
+    def __init__(self, path: Path, limits: QueryLimits, _: Clock) -> None:
         self._path = path
         self._limits = limits
         try:
@@ -59,7 +59,7 @@ class DuckdbFile:
             said = " ".join(str(error).split())[:300].rstrip(".")
             raise ConfigError(f"database: {self._path} cannot be read: {said}.") from None
 
-    def run(self, sql: str) -> Outcome:
+    def run(self, sql: str) -> QueryOutcome:
         """Run one query."""
         try:
             with self._timed() as cursor:

@@ -18,7 +18,7 @@ import sqlglot
 from sqlglot import TokenType, exp
 from sqlglot.errors import SqlglotError
 
-from hexgen_vllm.text2sql.outcome import Outcome, failure, refusal
+from hexgen_vllm.text2sql.outcome import QueryOutcome, failure, refusal
 
 # It warns of each statement that it has no grammar for; those are refused here, with a reason.
 logging.getLogger("sqlglot").setLevel(logging.ERROR)
@@ -192,7 +192,7 @@ class Gate:
         self._schemas = {name.lower() for name in schemas}
         self._functions = FUNCTIONS[dialect]
 
-    def objection(self, sql: str) -> Outcome | None:
+    def objection(self, sql: str) -> QueryOutcome | None:
         """Return what speaks against ``sql``: a refusal or an error; ``None`` when it may run."""
         if not _CONTROL.isdisjoint(sql):
             return refusal("a control character is not allowed in a query")
@@ -210,7 +210,7 @@ class Gate:
             what = str(found[0]["description"]).partition(" but got <")[0]
             return failure(f"the query cannot be read: {what} near {found[0]['highlight']!r}")
 
-    def _objection(self, sql: str) -> Outcome | None:
+    def _objection(self, sql: str) -> QueryOutcome | None:
         tokens = sqlglot.tokenize(sql, read=self._dialect)
         found = [one for one in sqlglot.parse(sql, read=self._dialect) if one is not None]
         if not found:
@@ -282,7 +282,7 @@ class Gate:
             ):
                 yield f"{name} with so wide a field is not allowed; write its width, below 10000"
 
-    def _of_tables(self, tree: Node, sql: str) -> Outcome | None:
+    def _of_tables(self, tree: Node, sql: str) -> QueryOutcome | None:
         ctes = {cte.alias.lower() for cte in tree.find_all(exp.CTE)}
         rows = _ROWS[self._dialect]
         for table in tree.find_all(exp.Table):

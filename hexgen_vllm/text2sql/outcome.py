@@ -9,7 +9,7 @@ Row = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Limits:
+class QueryLimits:
     """What a query may use: seconds, rows of the result, bytes of query, value and result."""
 
     time_s: float = 2.0
@@ -20,7 +20,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class QueryOutcome:
     """What came of a query.
 
     Attributes:
@@ -41,20 +41,20 @@ class Outcome:
         return any(value is not None for row in self.rows or () for value in row)
 
 
-def refusal(why: str) -> Outcome:
+def refusal(why: str) -> QueryOutcome:
     """Return the outcome of a query that may not run."""
-    return Outcome(error=f"refused: {why}", refused=True)
+    return QueryOutcome(error=f"refused: {why}", refused=True)
 
 
-def failure(said: object) -> Outcome:
+def failure(said: object) -> QueryOutcome:
     """Return the outcome of a query that is wrong; a database says so in one line or many."""
-    return Outcome(error=" ".join(str(said).split())[:500])
+    return QueryOutcome(error=" ".join(str(said).split())[:500])
 
 
 class Result:
     """Rows of one result, taken as long as they are within the limits."""
 
-    def __init__(self, columns: tuple[str, ...], limits: Limits) -> None:
+    def __init__(self, columns: tuple[str, ...], limits: QueryLimits) -> None:
         self._columns = columns
         self._limits = limits
         self._rows: list[Row] = []
@@ -70,9 +70,9 @@ class Result:
         self._rows.append(tuple(row))
         return None
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> QueryOutcome:
         """Return what was taken."""
-        return Outcome(self._columns, tuple(self._rows))
+        return QueryOutcome(self._columns, tuple(self._rows))
 
 
 def _size(value: Any) -> int:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.text2sql.outcome import Limits, Outcome, Result, failure, refusal
+from hexgen_vllm.text2sql.outcome import QueryLimits, QueryOutcome, Result, failure, refusal
 from hexgen_vllm.text2sql.schema import Column, Schema, Table, spelled
 
 SEARCHED_ROWS: Final = 100_000  # of a table, for values
@@ -57,7 +57,7 @@ class PostgresServer:
     dialect: Final = "postgres"
     product: Final = "PostgreSQL"
 
-    def __init__(self, url: URL, limits: Limits, _: Clock) -> None:
+    def __init__(self, url: URL, limits: QueryLimits, _: Clock) -> None:
         self._limits = limits
         self._name = url.render_as_string(hide_password=True)
         driver = url.set(drivername="postgresql+psycopg").difference_update_query(["options"])
@@ -97,7 +97,7 @@ class PostgresServer:
         self._home = tuple({home for (home, _), visible in seen.items() if visible})
         return self._made(found, keys, seen)
 
-    def run(self, sql: str) -> Outcome:
+    def run(self, sql: str) -> QueryOutcome:
         """Run one query."""
         try:
             with self._transaction() as connection, connection.cursor() as cursor:
@@ -167,7 +167,7 @@ class PostgresServer:
                 connection.rollback()
             pooled.close()
 
-    def _result(self, cursor: Any, rows: Any) -> Outcome:
+    def _result(self, cursor: Any, rows: Any) -> QueryOutcome:
         result: Result | None = None
         for row in rows:
             if result is None:

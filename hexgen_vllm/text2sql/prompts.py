@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from hexgen_vllm.text2sql.outcome import Outcome
+from hexgen_vllm.text2sql.outcome import QueryOutcome
 from hexgen_vllm.text2sql.schema import Schema
 
 SHOWN_ROWS: Final = 5
 _SHOWN_CHARS: Final = 300
 
 
-class Prompt(NamedTuple):
+class ChatPrompt(NamedTuple):
     """One call: the stage's own text, and what is asked."""
 
     system: str
@@ -66,40 +66,44 @@ _EVALUATE: Final = (
 )
 
 
-def keywords(question: str) -> Prompt:
+def keywords(question: str) -> ChatPrompt:
     """Ask for words of the question that may be values."""
-    return Prompt(_KEYWORDS, f"Question: {question}")
+    return ChatPrompt(_KEYWORDS, f"Question: {question}")
 
 
-def links(schema: Schema, question: str) -> Prompt:
+def links(schema: Schema, question: str) -> ChatPrompt:
     """Ask for tables and columns."""
-    return Prompt(_LINKS, _about(schema, question))
+    return ChatPrompt(_LINKS, _about(schema, question))
 
 
-def candidate(product: str, style: int, schema: Schema, question: str) -> Prompt:
+def candidate(product: str, style: int, schema: Schema, question: str) -> ChatPrompt:
     """Ask for a query to ``product``, in one of the styles of :data:`CANDIDATES`."""
-    return Prompt(CANDIDATES[style].format(product=product), _about(schema, question))
+    return ChatPrompt(CANDIDATES[style].format(product=product), _about(schema, question))
 
 
-def revise(product: str, schema: Schema, question: str, sql: str, outcome: Outcome) -> Prompt:
+def revise(
+    product: str, schema: Schema, question: str, sql: str, outcome: QueryOutcome
+) -> ChatPrompt:
     """Ask for a better query than ``sql``, of which ``outcome`` came."""
     said = f"Query:\n{sql or '(none)'}\nThe database said: {shown(outcome)}"
-    return Prompt(_REVISE.format(product=product), f"{_about(schema, question)}\n{said}")
+    return ChatPrompt(_REVISE.format(product=product), f"{_about(schema, question)}\n{said}")
 
 
-def unit_test(schema: Schema, question: str, queries: Sequence[str], aspect: int) -> Prompt:
+def unit_test(schema: Schema, question: str, queries: Sequence[str], aspect: int) -> ChatPrompt:
     """Ask for one statement that tells the results of ``queries`` apart."""
     listed = "\n".join(f"Query {number}:\n{sql}" for number, sql in enumerate(queries, start=1))
-    return Prompt(_UNIT_TEST, f"{_about(schema, question)}\n{listed}\n{TEST_ASPECTS[aspect]}")
+    return ChatPrompt(_UNIT_TEST, f"{_about(schema, question)}\n{listed}\n{TEST_ASPECTS[aspect]}")
 
 
-def evaluate(product: str, question: str, sql: str, outcome: Outcome, statement: str) -> Prompt:
+def evaluate(
+    product: str, question: str, sql: str, outcome: QueryOutcome, statement: str
+) -> ChatPrompt:
     """Ask whether ``statement`` is true of ``outcome``."""
     said = f"Question: {question}\nQuery:\n{sql}\nResult: {shown(outcome)}"
-    return Prompt(_EVALUATE.format(product=product), f"{said}\nStatement: {statement}")
+    return ChatPrompt(_EVALUATE.format(product=product), f"{said}\nStatement: {statement}")
 
 
-def shown(outcome: Outcome) -> str:
+def shown(outcome: QueryOutcome) -> str:
     """Return an outcome in a few lines: the error, or the number of rows and the first ones."""
     if outcome.rows is None:
         return f"error: {outcome.error}"

@@ -13,7 +13,7 @@ import yaml
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.matching import orders_rows, same_rows
-from hexgen_vllm.text2sql.outcome import Outcome, Row
+from hexgen_vllm.text2sql.outcome import QueryOutcome, Row
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _question(name: str, number: int, database: Database, entry: Any) -> Questio
     text, gold = (entry.get("q"), entry.get("sql", "")) if isinstance(entry, dict) else (None, None)
     if not isinstance(text, str) or not isinstance(gold, str):
         raise ConfigError(f"{where} must be a mapping of q to the question and sql to its query.")
-    outcome = database.run(gold) if gold else Outcome(rows=())
+    outcome = database.run(gold) if gold else QueryOutcome(rows=())
     if outcome.rows is None:
         raise ConfigError(f"the query of {where} does not run: {outcome.error}.")
     return Question(f"{name}-{number}", name, database, text, gold, outcome.rows)

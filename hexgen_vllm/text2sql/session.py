@@ -18,7 +18,7 @@ from hexgen_vllm.text2sql.questions import Question
 from hexgen_vllm.text2sql.users import Users, Visit
 
 
-class Endpoint(NamedTuple):
+class AskedEndpoint(NamedTuple):
     """A server and what it is called in the report."""
 
     name: str
@@ -32,16 +32,16 @@ class Played(NamedTuple):
     visits: Sequence[Visit]
 
 
-async def named(options: AgentOptions) -> AsyncGenerator[Endpoint, None]:
+async def named(options: AgentOptions) -> AsyncGenerator[AskedEndpoint, None]:
     """Yield the endpoints of ``base_url``."""
     for word in options.base_url:
-        yield Endpoint(*named_url(word))
+        yield AskedEndpoint(*named_url(word))
 
 
 async def play(
     options: AgentOptions,
     asked: Sequence[Question],
-    endpoints: AsyncGenerator[Endpoint, None],
+    endpoints: AsyncGenerator[AskedEndpoint, None],
     tell: Callable[[Visit], None],
     model: str | None = None,
 ) -> AsyncGenerator[Played, None]:
@@ -66,7 +66,7 @@ async def play(
 
 async def _visits(
     options: AgentOptions,
-    endpoint: Endpoint,
+    endpoint: AskedEndpoint,
     asked: Sequence[Question],
     tell: Callable[[Visit], None],
     model: str | None,
@@ -88,7 +88,7 @@ async def _visits(
         return await users.ask(asked, tell)
 
 
-async def _served(client: AsyncOpenAI, endpoint: Endpoint, wanted: str | None) -> str:
+async def _served(client: AsyncOpenAI, endpoint: AskedEndpoint, wanted: str | None) -> str:
     try:
         served = [model.id for model in (await client.models.list()).data]
     except (OpenAIError, ValueError) as error:

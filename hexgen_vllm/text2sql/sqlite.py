@@ -16,7 +16,7 @@ from typing import Any, Final
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql.gate import FUNCTIONS, READS
-from hexgen_vllm.text2sql.outcome import Limits, Outcome, Result, failure, refusal
+from hexgen_vllm.text2sql.outcome import QueryLimits, QueryOutcome, Result, failure, refusal
 from hexgen_vllm.text2sql.schema import Column, Schema, Table, quoted, spelled
 
 SEARCHED_ROWS: Final = 100_000  # of a table, for values
@@ -65,7 +65,7 @@ class SqliteFile:
     dialect: Final = "sqlite"
     product: Final = "SQLite"
 
-    def __init__(self, path: Path, limits: Limits, clock: Clock) -> None:
+    def __init__(self, path: Path, limits: QueryLimits, clock: Clock) -> None:
         self._path = path
         self._limits = limits
         self._clock = clock
@@ -86,7 +86,7 @@ class SqliteFile:
         except sqlite3.Error as error:
             raise ConfigError(f"database: {self._path} cannot be read: {error}.") from None
 
-    def run(self, sql: str) -> Outcome:
+    def run(self, sql: str) -> QueryOutcome:
         """Run one query."""
         try:
             connection = self._connect()
@@ -166,7 +166,7 @@ class SqliteFile:
         until_s = self._clock.now() + self._limits.time_s
         connection.set_progress_handler(lambda: self._clock.now() > until_s, _OPERATIONS_PER_LOOK)
 
-    def _result(self, cursor: sqlite3.Cursor) -> Outcome:
+    def _result(self, cursor: sqlite3.Cursor) -> QueryOutcome:
         if cursor.description is None:
             return refusal(READS)
         result = Result(tuple(str(column[0]) for column in cursor.description), self._limits)
@@ -175,7 +175,7 @@ class SqliteFile:
                 return refusal(why)
         return result.outcome()
 
-    def _explained(self, error: Exception, guard: _Guard) -> Outcome:
+    def _explained(self, error: Exception, guard: _Guard) -> QueryOutcome:
         said = str(error)
         if guard.denied is not None:
             named = said.startswith(_UNDECLARED)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hexgen_vllm.clock import Clock
-from hexgen_vllm.text2sql.agent import Agent, Answer
+from hexgen_vllm.text2sql.agent import Agent, SqlAnswer
 from hexgen_vllm.text2sql.questions import Question
 
 
@@ -24,7 +24,7 @@ class Visit:
     """
 
     question: Question
-    answer: Answer
+    answer: SqlAnswer
     latency_s: float
     deadline_s: float
 

@@ -56,7 +56,7 @@ def test_every_public_name_says_what_it_is(module: str) -> None:
 
 
 def test_what_may_be_left_out_shows_its_default() -> None:
-    assert "`Workflow(client, *, deadline_s=None, type=" in page()
+    assert "`Workflow(client=None, *, deadline_s=None, type=" in page()
     assert "`with_deadline(params, deadline_s=None, *, " in page()
 
 

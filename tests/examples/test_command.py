@@ -15,8 +15,8 @@ from examples.text2sql import main as module
 from examples.text2sql.endpoints import local_cluster
 from examples.text2sql.main import FILE, main, run
 from examples.text2sql.options import Options
-from hexgen_vllm.text2sql.agent import Answer
-from hexgen_vllm.text2sql.calls import Usage
+from hexgen_vllm.text2sql.agent import SqlAnswer
+from hexgen_vllm.text2sql.calls import TokenUsage
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.options import named_url
 from hexgen_vllm.text2sql.questions import Question
@@ -152,7 +152,9 @@ def visit(
 ) -> Visit:
     question = Question("q-1", "library", NOWHERE, "How many?", "SELECT 6", ((6,),))
     rows = None if row is None else ((row,),)
-    answer = Answer(Usage(calls=4), "SELECT 6", ("6",), rows, refused=refused, failed=failed)
+    answer = SqlAnswer(
+        TokenUsage(calls=4), "SELECT 6", ("6",), rows, refused=refused, failed=failed
+    )
     return Visit(question, answer, latency_s, 10.0)
 
 

@@ -15,7 +15,7 @@ import pytest
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql import replies
 from hexgen_vllm.text2sql.database import Database
-from hexgen_vllm.text2sql.outcome import Limits
+from hexgen_vllm.text2sql.outcome import QueryLimits
 from hexgen_vllm.text2sql.schema import Column, Schema, Table
 from hexgen_vllm.text2sql.sql_grammar import query_grammar
 
@@ -181,10 +181,10 @@ def test_a_huge_table_takes_no_longer_than_a_query_may(tmp_path: Path) -> None:
         "INSERT INTO t SELECT 'value ' || x FROM n; CREATE TABLE u (b TEXT);"
         "INSERT INTO u VALUES ('value')",
     )
-    with Database.open(path, Limits(time_s=30)) as database:
+    with Database.open(path, QueryLimits(time_s=30)) as database:
         assert database.find_values(database.schema(), ["value 149999"]) == {}, "not looked at"
         assert ("u", "b") in database.find_values(database.schema(), ["value"])
-    with Database.open(path, Limits(time_s=0.001)) as database:
+    with Database.open(path, QueryLimits(time_s=0.001)) as database:
         database.find_values(database.schema(), ["value 5"])
 
 

@@ -13,7 +13,7 @@ from examples.text2sql import hostile
 from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.gate import Gate
-from hexgen_vllm.text2sql.outcome import Limits
+from hexgen_vllm.text2sql.outcome import QueryLimits
 from tests.text2sql import music, shops
 
 FINE = (
@@ -30,7 +30,7 @@ FINE = (
 ALL_PAIRS = "SELECT COUNT(*) FROM loan a, loan b, loan c"
 SLOW = f"{ALL_PAIRS}, loan d, loan e WHERE a.id + b.id * c.id = d.id - e.id"
 BIG = "SELECT replace(s, 'e', s) FROM (SELECT group_concat(title) AS s FROM book)"
-HASTY = Limits(time_s=0.3)
+HASTY = QueryLimits(time_s=0.3)
 SERVERS = ("duckdb", "postgres")
 
 
@@ -141,7 +141,7 @@ def test_ordinary_queries_run(dialect: str, tmp_path: Path, request: pytest.Fixt
         "duckdb": lambda: shops.build_duckdb(tmp_path / "music.duckdb"),
         "postgres": lambda: request.getfixturevalue("postgres"),
     }[dialect]()
-    with Database.open(made, Limits(time_s=30.0)) as database:
+    with Database.open(made, QueryLimits(time_s=30.0)) as database:
         failed = {sql: outcome.error for sql in shops.ordinary(dialect)
                   if (outcome := database.run(sql)).rows is None}  # fmt: skip
     assert not failed
@@ -203,7 +203,7 @@ def test_a_table_elsewhere_is_none_of_ours(sql: str) -> None:
 
 
 def test_a_long_query_is_stopped(library: Path) -> None:
-    outcome = Database.open(library, Limits(time_s=3.0), TickingClock()).run(ALL_PAIRS)
+    outcome = Database.open(library, QueryLimits(time_s=3.0), TickingClock()).run(ALL_PAIRS)
     assert outcome.error == "refused: the query ran longer than 3 s"
 
 
@@ -223,15 +223,17 @@ def test_a_long_query_is_stopped_on_postgres(postgres: str) -> None:
 @pytest.mark.parametrize(
     ("limits", "sql", "said"),
     [
-        (Limits(rows=1199), "SELECT id FROM loan", "more than 1199 rows"),
-        (Limits(result_bytes=500), "SELECT title FROM book", "larger than 500 bytes"),
-        (Limits(sql_bytes=20), "SELECT id FROM loan WHERE id > 0", "longer than 20 bytes"),
-        (Limits(), BIG, "too big"),
-        (Limits(), "SELECT 1" + " + 1" * 200, "depth"),
-        (Limits(), "SELECT " + "(" * 5000 + "1" + ")" * 5000, "nested too deeply"),
+        (QueryLimits(rows=1199), "SELECT id FROM loan", "more than 1199 rows"),
+        (QueryLimits(result_bytes=500), "SELECT title FROM book", "larger than 500 bytes"),
+        (QueryLimits(sql_bytes=20), "SELECT id FROM loan WHERE id > 0", "longer than 20 bytes"),
+        (QueryLimits(), BIG, "too big"),
+        (QueryLimits(), "SELECT 1" + " + 1" * 200, "depth"),
+        (QueryLimits(), "SELECT " + "(" * 5000 + "1" + ")" * 5000, "nested too deeply"),
     ],
 )
-def test_a_query_cannot_be_too_large(library: Path, limits: Limits, sql: str, said: str) -> None:
+def test_a_query_cannot_be_too_large(
+    library: Path, limits: QueryLimits, sql: str, said: str
+) -> None:
     outcome = Database.open(library, limits).run(sql)
     assert outcome.rows is None
     assert said in (outcome.error or "")
@@ -239,7 +241,7 @@ def test_a_query_cannot_be_too_large(library: Path, limits: Limits, sql: str, sa
 
 def test_a_result_is_cut_off_on_servers_too(loans: Path, postgres: str) -> None:
     for where, table in ((str(loans), "loan"), (postgres, "track")):
-        with Database.open(where, Limits(rows=10, result_bytes=400)) as database:
+        with Database.open(where, QueryLimits(rows=10, result_bytes=400)) as database:
             many = database.run(f"SELECT * FROM {table}")
             assert many.error in (
                 "refused: the result has more than 10 rows",
@@ -249,7 +251,7 @@ def test_a_result_is_cut_off_on_servers_too(loans: Path, postgres: str) -> None:
 
 
 def test_exactly_the_limit_is_fine(library: Path) -> None:
-    outcome = Database.open(library, Limits(rows=1200)).run("SELECT id FROM loan")
+    outcome = Database.open(library, QueryLimits(rows=1200)).run("SELECT id FROM loan")
     assert outcome.rows is not None
     assert len(outcome.rows) == 1200
 
