@@ -240,7 +240,7 @@ class Watcher:
             await self._probe.healthy(engine.worker)
             self._failed = 0
             engine.failing_since_s = None
-            await self._list_models()
+            await (self._look_again() if engine.front.mute else self._list_models())
         except Unreachable as why:
             if why.short:
                 return
@@ -265,6 +265,15 @@ class Watcher:
             others=self._fleet.others(engine),
             warm=len(engine.warm) == len(engine.targets),
         )
+
+    async def _look_again(self) -> None:
+        """Find out what an engine is that may not have had time to say so."""
+        try:
+            found = await self._probe.find(self._engine.worker)
+        except Unreachable:
+            return  # the health check decides
+        if self._engine.up:
+            self._fleet.described(self._engine.name, found)
 
     async def _list_models(self) -> None:
         try:

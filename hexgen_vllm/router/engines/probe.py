@@ -55,6 +55,11 @@ class Front(NamedTuple):
     bare: bool = False
     stats: tuple[str, ...] = ()
 
+    @property
+    def mute(self) -> bool:
+        """Whether the engine might be ours, and nothing was heard from it."""
+        return self.bare and not self.stats
+
 
 _PLAIN: Final = Front()
 

@@ -163,6 +163,26 @@ async def test_telemetry_that_stops_becomes_unknown_and_may_come_back() -> None:
         server.close()
 
 
+async def test_an_engine_that_says_late_that_it_is_ours_is_believed() -> None:
+    port, beside = free_ports()
+    async with (
+        FakeServer(RUST, port=port) as engine,
+        open_stand(wait=False, worker_urls=(engine.url,)) as stand,
+    ):
+        stand.engines[:] = [engine]
+        await stand.all_ready()
+        found = stand.context.fleet.engines["engine-0"]
+        assert found.kind is EngineKind.FCFS
+        server = StatsServer(snapshot(), beside)
+        try:
+            await stand.until(lambda: found.kind is EngineKind.HEXGEN)
+            async with stand.post(headers=DEADLINE) as answer:
+                assert answer.status == 200
+            assert "vllm_xargs" in json.loads(stand.received()[-1].body)
+        finally:
+            server.close()
+
+
 async def test_priorities_of_a_stock_engine_fit_in_32_bits() -> None:
     policy = FakeSettings(rust=True, policy="priority")
     soon = {**DEADLINE, "x-hexgen-workflow-deadline-ms": "5000"}
