@@ -53,7 +53,10 @@ _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
 _KEYS: Final[dict[bytes, str]] = {}
 _MOST_KEYS: Final = 512
 _SMALL_BYTES: Final = 1024
-_ONCE: Final = frozenset(("content-encoding", "content-length", "host", "transfer-encoding"))
+_ONCE: Final = frozenset((
+    "authorization", "content-encoding", "content-length", "host", "transfer-encoding", "x-api-key",
+    "x-session-id", "x-vllm-priority",
+))  # fmt: skip
 _AHEAD_BYTES: Final = 2**20  # of a body that is taken in pieces, until its client has to wait
 
 
@@ -177,7 +180,8 @@ class Request:
         persists: whether another request may follow on its connection.
         answering: whether the head of the answer has been written.
         marked: whether the answer already has the headers that every answer gets.
-        doubtful: whether a header that may come once came twice: others may heed the second one.
+        twice: a header that may come once and came twice, for others may heed the second one;
+            ``""`` if none did.
         body_complete: whether all of the body is here.
         size: bytes of the body so far.
         held: bytes of it that count among those of the server.
@@ -202,13 +206,13 @@ class Request:
         self.pairs = pairs
         self.persists, self._can_chunk = persists, can_chunk
         self.names = names = HeaderMap()
-        self.doubtful = False
+        self.twice = ""
         for name, value in pairs:
             key = _KEYS.get(name) or _key(name)
             if key not in names:
                 names[key] = value.decode("utf-8", "surrogateescape")
             elif key in _ONCE:
-                self.doubtful = True
+                self.twice = key
         self._all: CIMultiDictProxy[str] | None = None
         self.answering = self.marked = False
         self._chunked = False

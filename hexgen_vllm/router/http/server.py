@@ -62,6 +62,7 @@ class Reader(asyncio.Protocol):
         self._head_bytes = 0  # what came since the last head, piece of a body or end
         self._field_bytes = 0  # names and values of the present head, or trailer, so far
         self._too_long = False
+        self._why = ""  # the request is refused, where that is known better
         self._target, self._pairs = b"", cast(Pairs, [])
         self._parser = httptools.HttpRequestParser(self)
 
@@ -81,7 +82,7 @@ class Reader(asyncio.Protocol):
             if self._too_long:
                 self._refuse_rest("The headers are too long.", 431)
             else:
-                self._refuse_rest("The request is not valid HTTP.", 400)
+                self._refuse_rest(self._why or "The request is not valid HTTP.", 400)
         if self._head_bytes > _MAX_HEAD_BYTES:
             self._refuse_rest("The headers are too long.", 431)
         return rest
@@ -159,7 +160,11 @@ class Reader(asyncio.Protocol):
                 request.take_in_pieces(most)
         coding = request.names.get("transfer-encoding")
         read_alike = coding is None or (can_chunk and coding.strip(" \t").lower() == "chunked")
-        if request.doubtful or not read_alike or len(self._ready) == _MAX_READY:
+        if request.twice:
+            self._why = f"The header {request.twice} comes twice."
+        elif not read_alike:
+            self._why = "The transfer coding of the body is not chunked alone, in HTTP/1.1."
+        if self._why or len(self._ready) == _MAX_READY:
             raise ValueError
         request.expect(int(request.names.get("content-length", 0)))
         self._reading = request

@@ -63,6 +63,29 @@ async def test_a_request_whose_end_is_doubtful_ends_the_connection(
     assert not single.received()
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("Authorization", "Bearer a", "Bearer b"),
+        ("X-API-Key", "a", "b"),
+        ("X-Session-ID", "", "s"),
+        ("X-Vllm-Priority", "0", "-9"),
+    ],
+)
+async def test_a_header_that_engines_heed_comes_once(
+    single: Stand, name: str, first: str, second: str
+) -> None:
+    for other in (name, name.lower()):
+        wire = await Wire.to(single)
+        lines = (f"{name}: {first}", "X-Other: x", "X-Other: x", f"{other}: {second}")
+        wire.writer.write(request(call(single, max_tokens=1), *lines))
+        status, _, body = await wire.answer()
+        assert status == 400
+        assert name.lower() in body.decode()
+        assert await wire.reader.read() == b""
+    assert not single.received()
+
+
 async def test_an_old_request_in_chunks_is_refused(single: Stand) -> None:
     wire = await Wire.to(single)
     body = chunked(call(single), lines=b"Connection: keep-alive\r\n")
