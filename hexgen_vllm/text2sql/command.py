@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{error.name} is not installed; pip install 'hexgen-vllm[text2sql]'."
         ) from None
+    if options.benchmark is not None:
+        return _benchmark(options, Path(options.benchmark))
     limits = outcome.QueryLimits(
         options.query_time_s, options.query_rows, result_bytes=options.query_bytes
     )
@@ -54,24 +56,39 @@ def main(args: argparse.Namespace) -> int:
         if options.schema:
             print(opened.schema().text())
             return 0
-        found = asyncio.run(_run(options, opened))
+        found = asyncio.run(_run(options, _questions(options, opened)))
     if options.users or len(found) > 1:
         _print_figures(options, [played.summary for played in found])
         return int(any(played.summary["failed"] for played in found))
     return int(any(visit.answer.rows is None for played in found for visit in played.visits))
 
 
-async def _run(options: Options, database: Database) -> list[Played]:
+def _benchmark(options: Options, folder: Path) -> int:
+    """Ask the questions of a benchmark and write the predictions beside the figures."""
+    from hexgen_vllm.text2sql import benchmark, report
+
+    out = Path(options.out or "out/text2sql")
+    with benchmark.opened(folder, options.split, options.most) as opened:
+        found = asyncio.run(_run(options, opened.questions))
+        for played in found:
+            name = f"{played.summary['policy'].replace(':', '-')}-" if len(found) > 1 else ""
+            path = out / f"{name}{opened.file_name}"
+            opened.write(path, {one.question.id: one.answer.sql for one in played.visits})
+            report.say(f"wrote {path}")
+        _print_figures(options, [played.summary for played in found])
+    return int(any(played.summary["failed"] for played in found))
+
+
+async def _run(options: Options, known: Sequence[Question]) -> list[Played]:
     from hexgen_vllm.text2sql import report, session
 
-    known = _questions(options, database)
     asked = known
     if options.users:
         from hexgen_vllm.text2sql.questions import drawn
 
         rng = random.Random(f"questions/{options.seed}")
         asked = drawn(known, options.warmup, rng) + drawn(known, options.users, rng)
-    brief = bool(options.users) or len(options.base_url) > 1
+    brief = bool(options.users or options.benchmark) or len(options.base_url) > 1
     found: list[Played] = []
 
     def tell(visit: Visit) -> None:

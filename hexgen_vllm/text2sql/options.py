@@ -59,6 +59,11 @@ class Options(AgentOptions):
     questions: str | None = option(
         None, "YAML file with a list of {q: question, sql: query that answers it}; sql may lack"
     )
+    benchmark: str | None = option(
+        None, "folder of BIRD or Spider, instead of database and questions; see the docs"
+    )
+    split: str = option("dev", "which questions of the benchmark")
+    most: int = option(0, "most questions of the benchmark; 0 is all", least=0)
     schema: bool = option(False, "print what a model is told about the database, and ask nothing")
     json: bool = option(False, "print answers and figures as JSON, one object on a line")
     query_time_s: float = option(5.0, "longest time of a query, seconds", least=0.01)
@@ -68,6 +73,9 @@ class Options(AgentOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.benchmark is not None:
+            self._check_benchmark()
+            return
         if not self.database:
             raise ConfigError("database must name a file or URL.")
         if not self.schema and not self.ask and self.questions is None:
@@ -78,6 +86,12 @@ class Options(AgentOptions):
                     f"ask: a question must have 1 to {MOST_QUESTION_CHARS} characters, not "
                     f"{len(text.strip())}."
                 )
+
+    def _check_benchmark(self) -> None:
+        if self.database or self.ask or self.questions is not None or self.schema:
+            raise ConfigError("benchmark goes without database, ask, questions and schema.")
+        if not self.split.isidentifier():
+            raise ConfigError(f"split must be a word, as dev, not {self.split!r}.")
 
 
 def named_url(word: str) -> tuple[str, str]:

@@ -36,8 +36,13 @@ class Question:
     gold: str = ""
     rows: tuple[Row, ...] = ()
 
-    def is_matched_by(self, rows: Sequence[Row] | None) -> bool:
-        """Return whether ``rows`` are the gold rows; their order counts where gold orders them."""
+    def is_matched_by(self, rows: Sequence[Row] | None, sql: str = "") -> bool:
+        """Return whether ``rows`` are the gold rows; their order counts where gold orders them.
+
+        Args:
+            rows: the result of an answer, ``None`` when it has none.
+            sql: its query, for those who compare otherwise.
+        """
         if rows is None or not self.gold:
             return False
         return same_rows(rows, self.rows, ordered=orders_rows(self.gold))

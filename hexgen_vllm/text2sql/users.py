@@ -41,7 +41,7 @@ class Visit:
     @property
     def matches(self) -> bool:
         """Whether the rows are those of the gold query."""
-        return self.question.is_matched_by(self.answer.rows)
+        return self.question.is_matched_by(self.answer.rows, self.answer.sql)
 
 
 Report = Callable[[Visit], None]
