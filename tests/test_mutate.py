@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.mutate import SURVIVORS, Change, accepted, change_of, prepare, report
+from tools.mutate import SURVIVORS, Change, accepted, change_of, is_laxer_zip, prepare, report
 
 DIFF = """--- hexgen_vllm/policy/urgency.py
 +++ hexgen_vllm/policy/urgency.py
@@ -65,3 +65,21 @@ def test_accepted_ones_do_not_count() -> None:
 def test_a_module_that_is_not_there() -> None:
     with pytest.raises(SystemExit, match="nonsense"):
         prepare(["nonsense"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "laxer"),
+    [
+        ("for a, b in zip(x, y, strict=True):", "for a, b in zip(x, y, ):", True),
+        ("for a, b in zip(x, y, strict=True):", "for a, b in zip(x, y, strict=False):", True),
+        ("for a, b in zip(x, y, strict=True):", "for a, b in zip(x, y, strict=None):", True),
+        ("for a, b in zip(x, y, strict=True):", "for a, b in zip(x, None, strict=True):", False),
+        ("for a, b in zip(x, y, strict=True):", "for a, b in zip(x, strict=True):", False),
+        ("n = f(x, 1)", "n = f(x, )", False),
+        ("", "", False),
+    ],
+)
+def test_a_zip_that_is_not_strict_any_more_needs_no_reason(
+    before: str, after: str, laxer: bool
+) -> None:
+    assert is_laxer_zip(Change("dispatch", "costs", before, after)) is laxer

@@ -95,6 +95,9 @@ def test_before_anything_is_assigned_the_first_engine_is_the_base() -> None:
     engines = [engine("a", 9.0), engine("b"), engine("c")]
     policy = PaperScore(DispatchOptions(alpha=1.0, paper_form="code"))
     assert policy._code([1.0, 1.0, 1.0], engines) == [0.0, -1.0, -2.0]
+    engines[0].assigned_s = 0.25
+    assert policy._code([1.0, 0.5, 2.0], engines) == [1.0, 2.0, 0.5]
+    engines[0].assigned_s = 0.0
     assert policy.choose(demand(), engines, {}, 0.0).engine.engine_id == "a"
     assert policy.choose(demand(), engines, {}, 0.0).engine.engine_id == "b", "of equals the first"
 

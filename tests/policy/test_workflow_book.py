@@ -1,0 +1,247 @@
+"""What is kept of workflows and their shapes: weights, counts, bounds, and what is forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hexgen_vllm.policy.calls import Tail
+from hexgen_vllm.policy.workflow import (
+    NOTHING,
+    SeenCall,
+    Shapes,
+    WorkflowRun,
+    Workflows,
+    path_weight,
+    tails,
+)
+from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
+
+
+def call(name: str, workflow: str = "w", now: float = 0.0, **more: Any) -> Call:
+    return Call(name, workflow, now, **{"prompt_tokens": 300, "workflow_type": "t", "stage": "s",
+                                        **more})  # fmt: skip
+
+
+def done(output: int | None = 100, **more: Any) -> CallResult:
+    return CallResult(ok=True, output_tokens=output, **more)
+
+
+def seen(start: float, end: float | None, output: int, uncached: int = 0) -> SeenCall:
+    one = SeenCall("s", 0, start, uncached)
+    one.ended_s, one.uncached_tokens, one.output_tokens = end, uncached, output
+    return one
+
+
+def learned(shapes: Shapes, stage: str, ordinal: int, *outputs: int, type_: str = "t") -> None:
+    """Learn that a call of ``stage`` was followed by one of so many tokens, once for each."""
+    for output in outputs:
+        run = WorkflowRun("w", type_, 0.0)
+        first, last = seen(0.0, 1.0, 1), seen(1.0, 2.0, output, 7)
+        first.stage, first.ordinal, last.stage = stage, ordinal, "last"
+        run.calls = {"a": first, "b": last}
+        shapes.learn(run)
+
+
+# Weights and paths
+
+
+def test_work_is_weighed_in_output_tokens() -> None:
+    assert seen(0.0, 1.0, 30, 500).weight() == pytest.approx(2.0 + 30 + 5.0)
+    assert path_weight(Tail(3.0, 500.0, 30.0)) == pytest.approx(3 * 2.0 + 30 + 5.0)
+
+
+@pytest.mark.parametrize(
+    ("light", "heavy"),
+    [
+        (seen(1.0, 2.0, 100), seen(1.0, 2.0, 101)),
+        (seen(1.0, 2.0, 100, 300), seen(1.0, 2.0, 104)),
+        (seen(1.0, 2.0, 104), seen(1.0, 2.0, 100, 600)),
+    ],
+)
+def test_the_heavier_of_two_chains_counts(light: SeenCall, heavy: SeenCall) -> None:
+    first = seen(0.0, 1.0, 1)
+    wanted = Tail(1, heavy.uncached_tokens, heavy.output_tokens)
+    for calls in ([first, light, heavy], [heavy, first, light]):
+        assert tails(calls)[calls.index(first)] == wanted
+
+
+def test_two_calls_can_weigh_more_than_a_long_one() -> None:
+    first, long = seen(0.0, 1.0, 1), seen(1.0, 9.0, 100)
+    chain = [seen(1.0, 2.0, 50), seen(2.0, 3.0, 49)]
+    assert tails([first, long, *chain])[0] == Tail(2, 0, 99)
+
+
+def test_a_call_comes_after_another_that_had_ended_when_it_came() -> None:
+    before, at_once, beside = seen(0.0, 1.0, 1), seen(1.0, 2.0, 5), seen(0.999, 2.0, 90)
+    assert tails([before, at_once, beside])[0] == Tail(1, 0, 5)
+    assert tails([seen(0.0, None, 1), seen(5.0, 6.0, 5)])[0] == NOTHING, "it has not ended"
+
+
+# Shapes
+
+
+def test_lengths_are_those_of_the_stage_or_else_of_the_type() -> None:
+    shapes = Shapes()
+    for n in (10, 20, 30):
+        shapes.learn_output("t", "s", n)
+    shapes.learn_output("t", "other", 1000)
+    assert shapes.output_tokens("t", "s", 0.5) == 20
+    assert shapes.output_tokens("t", "unseen", 0.99) == 1000
+    assert shapes.output_tokens("u", "s", 0.5) is None
+    assert shapes.output_tokens("t", "s", 0.0, seen=30) == 45, "longer than any: half as much again"
+    assert shapes.output_tokens("t", "other", 0.0, seen=1000) == 1500
+    short = Shapes()
+    short.learn_output("t", "s", 1)
+    assert short.output_tokens("t", "s", 0.5, seen=1) == 2
+    assert shapes.known_stages() == {"t": {"s": 3, "other": 1}}
+    assert Shapes().known_stages() == {}
+
+
+def test_paths_back_off_while_evidence_is_thin() -> None:
+    shapes = Shapes()
+    learned(shapes, "s", 0, *[10] * 8)
+    learned(shapes, "s", 1, *[20] * 7)
+    learned(shapes, "z", 0, *[40] * 3)
+    assert shapes.tail("t", "s", 0, 0.5) == Tail(1, 7, 10), "eight are enough"
+    assert shapes.tail("t", "s", 1, 0.99) == Tail(1, 7, 20)
+    assert shapes.tail("t", "s", 1, 0.0) == Tail(1, 7, 10), "seven are not: of the stage"
+    assert shapes.tail("t", "z", 0, 0.99) == Tail(1, 7, 40)
+    assert shapes.tail("t", "z", 0, 0.0) == NOTHING, "of the type, with the last calls"
+    assert shapes.tail("t", "s", 0, 0.5, stages_left=0) == NOTHING
+    assert shapes.tail("t", "s", 0, 0.5, stages_left=1) == Tail(1, 7, 10)
+    few = Shapes()
+    learned(few, "s", 0, 10)
+    assert few.tail("t", "s", 0, 0.99) == Tail(1, 7, 10), "thin evidence is better than none"
+    assert few.tail("u", "s", 0, 0.99) == NOTHING
+
+
+def test_keys_are_bounded_and_the_longest_unused_goes_first() -> None:
+    shapes = Shapes(max_keys=5)  # one for each stage, and the type's
+    for stage in ("a", "b", "c", "d"):
+        shapes.learn_output("t", stage, 1)
+    shapes.learn_output("t", "a", 2)  # used again
+    assert set(shapes.known_stages()["t"]) == {"a", "b", "c", "d"}
+    shapes.learn_output("t", "e", 1)
+    assert set(shapes.known_stages()["t"]) == {"a", "c", "d", "e"}
+    shapes.learn_output("t", "f", 1)
+    assert set(shapes.known_stages()["t"]) == {"a", "d", "e", "f"}
+
+
+# Workflows
+
+
+def test_a_workflow_begins_with_its_first_call() -> None:
+    flows = Workflows(Shapes())
+    run, first = flows.arrived(call("a", now=4.5, deadline_s=60.0), 5.0)
+    assert (run.workflow_id, run.workflow_type, run.started_s) == ("w", "t", 5.0)
+    assert (run.deadline_s, run.last_seen_s, run.in_flight) == (60.0, 5.0, 1)
+    assert (first.stage, first.ordinal, first.arrived_s, first.prompt_tokens) == ("s", 0, 4.5, 300)
+    assert (first.ended_s, first.uncached_tokens, first.output_tokens) == (None, 0, 0)
+    again, second = flows.arrived(call("b"), 7.0)
+    assert again is run
+    assert flows.get("w") is run
+    assert flows.get("x") is None
+    assert (second.ordinal, run.last_seen_s, run.in_flight) == (1, 7.0, 2)
+    assert run.deadline_s == 60.0, "a call that says none changes none"
+    assert flows.arrived(call("c", stage="z", deadline_s=70.0), 8.0)[1].ordinal == 0
+    assert run.deadline_s == 70.0
+    assert run.stage_counts == {"s": 2, "z": 1}
+    assert len(flows) == 1
+    assert flows.arrived(call("d", "other"), 8.0)[0].deadline_s == NO_DEADLINE
+
+
+def test_an_answer_is_booked_with_what_it_took() -> None:
+    flows = Workflows(shapes := Shapes())
+    run, first = flows.arrived(call("a"), 0.0)
+    _, second = flows.arrived(call("b"), 0.0)
+    flows.ended(call("a"), done(100, prompt_tokens=400, cached_tokens=250), 3.0)
+    assert (first.ended_s, first.uncached_tokens, first.output_tokens) == (3.0, 150, 100)
+    assert run.attained == pytest.approx(2 + 100 + 1.5)
+    flows.ended(call("b"), done(50), 4.0)
+    assert (second.uncached_tokens, second.output_tokens) == (300, 50)
+    assert run.attained == pytest.approx(2 + 100 + 1.5 + 2 + 50 + 3.0)
+    assert (run.in_flight, run.last_seen_s, run.failed) == (0, 4.0, False)
+    _, third = flows.arrived(call("c"), 5.0)
+    flows.ended(call("c"), done(1, prompt_tokens=10, cached_tokens=99), 6.0)
+    assert third.uncached_tokens == 0
+    assert shapes.known_stages() == {"t": {"s": 3}}
+    flows.ended(call("x", "not there"), done(), 7.0)
+    assert shapes.known_stages() == {"t": {"s": 3}}
+
+
+def test_what_failed_or_has_no_length_leaves_no_trace() -> None:
+    flows = Workflows(shapes := Shapes())
+    for name, result in (("a", CallResult(ok=False, output_tokens=5)), ("b", done(None))):
+        run, _ = flows.arrived(call(name), 0.0)
+        flows.ended(call(name), result, 1.0)
+        assert run.failed is not result.ok
+        assert (run.calls, run.attained, run.in_flight) == ({}, 0.0, 0)
+    assert shapes.known_stages() == {}
+
+
+def test_a_workflow_ends_with_its_last_open_call_once_it_is_said_to_be_final() -> None:
+    flows = Workflows(Shapes())
+    flows.arrived(call("a"), 0.0)
+    flows.arrived(call("b", final=True), 0.0)
+    flows.ended(call("b", final=True), done(), 1.0)
+    assert len(flows) == 1, "one is open"
+    flows.ended(call("a"), done(), 2.0)
+    assert len(flows) == 1, "and was not said to be the last"
+    flows.arrived(call("c", final=True), 3.0)
+    flows.ended(call("c", final=True), done(), 4.0)
+    assert len(flows) == 0
+    assert flows.finished("w") is None
+
+
+def test_so_many_workflows_are_taken_in() -> None:
+    flows = Workflows(Shapes())
+    runs = [flows.arrived(call(name, name), 0.0)[0] for name in "abc"]
+    assert [flows.admit(run, 2) for run in runs] == [True, True, False]
+    assert [flows.admit(run, 2) for run in runs] == [True, True, False], "who is in stays in"
+    assert flows.finished("c") is runs[2]
+    assert not flows.admit(flows.arrived(call("d", "d"), 0.0)[0], 2), "it was not one of them"
+    assert flows.finished("a") is runs[0]
+    assert flows.admit(flows.arrived(call("e", "e"), 0.0)[0], 2)
+    assert flows.admit(flows.arrived(call("f", "f"), 0.0)[0], 0), "no limit"
+    assert not flows.admit(flows.arrived(call("g", "g"), 0.0)[0], 1)
+
+
+def test_silence_ends_workflows_the_longest_silent_first() -> None:
+    flows = Workflows(Shapes(), idle_s=10.0)
+    for i, name in enumerate("abc"):
+        flows.arrived(call(name, name), float(i))
+        flows.ended(call(name, name), done(), float(i))
+    flows.arrived(call("a2", "a"), 3.0)
+    flows.ended(call("a2", "a"), done(), 3.0)
+    assert flows.expire(11.0) == [], "ten seconds are not more than ten"
+    assert [run.workflow_id for run in flows.expire(11.5)] == ["b"]
+    assert [run.workflow_id for run in flows.expire(13.5)] == ["c", "a"]
+    assert len(flows) == 0
+    assert len(Workflows(Shapes())) == 0
+    default = Workflows(Shapes())
+    default.arrived(call("a"), 0.0)
+    default.ended(call("a"), done(), 0.0)
+    assert default.expire(600.0) == []
+    assert len(default.expire(600.5)) == 1
+
+
+def test_too_many_workflows_end_though_they_are_not_silent() -> None:
+    flows = Workflows(Shapes(), max_open=2)
+    for i, name in enumerate("abc"):
+        flows.arrived(call(name, name), float(i))
+    assert [run.workflow_id for run in flows.expire(2.0)] == ["a"]
+    assert flows.expire(2.0) == []
+
+
+def test_a_workflow_teaches_with_its_first_256_calls() -> None:
+    flows = Workflows(shapes := Shapes())
+    for i in range(257):
+        run, _ = flows.arrived(call(f"c{i}", now=float(i)), float(i))
+        flows.ended(call(f"c{i}"), done(1), i + 0.5)
+    assert len(run.calls) == 256
+    assert run.stage_counts == {"s": 257}
+    flows.finished("w")
+    assert shapes.tail("t", "s", 0, 0.0) == NOTHING
+    assert shapes.tail("t", "s", 0, 0.999) == Tail(255, 255 * 300, 255)
