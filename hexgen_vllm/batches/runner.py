@@ -35,6 +35,9 @@ from hexgen_vllm.clock import SystemClock, unix_s
 
 _LOG = logging.getLogger(__name__)
 _CLOCK: Final = SystemClock()
+OUTCOMES: Final = ("completed", "failed", "repeated")
+"""What can become of a request: answered well, not well, or sent once more."""
+
 _LOOK_S: Final = 0.5
 _SWEEP_S: Final = 60.0
 _AGAIN_S: Final = 5.0  # after a failure of the disk
@@ -44,6 +47,7 @@ _PAGE_BYTES: Final = 2**18  # of a file, looked through at once: a few ms
 _PAGE_LINES: Final = 256
 _ENVELOPE_BYTES: Final = 2**16  # of a line around its body
 _ACTIVE: Final = 32  # batches that are read at once
+_OF_ONE: Final = 4  # of them of one tenant
 _REFUSALS: Final = frozenset((429, 503))
 _FAILURES: Final = frozenset((408, 499, 500, 502, 504))
 _MAX_FAILURES: Final = 5
@@ -224,7 +228,7 @@ class Runner:
         self._disk, self._sender, self._serves = disk, sender, serves
         self._dies_with = dies_with
         self.window = SendWindow(sender)
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter(dict.fromkeys(OUTCOMES, 0))
         self._writer = _Writer(disk)
         self._works: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
@@ -275,8 +279,12 @@ class Runner:
             await self._disk.do(store.sweep)
         for name in [name for name, task in self._works.items() if task.done()]:
             del self._works[name], self._ends[name]
-        for batch in await self._disk.do(store.open_batches):
-            if batch.id not in self._works and len(self._works) < _ACTIVE:
+        found = await self._disk.do(store.open_batches)
+        active = Counter(batch.owner for batch in found if batch.id in self._works)
+        for batch in found:
+            few = len(self._works) < _ACTIVE and active[batch.owner] < _OF_ONE
+            if batch.id not in self._works and (few or batch.cancelled):
+                active[batch.owner] += 1
                 self._ends[batch.id] = asyncio.Event()
                 self._works[batch.id] = asyncio.create_task(self._work(batch))
             if batch.cancelled and batch.id in self._ends:

@@ -22,7 +22,7 @@ from hexgen_vllm.router import access, errors
 from hexgen_vllm.router.access import Cors, Keys
 from hexgen_vllm.router.addresses import ServedHosts, is_loopback
 from hexgen_vllm.router.admin import Admin
-from hexgen_vllm.router.batches import Batches
+from hexgen_vllm.router.batches import Batches, BatchMetrics
 from hexgen_vllm.router.calls.intake import Intake
 from hexgen_vllm.router.calls.keep_alive import KeepAlives
 from hexgen_vllm.router.calls.prompt import TokenRatios
@@ -236,6 +236,7 @@ class Router:
         self._relay = Relay(context, None if self._shard is None else self._shard.engine_of)
         self._pages = Pages(context, 1 if self._spot is None else self._spot.count)
         self._batches = Batches(context, self._handle)
+        context.metrics.add(BatchMetrics(self._batches))
         parts = Parts(self._pages, Admin(context), self._relay, self._batches, self._shard)
         self._routes = Routes(parts)
         server = Server(
@@ -249,7 +250,11 @@ class Router:
             mark=self._mark if self._cors.enabled or self._spot is not None else None,
         )
         context.metrics.add(Connections(server))
-        await self._batches.open()
+        try:
+            await self._batches.open()
+        except ConfigError:
+            pool.close()
+            raise
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
         await self._runner.setup()
         try:

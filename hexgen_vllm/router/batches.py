@@ -8,12 +8,14 @@ tenant, of class ``batch``: without a deadline, and behind everybody else.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import httptools
 from aiohttp import web
+from prometheus_client import Metric
+from prometheus_client.registry import Collector
 
 from hexgen_vllm import wire
 from hexgen_vllm.batches.api import (
@@ -26,7 +28,7 @@ from hexgen_vllm.batches.api import (
     encoded,
 )
 from hexgen_vllm.batches.lines import BatchRequest
-from hexgen_vllm.batches.runner import LineAnswer, Runner
+from hexgen_vllm.batches.runner import OUTCOMES, LineAnswer, Runner
 from hexgen_vllm.batches.store import BatchJob, Disk, StoreLimits
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.policy.claims import Ceiling
@@ -35,6 +37,7 @@ from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.conventions import CLASSES
 from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT, Request
 from hexgen_vllm.router.http.server import Handle, Server
+from hexgen_vllm.router.observe.families import counter, gauge
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.routes import takes_batches
 from hexgen_vllm.router.tenants import DEFAULT_TENANT, Client
@@ -195,6 +198,27 @@ async def _pieces(request: Request) -> AsyncIterator[bytes]:
         return
     while piece := await request.piece():
         yield piece
+
+
+class BatchMetrics(Collector):
+    """Reads what became of requests of batches; nothing where batches are off.
+
+    Args:
+        batches: files and batches of the router.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric of batches."""
+        runner = self._batches.runner
+        counts: Mapping[str, int] = {} if runner is None else runner.counts
+        values = [((name,), counts.get(name, 0)) for name in OUTCOMES]
+        text = "Requests of batches, by what became of them"
+        yield counter("batch_requests", text, ("outcome",), values)
+        in_flight = 0 if runner is None else runner.window.in_flight
+        yield gauge("batch_calls", "Requests of batches in flight", (), (((), in_flight),))
 
 
 class _Gate:
