@@ -18,7 +18,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, partial
-from typing import Any, Final, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Final,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from hexgen_vllm.errors import ConfigError
 
@@ -32,7 +42,22 @@ RENAMED: Final = {"hexgen": "paper"}
 """Earlier names of policies and engine orders: taken for one release more, with a warning."""
 
 
-def option(
+class Tuned(NamedTuple):
+    """What a tuner may do with an option.
+
+    Attributes:
+        low, high: ends of the range that it searches, in the option's unit.
+        policies: placements that the option has an effect on.
+        log: whether it is searched by ratio instead of by difference.
+    """
+
+    low: float
+    high: float
+    policies: tuple[str, ...]
+    log: bool = False
+
+
+def option(  # noqa: PLR0913 - one for each fact
     default: Any,
     doc: str,
     *,
@@ -42,6 +67,7 @@ def option(
     was: str = "",
     renamed: Mapping[str, str] | None = None,
     aliases: tuple[str, ...] = (),
+    tuned: Tuned | None = None,
 ) -> Any:
     """Declare an option of a config dataclass.
 
@@ -54,6 +80,7 @@ def option(
         aliases: other names that it may be given by.
         was: an earlier name of the option, which is still taken.
         renamed: earlier words for values, which are still taken, and what they are now.
+        tuned: what ``hexgen-vllm tune`` searches, ``None`` when nothing.
     """
     meta = {
         "doc": doc,
@@ -63,6 +90,7 @@ def option(
         "aliases": aliases,
         "was": was,
         "renamed": renamed or {},
+        "tuned": tuned,
     }
     if isinstance(default, tuple | dict | list):
         return field(default_factory=lambda: default, metadata=meta)
@@ -373,13 +401,19 @@ class EngineOptions:
     )
     displace: bool = option(True, "let an urgent waiting call preempt running ones")
     displace_slack_s: float = option(
-        2.0, "displace only for a call whose slack is below this, seconds", least=0.0
+        2.0,
+        "displace only for a call whose slack is below this, seconds",
+        least=0.0,
+        tuned=Tuned(0.2, 20.0, ("slack",), log=True),
     )
     displace_late_s: float = option(
         5.0, "nor for a call whose latest start passed longer ago than this, seconds", least=0.0
     )
     displace_gap_s: float = option(
-        0.5, "a victim has at least this much more slack than the urgent call, seconds", least=0.0
+        0.5,
+        "a victim has at least this much more slack than the urgent call, seconds",
+        least=0.0,
+        tuned=Tuned(0.1, 20.0, ("slack",), log=True),
     )
     max_displacements: int = option(3, "times one call may be displaced", least=0)
     protect_last_tokens: int = option(
@@ -453,7 +487,13 @@ class DispatchOptions:
         "docs/policies.md, or FILE.py:Class",
         renamed=RENAMED,
     )
-    alpha: float = option(0.2, "paper: weight of device speed against load", least=0.0, most=1.0)
+    alpha: float = option(
+        0.2,
+        "paper: weight of device speed against load",
+        least=0.0,
+        most=1.0,
+        tuned=Tuned(0.0, 1.0, ("paper",)),
+    )
     paper_form: str = option(
         "code",
         "paper: score of the public code or of the article",
@@ -462,13 +502,17 @@ class DispatchOptions:
     )
     beta: float = option(1.0, "paper, form paper: seconds squared that scale 1/t_queue", least=0.0)
     externality: float = option(
-        1.0, "slack: weight of the time a call adds to others on the engine", least=0.0
+        1.0,
+        "slack: weight of the time a call adds to others on the engine",
+        least=0.0,
+        tuned=Tuned(0.0, 2.0, ("slack",)),
     )
     stretch: float = option(
         3.0,
         "slack: power by which workflows weigh that are long against their deadline; 0 is equal",
         least=0.0,
         most=10.0,
+        tuned=Tuned(0.0, 6.0, ("slack",)),
     )
     priority_by: str = option(
         "deadline",
@@ -477,13 +521,19 @@ class DispatchOptions:
         choices=("deadline", "attained", "remaining"),
     )
     affinity_tokens: float = option(
-        200.0, "wlcaff: uncached prompt tokens that count as one call", least=1.0
+        200.0,
+        "wlcaff: uncached prompt tokens that count as one call",
+        least=1.0,
+        tuned=Tuned(50.0, 2000.0, ("wlcaff",), log=True),
     )
     prefix_affinity: bool = option(
         True, "slack: count the prefill that an engine's prefix cache saves"
     )
     hold_depth: int = option(
-        2, "slack: calls an engine gets beyond its sequence slots; -1 places at once", least=-1
+        2,
+        "slack: calls an engine gets beyond its sequence slots; -1 places at once",
+        least=-1,
+        tuned=Tuned(0, 16, ("slack",)),
     )
     default_deadline_s: float = option(
         60.0, "deadline of workflows that bring none, seconds", least=1e-3
@@ -492,10 +542,18 @@ class DispatchOptions:
         256, "output length assumed of a stage never seen, tokens", least=1
     )
     length_quantile: float = option(
-        0.5, "quantile of output length that routing expects", least=0.0, most=1.0
+        0.5,
+        "quantile of output length that routing expects",
+        least=0.0,
+        most=1.0,
+        tuned=Tuned(0.3, 0.95, ("slack",)),
     )
     slack_quantile: float = option(
-        0.8, "quantile of the remaining path that slack allows for", least=0.0, most=1.0
+        0.8,
+        "quantile of the remaining path that slack allows for",
+        least=0.0,
+        most=1.0,
+        tuned=Tuned(0.3, 0.95, ("slack", "paper")),
     )
     overload: str = option(
         "off",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -23,7 +24,15 @@ from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.report.summary import min_deadline
-from hexgen_vllm.tune.online import Action, OnlineOptions, OnlineTuner, Proposal, TuningPhase
+from hexgen_vllm.tune.online import (
+    PRESENT,
+    TUNED,
+    Action,
+    OnlineOptions,
+    OnlineTuner,
+    Proposal,
+    TuningPhase,
+)
 from hexgen_vllm.tune.recent import RecentWorkflow, Ring
 from hexgen_vllm.tune.traffic import Live, blocks, live_loss, traffic
 
@@ -106,14 +115,9 @@ class Tuning:
         self._judge(found)
 
     def _judge(self, found: Mapping[str, Any]) -> None:
-        present, best = found["trials"][0], found["proposed"]
-        chosen = next(t for t in found["trials"] if t["values"] == best)
-        gains = [present["losses"][s] - chosen["losses"][s] for s in present["losses"]]
-        spread = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
-        loss, present_loss = (fmean(t["losses"].values()) for t in (chosen, present))
-        self.tuner.values = dict(present["values"])
+        self.tuner.values = dict(found["trials"][0]["values"])
         action = self.tuner.proposed(
-            Proposal(best, loss, present_loss, spread),
+            proposal_of(found),
             measured(list(self._ring)),
             self._ring.seen,
             self._clock.now(),
@@ -125,6 +129,31 @@ class Tuning:
         values = self.tuner.values
         _LOG.info("tuning %s %s", what, " ".join(f"{k}={v:g}" for k, v in values.items()))
         self._apply(values)
+
+
+def proposal_of(found: Mapping[str, Any]) -> Proposal:
+    """Return the proposal of what ``hexgen-vllm tune --json`` wrote.
+
+    Its gain is that on fresh seeds; without a verdict it is that on the seeds of the search.
+    """
+    best, verdict = found["proposed"], found.get("verdict")
+    if verdict is not None:
+        losses, policy = verdict["losses"], verdict["policy"]
+        own = policy is None or policy.endswith(TUNED)
+        return Proposal(
+            best,
+            losses[verdict["best"]],
+            losses[PRESENT],
+            verdict["error"],
+            None if own else policy,
+            verdict["why"] if verdict["keep"] else None,
+        )
+    present = found["trials"][0]
+    chosen = next(t for t in found["trials"] if t["values"] == best)
+    gains = [present["losses"][s] - chosen["losses"][s] for s in present["losses"]]
+    spread = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.inf
+    loss, present_loss = (fmean(t["losses"].values()) for t in (chosen, present))
+    return Proposal(best, loss, present_loss, spread)
 
 
 def measured(workflows: Sequence[RecentWorkflow]) -> Live:

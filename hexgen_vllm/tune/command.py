@@ -25,13 +25,15 @@ from hexgen_vllm.report.plot import check_plot
 from hexgen_vllm.sim.limits import limits
 from hexgen_vllm.sim.policies import NAMES, Policy, named
 from hexgen_vllm.sim.scenario_file import load_fleet, load_simulation
-from hexgen_vllm.tune import report
+from hexgen_vllm.tune import report, rivals
 from hexgen_vllm.tune.evaluate import Evaluator, Setting, capacity_of, tuned
-from hexgen_vllm.tune.knobs import Knob, defaults, knobs_for
+from hexgen_vllm.tune.knobs import Knob, changed, defaults, knobs_for, values_of
 from hexgen_vllm.tune.objective import OBJECTIVES, chosen
+from hexgen_vllm.tune.online import PRESENT, TUNED
 from hexgen_vllm.tune.replay import Generated, Recent, read
 from hexgen_vllm.tune.rivals import against_baseline, compare_rates
 from hexgen_vllm.tune.search import Search
+from hexgen_vllm.tune.verdict import Contender, Verdict, judge, race
 
 _TUNED: Final = ("paper", "slack")
 
@@ -56,6 +58,12 @@ class TuneOptions:
     base_s: float | None = option(
         None, "base SLO, seconds; none is the mean critical path on an idle engine", least=1e-3
     )
+    confirm: int = option(5, "fresh seeds on which a proposal has to prove itself", least=2)
+    deadline_by: str = option(
+        "base",
+        "what deadline_scale multiplies: the base SLO, or each workflow's own time alone",
+        choices=("base", "own"),
+    )
     jobs: int = option(1, "simulations at a time", least=1, most=256)
 
     def __post_init__(self) -> None:
@@ -75,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--live", action="store_true", help="only knobs that a running router can turn")
     add("--nice", type=int, default=0, metavar="N", help="lower this process's priority by N")
     add("--weight", nargs="+", default=[], metavar="TENANT=W", help="for --objective tenants")
+    add(
+        "--rivals",
+        nargs="+",
+        metavar="POLICY",
+        help="what a proposal has to beat, or none; all placements of others, with EDF, by default",
+    )
     add(
         "--baseline",
         metavar="POLICY",
@@ -103,24 +117,55 @@ def main(args: argparse.Namespace) -> int:
     os.nice(args.nice)
     policy = named(options.policy, _dispatch(args.dispatch))
     knobs = _knobs(policy, options, live=args.live)
+    others = _rivals(args, options, policy)
     setting = _setting(args, options)
     objective, heading = chosen(options.objective, _numbers(args.weight, "--weight"))
     with Evaluator(setting, policy, objective, options.jobs) as evaluate:
         search = Search(evaluate, args.seeds, defaults(policy, knobs))
         _search(search, knobs, options)
-    print(_workload(setting))
-    print(report.table(search, knobs, heading, by_value=options.grid is not None))
-    found = _summary(args, options, setting, search, policy)
+        print(_workload(setting))
+        print(report.table(search, knobs, heading, by_value=options.grid is not None))
+        verdict = _verdict(evaluate, search, policy, others, _fresh(args, options))
+    print(f"\n{report.contest(verdict, heading, options.confirm)}")
+    found = _summary(args, options, setting, search, verdict)
     if args.plot:
         report.draw(search, knobs, heading, args.plot)
     if args.json:
         results.write(args.json, [found])
-    best = report.config(options.policy, policy.engine.order, search.best().values)
+    best = report.config(verdict.proposed.policy if verdict.proposed else policy, knobs)
     if args.out:
         report.write_config(args.out, best)
     if args.router_out:
         report.write_config(args.router_out, report.router_config(best))
     return 0
+
+
+def _rivals(args: argparse.Namespace, options: TuneOptions, policy: Policy) -> list[Policy]:
+    """Return the policies that a proposal has to beat."""
+    names = args.rivals
+    if names is None:
+        names = [] if options.grid is not None else [*rivals.others(policy)]
+    elif names == ["none"]:
+        names = []
+    return [rivals.rival(policy, name, live=args.live) for name in names]
+
+
+def _fresh(args: argparse.Namespace, options: TuneOptions) -> list[int]:
+    """Return seeds that the search does not see."""
+    return [max(args.seeds) + 1 + index for index in range(options.confirm)]
+
+
+def _verdict(
+    evaluate: Evaluator, search: Search, policy: Policy, others: list[Policy], fresh: list[int]
+) -> Verdict:
+    """Play what was found on fresh seeds, beside what is in force and the rivals."""
+    found = search.best()
+    contenders = [Contender(PRESENT, policy)]
+    if found is not search.present:
+        contenders.append(Contender(f"{policy.name}{TUNED}", tuned(policy, found.values)))
+    contenders.extend(Contender(other.name, other) for other in others)
+    race(contenders, fresh, evaluate.play)
+    return judge(contenders, fresh)
 
 
 def _dispatch(pairs: list[str]) -> DispatchOptions:
@@ -159,6 +204,7 @@ def _setting(args: argparse.Namespace, options: TuneOptions) -> Setting:
     if rate is None:
         raise ConfigError("the workload has no times; give --rate or --load.")
     base_s = options.base_s or bounds.base_s
+    own = options.deadline_by == "own"
     deadline_s = options.deadline_s or recent.deadline_s or options.deadline_scale * base_s
     return Setting(
         fleet,
@@ -166,9 +212,10 @@ def _setting(args: argparse.Namespace, options: TuneOptions) -> Setting:
         options.workflows,
         options.warmup,
         rate,
-        deadline_s,
-        base_s,
+        options.deadline_scale if own else deadline_s,
+        1.0 if own else base_s,
         load_simulation(args.fleet),
+        own,
     )
 
 
@@ -187,6 +234,12 @@ def _numbers(pairs: list[str], flag: str) -> dict[str, float]:
 def _workload(setting: Setting) -> str:
     bounds = setting.bounds
     best = capacity_of(setting.fleet, bounds)
+    if setting.own:
+        return (
+            f"{setting.workflows} workflows at {setting.rate_per_s:.3f}/s "
+            f"({setting.rate_per_s / best:.2f} of λ* {best:.3f}/s), deadlines "
+            f"{setting.deadline_s:g} x each workflow's own time alone; losses are such multiples\n"
+        )
     return (
         f"{setting.workflows} workflows at {setting.rate_per_s:.3f}/s "
         f"({setting.rate_per_s / best:.2f} of λ* {best:.3f}/s), base SLO {setting.base_s:.1f} s, "
@@ -199,13 +252,19 @@ def _summary(
     options: TuneOptions,
     setting: Setting,
     search: Search,
-    policy: Policy,
+    verdict: Verdict,
 ) -> dict[str, Any]:
     """Print the proposal and what it is compared with; return everything as a JSON object."""
-    best = search.best()
-    gain, error = best.gain_over(search.present)
-    words = ", ".join(f"{name} {value:g}" for name, value in best.values.items())
-    print(f"\nproposed: {words}; gain {gain:.3g} ± {error:.2g} over the values in force")
+    values: dict[str, float] = dict(search.present.values)
+    if verdict.proposed is None:
+        print(f"\nkeep what you have: {verdict.why}")
+    else:
+        policy = verdict.proposed.policy
+        values = values_of(policy, search.present.values)
+        if verdict.proposed is not verdict.found:
+            values = changed(policy) | values
+        words = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        print(f"\nproposed: {verdict.proposed.name}{f' ({words})' if words else ''}; {verdict.why}")
     found: dict[str, Any] = {
         "policy": options.policy,
         "objective": options.objective,
@@ -213,18 +272,22 @@ def _summary(
         "deadline_s": setting.deadline_s,
         "base_s": setting.base_s,
         "seeds": args.seeds,
-        "proposed": best.values,
+        "proposed": values,
         "simulations": search.runs,
-        "trials": [asdict(trial) for trial in search.trials],
+        "trials": [results.json_value(asdict(trial)) for trial in search.trials],
+        "verdict": verdict.told(),
     }
     if args.baseline:
-        rival = against_baseline(
-            setting, named(args.baseline), tuned(policy, best.values), args.seeds
-        )
-        if args.sustained:
-            rival |= compare_rates(
-                setting, named(args.baseline), tuned(policy, best.values), args.seeds
-            )
-        found["baseline"] = rival
-        print("\n".join(f"{key}: {value}" for key, value in rival.items()))
+        found["baseline"] = _baseline(args, setting, verdict)
+        print("\n".join(f"{key}: {value}" for key, value in found["baseline"].items()))
     return found
+
+
+def _baseline(args: argparse.Namespace, setting: Setting, verdict: Verdict) -> dict[str, Any]:
+    """Return how the proposal, or else the best that the search found, does beside a baseline."""
+    ours = verdict.proposed or verdict.found
+    policy = ours.policy
+    rival = against_baseline(setting, named(args.baseline), policy, args.seeds)
+    if args.sustained:
+        rival |= compare_rates(setting, named(args.baseline), policy, args.seeds)
+    return rival

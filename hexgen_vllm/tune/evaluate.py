@@ -11,7 +11,7 @@ from types import TracebackType
 from hexgen_vllm.records import WorkflowRecord
 from hexgen_vllm.report.summary import attainment
 from hexgen_vllm.sim.engine.sequence import EngineModel
-from hexgen_vllm.sim.limits import Limits, limits
+from hexgen_vllm.sim.limits import Limits, Uncontended, limits, uncontended
 from hexgen_vllm.sim.policies import Policy
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
 from hexgen_vllm.sim.workloads.workload import (
@@ -22,6 +22,7 @@ from hexgen_vllm.sim.workloads.workload import (
 )
 from hexgen_vllm.tune.knobs import Values, applied
 from hexgen_vllm.tune.objective import Objective
+from hexgen_vllm.tune.online import TUNED
 from hexgen_vllm.tune.replay import Recent
 from hexgen_vllm.tune.search import Task
 
@@ -36,9 +37,11 @@ class Setting:
         workflows: that count in one run.
         warmup: that are played before them.
         rate_per_s: mean arrivals.
-        deadline_s: of every workflow, seconds from its arrival.
+        deadline_s: of every workflow, seconds from its arrival; a multiple where it has its own.
         base_s: base SLO that deadlines are multiples of, seconds.
         simulation: the service around the engines.
+        own: deadlines are multiples of each workflow's own time alone. Latencies are then told
+            as such multiples, too.
     """
 
     fleet: tuple[EngineModel, ...]
@@ -49,6 +52,7 @@ class Setting:
     deadline_s: float
     base_s: float
     simulation: SimOptions
+    own: bool = False
 
     def specs(self, seed: int) -> tuple[WorkflowSpec, ...]:
         """Return the workflows of a seed with their arrivals."""
@@ -59,12 +63,18 @@ class Setting:
     def records(self, policy: Policy, seed: int) -> list[WorkflowRecord]:
         """Play one run; return the records that count, in order of arrival."""
         options = replace(self.simulation, record_calls=False)
-        simulation = Simulation(
-            self.fleet, policy, lambda spec: self.deadline_s, options, seed=seed
-        )
-        simulation.run(self.specs(seed))
+        specs = self.specs(seed)
+        alone = {s.workflow_id: uncontended(self.fleet, s) for s in specs} if self.own else {}
+
+        def deadline_s(spec: WorkflowSpec) -> float:
+            own = alone.get(spec.workflow_id)
+            return self.deadline_s if own is None else own.deadline_s(self.deadline_s)
+
+        simulation = Simulation(self.fleet, policy, deadline_s, options, seed=seed)
+        simulation.run(specs)
         ordered = sorted(simulation.workflows, key=lambda w: (w.arrived_s, w.workflow_id))
-        return ordered[self.warmup :]
+        counted = ordered[self.warmup :]
+        return [_scaled(r, alone.get(r.workflow_id), self.deadline_s) for r in counted]
 
     def on_time(self, policy: Policy, seed: int) -> float:
         """Play one run; return the share of workflows within their deadline."""
@@ -75,6 +85,14 @@ class Setting:
     def bounds(self) -> Limits:
         """Limits of fleet and workload."""
         return limits(self.fleet, self.recent.draw(self.workflows, 0))
+
+
+def _scaled(record: WorkflowRecord, own: Uncontended | None, scale: float) -> WorkflowRecord:
+    """Return a record with its times as multiples of the workflow's own time, if it has one."""
+    if own is None:
+        return record
+    took = None if record.latency_s is None else own.scale(record.latency_s)
+    return replace(record, deadline_s=scale, latency_s=took)
 
 
 def capacity_of(fleet: Sequence[EngineModel], bounds: Limits) -> float:
@@ -113,7 +131,10 @@ class Evaluator:
 
     def __call__(self, tasks: Sequence[Task]) -> list[float]:
         """Return the loss of every (values, seed)."""
-        policies = [(applied(self._policy, values), seed) for values, seed in tasks]
+        return self.play([(applied(self._policy, values), seed) for values, seed in tasks])
+
+    def play(self, policies: Sequence[tuple[Policy, int]]) -> list[float]:
+        """Return the loss of every (policy, seed)."""
         if self._pool is None:
             records = [self._setting.records(p, seed) for p, seed in policies]
         else:
@@ -124,4 +145,4 @@ class Evaluator:
 
 def tuned(policy: Policy, values: Values) -> Policy:
     """Return ``policy`` with ``values``, under a name that says so."""
-    return replace(applied(policy, values), name=f"{policy.name} tuned")
+    return replace(applied(policy, values), name=f"{policy.name}{TUNED}")

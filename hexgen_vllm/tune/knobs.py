@@ -1,12 +1,13 @@
-"""The knobs that may be tuned, each declared once, with the range that is searched."""
+"""The knobs that may be tuned: options that declare a range to search (:class:`Tuned`)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
+from hexgen_vllm.config import DispatchOptions, EngineOptions, Tuned
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.policies import Policy
 
@@ -54,17 +55,24 @@ class Knob:
         return (value - self.low) / (self.high - self.low)
 
 
-KNOBS: Final = (
-    Knob("alpha", "dispatch", 0.0, 1.0, ("paper",)),
-    Knob("externality", "dispatch", 0.0, 2.0, ("slack",)),
-    Knob("stretch", "dispatch", 0.0, 6.0, ("slack",)),
-    Knob("affinity_tokens", "dispatch", 50.0, 2000.0, ("wlcaff",), log=True),
-    Knob("hold_depth", "dispatch", 0, 16, ("slack",), whole=True),
-    Knob("length_quantile", "dispatch", 0.3, 0.95, ("slack",)),
-    Knob("slack_quantile", "dispatch", 0.3, 0.95, ("slack", "paper")),
-    Knob("displace_slack_s", "engine", 0.2, 20.0, ("slack",), log=True, live=False),
-    Knob("displace_gap_s", "engine", 0.1, 20.0, ("slack",), log=True, live=False),
-)
+def _declared() -> tuple[Knob, ...]:
+    """Return the knobs that the options of placement and engine declare."""
+    found = []
+    for section, options in (("dispatch", DispatchOptions), ("engine", EngineOptions)):
+        for one in fields(options):
+            tuned: Tuned | None = one.metadata.get("tuned")
+            if tuned is not None:
+                whole = type(one.default) is int
+                found.append(
+                    Knob(
+                        one.name, section, tuned.low, tuned.high, tuned.policies, tuned.log,
+                        whole, live=section == "dispatch",
+                    )
+                )  # fmt: skip
+    return tuple(found)
+
+
+KNOBS: Final = _declared()
 
 
 def knobs_for(policy: Policy, names: tuple[str, ...] = (), *, live: bool = False) -> list[Knob]:
@@ -107,3 +115,22 @@ def applied(policy: Policy, values: Values) -> Policy:
         dispatch=replace(policy.dispatch, **by_section["dispatch"]),  # type: ignore[arg-type]
         engine=replace(policy.engine, **by_section["engine"]),  # type: ignore[arg-type]
     )
+
+
+def changed(policy: Policy) -> dict[str, float]:
+    """Return the numbers of ``policy`` that are not the defaults, by the names of options."""
+    found = {}
+    for options in (policy.dispatch, policy.engine):
+        for one in fields(options):
+            value = getattr(options, one.name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and value != one.default:
+                found[one.name] = value
+    return found
+
+
+def values_of(policy: Policy, values: Values) -> dict[str, float]:
+    """Return what ``policy`` has for those of ``values`` that have an effect on it."""
+    placement = policy.dispatch.policy
+    known = [knob for knob in KNOBS if knob.name in values and placement in knob.policies]
+    return defaults(policy, known)

@@ -25,6 +25,10 @@ _HISTORY: Final = 100
 EVENTS: Final = ("search", "failed", "keep", "suggest", "apply", "revert", "confirm")
 """What tuning can do."""
 _SIGMAS: Final = 2.0
+PRESENT: Final = "in force"
+"""What the setting in force is called among contenders."""
+TUNED: Final = " tuned"
+"""What the names of policies end in whose options were found by a search."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,16 @@ class Proposal:
         loss: simulated, with them.
         present_loss: simulated, with the values in force.
         spread: standard error of the difference.
+        policy: another one than that in force which does better, with its best options.
+        doubt: what the search itself says against it, ``None`` when nothing.
     """
 
     values: Mapping[str, float]
     loss: float
     present_loss: float
     spread: float
+    policy: str | None = None
+    doubt: str | None = None
 
     @property
     def gain(self) -> float:
@@ -110,6 +118,7 @@ class OnlineTuner:
         phase: what it is doing.
         values: in force as far as it knows.
         suggested: the last convincing proposal that was not applied.
+        suggested_policy: what that is for, ``None`` when it is the policy in force.
         history: the last hundred events, oldest first.
         simulator_error: relative error of the simulated loss of the values in force, ``None``
             before the first search.
@@ -121,6 +130,7 @@ class OnlineTuner:
         self.phase = TuningPhase.WATCHING
         self.values = dict(values)
         self.suggested: dict[str, float] | None = None
+        self.suggested_policy: str | None = None
         self.history: deque[Event] = deque(maxlen=_HISTORY)
         self.simulator_error: float | None = None
         self.counts: dict[str, int] = {}
@@ -162,8 +172,10 @@ class OnlineTuner:
     def proposed(self, proposal: Proposal, live: Live, workflows: int, now: float) -> Action:
         """Judge what a search found.
 
-        A gain convinces when it is more than twice its spread and, relative to the loss, more
-        than the error with which the simulator tells the loss of the values in force.
+        A gain convinces when the search says nothing against it, when it is more than twice its
+        spread and, relative to the loss, more than the error with which the simulator tells the
+        loss of the values in force. Another policy is suggested and never applied: it may need
+        other engines.
 
         Args:
             proposal: what was found.
@@ -178,9 +190,11 @@ class OnlineTuner:
         if why is not None:
             self._note(now, "keep", why, proposal)
             return Action.NOTHING
-        if self._options.tune != "auto":
+        if self._options.tune != "auto" or proposal.policy is not None:
             self.suggested = dict(proposal.values)
-            self._note(now, "suggest", "gain", proposal)
+            self.suggested_policy = proposal.policy
+            what = "gain" if proposal.policy is None else f"gain of policy {proposal.policy}"
+            self._note(now, "suggest", what, proposal)
             return Action.NOTHING
         self._before, self._live_before = self.values, live
         self.values, self._seen_at_apply = dict(proposal.values), workflows
@@ -217,7 +231,9 @@ class OnlineTuner:
 
     def _doubt(self, proposal: Proposal, error: float) -> str | None:
         """Return why a proposal does not convince."""
-        if dict(proposal.values) == self.values:
+        if proposal.doubt is not None:
+            return proposal.doubt
+        if dict(proposal.values) == self.values and proposal.policy is None:
             return "nothing better was found"
         if not proposal.gain > _SIGMAS * proposal.spread:
             return "the gain is within its spread"
@@ -238,6 +254,7 @@ class OnlineTuner:
             "phase": self.phase.value,
             "values": self.values,
             "suggested": self.suggested,
+            "suggested_policy": self.suggested_policy,
             "simulator_error": _finite(self.simulator_error),
             "counts": self.counts,
             "history": [_shown(event, now) for event in reversed(self.history)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,8 +13,12 @@ import yaml
 from hexgen_vllm.report.plot import COLOURS, require_matplotlib
 from hexgen_vllm.report.summary import spread
 from hexgen_vllm.report.table import aligned
-from hexgen_vllm.tune.knobs import KNOBS, Knob, Values
+from hexgen_vllm.sim.policies import ORDERS, Policy
+from hexgen_vllm.tune.knobs import Knob, changed, defaults
+from hexgen_vllm.tune.online import PRESENT, TUNED
 from hexgen_vllm.tune.search import Search, Trial
+from hexgen_vllm.tune.verdict import Verdict
+from hexgen_vllm.types import EngineKind
 
 _SHOWN: Final = 12
 _COLUMNS: Final = 4
@@ -41,8 +46,11 @@ def _line(trial: Trial, search: Search, knobs: Sequence[Knob], best: Trial) -> l
     gain, error = trial.gain_over(search.present)
     mark = "*" if trial is best else "now" if trial is search.present else ""
     values = [f"{trial.values[k.name]:g}" for k in knobs]
-    figures = [f"{v:.4g}" for v in (found.mean, found.least, found.most)]
-    change = ["-", "-"] if trial is search.present else [f"{gain:+.3g}", f"{error:.2g}"]
+    figures = [
+        f"{v:.4g}" if math.isfinite(v) else "never" for v in (found.mean, found.least, found.most)
+    ]
+    told = [] if trial is search.present else [(gain, "+.3g"), (error, ".2g")]
+    change = [f"{v:{form}}" if math.isfinite(v) else "-" for v, form in told] or ["-", "-"]
     return [mark, *values, str(len(trial.losses)), *figures, *change]
 
 
@@ -97,32 +105,70 @@ def _mark(axis: Any, x: float, trial: Trial, search: Search) -> None:
     axis.plot([x], [-gain], "o", color=colour, markerfacecolor=fill, markersize=size)
 
 
-def config(policy: str, order: str, values: Values) -> dict[str, Any]:
-    """Return the configuration that ``values`` stand for, by where it goes."""
-    sections: dict[str, dict[str, float]] = {"dispatch": {}, "engine": {}}
-    for knob in KNOBS:
-        if knob.name in values:
-            sections[knob.section][knob.name] = values[knob.name]
-    router = " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in sections["dispatch"].items())
+def contest(verdict: Verdict, heading: str, seeds: int) -> str:
+    """Return the contenders on fresh seeds, best first, as a table."""
+    heads = ["", f"on {seeds} fresh seeds", heading, "best is better by", "95 % interval"]
+    lines = []
+    for name in sorted(verdict.means, key=verdict.means.__getitem__):
+        mark = "*" if name == verdict.best.name else "now" if name == PRESENT else ""
+        gain = verdict.over.get(name)
+        told = ["-", "-"]
+        if gain is not None:
+            told = [f"{gain.mean:.3g}", f"{gain.low:+.3g} to {gain.high:+.3g}"]
+        elif name != verdict.best.name:
+            told = ["far behind", "-"]
+        lines.append([mark, name, f"{verdict.means[name]:.4g}", *told])
+    return aligned(heads, lines)
+
+
+def config(policy: Policy, knobs: Sequence[Knob]) -> dict[str, Any]:
+    """Return the configuration that ``policy`` stands for, by where it goes.
+
+    All that it was played with is in it: the options that are not the defaults, and ``knobs``.
+    """
+    known = [knob for knob in knobs if policy.dispatch.policy in knob.policies]
+    names = {*changed(policy), *defaults(policy, known)}
+    sections: dict[str, dict[str, Any]] = {}
+    for section, options in (("dispatch", policy.dispatch), ("engine", policy.engine)):
+        told = {f.name: getattr(options, f.name) for f in fields(options) if f.name in names}
+        sections[section] = told
+    name = policy.name.removesuffix(TUNED)
+    turned = _turned(name, sections["dispatch"])
+    words = " ".join(f"--{k.replace('_', '-')} {_word(v)}" for k, v in turned.items())
     found: dict[str, Any] = {
         "policies": [
             {
-                "policy": policy,
-                "name": f"{policy} tuned",
+                "policy": name,
+                "name": policy.name,
                 **{k: v for k, v in sections.items() if v},
             }
         ],
-        "router": f"--policy {policy} {router}".strip(),
+        "router": f"--policy {policy.dispatch.policy} {words}".strip(),
     }
-    if sections["engine"]:
-        found["engine"] = {"order": order, **sections["engine"]}
+    if policy.kind is not EngineKind.HEXGEN:
+        order = "priority" if policy.kind is EngineKind.PRIORITY else "fcfs"
+        found["engine"] = f"vllm serve MODEL --scheduling-policy {order}"
+    elif sections["engine"]:
+        found["engine"] = {"order": policy.engine.order, **sections["engine"]}
     return found
+
+
+def _turned(name: str, dispatch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a router: those of placement, and what engines are told to go by."""
+    order = name.partition("+")[2]
+    told = ORDERS[order][2] if order in ORDERS else "deadline"
+    return {**dispatch, **({} if told == "deadline" else {"priority_by": told})}
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def router_config(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that ``hexgen-vllm router --config`` reads."""
     (policy,) = found["policies"]
-    return {"policy": policy["policy"], **policy.get("dispatch", {})}
+    placement = policy["policy"].partition("+")[0]
+    return {"policy": placement, **_turned(policy["policy"], policy.get("dispatch", {}))}
 
 
 def write_config(path: Path, found: Mapping[str, Any]) -> None:

@@ -1,18 +1,49 @@
-"""A tuned policy against a baseline, in the paper's two measures: deadline and rate."""
+"""The policies that a proposal has to beat, and a baseline in the paper's two measures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any, Final
 
+from hexgen_vllm.policy.placements import PLACEMENTS
 from hexgen_vllm.report.summary import min_deadline
-from hexgen_vllm.sim.policies import Policy
+from hexgen_vllm.sim.policies import NAMES, Policy, named
 from hexgen_vllm.tune.evaluate import Setting, capacity_of
 
 ON_TIME: Final = 0.95
 _STEPS: Final = 7
+_OURS: Final = "slack"
+_ORDER: Final = "edf"
+
+
+def others(policy: Policy) -> Iterator[str]:
+    """Yield the names of what others place calls with, and ours where another is tuned."""
+    if policy.dispatch.policy != _OURS:
+        yield _OURS
+    for name in PLACEMENTS:
+        if f"{name}+{_ORDER}" in NAMES:
+            yield f"{name}+{_ORDER}"
+
+
+def rival(policy: Policy, name: str, *, live: bool) -> Policy:
+    """Return the rival ``name``.
+
+    Args:
+        policy: what is tuned.
+        name: one of :data:`NAMES`, or ``FILE.py:Class[+order]``.
+        live: only what a running router can turn: the placement, with the engines as they are.
+
+    Raises:
+        ConfigError: there is no such policy.
+    """
+    found = named(name, policy.dispatch)
+    if not live:
+        return found
+    placement = found.dispatch.policy
+    dispatch = replace(policy.dispatch, policy=placement)
+    return replace(policy, name=placement, dispatch=dispatch)
 
 
 def against_baseline(
