@@ -427,6 +427,9 @@ class EngineOptions:
         "with host_kv_gib: keep the KV of a preempted call when copying beats computing it again",
         choices=("auto", "always", "never"),
     )
+    keep_ended_kv: bool = option(
+        True, "with host_kv_gib: keep the KV of ended calls, too, if their workflow may come back"
+    )
     max_priority: int | None = option(
         None,
         "highest priority of clients that counts, higher is sooner; for engines that clients reach "

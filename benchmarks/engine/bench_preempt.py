@@ -161,16 +161,24 @@ class Bed:
         left = len(workflow.calls)
         left_s = max(workflow.deadline_s - self._now(), 1e-3)
         tail_s = left * workflow.stage_s
-        self._add(f"{workflow.name}.{left}", workflow.context, writes, left_s, tail_s)
+        self._add(f"{workflow.name}.{left}", workflow.context, writes, left_s, tail_s, left)
 
     def _add(
-        self, name: str, prompt: list[int], writes: int, left_s: float, tail_s: float = 0.0
+        self,
+        name: str,
+        prompt: list[int],
+        writes: int,
+        left_s: float,
+        tail_s: float = 0.0,
+        left: int = 0,
     ) -> None:
         meta = wire.CallMeta(
             workflow_id=name.partition(".")[0],
             workflow_deadline_ms=1000 * left_s,
             expected_output_tokens=writes,
             tail_ms=1000 * tail_s,
+            stages_left=left,
+            workflow_final=not left,
         )
         params = SamplingParams(
             temperature=0.0,

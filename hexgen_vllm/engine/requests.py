@@ -21,12 +21,15 @@ from hexgen_vllm.engine.compat import Request
 from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.order import late_from_s, price
 from hexgen_vllm.policy.outlook import Outlooks, without_deadline
+from hexgen_vllm.policy.returns import UNSAID, Plans
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
 
 logger = logging.getLogger("vllm.hexgen")
 
 _MAX_AGE_S: Final = 600.0
 _WARN_EVERY_S: Final = 60.0
+_OVER: Final = Plans(follows=False)
+_GOES_ON: Final = Plans(follows=True)
 _NOTHING_SAID: Final = wire.CallMeta()
 
 
@@ -55,6 +58,7 @@ class CallState:
         least_tail_s: the tail at a low quantile.
         routed: a router placed it; it judges what is late, of all engines, and says so.
         known_as: what is learned of it, and by what.
+        plans: what was said of what follows it.
         lost_tokens: KV dropped by preemptions and not yet computed again.
         kept_tokens: of these, KV that waits in host memory to be loaded again.
     """
@@ -79,6 +83,7 @@ class CallState:
     least_tail_s: float = 0.0
     routed: bool = False
     known_as: Call | None = None
+    plans: Plans = UNSAID
     lost_tokens: int = 0
     kept_tokens: int = 0
 
@@ -141,6 +146,7 @@ class CallBook:
             least_tail_s=rates.tail_s(outlook.least_tail),
             routed=said_tail_s is not None,
             known_as=known_as,
+            plans=_plans(meta),
         )
         self.price(request)
 
@@ -273,6 +279,13 @@ def _known_as(
         stages_left=meta.stages_left,
         final=bool(meta.workflow_final) or workflow_id is None,
     )
+
+
+def _plans(meta: wire.CallMeta) -> Plans:
+    """Return what a request says of what follows it."""
+    if meta.workflow_final:
+        return _OVER
+    return _GOES_ON if meta.stages_left else UNSAID
 
 
 def _session(request: Request) -> str | None:

@@ -36,12 +36,13 @@ from hexgen_vllm.engine.request_queue import (
 from hexgen_vllm.engine.requests import CallBook
 from hexgen_vllm.engine.server import stats_api
 from hexgen_vllm.engine.stats_server import StatsServer
-from hexgen_vllm.engine.swap.planner import SwapPlanner
+from hexgen_vllm.engine.swap.planner import EndedCall, SwapPlanner
 from hexgen_vllm.engine.swap.setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
 from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.order import LateWatch, demotes
 from hexgen_vllm.policy.pace import Places, reachable_token_s
+from hexgen_vllm.policy.returns import Kind
 
 logger = logging.getLogger("vllm.hexgen")
 _REKEY_EVERY_STEPS: Final = 64
@@ -84,6 +85,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self.hexgen_meter = StepMeter()
         self.hexgen_counters = Counters()
         self.hexgen_keeper = planner_of(self.connector, self.hexgen_options)
+        self._leaver = self.hexgen_keeper if self.hexgen_options.keep_ended_kv else None
         self._stats_server = self._open_stats_port()
         self._displacer = Displacer(self, self.hexgen_options, self.hexgen_book)
         self._pauser = Pauser(self, self.hexgen_options, self.hexgen_book, self.hexgen_meter)
@@ -152,6 +154,8 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         """Queue a new call, or hand an open session its next input."""
         if request.request_id not in self.requests:
             self._open(request)
+            if self._leaver is not None:
+                self._leaver.came(request, self.hexgen_clock())
         super().add_request(request)
 
     def _open(self, request: Request) -> None:
@@ -197,6 +201,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
 
     def _connector_finished(self, request: Request) -> Any:
         self._forget(request.request_id)
+        self._leave_kv(request)
         self.hexgen_book.closed(request, self.hexgen_clock(), answered=request.status in _ENDED)
         return super()._connector_finished(request)
 
@@ -220,6 +225,19 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         rates = self.hexgen_book.rates
         now = self.hexgen_clock()
         return self.hexgen_keeper.preempting(request, request.hexgen, blocks, rates, now)
+
+    def _leave_kv(self, request: Request) -> None:
+        """Have the KV of a call that has ended copied if its workflow may want it again."""
+        call = request.hexgen
+        known = call.known_as
+        if self._leaver is None or known is None or request.status not in _ENDED:
+            return
+        lone = call.workflow_id == request.request_id
+        kind = Kind(known.workflow_type, known.stage, lone)
+        ended = EndedCall(kind, call.plans, call.workflow_id, call.deadline_s - call.tail_s)
+        blocks = self.kv_cache_manager.get_blocks(request.request_id).blocks[0]
+        now = self.hexgen_clock()
+        self._leaver.ended(request, ended, blocks, self.hexgen_book.rates, now)
 
     def _forget_kv(self, request: Request) -> None:
         if self.hexgen_keeper is not None:

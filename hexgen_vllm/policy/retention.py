@@ -23,10 +23,16 @@ The shared head is left out of the copy (c = n - s) if that saves more than it r
 others let go of it in the meantime, all n tokens are computed again. With the risk r of that:
 ``r * n * (token_s + context_s * n / 2) < held_s(n * k, 0) - held_s((n - s) * k, 0)``, else c = n.
 
-A copy in a bounded pool is worth the seconds it saves per block, and less the longer its call may
-wait: ``saves_s / blocks * 10 s / (10 s + slack)``. A new copy that finds no room evicts those of
-least worth, each of which must be worth strictly less than it; if that is not enough, the new one
-is refused and nobody is evicted.
+The KV of a call that has ended is copied if its workflow may come back for it, with the chance P of
+:mod:`hexgen_vllm.policy.returns`, and the prefix cache may not hold it until then:
+``P * (1 - q) * recompute_s > 1.2 * (held_s(c * k, 0) + P * (1 - q) * held_s(0, c * k))``, with c
+the tokens that no copy has yet and q the share that was found there when such calls came back.
+
+A copy in a bounded pool is worth the seconds it saves per block, times the chance that it is wanted
+(1 for a preempted call), and less the longer its call or its workflow may wait:
+``P * saves_s / blocks * 10 s / (10 s + slack)``, with at most 990 s of slack. A new copy that finds
+no room evicts those of least worth, each of which must be worth strictly less than it; if that is
+not enough, the new one is refused and nobody is evicted.
 
 Inputs are measured by the engine: the prefill rate by its step-cost fit, the bandwidths by its
 copies, q and r by what it finds when calls come back. An unknown bandwidth counts as 4 GB/s, a
@@ -54,6 +60,7 @@ BESIDE_FROM_S: Final = 0.002
 _GAIN: Final = 1.2
 _OVERHEAD_S: Final = 2e-4
 _URGENCY_HORIZON_S: Final = 10.0
+_MOST_SLACK_S: Final = 990.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +181,34 @@ def weigh(
     return Retention(pays, recompute_s, copy_s, "faster" if pays else "slower")
 
 
+def pays_to_keep(
+    tokens: int,
+    end: int,
+    chance: float,
+    again: RecomputeRates,
+    copy: CopyRates,
+    token_bytes: float,
+    keep: str = "auto",
+) -> bool:
+    """Decide whether KV of a call that has ended is copied to host memory.
+
+    Args:
+        tokens: tokens that no copy has yet, the last of which is token ``end``.
+        end: see above.
+        chance: that they are wanted again.
+        again: how fast they are computed; its ``survival`` is that of ended calls.
+        copy: how fast they are copied.
+        token_bytes: bytes of KV per token.
+        keep: ``auto``, or ``always`` or ``never`` to overrule the rates.
+    """
+    if tokens <= 0 or chance <= 0.0 or keep == "never":
+        return False
+    wanted = chance * (1.0 - again.survival)
+    copied = tokens * token_bytes
+    copy_s = copy.stall_s(copied, 0.0) + wanted * copy.stall_s(0.0, copied) + 2 * _OVERHEAD_S
+    return keep == "always" or wanted * again.seconds(tokens, end) > _GAIN * copy_s
+
+
 @dataclass(frozen=True, slots=True)
 class StoredCopy:
     """A copy in the pool, or one that asks for room.
@@ -182,17 +217,20 @@ class StoredCopy:
         saves_s: seconds of computing that it saves.
         blocks: its size, at least 1.
         latest_start_s: L of its call, absolute seconds.
+        chance: that it is wanted again.
     """
 
     saves_s: float
     blocks: int
     latest_start_s: float
+    chance: float = 1.0
 
 
 def worth(copy: StoredCopy, now: float) -> float:
     """Return the seconds saved per block, weighted by how soon the call wants it."""
-    slack_s = max(copy.latest_start_s - now, 0.0)
-    return copy.saves_s / copy.blocks * _URGENCY_HORIZON_S / (_URGENCY_HORIZON_S + slack_s)
+    slack_s = min(max(copy.latest_start_s - now, 0.0), _MOST_SLACK_S)
+    urgency = _URGENCY_HORIZON_S / (_URGENCY_HORIZON_S + slack_s)
+    return copy.chance * copy.saves_s / copy.blocks * urgency
 
 
 def choose_evictions(

@@ -111,7 +111,7 @@ def test_worth_is_seconds_per_block_and_falls_with_slack() -> None:
     assert worth(replace(copy, latest_start_s=NOW - 99), NOW) == pytest.approx(0.1)
     assert worth(replace(copy, latest_start_s=NOW + 10), NOW) == pytest.approx(0.05)
     assert worth(replace(copy, blocks=20), NOW) == pytest.approx(0.05)
-    assert worth(replace(copy, latest_start_s=math.inf), NOW) == 0.0
+    assert worth(replace(copy, latest_start_s=math.inf), NOW) == pytest.approx(0.001)
 
 
 def test_evicts_the_least_worth_and_no_more_than_needed() -> None:

@@ -166,8 +166,9 @@ class HostKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load of a call that was admitted."""
-        if request.request_id in self._planner().pool.copies:
-            self._planner().allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        planner = self._planner()
+        if request.request_id in planner.pool.copies or num_external_tokens:
+            planner.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def update_state_before_preempt(
         self, request: Any, blocks: Any, drop_stale_output: bool

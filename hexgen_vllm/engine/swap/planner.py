@@ -9,6 +9,12 @@ How many tokens. The KV of ``num_computed_tokens`` tokens is there once the step
 ended, and workers save after it. Of drafted tokens in it some may be rejected; their KV is saved
 too and never loaded, because a load ends before the last token that the call really has.
 
+Ended calls. What a call leaves when it ends is found by the hashes of its blocks in vLLM's prefix
+cache until new calls take the blocks. If its workflow may come back after that, the blocks are
+saved in the step that may give them away, like those of a preempted call, and found by hash by any
+call that comes with the prefix. They go when their workflow says that it is over, or for what is
+worth more. Calls that come back teach how often and how soon that happens.
+
 The ledger keeps what became of the KV of preempted calls, and how fast it was copied.
 """
 
@@ -17,7 +23,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
 from hexgen_vllm.engine.swap.messages import (
     Load,
@@ -26,9 +33,12 @@ from hexgen_vllm.engine.swap.messages import (
     SwapReport,
 )
 from hexgen_vllm.engine.swap.pool import (
+    Extent,
     HostCopy,
     HostPool,
+    KeptPrefix,
     Owner,
+    TailKey,
 )
 from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.retention import (
@@ -38,13 +48,50 @@ from hexgen_vllm.policy.retention import (
     Held,
     RecomputeRates,
     leaves_head,
+    pays_to_keep,
     weigh,
 )
+from hexgen_vllm.policy.returns import End, Kind, Plans
 
 _DECAY: Final = 0.9
 _WEIGHT: Final = 0.1
 _MOST_SLOWER: Final = 4.0
 _FIRST_HEAD_RISK: Final = 0.1
+
+
+class EndedCall(NamedTuple):
+    """What is known of a call that has ended.
+
+    Attributes:
+        kind: what it was.
+        plans: what was said of what follows.
+        workflow_id: whose it was.
+        latest_start_s: when the workflow's next call must begin, absolute seconds.
+    """
+
+    kind: Kind
+    plans: Plans
+    workflow_id: str
+    latest_start_s: float
+
+
+class Leaving(NamedTuple):
+    """A block that an ended call leaves: which of its blocks, and what it is found by."""
+
+    place: int
+    name: Any
+
+
+class Match(NamedTuple):
+    """What a call has found of ended ones: from which block, and which records.
+
+    The last one may not be full; it is found by ``tail``.
+    """
+
+    first: int
+    tokens: int
+    records: list[int]
+    tail: TailKey | None
 
 
 class Bandwidth:
@@ -84,6 +131,8 @@ class SwapLedger:
         back: bandwidth back to the device.
         survival: share of unshared KV that the prefix cache still held when it was wanted.
         head_risk: how often shared KV was gone by then.
+        return_survival: share of what ended calls left that the prefix cache still held when a
+            call came back for it.
         staging_bytes: device memory that saves pass through.
         pack_bytes_per_s: how fast they get there, ``None`` while unknown.
     """
@@ -93,6 +142,7 @@ class SwapLedger:
         self.out, self.back = Bandwidth(), Bandwidth()
         self.survival = 0.0
         self.head_risk = _FIRST_HEAD_RISK
+        self.return_survival = 0.0
         self.staging_bytes = 0
         self.pack_bytes_per_s: float | None = None
         self._tokens: Counter[str] = Counter()
@@ -125,6 +175,15 @@ class SwapLedger:
         self._tokens["restored"] += tokens
         self._tokens["restored_bytes"] += blocks * self._block_bytes
         self._look(copy, wanted)
+
+    def found(self, tokens: int, blocks: int) -> None:
+        """Note that a call loads ``tokens`` tokens that an ended one has left."""
+        self._tokens["found"] += tokens
+        self._tokens["restored_bytes"] += blocks * self._block_bytes
+
+    def returned(self, share: float) -> None:
+        """Note that a call came back for KV of which the device still held ``share``."""
+        self.return_survival += _WEIGHT * (share - self.return_survival)
 
     def headless(self, copy: HostCopy) -> None:
         """Note that a copy is of no use, because the shared head that it leaves out is gone."""
@@ -164,7 +223,9 @@ class SwapLedger:
             "refused_tokens": dict(self._refused),
             "save_bytes_per_s": self.out.rate(),
             "restore_bytes_per_s": self.back.rate(),
+            "found_tokens": self._tokens["found"],
             "survival": self.survival,
+            "return_survival": self.return_survival,
             "head_risk": self.head_risk,
         }
 
@@ -194,6 +255,8 @@ class SwapPlanner:
         self._block_size, self._block_bytes, self._keep = block_size, block_bytes, keep
         self._saves: dict[str, Save] = {}
         self._loads: list[Load] = []
+        self._matched: dict[str, Match] = {}  # by calls to be admitted
+        self._expected: dict[str, int] = {}  # tokens that calls came back for
         self._beside: set[str] = set()  # loads beside the forward pass that are under way
         self._abandoned: set[str] = set()  # of these, those that nobody waits for any more
         self._fence = self._renew = False
@@ -254,20 +317,134 @@ class SwapPlanner:
         if evicted is None:
             self.ledger.refused(tokens, "full")
             return False
-        for other in evicted:
-            self._end(other)
-            self.ledger.dropped(other, "evicted")
+        self._evicted(evicted)
         ids = tuple(block.block_id for block in blocks)
         self._saves[copy.request_id] = Save(ids, copy.extents)
-        self.ledger.saved(tokens, len(blocks))
-        self._leaving_bytes = self._leaving(now) + len(blocks) * self._block_bytes
-        self._leaving_s = now
+        self._left(tokens, len(blocks), now)
         return True
+
+    def _left(self, tokens: int, blocks: int, now: float) -> None:
+        self.ledger.saved(tokens, blocks)
+        self._leaving_bytes = self._leaving(now) + blocks * self._block_bytes
+        self._leaving_s = now
+
+    def _evicted(self, evicted: Sequence[HostCopy | KeptPrefix]) -> None:
+        for other in evicted:
+            if isinstance(other, HostCopy):
+                self._end(other)
+                self.ledger.dropped(other, "evicted")
+            else:
+                self._saves.pop(_name_of(other), None)
+
+    def ended(
+        self, request: Any, call: EndedCall, blocks: Sequence[Any], rates: ServiceRates, now: float
+    ) -> None:
+        """Plan the copy of what an ended call leaves, if that pays; its blocks are freed next.
+
+        Args:
+            request: the call, answered.
+            call: what is known of it.
+            blocks: its KV blocks.
+            rates: how fast the engine computes.
+            now: the scheduler's clock, seconds.
+        """
+        pool, size = self.pool, self._block_size
+        tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+        hashes = list(request.block_hashes[: tokens // size])
+        if not hashes:
+            return
+        end = End(call.kind, now, call.plans, len(hashes) * size)
+        if call.plans.follows is False:
+            self._workflow_over(call.workflow_id, hashes)
+            return
+        pool.returns.ended(hashes[-1], end, now)
+        used = list(dict.fromkeys(pool.kept[h].prefix for h in hashes if h in pool.kept))
+        for prefix in used:
+            if prefix.workflow_id != call.workflow_id:
+                prefix.workflow_id = None
+            prefix.end, prefix.latest_start_s = end, call.latest_start_s
+        tail = () if request.mm_features else tuple(request.all_token_ids[end.tokens : tokens])
+        key = TailKey(hashes[-1])
+        known = pool.kept.get(key)
+        if known is not None and known.prefix.tail[: len(tail)] == tail:
+            tail = ()  # all of it is there
+        parts = [Leaving(i, h) for i, h in enumerate(hashes) if h not in pool.kept]
+        again = replace(self._again(rates), survival=self.ledger.return_survival)
+        if self._wants(parts, tail, tokens, pool.returns.chance(end, now), again, now):
+            self._leave(end, call, (parts, blocks, used), again, now)
+            if tail:
+                if known is not None:
+                    self._drop(known.prefix)
+                rest = [Leaving(len(hashes), key)]
+                self._leave(end, call, (rest, blocks, used), again, now, tail)
+        pool.used_again(used)
+
+    def _wants(
+        self,
+        parts: Sequence[Leaving],
+        tail: tuple[int, ...],
+        tokens: int,
+        chance: float,
+        again: RecomputeRates,
+        now: float,
+    ) -> bool:
+        """Return whether blocks and a tail that no copy has are worth one."""
+        size = self._block_size
+        last = tokens if tail or not parts else (parts[-1].place + 1) * size
+        lost, each = len(parts) * size + len(tail), self._block_bytes / size
+        copying = self._copying(self._leaving(now))
+        return pays_to_keep(lost, last, chance, again, copying, each, self._keep)
+
+    def _leave(
+        self,
+        end: End,
+        call: EndedCall,
+        left: tuple[Sequence[Leaving], Sequence[Any], list[KeptPrefix]],
+        again: RecomputeRates,
+        now: float,
+        tail: tuple[int, ...] = (),
+    ) -> None:
+        """Plan the copy of blocks that an ended call leaves, if there is room for them."""
+        parts, blocks, used = left
+        if not parts:
+            return
+        tokens = len(tail) or len(parts) * self._block_size
+        saves_s = again.seconds(tokens, parts[-1].place * self._block_size + tokens)
+        hashes = tuple(part.name for part in parts)
+        prefix = KeptPrefix(end, call.workflow_id, call.latest_start_s, saves_s, hashes, tail=tail)
+        evicted = self.pool.keep(prefix, used, now)
+        if evicted is None:
+            self.ledger.refused(tokens, "full")
+            return
+        self._evicted(evicted)
+        ids = tuple(blocks[part.place].block_id for part in parts)
+        self._saves[_name_of(prefix)] = Save(ids, _extents(prefix.records))
+        self._left(tokens, len(parts), now)
+        used.append(prefix)
+
+    def _workflow_over(self, workflow_id: str | None, hashes: Sequence[Any]) -> None:
+        """Let go of what only a workflow that is over would have come back for."""
+        self.pool.returns.left(hashes)
+        if workflow_id is None:
+            return
+        for prefix in list(self.pool.prefixes):
+            if prefix.workflow_id == workflow_id:
+                self._drop(prefix)
+
+    def _drop(self, prefix: KeptPrefix) -> None:
+        self.pool.let_go(prefix)
+        self._saves.pop(_name_of(prefix), None)  # planned in this very step: never start it
 
     def _leaving(self, now: float) -> float:
         """Return how many bytes of earlier saves are still on their way to the host."""
         rate = self.ledger.out.rate() or ASSUMED_BYTES_PER_S
         return max(self._leaving_bytes - rate * max(now - self._leaving_s, 0.0), 0.0)
+
+    def came(self, request: Any, now: float) -> None:
+        """Learn whose KV a new call comes back for."""
+        ends = self.pool.returns.wanted(request.block_hashes, now)
+        if ends:
+            self._expected[request.request_id] = max(end.tokens for end in ends)
 
     # Asked by the connector.
 
@@ -278,21 +455,60 @@ class SwapPlanner:
             request: a call that is about to be admitted.
             local: its tokens that the prefix cache holds, whole blocks.
         """
+        expected = self._expected.pop(request.request_id, 0)
+        if expected:
+            self.ledger.returned(min(local / expected, 1.0))
         copy = self.pool.copies.get(request.request_id)
         if copy is None:
-            return 0, False
+            return self._found(request, local)
         copy.local = local
         if local < copy.first_block * self._block_size:
             self._end(copy)
             self.ledger.headless(copy)
-            return 0, False
+            return self._found(request, local)
         tokens = min(copy.tokens, request.num_tokens - 1) - local
         return (tokens, self._runs_beside(copy.request_id, tokens)) if tokens > 0 else (0, False)
+
+    def _found(self, request: Any, local: int) -> tuple[int, bool]:
+        """Return how many tokens other calls have left beyond ``local``; see :meth:`restorable`."""
+        self._matched.pop(request.request_id, None)
+        if not self.pool.kept or request.skip_reading_prefix_cache:
+            return 0, False
+        size, wanted = self._block_size, request.num_tokens - 1
+        first = local // size
+        records = self.pool.found(request.block_hashes[first : wanted // size])
+        tokens, key = len(records) * size, None
+        full = first + len(records)
+        if full:  # and what was left in a block that was not full
+            key = TailKey(request.block_hashes[full - 1])
+            tail = self._common_tail(request, key, full * size, wanted)
+            if tail:
+                records.append(self.pool.kept[key].record)
+                tokens += tail
+        if not tokens:
+            return 0, False
+        self._matched[request.request_id] = Match(first, tokens, records, key)
+        return tokens, self._runs_beside(request.request_id, tokens)
+
+    def _common_tail(self, request: Any, key: TailKey, start: int, wanted: int) -> int:
+        """Return how many tokens of a block that is not full the request begins it with, too."""
+        kept = self.pool.kept.get(key)
+        if kept is None or request.mm_features:
+            return 0
+        tail = kept.prefix.tail
+        count, most = 0, min(len(tail), wanted - start)
+        mine = request.all_token_ids[start : start + most] if most > 0 else ()
+        for token, other in zip(mine, tail, strict=False):
+            if token != other:
+                break
+            count += 1
+        return count
 
     def allocated(self, request: Any, block_ids: Sequence[int], tokens: int) -> None:
         """Plan the load of ``tokens`` tokens into the blocks of a call; its copy ends here."""
         copy = self.pool.copies.get(request.request_id)
         if copy is None:
+            self._load_found(request, block_ids, tokens)
             return
         first = copy.local // self._block_size
         last = self._blocks(copy.local + tokens) if tokens > 0 else first
@@ -307,8 +523,23 @@ class SwapPlanner:
             self._loads.append(Load(request.request_id, ids, extents, beside))
         self.pool.load(request.request_id)
 
+    def _load_found(self, request: Any, block_ids: Sequence[int], tokens: int) -> None:
+        match = self._matched.pop(request.request_id, None)
+        if match is None or match.tokens != tokens:
+            return
+        beside = self._runs_beside(request.request_id, tokens)
+        if beside:
+            self._beside.add(request.request_id)
+        ids = tuple(block_ids[match.first : match.first + len(match.records)])
+        self._loads.append(Load(request.request_id, ids, _extents(match.records), beside))
+        if tokens % self._block_size and match.tail is not None:
+            self.pool.load_tail(match.tail)
+        self.ledger.found(tokens, len(ids))
+
     def forget(self, request_id: str, why: str = "finished") -> None:
         """Drop the copy of a call, if there is one."""
+        self._matched.pop(request_id, None)
+        self._expected.pop(request_id, None)
         copy = self.pool.copies.get(request_id)
         if copy is not None:
             self._end(copy)
@@ -319,9 +550,16 @@ class SwapPlanner:
         self._renew = True
         for request_id in list(self.pool.copies):
             self.forget(request_id, why)
+        for prefix in list(self.pool.prefixes):
+            self._drop(prefix)
+        self.pool.returns.forget()
+        self._matched.clear()
 
     def cancel_saves(self) -> None:
         """Drop the copies that this step would make: their blocks are written before."""
+        for prefix in list(self.pool.prefixes):
+            if _name_of(prefix) in self._saves:
+                self._drop(prefix)
         for request_id in list(self._saves):
             self.forget(request_id, "overwritten")
 
@@ -367,6 +605,7 @@ class SwapPlanner:
             "capacity_bytes": self.pool.space.capacity * self._block_bytes,
             "used_bytes": self.pool.used * self._block_bytes,
             "copies": len(self.pool.copies),
+            "kept_bytes": len(self.pool.kept) * self._block_bytes,
             **self.ledger.stats(),
         }
 
@@ -400,6 +639,22 @@ class SwapPlanner:
         self.pool.drop(copy.request_id)
         self._saves.pop(copy.request_id, None)  # planned in this very step: never start it
         copy.owner.kept_tokens = 0
+
+
+def _name_of(prefix: KeptPrefix) -> str:
+    """Return what its save goes by, which no request id is."""
+    return f" kept {prefix.records[0]}"
+
+
+def _extents(records: Sequence[int]) -> tuple[Extent, ...]:
+    """Return records as extents, neighbours joined."""
+    found: list[Extent] = []
+    for record in records:
+        if found and sum(found[-1]) == record:
+            found[-1] = Extent(found[-1].first, found[-1].size + 1)
+        else:
+            found.append(Extent(record, 1))
+    return tuple(found)
 
 
 def _leading_shared(blocks: Sequence[Any]) -> int:

@@ -1,0 +1,129 @@
+"""How likely KV is wanted again: learned per kind, said by clients, and less as time passes."""
+
+from __future__ import annotations
+
+import pytest
+
+from hexgen_vllm.policy.retention import (
+    CopyRates,
+    RecomputeRates,
+    StoredCopy,
+    choose_evictions,
+    pays_to_keep,
+    worth,
+)
+from hexgen_vllm.policy.returns import End, Kind, Plans, Returns
+
+TOOL = Kind("agent", "tool")
+ANSWER = Kind("agent", "answer")
+CHAT = Kind("default", "default", lone=True)
+NOW = 1000.0
+
+
+def end(kind: Kind, ended_s: float = NOW, **plans: object) -> End:
+    return End(kind, ended_s, Plans(**plans), 640)  # type: ignore[arg-type]
+
+
+def learned(*, think_s: float = 1.0, calls: int = 40) -> Returns:
+    """``tool`` is followed after ``think_s``, ``answer`` never."""
+    returns = Returns()
+    for i in range(calls):
+        at = 10.0 * i
+        returns.ended(("tool", i), end(TOOL, at), at)
+        assert returns.wanted([("other", i), ("tool", i)], at + think_s)
+        returns.ended(("answer", i), end(ANSWER, at), at)
+        returns.left([("answer", i)])
+    return returns
+
+
+def test_kinds_are_learned_apart() -> None:
+    returns = learned()
+    assert returns.chance(end(TOOL), NOW) > 0.9
+    assert returns.chance(end(ANSWER), NOW) < 0.1
+
+
+def test_a_new_stage_is_judged_by_its_type_and_a_new_type_is_even() -> None:
+    returns = learned()
+    assert 0.3 < returns.chance(end(Kind("agent", "new")), NOW) < 0.7
+    assert returns.chance(end(Kind("new", "new")), NOW) == pytest.approx(0.5)
+
+
+def test_lone_calls_are_kept_once_they_are_seen_to_come_back() -> None:
+    returns = Returns()
+    assert returns.chance(end(CHAT), NOW) == 0.0
+    returns.ended("a", end(CHAT), NOW)
+    returns.wanted(["a"], NOW + 3)
+    assert 0.1 < returns.chance(end(CHAT), NOW) < 0.6
+
+
+def test_the_chance_falls_once_the_usual_think_time_has_passed() -> None:
+    returns = learned(think_s=2.0)
+    found = [returns.chance(end(TOOL), NOW + waited) for waited in (0, 1, 3, 10, 1000)]
+    assert found == sorted(found, reverse=True)
+    assert found[1] > 0.9
+    assert found[-1] < 0.2
+
+
+def test_what_nobody_came_back_to_is_learned_too() -> None:
+    returns = Returns()
+    for i in range(30):
+        returns.ended(i, end(TOOL, NOW), NOW)
+    returns.ended("late", end(TOOL, NOW + 5000), NOW + 5000)
+    assert returns.chance(end(TOOL), NOW) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("plans", "waited_s", "least", "most"),
+    [
+        ({"follows": False}, 0, 0.0, 0.0),
+        ({"follows": True}, 0, 1.0, 1.0),
+        ({"follows": True}, 60, 0.5, 1.0),
+        ({"resume_s": 30.0}, 50, 1.0, 1.0),
+        ({"resume_s": 30.0}, 500, 0.0, 0.2),
+        ({"keep_s": 300.0}, 299, 0.9, 1.0),
+        ({"keep_s": 300.0}, 301, 0.0, 0.0),
+    ],
+)
+def test_what_a_client_says_goes_first(
+    plans: dict[str, object], waited_s: float, least: float, most: float
+) -> None:
+    assert least <= Returns().chance(end(ANSWER, **plans), NOW + waited_s) <= most
+
+
+def test_memory_is_bounded() -> None:
+    returns = Returns()
+    for i in range(20_000):
+        returns.ended(i, end(Kind(f"type {i}", "s")), NOW)
+    assert len(returns._ends) <= 8192
+    assert len(returns._kinds) <= 1024
+    assert len(returns._types) <= 1024
+
+
+AGAIN = RecomputeRates(token_s=1e-4)
+COPY = CopyRates(20e9, 20e9)
+
+
+@pytest.mark.parametrize(
+    ("chance", "survival", "keep", "kept"),
+    [
+        (0.5, 0.0, "auto", True),
+        (0.05, 0.0, "auto", False),  # hardly ever wanted
+        (0.9, 0.97, "auto", False),  # wanted, and found on the device
+        (0.0, 0.0, "always", False),
+        (0.05, 0.9, "always", True),
+        (1.0, 0.0, "never", False),
+    ],
+)
+def test_it_is_copied_if_what_it_saves_is_likely_to_be_wanted(
+    chance: float, survival: float, keep: str, kept: bool
+) -> None:
+    again = RecomputeRates(AGAIN.token_s, survival=survival)
+    assert pays_to_keep(1000, 1000, chance, again, COPY, 131072.0, keep) is kept
+
+
+def test_it_gives_way_to_what_is_wanted_more_and_sooner() -> None:
+    sure = StoredCopy(1.0, 10, NOW)
+    half = StoredCopy(1.0, 10, NOW, chance=0.5)
+    later = StoredCopy(1.0, 10, NOW + 30, chance=0.5)
+    assert worth(sure, NOW) == 2 * worth(half, NOW) == 8 * worth(later, NOW)
+    assert choose_evictions([sure, half, later], sure, 10, NOW) == (2,)
