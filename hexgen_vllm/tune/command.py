@@ -33,7 +33,7 @@ from hexgen_vllm.tune.online import PRESENT, TUNED
 from hexgen_vllm.tune.replay import Generated, Recent, read
 from hexgen_vllm.tune.rivals import against_baseline, compare_rates
 from hexgen_vllm.tune.search import Search
-from hexgen_vllm.tune.verdict import Contender, Verdict, judge, race
+from hexgen_vllm.tune.verdict import Entrant, Verdict, judge, race
 
 _TUNED: Final = ("paper", "slack")
 
@@ -160,10 +160,10 @@ def _verdict(
 ) -> Verdict:
     """Play what was found on fresh seeds, beside what is in force and the rivals."""
     found = search.best()
-    contenders = [Contender(PRESENT, policy)]
+    contenders = [Entrant(PRESENT, policy)]
     if found is not search.present:
-        contenders.append(Contender(f"{policy.name}{TUNED}", tuned(policy, found.values)))
-    contenders.extend(Contender(other.name, other) for other in others)
+        contenders.append(Entrant(f"{policy.name}{TUNED}", tuned(policy, found.values)))
+    contenders.extend(Entrant(other.name, other) for other in others)
     race(contenders, fresh, evaluate.play)
     return judge(contenders, fresh)
 

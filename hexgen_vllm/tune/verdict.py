@@ -73,8 +73,8 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Gain:
 
 
 @dataclass(slots=True)
-class Contender:
-    """A policy with its options, and its losses by seed."""
+class Entrant:
+    """A policy in the race, with its options, and its losses by seed."""
 
     name: str
     policy: Policy
@@ -95,13 +95,13 @@ class Verdict:
         found: what the search found, or what is in force if that is nothing else.
     """
 
-    proposed: Contender | None
+    proposed: Entrant | None
     why: str
-    best: Contender
+    best: Entrant
     gain: Gain
     over: Mapping[str, Gain]
     means: Mapping[str, float]
-    found: Contender
+    found: Entrant
 
     def told(self) -> dict[str, Any]:
         """Return it as a JSON object."""
@@ -118,7 +118,7 @@ class Verdict:
         }
 
 
-def race(contenders: Sequence[Contender], seeds: Sequence[int], play: Play) -> None:
+def race(contenders: Sequence[Entrant], seeds: Sequence[int], play: Play) -> None:
     """Play contenders on ``seeds``; rivals that are far behind on the first two stay there.
 
     The first two contenders, what is in force and what was found, are played on all.
@@ -139,14 +139,14 @@ def _farthest(least: float) -> float:
     return least + (_RACE_MARGIN - 1.0) * abs(least)
 
 
-def _play(contenders: Sequence[Contender], seeds: Sequence[int], play: Play) -> None:
+def _play(contenders: Sequence[Entrant], seeds: Sequence[int], play: Play) -> None:
     tasks = [(contender, seed) for seed in seeds for contender in contenders]
     losses = play([(contender.policy, seed) for contender, seed in tasks])
     for (contender, seed), loss in zip(tasks, losses, strict=True):
         contender.losses[seed] = loss
 
 
-def judge(contenders: Sequence[Contender], seeds: Sequence[int]) -> Verdict:
+def judge(contenders: Sequence[Entrant], seeds: Sequence[int]) -> Verdict:
     """Return what becomes of a search.
 
     Args:
@@ -164,7 +164,7 @@ def judge(contenders: Sequence[Contender], seeds: Sequence[int]) -> Verdict:
     present, best = contenders[0], min(whole, key=lambda c: means[c.name])
     searched = next((c for c in contenders[1:2] if c.name.endswith(TUNED)), present)
 
-    def over(other: Contender) -> Gain:
+    def over(other: Entrant) -> Gain:
         pairs = [capped[c.name] for c in (other, best)]
         return paired(*([losses[s] for s in seeds] for losses in pairs))
 

@@ -22,19 +22,19 @@ from hexgen_vllm.tune.knobs import KNOBS
 from hexgen_vllm.tune.online import PRESENT, Action, OnlineOptions, OnlineTuner
 from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring
 from hexgen_vllm.tune.traffic import Live, Traffic
-from hexgen_vllm.tune.verdict import Contender, Verdict, judge, paired, race, t_quantile
+from hexgen_vllm.tune.verdict import Entrant, Verdict, judge, paired, race, t_quantile
 
 SEEDS = [1, 2, 3, 4, 5]
 NOISE = (0.0, 1.0, -1.0, 0.5, -0.5)
 
 
-def contender(name: str, mean: float, noise: Sequence[float] = (0.0,) * 5) -> Contender:
+def contender(name: str, mean: float, noise: Sequence[float] = (0.0,) * 5) -> Entrant:
     """Return one whose losses share the seeds' ups and downs, and have some noise of their own."""
     losses = {s: mean + 40.0 * s + n for s, n in zip(SEEDS, noise, strict=True)}
-    return Contender(name, named("slack"), losses)
+    return Entrant(name, named("slack"), losses)
 
 
-def verdict(*contenders: Contender) -> Verdict:
+def verdict(*contenders: Entrant) -> Verdict:
     return judge(contenders, SEEDS)
 
 
@@ -105,7 +105,7 @@ def test_rivals_far_behind_leave_the_race_and_the_first_two_do_not() -> None:
     losses = {PRESENT: 300.0, "slack tuned": 250.0, "good": 100.0, "near": 110.0, "bad": 200.0}
     policies = {name: named("slack") for name in losses}
     names = {id(policy): name for name, policy in policies.items()}
-    contenders = [Contender(name, policy) for name, policy in policies.items()]
+    contenders = [Entrant(name, policy) for name, policy in policies.items()]
 
     def play(tasks: Sequence[tuple[Policy, int]]) -> list[float]:
         return [losses[names[id(policy)]] + seed for policy, seed in tasks]
@@ -125,7 +125,7 @@ def test_noise_alone_is_seldom_proposed() -> None:
     for _ in range(400):
         losses = [[rng.gauss(100.0, 5.0) for _ in SEEDS] for _ in range(6)]
         contenders = [
-            Contender(f"c{i}", named("slack"), dict(zip(SEEDS, each, strict=True)))
+            Entrant(f"c{i}", named("slack"), dict(zip(SEEDS, each, strict=True)))
             for i, each in enumerate(losses)
         ]
         proposed += judge(contenders, SEEDS).proposed is not None
