@@ -16,7 +16,7 @@ from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.limits import Limits, limits, uncontended
 from hexgen_vllm.sim.policies import Policy, named
 from hexgen_vllm.sim.simulator import SimOptions
-from hexgen_vllm.sim.workloads.agents import mac_sql, map_reduce, mixed_tenants, react
+from hexgen_vllm.sim.workloads.agents import dag, mac_sql, map_reduce, mixed_tenants, react
 from hexgen_vllm.sim.workloads.text2sql import Text2SqlOptions, text2sql
 from hexgen_vllm.sim.workloads.traces import formats as trace_formats
 from hexgen_vllm.sim.workloads.traces.formats import TraceSource
@@ -30,6 +30,7 @@ from hexgen_vllm.sim.workloads.workload import (
     recorded,
     scaled,
     timed,
+    unshared,
 )
 
 
@@ -40,7 +41,7 @@ class WorkloadOptions:
     kind: str = option(
         "text2sql",
         "generated workflows; mixed is text2sql, react and map_reduce by three tenants",
-        choices=("text2sql", "mac_sql", "react", "map_reduce", "mixed"),
+        choices=("text2sql", "mac_sql", "react", "map_reduce", "dag", "mixed"),
     )
     trace: str | None = option(None, "file or folder of recorded workflows instead")
     format: str = option("auto", "format of the trace", choices=trace_formats.NAMES)
@@ -58,6 +59,7 @@ class WorkloadOptions:
     workflows: int = option(300, "workflows that count", least=1, most=1_000_000)
     warmup: int = option(0, "workflows played before those that count", least=0, most=1_000_000)
     length_scale: float = option(1.0, "factor on all lengths", least=1e-4, most=100.0)
+    shared_prefixes: bool = option(True, "prompts have beginnings in common")
     databases: int = option(10, "databases of the generated workload", least=1, most=10_000)
     zipf: float = option(1.0, "how unequal their popularity is", least=0.0, most=10.0)
     retries: str = option(
@@ -81,6 +83,8 @@ class WorkloadOptions:
             found = as_recorded(self._source(self.trace), count, seed)
         else:
             found = drawn(self._source(self.trace), count, seed)
+        if not self.shared_prefixes:
+            found = tuple(map(unshared, found))
         if self.length_scale == 1.0:
             return found
         return tuple(scaled(spec, self.length_scale) for spec in found)
@@ -99,6 +103,8 @@ class WorkloadOptions:
         options = Text2SqlOptions(self.databases, self.zipf, self.retries, self.tenants)
         if self.kind == "react":
             return react(count, seed=seed, tenants=self.tenants)
+        if self.kind == "dag":
+            return dag(count, seed=seed, tenants=self.tenants)
         if self.kind == "map_reduce":
             return map_reduce(count, seed=seed, tenants=self.tenants)
         makers = {"mac_sql": mac_sql, "mixed": mixed_tenants}

@@ -1,4 +1,4 @@
-"""Seeded workflows of agents: ReAct, MAC-SQL, map and reduce, and tenants that mix them.
+"""Seeded workflows of agents: ReAct, MAC-SQL, map and reduce, graphs, and tenants that mix them.
 
 ReAct: one agent that thinks, calls a tool, reads, and thinks again.
 
@@ -18,6 +18,12 @@ Map and reduce: a document is split, parts are summarised in parallel, then join
 
 The width of the fan-out varies from document to document, and a stage ends with its slowest part:
 what counts is the longest of many, not the mean. Lengths are plausible, not measured.
+
+Graphs: a planner starts several agents, which go on by themselves and wait for each other.
+
+A branch is a chain of calls, some after a tool; one in three of its calls also needs what another
+branch has written. The answer waits for all of them. So calls do not come in groups, and the
+longest way through is not the one with most calls. Lengths are plausible, not measured.
 
 Mixed tenants: workflows of several types interleaved, each type sent by a tenant of its own.
 
@@ -40,6 +46,7 @@ from hexgen_vllm.sim.workloads.text2sql import (
     text2sql,
 )
 from hexgen_vllm.sim.workloads.workload import (
+    CallGroup,
     CallSpec,
     Layer,
     WorkflowSpec,
@@ -71,6 +78,15 @@ OBSERVATION: Final = quantiles((0, 20), (50, 320), (90, 1500), (95, 2400), (100,
 THOUGHT: Final = quantiles((0, 20), (50, 85), (95, 260), (100, 500))
 ANSWER: Final = quantiles((0, 30), (50, 190), (95, 620), (100, 1100))
 TURNS: Final[Quantiles] = quantiles((0, 2), (50, 6), (90, 13), (100, 22))
+DAG: Final = "dag"
+DAG_TEMPLATES: Final = {"plan": 900, "work": 1200, "answer": 500}
+BRANCHES: Final = {2: 30, 3: 40, 4: 20, 5: 10}
+CHAIN: Final = {1: 25, 2: 35, 3: 25, 4: 15}
+NEEDS_OTHER: Final = 1 / 3
+USES_TOOL: Final = 1 / 2
+TOOL_S: Final = (0.2, 3.0)
+FOUND: Final = quantiles((0, 60), (50, 700), (90, 2200), (100, 4000))
+WRITTEN: Final = quantiles((0, 20), (50, 140), (95, 480), (100, 800))
 SHARES: Final[Mapping[str, float]] = {"analyst": 0.5, "agent": 0.3, "batch": 0.2}
 
 
@@ -155,6 +171,56 @@ def _react_workflow(index: int, seed: int, tenants: tuple[str, ...]) -> Workflow
         transcript += output + OBSERVATION.draw(rng)
     stages = tuple((call,) for call in calls)
     return WorkflowSpec(name, REACT, stages, tenant=rng.choice(tenants))
+
+
+def dag(
+    count: int, *, seed: int, tenants: tuple[str, ...] = ("default",)
+) -> tuple[WorkflowSpec, ...]:
+    """Return ``count`` workflows, all arriving at 0; equal seeds give equal workflows."""
+    return tuple(_dag_workflow(index, seed, tenants) for index in range(count))
+
+
+def _dag_workflow(index: int, seed: int, tenants: tuple[str, ...]) -> WorkflowSpec:
+    rng, name = generator(seed, DAG, index), f"{DAG}-{seed}-{index}"
+    task = TASK.draw(rng)
+    plan = _dag_call("plan", task, WRITTEN.draw(rng), ())
+    chains = [
+        rng.choices(tuple(CHAIN), tuple(CHAIN.values()))[0]
+        for _ in range(rng.choices(tuple(BRANCHES), tuple(BRANCHES.values()))[0])
+    ]
+    stages: list[CallGroup] = [(plan,)]
+    last = [0] * len(chains)  # of each branch: its last call, by its place in the workflow
+    written = [task] * len(chains)
+    count = 1
+    for depth in range(max(chains)):
+        group = []
+        before = list(last)
+        for branch, length in enumerate(chains):
+            if depth >= length:
+                continue
+            after = {before[branch]}
+            if depth and rng.random() < NEEDS_OTHER:
+                after.add(before[rng.randrange(len(chains))])
+            written[branch] += FOUND.draw(rng)
+            think_s = rng.uniform(*TOOL_S) if rng.random() < USES_TOOL else 0.0
+            stream = (Layer(workflow_stream(name, branch), written[branch]),)
+            group.append(
+                replace(
+                    _dag_call("work", written[branch], WRITTEN.draw(rng), stream),
+                    think_s=think_s,
+                    after=tuple(sorted(after)),
+                )
+            )
+            last[branch], count = count, count + 1
+        stages.append(tuple(group))
+    answer = _dag_call("answer", sum(written) // 4, JOINED.draw(rng), ())
+    stages.append((replace(answer, after=tuple(sorted(set(last)))),))
+    return WorkflowSpec(name, DAG, tuple(stages), tenant=rng.choice(tenants))
+
+
+def _dag_call(stage: str, own: int, output: int, shared: tuple[Layer, ...]) -> CallSpec:
+    layers = (Layer(f"template:{DAG}/{stage}", DAG_TEMPLATES[stage]), *shared)
+    return CallSpec(stage, DAG_TEMPLATES[stage] + own, output, layers)
 
 
 def mixed_tenants(

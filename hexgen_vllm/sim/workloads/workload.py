@@ -245,6 +245,12 @@ def renamed(spec: WorkflowSpec, workflow_id: str) -> WorkflowSpec:
     return replace(spec, workflow_id=workflow_id, stages=stages)
 
 
+def unshared(spec: WorkflowSpec) -> WorkflowSpec:
+    """Return ``spec`` with prompts of equal lengths that have nothing in common."""
+    stages = tuple(tuple(replace(call, layers=()) for call in group) for group in spec.stages)
+    return replace(spec, stages=stages)
+
+
 def scaled(spec: WorkflowSpec, length_scale: float) -> WorkflowSpec:
     """Return ``spec`` with every length times ``length_scale``, at least 1.
 

@@ -14,6 +14,7 @@ from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.sim.workloads.agents import (
     SHARES,
     TEMPLATES,
+    dag,
     mac_sql,
     map_reduce,
     mixed_tenants,
@@ -21,7 +22,7 @@ from hexgen_vllm.sim.workloads.agents import (
 )
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec, workflow_stream
 
-KINDS = ("text2sql", "mac_sql", "react", "map_reduce", "mixed")
+KINDS = ("text2sql", "mac_sql", "react", "map_reduce", "dag", "mixed")
 
 
 def stages(flow: WorkflowSpec) -> list[str]:
@@ -102,3 +103,30 @@ def test_a_scenario_names_its_workload(tmp_path: Path) -> None:
     path.write_text(text.replace("KIND", "nothing"))
     with pytest.raises(ConfigError, match=r"s\.yaml.*kind must be one of"):
         load(path)
+
+
+def test_graphs_have_branches_that_wait_for_each_other_and_for_tools() -> None:
+    flows = dag(200, seed=3)
+    assert flows == dag(200, seed=3)
+    assert flows[:50] == dag(50, seed=3), "the k-th does not depend on how many there are"
+    assert all(flow.is_graph for flow in flows)
+    waits = [flow.waits() for flow in flows]
+    assert all(found[0] == () for found in waits)
+    joins = [after for found in waits for after in found[1:-1] if len(after) > 1]
+    assert 0.05 < len(joins) / sum(map(len, waits)) < 0.4
+    assert all(len(found[-1]) >= 2 for found in waits), "the answer waits for all branches"
+    thinking = [call.think_s > 0 for flow in flows for call in flow.calls() if call.stage == "work"]
+    assert 0.4 < sum(thinking) / len(thinking) < 0.6
+    reached = {0}
+    for index, after in enumerate(waits[0]):
+        assert index == 0 or set(after) <= reached
+        reached.add(index)
+
+
+def test_prompts_can_share_nothing() -> None:
+    plain = WorkloadOptions(workflows=20, shared_prefixes=False).specs(1)
+    usual = WorkloadOptions(workflows=20).specs(1)
+    assert all(call.shared_tokens == 0 for flow in plain for call in flow.calls())
+    lengths = [[(c.prompt_tokens, c.output_tokens) for c in flow.calls()] for flow in plain]
+    assert lengths == [[(c.prompt_tokens, c.output_tokens) for c in f.calls()] for f in usual]
+    assert any(call.shared_tokens for flow in usual for call in flow.calls())
