@@ -352,9 +352,13 @@ class Relay:
             job.learn = partial(self._learn_response, job, attempt.engine)
         elif answer.status in (200, 201) and _creates_conversation(job.request):
             job.learn = partial(self._learn_conversation, job, attempt.engine)
+        clock = self._context.service.clock
         if answer.status == 200 and _is_stream(answer):
+            head.append(
+                outbound.slack_line(job.accepted, job.placement, clock.now(), ends_now=False)
+            )
             return await StreamPass(job, attempt, self._context.service, head).run(answer)
-        return await whole_pass(job, attempt, answer, head)
+        return await whole_pass(job, attempt, answer, head, clock)
 
     def _learn_response(self, job: Job, engine: str, answer: bytes) -> None:
         self._note_stored(job, engine, stored.told(answer))

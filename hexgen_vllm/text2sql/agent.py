@@ -12,7 +12,7 @@ from hexgen_vllm.client import Workflow
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql.calls import Caller, Sampling, TokenUsage, together
 from hexgen_vllm.text2sql.candidates import CandidateQuery, QueryWriter
-from hexgen_vllm.text2sql.choosing import choose
+from hexgen_vllm.text2sql.choosing import agreed, choose
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.linking import linked_schema
 from hexgen_vllm.text2sql.options import MOST_QUESTION_CHARS
@@ -20,6 +20,14 @@ from hexgen_vllm.text2sql.outcome import Row
 from hexgen_vllm.text2sql.prompts import CANDIDATES
 
 WORKFLOW_TYPE: Final = "text2sql"
+FEWEST: Final = 1
+USUAL: Final = 2
+MOST: Final = len(CANDIDATES)
+"""Candidates of a question that is late, of one that is on time, and of one that is early."""
+EARLY: Final = 0.5
+"""Share of the time left that is to spare when a question counts as early."""
+LATE_ROUNDS: Final = 1
+"""Most revisions of a candidate when its question is late."""
 End = Literal["completed", "refused", "invalid", "failed"]
 
 
@@ -60,6 +68,32 @@ class SqlAnswer:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What a question is given.
+
+    Attributes:
+        candidates: queries that are written at once.
+    """
+
+    candidates: int = USUAL
+
+    @classmethod
+    def of(cls, slack_s: float | None, remaining_s: float) -> Effort:
+        """Return what a workflow can afford before it writes its candidates.
+
+        Args:
+            slack_s: how long it has to spare, ``None`` if nobody says. What the router predicts to
+                follow is what questions needed so far, so 0 just suffices for that.
+            remaining_s: until the deadline.
+        """
+        if slack_s is None:
+            return cls()
+        if slack_s < 0:
+            return cls(FEWEST)
+        return cls(MOST if slack_s > EARLY * remaining_s else USUAL)
+
+
+@dataclass(frozen=True)
 class Agent:
     """Answers questions through one client.
 
@@ -68,6 +102,9 @@ class Agent:
         sampling: how answers are drawn.
         deadline_s: seconds for a whole question; none by default.
         max_rounds: most revisions of a candidate.
+        by_slack: whether a question that the router expects to be late is given fewer candidates
+            and revisions, and one that is early more; see :class:`Effort`. Where nobody says how
+            the workflow stands there is nothing to go by.
         schema_chars: longest schema in a prompt, characters; of a larger one the tables stay that
             share words with the question.
     """
@@ -76,6 +113,7 @@ class Agent:
     sampling: Sampling
     deadline_s: float | None = None
     max_rounds: int = 4
+    by_slack: bool = True
     schema_chars: int = 40_000
 
     async def answer(self, database: Database, question: str, key: str = "") -> SqlAnswer:
@@ -110,9 +148,18 @@ class Agent:
     async def _solve(self, caller: Caller, database: Database, question: str) -> SqlAnswer:
         whole = database.schema().within(self.schema_chars, question)
         schema = await linked_schema(caller, database, whole, question)
-        writer = QueryWriter(caller, database, schema, question, self.max_rounds)
-        candidates = await together(writer.write(style) for style in range(len(CANDIDATES)))
-        chosen = await choose(caller, database, schema, question, candidates)
+        effort = Effort.of(caller.slack_s if self.by_slack else None, caller.remaining_s)
+
+        def may_revise(rounds: int) -> bool:
+            late = self.by_slack and (caller.slack_s or 0.0) < 0
+            return rounds < (min(LATE_ROUNDS, self.max_rounds) if late else self.max_rounds)
+
+        writer = QueryWriter(caller, database, schema, question, may_revise)
+        candidates = await together(writer.write(style) for style in range(effort.candidates))
+        if self.by_slack and (caller.slack_s or 0.0) < 0:
+            chosen = agreed(candidates)
+        else:
+            chosen = await choose(caller, database, schema, question, candidates)
         return _answer(caller.usage, chosen, candidates)
 
 

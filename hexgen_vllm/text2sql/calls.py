@@ -62,6 +62,16 @@ class Caller:
         self._sampling = sampling
         self._key = key
 
+    @property
+    def slack_s(self) -> float | None:
+        """Seconds that the question has to spare, as the last answer told."""
+        return self._workflow.slack_s
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline, ``inf`` without one."""
+        return self._workflow.remaining_s
+
     async def ask(self, stage: str, place: str, prompt: ChatPrompt, grammar: Grammar) -> str:
         """Return the answer to one prompt.
 

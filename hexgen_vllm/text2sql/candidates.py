@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hexgen_vllm.text2sql import prompts, replies
@@ -40,24 +41,29 @@ class QueryWriter:
         database: where queries run.
         schema: the linked part of the database.
         question: the question.
-        max_rounds: most revisions of a candidate.
+        may_revise: whether a candidate may be revised that has been so many times.
     """
 
     def __init__(
-        self, caller: Caller, database: Database, schema: Schema, question: str, max_rounds: int
+        self,
+        caller: Caller,
+        database: Database,
+        schema: Schema,
+        question: str,
+        may_revise: Callable[[int], bool],
     ) -> None:
         self._caller = caller
         self._database = database
         self._schema = schema
         self._question = question
-        self._max_rounds = max_rounds
+        self._may_revise = may_revise
         self._grammar: Grammar = query_grammar(schema)
 
     async def write(self, style: int) -> CandidateQuery:
         """Return the candidate of one style, revised until its result may be an answer."""
         prompt = prompts.candidate(self._database.product, style, self._schema, self._question)
         best = await self._query("generate_candidate", str(style), prompt)
-        while best.rounds < self._max_rounds and not best.outcome.is_telling:
+        while not best.outcome.is_telling and self._may_revise(best.rounds):
             prompt = prompts.revise(
                 self._database.product, self._schema, self._question, best.sql, best.outcome
             )

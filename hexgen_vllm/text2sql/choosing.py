@@ -40,6 +40,14 @@ async def choose(
     return running[scores.index(max(scores))]
 
 
+def agreed(candidates: Sequence[CandidateQuery]) -> CandidateQuery:
+    """Return, without asking a model, a candidate whose result most of the others have, too."""
+    running = [candidate for candidate in candidates if candidate.outcome.rows is not None]
+    if not running:
+        return candidates[0]
+    return max(running, key=lambda one: sum(_agree([one, other]) for other in running))
+
+
 def _agree(candidates: Sequence[CandidateQuery]) -> bool:
     first = candidates[0].outcome.rows or ()
     return all(same_rows(c.outcome.rows or (), first, ordered=True) for c in candidates)

@@ -26,6 +26,9 @@ class AgentOptions:
     warmup: int = option(0, "users before those that count", least=0)
     deadline_s: float = option(60.0, "deadline of a question, seconds", least=0.1)
     max_rounds: int = option(4, "most revisions of a candidate query", least=0, most=20)
+    same_effort: bool = option(
+        False, "two candidates and all revisions, whether a question is early or late"
+    )
     temperature: float = option(0.0, "of sampling; 0 takes the likeliest", least=0.0, most=2.0)
     max_tokens: int = option(1024, "longest answer of a call, tokens", least=16)
     constrain: bool = option(

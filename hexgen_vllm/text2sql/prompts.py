@@ -45,6 +45,8 @@ CANDIDATES: Final = (
     f"answer each with a condition, a join or an aggregate, and put them together. {_RULES}",
     f"You turn questions into {{product}} queries by thinking as the database would: find the "
     f"tables, join them, filter rows, group, keep groups, sort, cut off. {_RULES}",
+    f"You turn questions into {{product}} queries by going backwards: say which columns and rows "
+    f"the answer has, then which tables they come from, then what is left out. {_RULES}",
 )
 _REVISE: Final = (
     f"You correct {{product}} queries. You see a question, a query for it and what the database "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from openai import AsyncOpenAI, OpenAIError
 
+from hexgen_vllm.client import async_http_client
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql import report
@@ -72,7 +73,10 @@ async def _visits(
     model: str | None,
 ) -> list[Visit]:
     async with AsyncOpenAI(
-        base_url=endpoint.url, api_key=options.api_key, timeout=options.timeout_s
+        base_url=endpoint.url,
+        api_key=options.api_key,
+        timeout=options.timeout_s,
+        http_client=async_http_client(timeout=options.timeout_s),  # hears of slack
     ) as client:
         sampling = Sampling(
             model=await _served(client, endpoint, model),
@@ -83,7 +87,9 @@ async def _visits(
         )
         warmup = f", the first {options.warmup} do not count" if options.warmup else ""
         report.say(f"{endpoint.name}: {len(asked)} questions{warmup}")
-        agent = Agent(client, sampling, options.deadline_s, options.max_rounds)
+        agent = Agent(
+            client, sampling, options.deadline_s, options.max_rounds, not options.same_effort
+        )
         users = Users(agent, SystemClock(), options.rate, options.seed)
         return await users.ask(asked, tell)
 

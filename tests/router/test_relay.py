@@ -75,6 +75,29 @@ async def test_headers_of_the_answer(stand: Stand) -> None:
     assert stand.received()[0].headers["x-request-id"] == "mine-1"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_tell_how_their_workflow_stands(stand: Stand, stream: bool) -> None:
+    async def slack_ms(deadline_ms: str | None, status: int = 200) -> float | None:
+        batch = {"x-hexgen-class": "batch"}
+        given = {"x-hexgen-workflow-deadline-ms": deadline_ms} if deadline_ms else batch
+        async with stand.post(stream=stream, headers=given) as answer:
+            assert answer.status == status
+            await answer.read()
+            said = answer.headers.getall("x-hexgen-slack-ms", [])
+        assert len(said) <= 1
+        return float(said[0]) if said else None
+
+    assert await slack_ms(None) is None, "nobody is late without a deadline"
+    early, late = await slack_ms("600000"), await slack_ms("1")
+    assert early is not None
+    assert 0 < early <= 600_000
+    assert late is not None
+    assert late <= 1
+    stand.engines[0].faults.append(Fault("status", status=400))
+    stand.engines[1].faults.append(Fault("status", status=400))
+    assert await slack_ms("600000", 400) is not None, "errors of an engine, too"
+
+
 async def test_a_request_id_is_made_up_and_sent_on(stand: Stand) -> None:
     async with stand.post() as answer:
         made = answer.headers.getall("x-request-id")

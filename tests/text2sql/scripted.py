@@ -20,6 +20,7 @@ class Scripted:
         calls: stage, headers and body of every call, in order of arrival.
         finished: ids of workflows whose end was announced.
         broken: stages whose calls fail with a 400.
+        slack_ms: how workflows stand, as told with every answer.
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,7 @@ class Scripted:
         self.calls: list[tuple[str, dict[str, str], Body]] = []
         self.finished: list[str] = []
         self.broken: set[str] = set()
+        self.slack_ms: str | None = None
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._answer)
@@ -74,7 +76,8 @@ class Scripted:
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         return web.json_response(
             {"id": "c", "object": "chat.completion", "created": 1, "model": "m",
-             "choices": [choice], "usage": usage}
+             "choices": [choice], "usage": usage},
+            headers={} if self.slack_ms is None else {"x-hexgen-slack-ms": self.slack_ms},
         )  # fmt: skip
 
 

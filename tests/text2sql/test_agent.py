@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pytest
 
+from hexgen_vllm.client import async_http_client
 from hexgen_vllm.text2sql.agent import Agent
 from hexgen_vllm.text2sql.calls import Sampling
 from hexgen_vllm.text2sql.database import Database
@@ -188,3 +190,42 @@ async def test_seeds_tell_calls_apart_and_repeat_runs(
     assert len(set(first)) == 4
     await seeded.answer(databases["library"], QUESTION, key="another user")
     assert set(seeds()).isdisjoint(first)
+
+
+@pytest.fixture
+async def hearing(agent: Agent, scripted: Scripted) -> AsyncIterator[Agent]:
+    """Yield the agent with a client that hears of slack."""
+    http = async_http_client()
+    async with openai.AsyncOpenAI(base_url=scripted.url, api_key="k", http_client=http) as client:
+        yield replace(agent, client=client)
+
+
+@pytest.mark.parametrize(
+    ("slack_ms", "candidates", "tests"),
+    [(None, 2, 2), ("-1", 1, 0), ("-9000", 1, 0), ("0", 2, 2), ("5000", 2, 2), ("20000", 3, 2)],
+)
+async def test_a_question_gets_what_it_can_afford(
+    hearing: Agent, scripted: Scripted, databases: Mapping[str, Database], slack_ms: str | None,
+    candidates: int, tests: int,
+) -> None:  # fmt: skip
+    scripted.slack_ms = slack_ms
+    scripted.answers["generate_candidate"] = by_style(fenced(ALL), fenced(GOLD))
+    answer = await hearing.answer(databases["library"], QUESTION)
+    assert answer.rows is not None
+    stages = Counter(scripted.stages())
+    assert (stages["generate_candidate"], stages["generate_unit_test"]) == (candidates, tests)
+    scripted.calls.clear()
+    await replace(hearing, by_slack=False).answer(databases["library"], QUESTION)
+    assert Counter(scripted.stages())["generate_candidate"] == 2
+
+
+async def test_a_late_question_is_revised_once(
+    hearing: Agent, scripted: Scripted, databases: Mapping[str, Database]
+) -> None:
+    count = iter(range(99))
+    scripted.slack_ms = "-100"
+    scripted.answers["generate_candidate"] = fenced("SELECT a")
+    scripted.answers["revise"] = lambda body: fenced(f"SELECT c{next(count)}")
+    assert (await hearing.answer(databases["library"], QUESTION)).rounds == 1
+    scripted.slack_ms = "100"
+    assert (await hearing.answer(databases["library"], QUESTION)).rounds == 6

@@ -11,7 +11,9 @@ from typing import Final
 
 from aiohttp import web
 
+from hexgen_vllm.clock import Clock
 from hexgen_vllm.router.calls.call import Job
+from hexgen_vllm.router.calls.headers import slack_line
 from hexgen_vllm.router.engines.attempt import Attempt
 from hexgen_vllm.router.engines.watch import (
     TAIL_BYTES,
@@ -162,7 +164,7 @@ class StreamPass:
 
 
 async def whole_pass(
-    job: Job, attempt: Attempt, answer: Answer, head: list[bytes]
+    job: Job, attempt: Attempt, answer: Answer, head: list[bytes], clock: Clock
 ) -> web.StreamResponse:
     """Pass on an answer that is no stream, in one piece when it is not too long.
 
@@ -171,6 +173,7 @@ async def whole_pass(
     """
     with attempt:
         body = await answer.body(MAX_WHOLE_BYTES)
+    head.append(slack_line(job.accepted, job.placement, clock.now(), ends_now=True))
     if body is None and answer.status < 400 and not job.kept_alive:
         return await _large_pass(job, attempt, answer, head)
     if body is not None and job.learn is not None:

@@ -289,6 +289,31 @@ def answer_head(pairs: Pairs, engine: str, request_id: str) -> list[bytes]:
     return lines
 
 
+def slack_line(
+    accepted: Accepted | None, placement: Placement | None, now: float, *, ends_now: bool
+) -> bytes:
+    """Return the header line that tells a client how its workflow stands, empty if nobody knows.
+
+    Slack is deadline minus what is predicted to follow, minus the end of this call.
+
+    Args:
+        accepted: the call, ``None`` if it is none.
+        placement: of the call, ``None`` if it never was placed.
+        now: time of the answer.
+        ends_now: the answer is whole; otherwise the call ends when it is predicted to.
+    """
+    if accepted is None or placement is None or accepted.service_class == wire.BATCH:
+        return b""
+    if placement.deadline_s == math.inf:
+        return b""
+    end_s = now
+    if not ends_now and placement.finish_s is not None:
+        end_s = max(now, placement.finish_s)
+    slack_ms = (placement.deadline_s - placement.tail_s - end_s) * 1000.0
+    slack_ms = max(-wire.MAX_TIME_MS, min(wire.MAX_TIME_MS, slack_ms))
+    return f"{wire.SLACK_HEADER}: {slack_ms:.0f}\r\n".encode()
+
+
 def passed_on_head(method: str, target: str, pairs: Pairs, length: int) -> bytes:
     """Return the head of a request that another process of the router is to answer."""
     lines = [f"{method} {target} HTTP/1.1\r\n".encode("utf-8", "surrogateescape")]

@@ -232,3 +232,24 @@ def test_headers_that_come_twice_go_on_twice() -> None:
         one, PLACED, EngineKind.FCFS, url=ENGINE, now=NOW, epoch=EPOCH, request_id="r"
     )
     assert b"\r\nX-A: 1\r\nx-a: 2\r\n" in head
+
+
+@pytest.mark.parametrize(
+    ("finish_s", "ends_now", "slack_ms"),
+    [(104.0, False, "2000"), (None, False, "6000"), (90.0, False, "6000"), (115.0, False, "-9000"),
+     (104.0, True, "6000")],
+)  # fmt: skip
+def test_slack_is_what_is_left_behind_what_follows(
+    finish_s: float | None, ends_now: bool, slack_ms: str
+) -> None:
+    placed = Placement("c1", "e1", "r", finish_s=finish_s, deadline_s=110.0, tail_s=4.0)
+    said = outbound.slack_line(accepted({}), placed, 100.0, ends_now=ends_now)
+    assert said == f"x-hexgen-slack-ms: {slack_ms}\r\n".encode()
+
+
+def test_nobody_says_how_a_call_stands_that_has_no_deadline() -> None:
+    placed = Placement("c1", "e1", "r", deadline_s=110.0)
+    batch = replace(accepted({}), service_class=wire.BATCH)
+    for call, where in ((None, placed), (accepted({}), None), (batch, placed),
+                        (accepted({}), Placement("c1", "e1", "r"))):  # fmt: skip
+        assert outbound.slack_line(call, where, 100.0, ends_now=True) == b""
