@@ -184,6 +184,7 @@ def test_the_fastest_step_is_looked_up_once_a_second_for_each_model() -> None:
     final = call(model="m", final=True)
     assert one.least_s(final, 0, 10.0) == pytest.approx(STEP)
     load.reported(EngineReport(cost=COST.scaled(2.0)))
+    assert one.least_s(final, 0, 10.0) == pytest.approx(STEP)
     assert one.least_s(final, 0, 10.999) == pytest.approx(STEP)
     assert one.least_s(call(model="n", final=True), 0, 10.5) == pytest.approx(2 * STEP)
     assert one.least_s(final, 0, 11.0) == pytest.approx(2 * STEP)
@@ -287,3 +288,32 @@ def test_the_fleet_is_as_full_as_its_slots_at_work() -> None:
     assert estimates(engine(slots=2, calls=5)).fullness() == 1.0
     assert estimates(down).fullness() == 1.0
     assert not math.isnan(estimates().fullness())
+
+
+def test_lengths_are_those_of_the_stage() -> None:
+    learned = shapes()
+    for length in (1, 1, 1, 5000, 5000, 5000, 5000, 5000, 5000, 5000, 5000):
+        learned.learn_output("t", "z", length)
+    one = estimates(engine(), learned=learned, hopeless_quantile=0.5, length_quantile=0.2)
+    assert one.output_tokens(call(stage="z")) == 1
+    assert one.output_tokens(call(stage="s")) == 300
+    assert one.least_s(call(final=True), 0, 0.0) == pytest.approx(600 * STEP)
+    assert one.least_s(call(final=True, stage="z"), 0, 0.0) == pytest.approx(5000 * STEP)
+
+
+def test_who_says_that_nothing_follows_is_believed() -> None:
+    one = estimates(engine(), learned=shapes(), hopeless_quantile=0.1, hopeless_pace=1.0)
+    last = call(stages_left=0)
+    assert one.demand(last, run(), 0).tail_s == 0.0
+    assert one.least_s(last, 0, 0.0) == pytest.approx(200 * STEP)
+    assert one.hopeless_after_s(last, 60.0, 0) == pytest.approx(60.0 - COST.p1 * 400 - 200 * STEP)
+    unknown = estimates(engine(), hopeless_pace=1.0)
+    hinted = call(expected_output_tokens=30, stages_left=2)
+    wanted = COST.p1 * (400 + 2 * 400) + STEP * (30 + 2 * 30)
+    assert unknown.hopeless_after_s(hinted, 60.0, 0) == pytest.approx(60.0 - wanted)
+
+
+def test_a_call_itself_takes_what_engines_with_its_model_take() -> None:
+    one = estimates(engine("a", models=("m",)), engine("b", 5.0, models=("n",)))
+    demand = one.demand(call(model="n", final=True, expected_output_tokens=10), run(), 0)
+    assert one.own_s(demand) == pytest.approx(path_s(10, 0, 5.0))
