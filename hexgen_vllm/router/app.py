@@ -247,6 +247,7 @@ class Router:
             max_buffered_bytes=self._options.max_buffered_bytes,
             max_connections=self._max_connections(),
             uploads=self._batches.uploads,
+            tls=self._tls,
             mark=self._mark if self._cors.enabled or self._spot is not None else None,
         )
         context.metrics.add(Connections(server))
@@ -263,7 +264,6 @@ class Router:
                 self._options.host,
                 self.port,
                 backlog=_BACKLOG,
-                ssl_context=self._tls,
                 reuse_port=self._spot is not None,
             ).start()
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ import trustme
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router import access
+from hexgen_vllm.router.http import server as http_server
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.manual_clock import ManualClock
@@ -185,3 +187,53 @@ async def test_a_client_that_does_not_read_over_https_takes_no_engine_out(ours: 
         await stand.until(lambda: stand.context.ledger.open == 0)
         assert stand.context.ledger.failed() == {"rejected-context-cancelled": 1}
         writer.transport.abort()
+
+
+async def test_connections_that_say_nothing_keep_nobody_out(ours: Authority) -> None:
+    """Before it is encrypted, a connection counts like any other, and the oldest gives way."""
+    async with open_stand(**ours.flags(), max_connections=5) as stand:
+        server: Any = stand.router._runner.server  # type: ignore[union-attr]
+        silent = [await asyncio.open_connection("127.0.0.1", stand.router.port) for _ in range(60)]
+        await stand.until(lambda: server.refused >= 39)
+        assert len(server._greeting) <= 5 + 16
+        trusting = ours.trusting()
+        for _ in range(8):
+            assert await asked(stand, trusting) == 200
+        gone = [reader for reader, _ in silent if reader.at_eof() or reader.exception()]
+        assert len(gone) >= 39
+        for _, writer in silent:
+            writer.close()
+        await stand.until(lambda: not server._greeting)
+        stand.assert_settled()
+
+
+async def test_a_handshake_takes_only_so_long(
+    ours: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_HANDSHAKE_S", 0.05)
+    async with open_stand(**ours.flags()) as stand:
+        for said in (b"", b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.1\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", stand.router.port)
+            writer.write(said)
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+        monkeypatch.setattr(http_server, "_HANDSHAKE_S", 10.0)
+        assert await asked(stand, ours.trusting()) == 200
+
+
+async def test_many_clients_may_come_at_once_over_https(ours: Authority) -> None:
+    async with open_stand(**ours.flags()) as stand:
+        trusting = ours.trusting()
+        assert set(await asyncio.gather(*(asked(stand, trusting) for _ in range(40)))) == {200}
+        stand.assert_settled()
+
+
+async def test_a_router_stops_with_handshakes_under_way(ours: Authority) -> None:
+    async with open_stand(**ours.flags()) as stand:
+        reader, writer = await asyncio.open_connection("127.0.0.1", stand.router.port)
+        server: Any = stand.router._runner.server  # type: ignore[union-attr]
+        await stand.until(lambda: server._greeting)
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
+    writer.close()

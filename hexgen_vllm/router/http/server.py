@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, cast
 
@@ -45,6 +46,7 @@ _LEAST_READ_BYTES: Final = 2**14  # of an answer, within _IDLE_SWEEPS
 # with unread data resets it, and the client would not see the answer.
 _LINGER_S: Final = 2.0
 _MAX_LINGER_BYTES: Final = 2**24
+_HANDSHAKE_S: Final = 10.0
 _MAX_TOLD: Final = 16  # clients that are told at once why they are turned away
 _MAX_BUFFERED_BYTES: Final = 2**30
 _MAX_CONNECTIONS: Final = 64  # enough for who only reads metrics
@@ -446,6 +448,95 @@ class Connection(Reader):
             self.transport.abort()
 
 
+class Handshake(asyncio.Protocol):
+    """A connection of a client before it is encrypted.
+
+    It counts among the others from its first moment: nobody fills the router with connections that
+    say nothing. Where there are too many, those go first that have been here longest; an honest
+    client is through in milliseconds.
+    """
+
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+        self._server, self._loop = server, loop
+        self._transport: asyncio.Transport | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._first = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = made = cast(asyncio.Transport, transport)
+        if isinstance(made.get_extra_info("sockname"), str):  # another process of this router
+            connection = Connection(self._server, self._loop)
+            made.set_protocol(connection)
+            connection.connection_made(made)
+            return
+        self._timer = self._loop.call_later(_HANDSHAKE_S, self.abort)
+        self._server.greet(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Begin to encrypt; uvloop would read on if it were told to wait before this."""
+        if self._transport is None or self._task is not None:
+            return
+        self._first = data
+        self._transport.pause_reading()
+        self._task = self._loop.create_task(self._encrypt(self._transport))
+        # ``start_tls`` puts its protocol in place in its first turn, and lets it begin and read in
+        # the second one.
+        self._loop.call_soon(self._loop.call_soon, self._hand_on)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._forget()
+
+    def abort(self) -> None:
+        """Close it now."""
+        if self._task is not None:
+            self._task.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._server.greeted(self)
+
+    def _hand_on(self) -> None:
+        """Hand what came first to the protocol that decrypts it."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        protocol: Any = self._transport.get_protocol()
+        data, self._first = self._first, b""
+        if not hasattr(protocol, "get_buffer"):
+            protocol.data_received(data)
+        while data and hasattr(protocol, "get_buffer"):
+            room = memoryview(protocol.get_buffer(len(data)))
+            n = min(len(room), len(data))
+            room[:n] = data[:n]
+            data = data[n:]
+            protocol.buffer_updated(n)
+
+    async def _encrypt(self, transport: asyncio.Transport) -> None:
+        server, connection = self._server, Connection(self._server, self._loop)
+        try:
+            encrypted = await self._loop.start_tls(
+                transport,
+                connection,
+                cast(ssl.SSLContext, server.tls),
+                server_side=True,
+                ssl_handshake_timeout=_HANDSHAKE_S,
+            )
+        except (OSError, asyncio.TimeoutError):
+            transport.abort()
+        else:
+            self._forget()
+            if encrypted is not None:
+                connection.connection_made(encrypted)
+        finally:
+            self._forget()
+
+
 Handle = Callable[[Request], Awaitable[web.StreamResponse]]
 Mark = Callable[[Request, web.StreamResponse], None]
 Refuse = Callable[[str, int], web.Response]
@@ -464,6 +555,7 @@ class Server(web.Server):
         max_buffered_bytes: most bytes of bodies held at once.
         max_connections: most clients connected at once; more are told so and turned away.
         uploads: most bytes of the bodies that are taken in pieces, by the path of the POST request.
+        tls: what connections are encrypted with, but for those over Unix sockets.
 
     Attributes:
         open: connections there are.
@@ -471,7 +563,7 @@ class Server(web.Server):
         buffered: bytes of bodies held.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a server is made of
         self,
         handle: Handle,
         *,
@@ -482,6 +574,7 @@ class Server(web.Server):
         max_buffered_bytes: int = _MAX_BUFFERED_BYTES,
         max_connections: int = _MAX_CONNECTIONS,
         uploads: Mapping[str, int] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__(cast(Any, handle))
         self.handle, self.refuse, self.turn_away = handle, refuse, turn_away
@@ -490,13 +583,30 @@ class Server(web.Server):
         self.max_connections, self.refused = max_connections, 0
         self.uploads: Mapping[str, int] = uploads or {}
         self.open: set[Connection] = set()
+        self.tls = tls
+        self._greeting: dict[Handshake, None] = {}  # oldest first
         self._sweeper: asyncio.TimerHandle | None = None
 
     def __call__(self) -> Any:
         """Return the protocol for a new connection."""
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+        if self.tls is not None:
+            return Handshake(self, self._loop)
         return Connection(self, self._loop)
+
+    def greet(self, one: Handshake) -> None:
+        """Count a connection that is to be encrypted; if there are too many the oldest leaves."""
+        self._greeting[one] = None
+        if len(self.open) + len(self._greeting) > self.max_connections + _MAX_TOLD:
+            oldest = next(iter(self._greeting))
+            self.refused += 1
+            self.greeted(oldest)
+            oldest.abort()
+
+    def greeted(self, one: Handshake) -> None:
+        """Count it no more."""
+        self._greeting.pop(one, None)
 
     def _sweep(self) -> None:
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
@@ -505,11 +615,17 @@ class Server(web.Server):
 
     def pre_shutdown(self) -> None:
         """Let no connection take another request."""
+        self._turn_away_greeting()
         for connection in list(self.open):
             connection.close_when_idle()
 
+    def _turn_away_greeting(self) -> None:
+        for one in list(self._greeting):
+            one.abort()
+
     async def shutdown(self, timeout: float | None = None) -> None:
         """Wait up to ``timeout`` seconds for requests under way; close all connections."""
+        self._turn_away_greeting()
         if self._sweeper is not None:
             self._sweeper.cancel()
         tasks = [c.task for c in self.open if c.task is not None]
