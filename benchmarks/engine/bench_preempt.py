@@ -23,6 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from benchmarks.engine import in_tree
 from benchmarks.engine.preempt_load import (
     URGENT_EVERY,
     Case,
@@ -85,14 +86,17 @@ class Bed:
             disable_log_stats=True,
         )
         if mode is not None:
-            options = {"host_kv_gib": case.host_kv_gib, **MODES[mode]}
+            options = {"host_kv_gib": case.host_kv_gib, **MODES.get(mode, {"host_kv_gib": 0.0})}
             args.scheduler_cls = "hexgen_vllm.UrgencyScheduler"
             args.additional_config = {"hexgen": options}
             choose_connector(args, options)
+            if mode in in_tree.MODES:
+                args.kv_transfer_config = in_tree.transfer_config(mode, case.host_kv_gib)
         self._llm = LLMEngine.from_engine_args(args)
         self._core = self._llm.engine_core.engine_core
         self.scheduler: Any = self._core.scheduler
         self._now = self.scheduler.hexgen_clock = _clock()
+        self.computed_tokens = 0
 
     def close(self) -> None:
         """Stop the engine."""
@@ -125,7 +129,7 @@ class Bed:
         todo = iter(range(workflows))
         while self._admit(alive, in_flight, todo, lone_s):
             start = self._now()
-            outputs = self._llm.step()
+            outputs = self._step()
             now = self._now()
             result.steps_s.append(now - start)
             for output in outputs:
@@ -135,6 +139,21 @@ class Bed:
                     result.ended(workflow, now)
         result.took_s = self._now() - begin
         return result
+
+    def _step(self) -> Any:
+        """Do a step; ``computed_tokens`` counts what is computed in it."""
+        schedule = self.scheduler.schedule
+
+        def counted(*arguments: Any, **more: Any) -> Any:
+            output = schedule(*arguments, **more)
+            self.computed_tokens += output.total_num_scheduled_tokens
+            return output
+
+        self.scheduler.schedule = counted
+        try:
+            return self._llm.step()
+        finally:
+            self.scheduler.schedule = schedule
 
     def _admit(
         self, alive: dict[str, Workflow], in_flight: int, todo: Iterator[int], lone_s: float
@@ -243,14 +262,18 @@ def undisturbed(case: Case) -> tuple[float, dict[str, list[int]]]:
         return lone_s, engine.play(lone_s).written
 
 
-def run_mode(case: Case, mode: str, lone_s: float, want: dict[str, list[int]]) -> dict[str, Any]:
-    """Return the figures of one mode."""
+def run_mode(
+    case: Case, mode: str, lone_s: float, want: dict[str, list[int]], *, resume: bool = True
+) -> dict[str, Any]:
+    """Return the figures of one mode, the times of resuming calls only if ``resume``."""
     with bed(case, case.tight_blocks, mode) as engine:
         engine.lone_s()  # warms up, and teaches the engine its step cost
         before = engine.scheduler.hexgen_stats()
+        engine.computed_tokens = 0
         load = engine.play(lone_s)
-        stats = engine.scheduler.hexgen_stats()
-        resume_ms = {c: round(1000 * engine.resume_s(c), 2) for c in case.contexts}
+        computed, stats = engine.computed_tokens, engine.scheduler.hexgen_stats()
+        times = case.contexts if resume else ()
+        resume_ms = {c: round(1000 * engine.resume_s(c), 2) for c in times}
         leaked = engine.leaked_blocks()
     urgent = -(-case.workflows // URGENT_EVERY)
     again = stats["recomputed_tokens"] - before["recomputed_tokens"]
@@ -260,8 +283,9 @@ def run_mode(case: Case, mode: str, lone_s: float, want: dict[str, list[int]]) -
         "restored_fraction": round(restored / max(restored + again, 1), 4),
         "tokens_identical": all(load.written[name] == want[name] for name in want),
         "leaked_blocks": leaked,
-        "resume_ms": resume_ms[max(resume_ms)],
+        "resume_ms": resume_ms[max(resume_ms)] if resume_ms else None,
         "resume_ms_by_context": {str(c): ms for c, ms in resume_ms.items()},
+        "computed_tokens": computed,
         "recomputed_tokens": again,
         "restored_tokens": restored,
         "preemptions": stats["preemptions"],

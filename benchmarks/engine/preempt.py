@@ -17,6 +17,8 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -39,6 +41,12 @@ _PER_MODE: Final = (
     "recomputed_tokens",
     "step_ms",
     "on_time_fraction",
+)
+SMALLEST_MIB: Final = 16
+_HEADLINE: Final = (
+    "five_calls_over_best_in_tree",
+    "recomputed_over_best_in_tree_16mib",
+    "resume_ms_2048",
 )
 _SIZES: Final = ("in_flight", "workflows", "stages", "repeats")
 
@@ -73,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, help="resumes timed per context")
     parser.add_argument("--host-kv-gib", type=float, default=1.0, help="host memory for KV, GiB")
+    parser.add_argument(
+        "--against-vllm",
+        action="store_true",
+        help="compare with vLLM's own connectors for host memory instead: 1 and 5 calls of a "
+        "workflow, three sizes of host memory; half an hour on a CPU",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of prompts and lengths")
 
 
@@ -87,12 +101,12 @@ def main(args: argparse.Namespace) -> int:
         UnsupportedVLLM: vLLM is missing or not supported.
     """
     _check(args)
-    found = _measure(args)
-    print(table(found))
+    found = _compare(args) if args.against_vllm else _measure(args)
+    print(comparison(found) if args.against_vllm else table(found))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=2) + "\n")
-    modes = found["modes"].values()
+    modes = found["rows"] if args.against_vllm else list(found["modes"].values())
     return 0 if all(m["tokens_identical"] and not m["leaked_blocks"] for m in modes) else 1
 
 
@@ -115,25 +129,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    for name, value in (_QUIET | (_QUIET_CPU if args.device == "cpu" else _CUDA)).items():
-        os.environ.setdefault(name, value)
-    if args.device == "cpu":
-        os.environ["OMP_NUM_THREADS"] = "1"  # CPU time of several threads would be no time
-    compat = import_module("hexgen_vllm.engine.compat")  # one sentence if vLLM is not there
-    bench = import_module("benchmarks.engine.bench_preempt")
-    bench.check_device(args.device)
+    bench = _prepared(args)
     with tempfile.TemporaryDirectory() as folder:
-        case = bench.Case(
-            model=args.model or _tiny_model(Path(folder)),
-            dtype=args.dtype,
-            prompt=tuple(args.prompt),
-            output=tuple(args.output),
-            contexts=tuple(args.contexts),
-            host_kv_gib=args.host_kv_gib,
-            urgent=args.urgent,
-            seed=args.seed,
-            **{name: getattr(args, name) for name in _SIZES},
-        )
+        case = _case(args, bench, Path(folder))
         lone_s, want = bench.undisturbed(case)
         modes = {mode: bench.run_mode(case, mode, lone_s, want) for mode in bench.MODES}
     return {
@@ -141,6 +139,111 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "modes": modes,
         "kv_blocks": case.tight_blocks,
         "lone_workflow_s": round(lone_s, 4),
+        **_circumstances(args, bench),
+    }
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure ours and vLLM's own with one and five calls of a workflow and less host memory."""
+    bench = _prepared(args)
+    in_tree = import_module("benchmarks.engine.in_tree").MODES
+    largest = args.host_kv_gib
+    sizes = [largest, largest / 8, SMALLEST_MIB / 1024]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        whole = _case(args, bench, Path(folder))
+        for stages in (1, 5):
+            workflows = max(whole.workflows * whole.stages // stages // 2, whole.in_flight)
+            case = replace(whole, stages=stages, workflows=workflows)
+            lone_s, want = bench.undisturbed(case)
+            for gib in sizes:
+                for mode in ("recompute", "auto", *in_tree):
+                    if mode == "recompute" and gib < largest:
+                        continue  # it has no host memory
+                    resume = stages == 1 and gib == largest
+                    sized = replace(case, host_kv_gib=gib)
+                    row = bench.run_mode(sized, mode, lone_s, want, resume=resume)
+                    rows.append({"stages": stages, "host_mib": 1024 * gib, "mode": mode, **row})
+                    print(_line(rows[-1]), flush=True)
+    return {**_headline(rows, in_tree), "rows": rows, **_circumstances(args, bench)}
+
+
+def _headline(rows: Sequence[Mapping[str, Any]], in_tree: Sequence[str]) -> dict[str, Any]:
+    """Return what the comparison comes to; a ratio is ours over the best of vLLM's."""
+
+    def value(key: str, stages: int, mib: float, mode: str) -> float:
+        found = {(r["stages"], r["host_mib"], r["mode"]): r[key] for r in rows}
+        return float(found[stages, mib, mode])
+
+    def ratio(key: str, stages: int, mib: float) -> float:
+        best = min(value(key, stages, mib, mode) for mode in in_tree)
+        return round(value(key, stages, mib, "auto") / max(best, 1.0), 4)
+
+    most, least = max(r["host_mib"] for r in rows), min(r["host_mib"] for r in rows)
+    resume = next(r for r in rows if r["mode"] == "auto" and r["resume_ms"] is not None)
+    return {
+        "five_calls_over_best_in_tree": ratio("computed_tokens", 5, most),
+        "recomputed_over_best_in_tree_16mib": ratio("recomputed_tokens", 1, least),
+        "resume_ms_2048": resume["resume_ms_by_context"].get("2048"),
+    }
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    resume = f"{row['resume_ms']:8.1f} ms" if row["resume_ms"] is not None else ""
+    cells = (
+        f"{row['stages']:>5}",
+        f"{row['host_mib']:>8.0f} ",
+        f"{row['mode']:<15}",
+        f"{row['computed_tokens']:9,d}",
+        f"{row['recomputed_tokens']:11,d}",
+        f"{row['step_ms']:8.2f}",
+        f"{row['on_time_fraction']:8.0%}",
+        f"{'yes' if row['tokens_identical'] else 'NO':>10}",
+        f"{row['leaked_blocks']:7d} ",
+        resume,
+    )
+    return " ".join(cells).rstrip()
+
+
+def comparison(found: Mapping[str, Any]) -> str:
+    """Return the comparison as text."""
+    title = (
+        "calls host MiB  mode             computed  recomputed  step ms  on time  identical"
+        "  leaked  resume"
+    )
+    ends = (f"{key} {found[key]}" for key in _HEADLINE)
+    return "\n".join([title, *map(_line, found["rows"]), *ends])
+
+
+def _prepared(args: argparse.Namespace) -> Any:
+    """Set the environment, and return the module that runs engines."""
+    for name, value in (_QUIET | (_QUIET_CPU if args.device == "cpu" else _CUDA)).items():
+        os.environ.setdefault(name, value)
+    if args.device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = "1"  # CPU time of several threads would be no time
+    import_module("hexgen_vllm.engine.compat")  # one sentence if vLLM is not there
+    bench = import_module("benchmarks.engine.bench_preempt")
+    bench.check_device(args.device)
+    return bench
+
+
+def _case(args: argparse.Namespace, bench: Any, folder: Path) -> Any:
+    return bench.Case(
+        model=args.model or _tiny_model(folder),
+        dtype=args.dtype,
+        prompt=tuple(args.prompt),
+        output=tuple(args.output),
+        contexts=tuple(args.contexts),
+        host_kv_gib=args.host_kv_gib,
+        urgent=args.urgent,
+        seed=args.seed,
+        **{name: getattr(args, name) for name in _SIZES},
+    )
+
+
+def _circumstances(args: argparse.Namespace, bench: Any) -> dict[str, Any]:
+    compat = import_module("hexgen_vllm.engine.compat")
+    return {
         "environment": {
             "device": bench.device_name(args.device),
             "vllm": compat.found_version(),

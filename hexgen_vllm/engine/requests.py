@@ -11,6 +11,7 @@ the difference of two wall-clock readings and is taken as 0 when it is negative 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,7 +30,6 @@ logger = logging.getLogger("vllm.hexgen")
 _MAX_AGE_S: Final = 600.0
 _WARN_EVERY_S: Final = 60.0
 _OVER: Final = Plans(follows=False)
-_GOES_ON: Final = Plans(follows=True)
 _NOTHING_SAID: Final = wire.CallMeta()
 
 
@@ -146,7 +146,7 @@ class CallBook:
             least_tail_s=rates.tail_s(outlook.least_tail),
             routed=said_tail_s is not None,
             known_as=known_as,
-            plans=_plans(meta),
+            plans=_plans(request, meta),
         )
         self.price(request)
 
@@ -281,11 +281,43 @@ def _known_as(
     )
 
 
-def _plans(meta: wire.CallMeta) -> Plans:
-    """Return what a request says of what follows it."""
+def _plans(request: Request, meta: wire.CallMeta) -> Plans:
+    """Return what a request says of what follows it; what cannot be read was not said.
+
+    In the words of others: ``expected_resume``, yes or no or in how many seconds, and
+    ``kv_retention_ttl_seconds``, in ``vllm_xargs``, in the agentic context there, or in the
+    payload of an action of vLLM's ``kv_hints``.
+    """
     if meta.workflow_final:
         return _OVER
-    return _GOES_ON if meta.stages_left else UNSAID
+    params = request.sampling_params
+    extra: Any = params.extra_args if params is not None else None
+    hints = getattr(request, "kv_hints", None)
+    if not extra and hints is None:
+        return UNSAID
+    sources = [extra, extra.get(wire.AGENTIC)] if isinstance(extra, dict) else []
+    sources += [getattr(action, "payload", None) for action in getattr(hints, "actions", ())]
+    follows, resume_s, keep_s = True if meta.stages_left else None, None, None
+    for source in sources:
+        if isinstance(source, dict):
+            resume, keep = source.get("expected_resume"), source.get("kv_retention_ttl_seconds")
+            if isinstance(resume, bool) or resume in ("true", "false"):
+                follows = resume in (True, "true")
+            else:
+                resume_s = _seconds(resume) or resume_s
+            keep_s = _seconds(keep) or keep_s
+    return Plans(follows, resume_s, keep_s)
+
+
+def _seconds(value: object) -> float | None:
+    """Return a positive number of seconds, ``None`` if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if 0.0 < number < math.inf else None
 
 
 def _session(request: Request) -> str | None:

@@ -33,6 +33,7 @@ FOLDERS: Final = tuple(
 OF_VLLM: Final = {
     "--additional-config", "--block-size", "--config", "--data-parallel-size",
     "--disable-access-log-for-endpoints", "--disable-hybrid-kv-cache-manager",
+    "--enable-sleep-mode",
     "--enable-prefix-caching",
     "--enforce-eager", "--gpu-memory-utilization", "--kv-offloading-size",
     "--kv-transfer-config", "--max-num-batched-tokens", "--max-num-seqs", "--middleware",

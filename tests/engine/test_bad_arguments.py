@@ -97,9 +97,12 @@ ENGINE: tuple[Mistake, ...] = (
      of_engine("engine.scheduler", "options_of", config(hexgen=1))),
     ("additional_config.hexgen_pace must be an object, not ….",
      of_engine("testing.pace", "pace_of", config(hexgen_pace=1))),
-    ("… cannot be used beside another KV connector (…).", names_another_connector),
+    ("… cannot be used beside another KV connector (…), because nothing puts the copies of the two "
+     "in order: take the other one out, or …, and have --kv-offloading-size of vLLM or a "
+     "MultiConnector keep KV in host memory.", names_another_connector),
     ("… cannot be used with … parallelism.", lambda: swap(parallel="pipeline")),
-    ("… needs a model whose layers all have full attention.", lambda: swap(kind="sliding")),
+    ("… needs a model whose layers all have full attention; for one whose other layers have "
+     "windows, --disable-hybrid-kv-cache-manager makes them so.", lambda: swap(kind="sliding")),
     ('… needs the plugin of an installed hexgen_vllm (is VLLM_PLUGINS without "hexgen"?) or '
      "--kv-transfer-config with kv_connector …, kv_connector_module_path … and kv_role "
      "kv_producer.",

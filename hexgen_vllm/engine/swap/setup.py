@@ -71,7 +71,11 @@ def choose_connector(target: Any, options: Mapping[str, Any]) -> None:
         return
     _check_allocator(target)
     if name is not None:
-        raise ConfigError(f"{_OPTION} cannot be used beside another KV connector ({name}).")
+        raise ConfigError(
+            f"{_OPTION} cannot be used beside another KV connector ({name}), because nothing puts "
+            f"the copies of the two in order: take the other one out, or {_OPTION}, and have "
+            "--kv-offloading-size of vLLM or a MultiConnector keep KV in host memory."
+        )
     target.kv_transfer_config = transfer_config()
 
 

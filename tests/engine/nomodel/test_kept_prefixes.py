@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hexgen_vllm import wire
 from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.policy.returns import Plans
 from tests.engine.nomodel.harness import expected
 from tests.engine.nomodel.swap_harness import SwapEngine
 
@@ -195,3 +197,35 @@ def test_an_aborted_call_leaves_nothing(folder: Path) -> None:
     while engine.busy():
         engine.step()
     engine.assert_clean()
+
+
+@pytest.mark.parametrize(
+    ("extra", "plans"),
+    [
+        ({}, Plans()),
+        ({"hexgen_stages_left": 2}, Plans(follows=True)),
+        ({"hexgen_stages_left": 0}, Plans()),
+        ({"hexgen_workflow_final": True, "expected_resume": 3}, Plans(follows=False)),
+        ({"expected_resume": 2.5}, Plans(resume_s=2.5)),
+        ({"expected_resume": "true"}, Plans(follows=True)),
+        ({"agentic_context": {"expected_resume": False}}, Plans(follows=False)),
+        ({"agentic_context": {"kv_retention_ttl_seconds": "300"}}, Plans(keep_s=300.0)),
+        ({"kv_retention_ttl_seconds": "soon", "expected_resume": [1]}, Plans()),
+        ({"kv_retention_ttl_seconds": float("nan"), "expected_resume": -1}, Plans()),
+    ],
+)
+def test_what_follows_is_read_in_the_words_of_others(
+    folder: Path, extra: dict[str, Any], plans: Plans
+) -> None:
+    engine = SwapEngine(folder, blocks=40)
+    request = engine.add("r", [1, 2, 3], 5, sampling={"extra_args": extra})
+    assert request.hexgen.plans == plans
+
+
+def test_hints_for_the_kv_are_read(folder: Path) -> None:
+    engine = SwapEngine(folder, blocks=40)
+    request = engine.add("r", [1, 2, 3], 5)
+    action = SimpleNamespace(payload={"kv_retention_ttl_seconds": 60})
+    request.kv_hints = SimpleNamespace(actions=[action, SimpleNamespace(payload=None)])
+    engine.scheduler.hexgen_book.open(request, 1000.0)
+    assert request.hexgen.plans == Plans(keep_s=60.0)

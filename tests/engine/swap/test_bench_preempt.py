@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.engine import preempt
 from hexgen_vllm.testing.tiny_model import TinySpec, build
 
 SMALL = [
@@ -67,3 +68,30 @@ def test_a_wrong_argument_is_one_sentence(arguments: list[str], sentence: str) -
     done = bench(*arguments)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"hexgen-vllm bench preempt: {sentence}"
+
+
+def row(stages: int, mib: float, mode: str, computed: int, again: int) -> dict[str, Any]:
+    times = {"2048": 7.5} if mode == "auto" and stages == 1 and mib == 1024 else {}
+    return {
+        "stages": stages,
+        "host_mib": mib,
+        "mode": mode,
+        "computed_tokens": computed,
+        "recomputed_tokens": again,
+        "resume_ms": 7.5 if times else None,
+        "resume_ms_by_context": times,
+    }
+
+
+def test_the_comparison_is_with_the_best_of_the_others() -> None:
+    in_tree = ("offloading", "simple")
+    rows = [row(1, 1024, "recompute", 900, 500)]
+    for stages, mib in ((1, 1024), (1, 16), (5, 1024), (5, 16)):
+        rows.append(row(stages, mib, "auto", 90 * stages, 3))
+        rows.append(row(stages, mib, "offloading", 100 * stages, 60))
+        rows.append(row(stages, mib, "simple", 120 * stages, 50))
+    assert preempt._headline(rows, in_tree) == {
+        "five_calls_over_best_in_tree": 0.9,
+        "recomputed_over_best_in_tree_16mib": 0.06,
+        "resume_ms_2048": 7.5,
+    }
