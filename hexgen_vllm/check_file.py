@@ -31,7 +31,7 @@ _NEAR: Final = 0.5  # what a key is worth that is only like one of a kind, to te
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """A kind of file.
 
     Attributes:
@@ -56,13 +56,13 @@ def _with_trace(source: Located) -> None:
 
 _ENGINE: Final = {"name": "stand-in-{}", "url": "http://127.0.0.1:1"}
 KINDS: Final = (
-    Kind(
+    FileKind(
         "cluster",
         CLUSTER_KEYS,
         spec_in,
         {("engines",): [_ENGINE], ("engines", _ANY): _ENGINE},
     ),
-    Kind(
+    FileKind(
         "scenario",
         frozenset(SCENARIO_KEYS),
         _with_trace,
@@ -73,7 +73,7 @@ KINDS: Final = (
             ("policies", _ANY): {"policy": "slack", "name": "stand-in {}"},
         },
     ),
-    Kind(
+    FileKind(
         "router",
         frozenset(name for names in GROUPS.values() for name in names if name != "config"),
         options_in,
@@ -121,11 +121,11 @@ def check(path: Path, name: str | None = None) -> tuple[str, list[ConfigError]]:
     return kind.name, sorted(located, key=lambda one: getattr(one, "line", 0))
 
 
-def kind_of(source: Located) -> Kind:
+def kind_of(source: Located) -> FileKind:
     """Return the kind whose keys the file has, or keys like them; one of a router if in doubt."""
     top = source.value if isinstance(source.value, Mapping) else {}
 
-    def likeness(kind: Kind) -> float:
+    def likeness(kind: FileKind) -> float:
         names = [key if kind.name != "router" else key.replace("-", "_") for key in top]
         near = [n for n in names if n not in kind.keys and get_close_matches(n, kind.keys, n=1)]
         return sum(n in kind.keys for n in names) + _NEAR * len(near)
@@ -137,7 +137,7 @@ def kind_of(source: Located) -> Kind:
 class _Mending:
     """Reads a file again and again, each time without the mistake that was found last."""
 
-    def __init__(self, kind: Kind, source: Located) -> None:
+    def __init__(self, kind: FileKind, source: Located) -> None:
         self._kind = kind
         self._source = replace(source, value=deepcopy(source.value))
         self._found: set[Key] = set()

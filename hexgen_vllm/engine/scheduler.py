@@ -42,7 +42,7 @@ from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
 from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.order import LateWatch, demotes
 from hexgen_vllm.policy.pace import Places, reachable_token_s
-from hexgen_vllm.policy.returns import Kind
+from hexgen_vllm.policy.returns import CallKind
 
 logger = logging.getLogger("vllm.hexgen")
 _REKEY_EVERY_STEPS: Final = 64
@@ -233,7 +233,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         if self._leaver is None or known is None or request.status not in _ENDED:
             return
         lone = call.workflow_id == request.request_id
-        kind = Kind(known.workflow_type, known.stage, lone)
+        kind = CallKind(known.workflow_type, known.stage, lone)
         ended = EndedCall(kind, call.plans, call.workflow_id, call.deadline_s - call.tail_s)
         blocks = self.kv_cache_manager.get_blocks(request.request_id).blocks[0]
         now = self.hexgen_clock()

@@ -57,7 +57,7 @@ UNSAID: Final = Plans()
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class CallKind:
     """A kind of call: its workflow type, its stage, and whether it is of a workflow at all."""
 
     workflow_type: str
@@ -110,7 +110,7 @@ class End:
         tokens: how much KV it left.
     """
 
-    kind: Kind
+    kind: CallKind
     ended_s: float
     plans: Plans
     tokens: int

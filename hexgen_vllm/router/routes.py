@@ -269,7 +269,7 @@ def public() -> Iterator[Route]:
     return (route for route in ROUTES if route.access is not Access.PROCESS)
 
 
-class Match(NamedTuple):
+class RouteMatch(NamedTuple):
     """A route that was found for a request, what answers it, and what the path says."""
 
     route: Route
@@ -281,15 +281,15 @@ class Routes:
     """The table, bound to the handlers of one router."""
 
     def __init__(self, parts: Parts) -> None:
-        self._rest = Match(_REST, _REST.bind(parts))
-        self._refused = Match(_REST, _refuse)
-        self._fixed: dict[tuple[str, str], Match] = {}
-        self._open: list[tuple[str, re.Pattern[str], Match]] = []
+        self._rest = RouteMatch(_REST, _REST.bind(parts))
+        self._refused = RouteMatch(_REST, _refuse)
+        self._fixed: dict[tuple[str, str], RouteMatch] = {}
+        self._open: list[tuple[str, re.Pattern[str], RouteMatch]] = []
         self._paths: dict[str, list[Route]] = {}
         for route in ROUTES:
             if route.access is Access.PROCESS and parts.shard is None:
                 continue
-            match = Match(route, route.bind(parts))
+            match = RouteMatch(route, route.bind(parts))
             for method in route.methods:
                 if "{" in route.path:
                     self._open.append((method, _pattern(route.path), match))
@@ -298,19 +298,19 @@ class Routes:
             if route.access is not Access.PROCESS:
                 self._paths.setdefault(route.path, []).append(route)
 
-    def find(self, request: Request) -> Match | None:
+    def find(self, request: Request) -> RouteMatch | None:
         """Return the route of a request, ``None`` if there is none."""
         found = self._found(request.method, request.path)
         hidden = found is not None and found.route.access is Access.PROCESS
         return None if hidden and not request.came_from_here else found
 
-    def rest(self, request: Request) -> Match:
+    def rest(self, request: Request) -> RouteMatch:
         """Return what passes on a request that :meth:`find` and :meth:`refusal` do not know."""
         upgrades = request.names.get("upgrade", "").lower() == "websocket"
         passes = request.method in _PASSED and request.path.startswith("/") and not upgrades
         return self._rest if passes and not manages(request.path) else self._refused
 
-    def _found(self, method: str, path: str) -> Match | None:
+    def _found(self, method: str, path: str) -> RouteMatch | None:
         found = self._fixed.get((method, path))
         if found is not None:
             return found

@@ -55,7 +55,7 @@ _OURS: Final = {"paper": "paper", "slack": "due", "earliest_finish": "due", "ora
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class GpuModel:
     """Four GPUs of one kind.
 
     Attributes:
@@ -83,11 +83,11 @@ class Device:
         return int(free_gb * 1e9 / _KV_BYTES_PER_TOKEN) // 1000 * 1000
 
 
-DEVICES: Final[dict[str, Device]] = {
-    "A100": Device(4_000, 0.0226, 80, 2_039),
-    "H100": Device(11_500, 0.0115, 80, 3_350),
-    "A6000": Device(1_200, 0.0370, 48, 768),
-    "L40S": Device(2_200, 0.0400, 48, 864),
+DEVICES: Final[dict[str, GpuModel]] = {
+    "A100": GpuModel(4_000, 0.0226, 80, 2_039),
+    "H100": GpuModel(11_500, 0.0115, 80, 3_350),
+    "A6000": GpuModel(1_200, 0.0370, 48, 768),
+    "L40S": GpuModel(2_200, 0.0400, 48, 864),
 }
 
 

@@ -94,7 +94,7 @@ class Proposal:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class TuningEvent:
     """One line of the history."""
 
     at_s: float
@@ -131,7 +131,7 @@ class OnlineTuner:
         self.values = dict(values)
         self.suggested: dict[str, float] | None = None
         self.suggested_policy: str | None = None
-        self.history: deque[Event] = deque(maxlen=_HISTORY)
+        self.history: deque[TuningEvent] = deque(maxlen=_HISTORY)
         self.simulator_error: float | None = None
         self.counts: dict[str, int] = {}
         self._before: dict[str, float] = {}
@@ -245,7 +245,9 @@ class OnlineTuner:
         self.counts[what] = self.counts.get(what, 0) + 1
         values = self.values if proposal is None else proposal.values
         gain, spread = (None, None) if proposal is None else (proposal.gain, proposal.spread)
-        self.history.append(Event(now, what, why, dict(values), gain, spread, self.simulator_error))
+        self.history.append(
+            TuningEvent(now, what, why, dict(values), gain, spread, self.simulator_error)
+        )
 
     def state(self, now: float) -> dict[str, Any]:
         """Return everything as a JSON object; events have an age, newest first."""
@@ -261,7 +263,7 @@ class OnlineTuner:
         }
 
 
-def _shown(event: Event, now: float) -> dict[str, Any]:
+def _shown(event: TuningEvent, now: float) -> dict[str, Any]:
     shown = {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(event).items()}
     del shown["at_s"]
     return {"age_s": round(now - event.at_s, 3), **shown}

@@ -12,15 +12,15 @@ from hexgen_vllm.policy.retention import (
     pays_to_keep,
     worth,
 )
-from hexgen_vllm.policy.returns import End, Kind, Plans, Returns
+from hexgen_vllm.policy.returns import CallKind, End, Plans, Returns
 
-TOOL = Kind("agent", "tool")
-ANSWER = Kind("agent", "answer")
-CHAT = Kind("default", "default", lone=True)
+TOOL = CallKind("agent", "tool")
+ANSWER = CallKind("agent", "answer")
+CHAT = CallKind("default", "default", lone=True)
 NOW = 1000.0
 
 
-def end(kind: Kind, ended_s: float = NOW, **plans: object) -> End:
+def end(kind: CallKind, ended_s: float = NOW, **plans: object) -> End:
     return End(kind, ended_s, Plans(**plans), 640)  # type: ignore[arg-type]
 
 
@@ -44,8 +44,8 @@ def test_kinds_are_learned_apart() -> None:
 
 def test_a_new_stage_is_judged_by_its_type_and_a_new_type_is_even() -> None:
     returns = learned()
-    assert 0.3 < returns.chance(end(Kind("agent", "new")), NOW) < 0.7
-    assert returns.chance(end(Kind("new", "new")), NOW) == pytest.approx(0.5)
+    assert 0.3 < returns.chance(end(CallKind("agent", "new")), NOW) < 0.7
+    assert returns.chance(end(CallKind("new", "new")), NOW) == pytest.approx(0.5)
 
 
 def test_lone_calls_are_kept_once_they_are_seen_to_come_back() -> None:
@@ -93,7 +93,7 @@ def test_what_a_client_says_goes_first(
 def test_memory_is_bounded() -> None:
     returns = Returns()
     for i in range(20_000):
-        returns.ended(i, end(Kind(f"type {i}", "s")), NOW)
+        returns.ended(i, end(CallKind(f"type {i}", "s")), NOW)
     assert len(returns._ends) <= 8192
     assert len(returns._kinds) <= 1024
     assert len(returns._types) <= 1024

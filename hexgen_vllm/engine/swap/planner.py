@@ -51,7 +51,7 @@ from hexgen_vllm.policy.retention import (
     pays_to_keep,
     weigh,
 )
-from hexgen_vllm.policy.returns import End, Kind, Plans
+from hexgen_vllm.policy.returns import CallKind, End, Plans
 
 _DECAY: Final = 0.9
 _WEIGHT: Final = 0.1
@@ -69,7 +69,7 @@ class EndedCall(NamedTuple):
         latest_start_s: when the workflow's next call must begin, absolute seconds.
     """
 
-    kind: Kind
+    kind: CallKind
     plans: Plans
     workflow_id: str
     latest_start_s: float
@@ -82,7 +82,7 @@ class Leaving(NamedTuple):
     name: Any
 
 
-class Match(NamedTuple):
+class KvMatch(NamedTuple):
     """What a call has found of ended ones: from which block, and which records.
 
     The last one may not be full; it is found by ``tail``.
@@ -255,7 +255,7 @@ class SwapPlanner:
         self._block_size, self._block_bytes, self._keep = block_size, block_bytes, keep
         self._saves: dict[str, Save] = {}
         self._loads: list[Load] = []
-        self._matched: dict[str, Match] = {}  # by calls to be admitted
+        self._matched: dict[str, KvMatch] = {}  # by calls to be admitted
         self._expected: dict[str, int] = {}  # tokens that calls came back for
         self._beside: set[str] = set()  # loads beside the forward pass that are under way
         self._abandoned: set[str] = set()  # of these, those that nobody waits for any more
@@ -487,7 +487,7 @@ class SwapPlanner:
                 tokens += tail
         if not tokens:
             return 0, False
-        self._matched[request.request_id] = Match(first, tokens, records, key)
+        self._matched[request.request_id] = KvMatch(first, tokens, records, key)
         return tokens, self._runs_beside(request.request_id, tokens)
 
     def _common_tail(self, request: Any, key: TailKey, start: int, wanted: int) -> int:

@@ -26,7 +26,7 @@ _OPTIONS: Final = ScalingOptions(cooldown_s=0.0, down_after_s=0.0)
 _TIMES: Final = 4  # engines are not asked for beyond so many times those there are
 
 
-class Demand(Collector):
+class DemandCollector(Collector):
     """Looks at the load now and then.
 
     Args:

@@ -22,7 +22,7 @@ from hexgen_vllm.router.conventions import as_id
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.routes import PATH, Access, Route, Topic, public
-from hexgen_vllm.router.status.demand import Demand
+from hexgen_vllm.router.status.demand import DemandCollector
 from hexgen_vllm.router.status.overview import Overview, UiPage, worker_view
 from hexgen_vllm.router.tuning import SearchFailed, fleet_text
 
@@ -178,7 +178,7 @@ class Pages:
     def __init__(self, context: Context, processes: int = 1) -> None:
         self._context = context
         self.ui = UiPage(context)
-        self.demand = Demand(context, processes)
+        self.demand = DemandCollector(context, processes)
         context.metrics.add(self.demand)
 
     async def root(self, request: Request) -> web.StreamResponse:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.router.status.demand import INTERVAL_S, Demand
+from hexgen_vllm.router.status.demand import INTERVAL_S, DemandCollector
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 
@@ -31,7 +31,7 @@ async def call(stand: Stand) -> None:
 
 async def test_more_engines_are_wanted_than_can_serve_what_waits() -> None:
     async with open_stand(FakeSettings(stats=SLOW), FakeSettings(stats=SLOW)) as stand:
-        demand = Demand(stand.context)
+        demand = DemandCollector(stand.context)
         demand.tick(0.0)
         for engine in stand.engines:
             engine.fault = Fault("hang", 1)
@@ -55,19 +55,19 @@ async def test_idle_engines_are_spared_one_at_a_time() -> None:
     fast = {**SLOW, "cost": {**SLOW["cost"], "c0": 0.001, "p1": 1e-6}, "max_num_seqs": 64}
     async with open_stand(*(FakeSettings(stats=fast) for _ in range(3))) as stand:
         await call(stand)
-        demand = Demand(stand.context)
+        demand = DemandCollector(stand.context)
         demand.tick(0.0)
         assert demand.view() == {"ready": 3, "wanted": 2, "ratio": pytest.approx(2 / 3, abs=1e-3)}
 
 
 async def test_nothing_is_asked_for_that_nobody_can_judge() -> None:
     async with open_stand(FakeSettings(), FakeSettings()) as stand:
-        demand = Demand(stand.context)
+        demand = DemandCollector(stand.context)
         demand.tick(0.0)
         assert demand.view() == {"ready": 2, "wanted": 2, "ratio": 1.0}
         await stand.until(lambda: stand.router._pages.demand.view()["ready"] == 2)
         assert await scaling(stand) == {"ready": 2, "wanted": 2, "ratio": 1.0}
     async with open_stand(worker_urls=("http://127.0.0.1:9",), wait=False) as stand:
-        demand = Demand(stand.context)
+        demand = DemandCollector(stand.context)
         demand.tick(0.0)
         assert demand.view() == {"ready": 0, "wanted": 0, "ratio": 1.0}
