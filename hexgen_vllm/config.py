@@ -393,6 +393,11 @@ class EngineOptions:
         least=0.0,
         most=1.0,
     )
+    learned_file: str | None = option(
+        None,
+        "file that keeps what the engine has learned of lengths and of what follows calls across "
+        "restarts; engine processes after the first add their data-parallel rank to its name",
+    )
     default_deadline_s: float | None = option(
         None,
         "deadline of calls that bring none, seconds from their arrival; without it they have none "

@@ -1,4 +1,4 @@
-"""What ``bench mix`` plays: interactive calls beside a backlog, few places, overload."""
+"""What ``bench mix`` plays: interactive calls beside a backlog, few places, overload, agents."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from hexgen_vllm.sim.workloads.workload import (
     WorkflowSpec,
     generator,
     scaled,
+    workflow_stream,
 )
 from hexgen_vllm.types import NO_DEADLINE, StepCost
 
-CHAT, SQL, BATCH, SHORT, LONG = "chat", "text2sql", "batch", "short", "long"
+CHAT, SQL, BATCH, SHORT, LONG, AGENT = "chat", "text2sql", "batch", "short", "long", "agent"
 COPY_TOKENS_PER_S: Final = 250_000.0
 """KV of an 8B-class model to host memory and back at some 30 GB/s."""
 
 _ON_S, _CYCLE_S = 12.0, 48.0
 _BACKLOG: Final = 3000
 _SYSTEM_TOKENS: Final = 800
+_AGENTS_PER_S: Final = 0.1
+_TOOLS_TOKENS, _MOST_CONTEXT = 3000, 96_000
+_THINK_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Mix:
         batch: workflows without.
         deadlines_s: seconds that a workflow has, ``inf`` for none.
         from_s, to_s: what is measured: workflows that begin and are due between these moments.
+        think: seconds that a workflow is away after a group of its calls.
     """
 
     engine: EngineModel
@@ -44,6 +49,7 @@ class Mix:
     deadlines_s: Callable[[WorkflowSpec], float]
     from_s: float
     to_s: float
+    think: Callable[[WorkflowSpec, int], float] | None = None
 
     @property
     def all(self) -> tuple[WorkflowSpec, ...]:
@@ -145,4 +151,39 @@ def overload(seed: int, *, seconds: float) -> Mix:
         lambda spec: 5.0 + 0.03 * spec.stages[0][0].output_tokens,
         60.0,
         seconds,
+    )
+
+
+def agents(seed: int, *, seconds: float) -> Mix:
+    """Return agents whose contexts grow to 30 or 100 thousand tokens, in 6 to 20 turns.
+
+    A tool answers after 2 s in the mean, with 3,000 tokens in the median. One comes every 10 s in
+    the mean, at random moments of ``seconds``; their number is fixed, because a tenth more of them
+    is more than the engine can do. They have no deadline until :func:`dataclasses.replace` gives
+    them one.
+    """
+    found, away = [], {}
+    moments = generator(seed, "arrivals", AGENT)
+    count = int(_AGENTS_PER_S * seconds)
+    for i, at_s in enumerate(sorted(moments.uniform(0.0, seconds) for _ in range(count))):
+        name = f"{AGENT}-{seed}-{i}"
+        rng = generator(seed, name)
+        context, turns, stages = rng.randint(2000, 8000), rng.randint(6, 20), []
+        for turn in range(turns):
+            last = turn + 1 == turns
+            output = rng.randint(300, 900) if last else rng.randint(60, 300)
+            layers = (Layer("tools", _TOOLS_TOKENS), Layer(workflow_stream(name), context))
+            stage = "answer" if last else "act"
+            stages.append((CallSpec(stage, _TOOLS_TOKENS + context, output, layers),))
+            context = min(context + output + int(rng.lognormvariate(8.0, 0.7)), _MOST_CONTEXT)
+        away[name] = [_THINK_S * rng.expovariate(1.0) for _ in range(turns)]
+        found.append(WorkflowSpec(name, AGENT, tuple(stages), at_s))
+    return Mix(
+        replace(engine_8b(64), max_num_batched_tokens=8192),
+        tuple(found),
+        (),
+        lambda _: NO_DEADLINE,
+        0.0,
+        5 * seconds,
+        lambda spec, turn: away[spec.workflow_id][turn],
     )

@@ -20,11 +20,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from heapq import heappop, heappush
+from pathlib import Path
 from typing import Any, Final
 
 from hexgen_vllm.engine import compat
 from hexgen_vllm.engine.compat import Request, RequestStatus
 from hexgen_vllm.engine.displacement import Displacer
+from hexgen_vllm.engine.learned_file import LearnedFile
 from hexgen_vllm.engine.options import options_of, summary
 from hexgen_vllm.engine.pausing import Pauser
 from hexgen_vllm.engine.request_queue import (
@@ -86,6 +88,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self.hexgen_counters = Counters()
         self.hexgen_keeper = planner_of(self.connector, self.hexgen_options)
         self._leaver = self.hexgen_keeper if self.hexgen_options.keep_ended_kv else None
+        self._learned_file = self._open_learned_file()
         self._stats_server = self._open_stats_port()
         self._displacer = Displacer(self, self.hexgen_options, self.hexgen_book)
         self._pauser = Pauser(self, self.hexgen_options, self.hexgen_book, self.hexgen_meter)
@@ -142,10 +145,20 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         logger.info("Telemetry of this engine process is at %s, port %d.", host, server.port)
         return server
 
+    def _open_learned_file(self) -> LearnedFile | None:
+        name = self.hexgen_options.learned_file
+        if name is None:
+            return None
+        rank = self.vllm_config.parallel_config.data_parallel_index
+        path = Path(f"{name}.{rank}" if rank else name)
+        return LearnedFile(path, self.hexgen_book.outlooks, self.hexgen_clock())
+
     def shutdown(self) -> None:
         """Close what this process has opened; see vLLM."""
         if self._stats_server is not None:
             self._stats_server.close()
+        if self._learned_file is not None:
+            self._learned_file.close()
         super().shutdown()
 
     # Calls come, change and go.
@@ -413,6 +426,8 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.hexgen_meter.steps % _EXPIRE_EVERY_STEPS:
             self.hexgen_book.outlooks.expire(self.hexgen_clock())
+        if self._learned_file is not None and not self.hexgen_meter.steps % _REFIT_EVERY_STEPS:
+            self._learned_file.tick(self.hexgen_clock())
         if self._ordered:
             self._rekey_running()
         self._rekey_waiting()

@@ -28,7 +28,6 @@ class Outlook(NamedTuple):
     Attributes:
         usual_tokens: output length, median.
         most_tokens: output length, 80 % quantile.
-        least_tokens: output length, 10 % quantile.
         tail: path after it, 80 % quantile.
         least_tail: path after it, 10 % quantile.
         deadline_s: of its workflow, as an earlier call may have said it.
@@ -36,7 +35,6 @@ class Outlook(NamedTuple):
 
     usual_tokens: int
     most_tokens: int
-    least_tokens: int
     tail: Tail
     least_tail: Tail
     deadline_s: float
@@ -64,26 +62,25 @@ class Outlooks:
         """
         run, seen = self._workflows.arrived(call, now)
         kind, stage = call.learned_as, call.stage
-        usual, most, least = self._lengths(call)
+        usual, most = self._lengths(call)
         tail = least_tail = NOTHING
         if not call.final and call.stages_left != 0:
             tail = self.shapes.tail(kind, stage, seen.ordinal, _MOST, call.stages_left)
             least_tail = self.shapes.tail(kind, stage, seen.ordinal, _LEAST, call.stages_left)
-        return Outlook(usual, most, least, tail, least_tail, run.deadline_s)
+        return Outlook(usual, most, tail, least_tail, run.deadline_s)
 
-    def _lengths(self, call: Call) -> tuple[int, int, int]:
+    def _lengths(self, call: Call) -> tuple[int, int]:
         limit = call.max_output_tokens
         said = call.expected_output_tokens
         if said is not None:
-            found = [said] * 3
+            found = [said] * 2
         else:
             learned = (
-                self.shapes.output_tokens(call.learned_as, call.stage, q)
-                for q in (_USUAL, _MOST, _LEAST)
+                self.shapes.output_tokens(call.learned_as, call.stage, q) for q in (_USUAL, _MOST)
             )
             found = [FIRST_OUTPUT_GUESS if one is None else one for one in learned]
-        usual, most, least = (max(one if limit is None else min(one, limit), 1) for one in found)
-        return usual, most, least
+        usual, most = (max(one if limit is None else min(one, limit), 1) for one in found)
+        return usual, most
 
     def ended(self, call: Call, expected: int, result: CallResult, now: float) -> None:
         """Learn from a call that ended; one that was not answered in full teaches nothing."""
@@ -98,7 +95,8 @@ class Outlooks:
         self._workflows.expire(now)
 
     def lengths(self, most: int = 64) -> dict[str, dict[str, dict[str, int]]]:
-        """Return learned output lengths by type and stage: samples, and three quantiles."""
+        """Return what was learned by type and stage: of output lengths the number of samples and
+        three quantiles, and the output tokens that follow a call, at two."""
         found: dict[str, dict[str, dict[str, int]]] = {}
         for kind, stages in self.shapes.known_stages().items():
             for stage, samples in stages.items():
@@ -111,7 +109,10 @@ class Outlooks:
 
     def _of(self, kind: str, stage: str) -> dict[str, Any]:
         quantiles = (("p10", _LEAST), ("p50", _USUAL), ("p80", _MOST))
-        return {name: self.shapes.output_tokens(kind, stage, q) for name, q in quantiles}
+        found = {name: self.shapes.output_tokens(kind, stage, q) for name, q in quantiles}
+        for name, q in (("tail_p50", _USUAL), ("tail_p80", _MOST)):
+            found[name] = int(self.shapes.tail(kind, stage, 0, q).output_tokens)
+        return found
 
 
 def without_deadline(workflow_type: str) -> str:

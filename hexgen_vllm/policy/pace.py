@@ -9,14 +9,16 @@ and go on where they stopped.
 Formula, over the tight calls i, running and waiting:
 
     s0 = step time of the tight calls alone
-    t_i = 0.85 (D_i - F_i - now) (1 - rho) - P
+    t_i = 0.9 (D_i - F_i - now) (1 - rho) - P
     s* = min over i of  max(1.05 s0, 1.3 s0 + (t_i - 1.3 s0 n80_i) / n50_i)
 
 with D the deadline, F the prefills that follow the call, n the tokens that it and what follows it
 will still write, one after the other, at two quantiles, P the seconds of prefill that tight calls
 still need, and rho the share of busy time that prefill takes. So a call always keeps the time for
 an answer of the longer kind at 1.3 s0, and the rest of its time is spread over the answer that is
-likely. What follows it is paced by the same s*, not priced at the speed of the moment, which pace
+likely. (The n are taken to be :data:`EVERY_STEPS` larger, for as many steps a plan holds; else a
+call whose length is known would end at its deadline, neither sooner nor later.) What follows it is
+paced by the same s*, not priced at the speed of the moment, which pace
 control has made itself.
 
 Loose calls run in the order of the queue while the predicted step time stays within s*. Their
@@ -49,7 +51,7 @@ from hexgen_vllm.types import StepCost
 
 EVERY_STEPS: Final = 4
 MOST_WAITING: Final = 32
-_SAFETY: Final = 0.85
+_SAFETY: Final = 0.9
 _LEAST_PACE: Final = 1.05
 _SURE_PACE: Final = 1.3
 _PREFILL_PART: Final = 0.25
@@ -119,8 +121,9 @@ def step_bound(
     floor_s = _LEAST_PACE * base_s
     sure_s = _SURE_PACE * base_s
     for due_s, left, _, _, likely in calls:
-        beyond_s = _SAFETY * (due_s - now) * (1.0 - prefill_share) - pending_s - left * sure_s
-        limit_s = min(limit_s, max(sure_s + beyond_s / likely, floor_s))
+        own_s = _SAFETY * (due_s - now) * (1.0 - prefill_share) - pending_s
+        beyond_s = own_s - (left + EVERY_STEPS) * sure_s
+        limit_s = min(limit_s, max(sure_s + beyond_s / (likely + EVERY_STEPS), floor_s))
         spare_s = min(spare_s, beyond_s)
     return limit_s, max(spare_s, 0.0)
 

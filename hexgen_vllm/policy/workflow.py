@@ -17,10 +17,13 @@ What was seen is kept in bounded windows with exact quantiles.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from heapq import nlargest
+from itertools import islice
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from hexgen_vllm.policy.calls import Tail
@@ -65,6 +68,10 @@ class Window(Generic[S]):
 
     def __len__(self) -> int:
         return len(self._by_age)
+
+    def newest(self, most: int) -> list[S]:
+        """Return up to ``most`` samples, the oldest of them first."""
+        return list(islice(self._by_age, max(len(self._by_age) - most, 0), None))
 
     def add(self, sample: S) -> None:
         """Take in ``sample``; the oldest goes when the window is full."""
@@ -171,6 +178,11 @@ class _Stats:
         self.tails: Window[_TailSample] = Window()
         self.outputs: Window[int] = Window()
 
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return len(self.outputs) + len(self.tails)
+
 
 class Shapes:
     """What workflows of each type looked like.
@@ -261,6 +273,35 @@ class Shapes:
             return thin.tails.quantile(q).tail
         return NOTHING
 
+    def export(self, most_keys: int = 512, most_samples: int = 64) -> list[dict[str, Any]]:
+        """Return the newest samples of the keys that have most, as plain JSON values."""
+        keys = nlargest(most_keys, self._stats, key=lambda key: self._stats[key].samples)
+        return [
+            {
+                "key": list(key),
+                "outputs": stats.outputs.newest(most_samples),
+                "tails": [list(sample.tail) for sample in stats.tails.newest(most_samples)],
+            }
+            for key in keys
+            for stats in (self._stats[key],)
+        ]
+
+    def restore(self, exported: object) -> None:
+        """Take in what :meth:`export` returned; nothing of it if any of it is wrong.
+
+        Raises:
+            ValueError: it is not what :meth:`export` returns.
+        """
+        found = [_exported(one) for one in exported] if isinstance(exported, list) else None
+        if found is None or len(found) > self._max_keys:
+            raise ValueError("not a list of learned shapes")
+        for key, outputs, tails_ in found:
+            stats = self._touch(key)
+            for tokens in outputs:
+                stats.outputs.add(tokens)
+            for tail in tails_:
+                stats.tails.add(_TailSample(path_weight(tail), tail))
+
     def known_stages(self) -> dict[str, dict[str, int]]:
         """Return, per workflow type and stage, the number of remembered output lengths."""
         known: dict[str, dict[str, int]] = {}
@@ -272,6 +313,34 @@ class Shapes:
 
 def _owner(key: tuple[str, ...]) -> str:
     return key[0].partition(OF)[2]
+
+
+def _exported(value: object) -> tuple[tuple[str, ...], list[int], list[Tail]]:
+    """Return key, output lengths and tails of one exported entry.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if not isinstance(value, dict) or set(value) != {"key", "outputs", "tails"}:
+        raise ValueError("not a learned shape")
+    key, outputs, paths = value["key"], value["outputs"], value["tails"]
+    if not all(isinstance(one, list) for one in (key, outputs, paths)):
+        raise ValueError("not a learned shape")
+    if not 1 <= len(key) <= 3 or not all(isinstance(name, str) for name in key):
+        raise ValueError("not the key of a learned shape")
+    if not all(type(tokens) is int and tokens >= 0 for tokens in outputs):
+        raise ValueError("not output lengths")
+    return tuple(key), outputs, [_tail(path) for path in paths]
+
+
+def _tail(path: object) -> Tail:
+    if not isinstance(path, list) or len(path) != 3:
+        raise ValueError("not a path")
+    calls, prefill, output = path
+    for number in (calls, prefill, output):
+        if type(number) not in (int, float) or not 0.0 <= number < math.inf:
+            raise ValueError("not a path")
+    return Tail(float(calls), float(prefill), float(output))
 
 
 def path_weight(tail: Tail) -> float:

@@ -195,7 +195,7 @@ class Alone:
         if self._estimates == "mean":
             mean = max(int(self._mean), 1)
             nothing = Tail(0.0, 0.0, 0.0)
-            return Outlook(mean, mean, mean, nothing, nothing, learned.deadline_s)
+            return Outlook(mean, mean, nothing, nothing, learned.deadline_s)
         if self._estimates == "true":
             later = flow.spec.stages[flow.group + 1 :]
             tail = Tail(
@@ -204,7 +204,7 @@ class Alone:
                 float(sum(max(c.output_tokens for c in group) for group in later)),
             )
             own = spec.output_tokens
-            return Outlook(own, own, own, tail, tail, learned.deadline_s)
+            return Outlook(own, own, tail, tail, learned.deadline_s)
         return learned
 
     def _deliver(self, now: float, sequence: Sequence) -> None:

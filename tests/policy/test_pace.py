@@ -9,6 +9,7 @@ import pytest
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.pace import (
+    EVERY_STEPS,
     LooseCall,
     PaceControl,
     Places,
@@ -31,9 +32,9 @@ def control(share: float = 1.0, **more: tuple[int, ...]) -> PaceControl:
 def test_the_step_is_as_long_as_the_tightest_call_can_bear() -> None:
     calls = [TightCall(NOW + 10.0, 100, 300, 0, 100), TightCall(NOW + 4.0, 200, 300, 0, 200)]
     limit_s, spare_s = step_bound(calls, 0.010, 0.5, 0.1, NOW)
-    own_s = 0.85 * 4.0 * 0.9 - 0.5
-    assert limit_s == pytest.approx(own_s / 200)
-    assert spare_s == 0.0  # 200 tokens at 1.3 x 10 ms take more than that
+    own_s = 0.9 * 4.0 * 0.9 - 0.5
+    assert limit_s == pytest.approx(own_s / (200 + EVERY_STEPS))
+    assert spare_s == pytest.approx(own_s - (200 + EVERY_STEPS) * 1.3 * 0.010)
     assert step_bound([], 0.01, 0.0, 0.0, NOW) == (math.inf, math.inf)
 
 
@@ -93,7 +94,7 @@ def test_prefills_of_loose_calls_take_part_of_the_slack_only() -> None:
     chunk = LooseCall(0, 5000)
     tight = [TightCall(NOW + 2.2, 100, 300, 0, 100)]
     plan = control().plan(tight, [LooseCall(500, 0), chunk], COST, 0.0, NOW)
-    spare_s = 0.85 * 2.2 - 100 * COST.step_s(1, 300) * 1.3
+    spare_s = 0.9 * 2.2 - (100 + EVERY_STEPS) * COST.step_s(1, 300) * 1.3
     assert plan.prefill_tokens == pytest.approx(0.25 * spare_s / COST.p1, abs=1)
     none = control().plan([TightCall(NOW + 1.4, 100, 300, 0, 100)], [chunk], COST, 0.0, NOW)
     assert (none.keep, none.prefill_tokens) == (0, 0)

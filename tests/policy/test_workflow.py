@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -195,3 +196,31 @@ def test_what_is_taught_by_one_tenant_is_learned_of_that_tenant() -> None:
     for kind, tokens in (("sql of a", 10), ("sql of b", 900), ("sql", 55)):
         assert shapes.output_tokens(kind, "draft", 0.5) == tokens
         assert shapes.tail(kind, "draft", 0, 0.5).output_tokens == tokens
+
+
+def test_learned_shapes_are_exported_within_bounds_and_restored() -> None:
+    shapes = Shapes()
+    for i in range(300):
+        shapes.learn_output(f"type{i}", "stage", i)
+        shapes.learn_output("often", "stage", i)
+    exported = json.loads(json.dumps(shapes.export(most_keys=100, most_samples=20)))
+    assert len(exported) == 100
+    assert ["often", "stage"] in [one["key"] for one in exported]
+    assert max(len(one["outputs"]) for one in exported) <= 20
+    other = Shapes()
+    other.restore(json.loads(json.dumps(shapes.export())))
+    for q in (0.0, 0.5, 0.99):
+        assert other.output_tokens("type250", "stage", q) == 250
+        found = other.output_tokens("type250", "other", q)
+        assert found == shapes.output_tokens("type250", "other", q)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"key": ["b"]}, 5, None, {"key": ["b"], "outputs": ["x"], "tails": []}]
+)
+def test_nothing_of_broken_shapes_is_taken_in(broken: object) -> None:
+    shapes = Shapes()
+    good = {"key": ["a", "s"], "outputs": [3], "tails": []}
+    with pytest.raises(ValueError, match="not"):
+        shapes.restore([good, broken])
+    assert shapes.output_tokens("a", "s", 0.5) is None
