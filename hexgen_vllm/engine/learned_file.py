@@ -28,18 +28,19 @@ class LearnedFile:
     Args:
         path: the file; what it holds is taken in.
         outlooks: what learns.
-        now: the present moment, seconds.
     """
 
-    def __init__(self, path: Path, outlooks: Outlooks, now: float) -> None:
+    def __init__(self, path: Path, outlooks: Outlooks) -> None:
         self._path, self._outlooks = path, outlooks
-        self._saved_s = now
+        self._saved_s: float | None = None
         self._thread: threading.Thread | None = None
         self._failed = False
         self._load()
 
     def tick(self, now: float) -> None:
-        """Write the file if it is time and the last writing has ended."""
+        """Write the file if it is time and the last writing has ended; ``now`` in seconds."""
+        if self._saved_s is None:
+            self._saved_s = now
         if now - self._saved_s < _EVERY_S or (self._thread and self._thread.is_alive()):
             return
         self._saved_s = now

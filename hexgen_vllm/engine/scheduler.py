@@ -151,7 +151,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             return None
         rank = self.vllm_config.parallel_config.data_parallel_index
         path = Path(f"{name}.{rank}" if rank else name)
-        return LearnedFile(path, self.hexgen_book.outlooks, self.hexgen_clock())
+        return LearnedFile(path, self.hexgen_book.outlooks)
 
     def shutdown(self) -> None:
         """Close what this process has opened; see vLLM."""
