@@ -327,7 +327,7 @@ def _agents(seeds: Sequence[int], seconds: float) -> dict[str, Any]:
     for seed in seeds:
         mix = agents(seed, seconds=max(seconds, _AGENT_SECONDS))
         alone_s = _alone_s(mix)
-        due = replace(mix, deadlines_s=lambda s, a=alone_s: _AGENT_DEADLINE * a[s.workflow_id])
+        due = replace(mix, deadlines_s=_multiples(alone_s))
         for policy, how in ways.items():
             ratios.setdefault(policy, []).extend(
                 ((due.to_s if f.ended_s is None else f.ended_s) - f.started_s)
@@ -349,6 +349,10 @@ def _agents(seeds: Sequence[int], seconds: float) -> dict[str, Any]:
             "policies": found,
         }
     }
+
+
+def _multiples(alone_s: Mapping[str, float]) -> Callable[[WorkflowSpec], float]:
+    return lambda spec: _AGENT_DEADLINE * alone_s[spec.workflow_id]
 
 
 def _alone_s(mix: Mix) -> dict[str, float]:
