@@ -95,14 +95,34 @@ class LoadRun:
 
     async def _workflow(self, spec: WorkflowSpec) -> WorkflowRecord:
         self.progress.started += 1
-        index = 0
-        for number, group in enumerate(spec.stages):
-            sent = (self._call(spec, number, index + k, call) for k, call in enumerate(group))
-            errors = [error for error in await asyncio.gather(*sent) if error]
-            index += len(group)
-            if errors:
-                self.progress.failed += 1
-                return self._record(spec, None, f"{group[0].stage}: {errors[0]}")
+        calls, waits, errors = list(spec.calls()), spec.waits(), list[str]()
+        groups = [number for number, group in enumerate(spec.stages) for _ in group]
+        tasks: list[asyncio.Task[bool]] = []
+
+        async def one(index: int) -> bool:
+            """Send a call when it is its turn; return whether what waits for it may be sent."""
+            call = calls[index]
+            if not all(await asyncio.gather(*(tasks[before] for before in waits[index]))):
+                return False
+            if call.think_s:
+                await asyncio.sleep(call.think_s)
+                if errors:
+                    return False
+            error = await self._call(spec, groups[index], index, call)
+            if error:
+                errors.append(f"{call.stage}: {error}")
+            return not error
+
+        try:
+            for index in range(len(calls)):
+                tasks.append(asyncio.create_task(one(index)))
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if errors:
+            self.progress.failed += 1
+            return self._record(spec, None, errors[0])
         record = self._record(spec, self.clock.now() - self._start_s - spec.arrival_s, None)
         self.progress.finished += 1
         self.progress.late += not record.on_time
@@ -152,6 +172,6 @@ class LoadRun:
             stage=call.stage,
             stages_left=after if self.hints == "all" else None,
             expected_output_tokens=None if self.hints == "none" else call.output_tokens,
-            workflow_final=True if after == 0 and len(spec.stages[group]) == 1 else None,
+            workflow_final=True if after == 0 and spec.ends_with_one else None,
             tenant=spec.tenant,
         )

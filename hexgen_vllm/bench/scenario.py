@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hexgen_vllm.bench.load import HINTS
@@ -19,7 +20,8 @@ from hexgen_vllm.report.summary import (
     summarise,
 )
 from hexgen_vllm.sim.workloads.text2sql import Text2SqlOptions, text2sql
-from hexgen_vllm.sim.workloads.trace import read_trace, resample
+from hexgen_vllm.sim.workloads.traces.formats import TraceSource
+from hexgen_vllm.sim.workloads.traces.played import drawn
 from hexgen_vllm.sim.workloads.workload import (
     WorkflowSpec,
     gamma_bursts,
@@ -49,7 +51,9 @@ class LiveConfig:
     workload: str = option(
         "text2sql", "generated workload; a trace replaces it", choices=("text2sql",)
     )
-    trace: str | None = option(None, "file in the public trace format, drawn from with the seed")
+    trace: str | None = option(
+        None, "file or folder of recorded workflows, drawn from with the seed"
+    )
     workflows: int = option(100, "workflows that count", least=1, most=1_000_000)
     rate: float = option(1.0, "mean arrivals, workflows/s", least=1e-6, most=1e6)
     burstiness: float = option(
@@ -96,16 +100,16 @@ class LiveConfig:
         """
         count = self.warmup + self.workflows
         if self.trace is not None:
-            drawn = resample(read_trace(self.trace), count, seed=self.seed)
+            found = drawn(TraceSource(Path(self.trace)), count, self.seed)
         else:
             options = Text2SqlOptions(databases=self.databases, retries=self.retries)
-            drawn = text2sql(count, seed=self.seed, options=options)
+            found = text2sql(count, seed=self.seed, options=options)
         rng = generator(self.seed, "arrivals")
         if self.burstiness == 1:
             arrivals = poisson(count, self.rate, rng)
         else:
             arrivals = gamma_bursts(count, self.rate, self.burstiness, rng)
-        return timed((scaled(spec, self.length_scale) for spec in drawn), arrivals)
+        return timed((scaled(spec, self.length_scale) for spec in found), arrivals)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,41 @@ async def test_a_failed_call_ends_its_workflow_after_its_siblings() -> None:
     assert (load.progress.finished, load.progress.failed, load.progress.open) == (1, 1, 0)
 
 
+async def test_calls_of_a_graph_wait_for_those_they_name_and_think() -> None:
+    slow = asyncio.Event()
+
+    async def held(workflow_id: str, one: CallSpec) -> Reply:
+        if one.stage == "slow":
+            await asyncio.wait_for(slow.wait(), 30)
+        if one.stage == "next":
+            slow.set()  # it is sent although the group before it is not through
+        return await answer(workflow_id, one)
+
+    stages = (
+        (call("first"), call("slow")),
+        (CallSpec("next", 10, 3, think_s=0.01, after=(0,)),),
+        (CallSpec("last", 10, 3, after=(1, 2)),),
+    )
+    sender = Sender(held)
+    (record,) = await LoadRun(sender, ManualClock(), 10.0).play([WorkflowSpec("w", "t", stages)])
+    assert record.error is None
+    assert [stage for stage, _, _ in sender.sent] == ["first", "slow", "next", "last"]
+    assert [meta.workflow_final for _, _, meta in sender.sent] == [None, None, None, True]
+
+
+async def test_what_waits_for_a_failed_call_of_a_graph_is_not_sent() -> None:
+    async def failing(workflow_id: str, one: CallSpec) -> Reply:
+        if one.stage == "first":
+            return Reply(0.1, error="HTTP 500: boom")
+        return await answer(workflow_id, one)
+
+    stages = ((call("first"),), (CallSpec("next", 10, 3, think_s=5.0, after=(0,)),))
+    sender = Sender(failing)
+    (record,) = await LoadRun(sender, ManualClock(), 10.0).play([WorkflowSpec("w", "t", stages)])
+    assert record.error == "first: HTTP 500: boom"
+    assert [stage for stage, _, _ in sender.sent] == ["first"]
+
+
 async def test_what_is_open_after_the_drain_is_lost() -> None:
     async def hanging(workflow_id: str, one: CallSpec) -> Reply:
         if workflow_id == "stuck":

@@ -167,6 +167,21 @@ class WorkflowSpec:
         return found
 
     @property
+    def ends_with_one(self) -> bool:
+        """Whether one call ends after all others, so that it can be told to be the last."""
+        if len(self.stages[-1]) > 1 or not self.is_graph:
+            return len(self.stages[-1]) == 1
+        waits = self.waits()
+        reached: set[int] = set()
+        left = [len(waits) - 1]
+        while left:
+            index = left.pop()
+            if index not in reached:
+                reached.add(index)
+                left.extend(waits[index])
+        return len(reached) == len(waits)
+
+    @property
     def is_graph(self) -> bool:
         """Whether a call names what it waits for."""
         return any(call.after is not None for call in self.calls())
