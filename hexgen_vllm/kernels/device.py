@@ -6,13 +6,13 @@ the same in virtual time, in every order that CUDA allows.
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 import torch
 
 from hexgen_vllm import kernels
+from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.kernels.layout import BlockLayout
 from hexgen_vllm.kernels.pinned import pinned_buffer
@@ -87,7 +87,7 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise ConfigError(f"staging: the KV cache lies on {device}, not on a GPU.")
-        self._device = device
+        self._device, self._clock = device, SystemClock()
 
     def new_stream(self) -> Stream:
         """See :class:`Device`."""
@@ -109,7 +109,7 @@ class CudaDevice:
 
     def seconds(self) -> float:
         """See :class:`Device`."""
-        return time.perf_counter()
+        return self._clock.now()
 
     def free_bytes(self) -> int:
         """See :class:`Device`."""
