@@ -155,7 +155,7 @@ agent-demo: env
 	$(PY) -m hexgen_vllm.testing.tiny_model $(TINY_MODEL)
 	$(PY) -m examples.text2sql.hostile
 	$(PY) -m examples.text2sql --compare --model $(TINY_MODEL) --constrain --temperature 1 --call-seeds \
-	  --rate 0.8 --warmup 4 --deadline-s 15 --max-rounds 3 --out out/agent
+	  --rate 0.8 --warmup 4 --deadline-s 15 --max-rounds 3 --same-effort --out out/agent
 	@echo "The model has random weights: it shows the serving; an execution match would be chance."
 
 bench-mix: env

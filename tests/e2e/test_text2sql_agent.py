@@ -41,6 +41,7 @@ def router(
 
 def test_random_weights_held_to_grammars_give_sql_that_runs(router: Server, tmp_path: Path) -> None:
     argv = ["--constrain", "--temperature=1", "--users=6", "--rate=20", "--max-rounds=2"]
+    argv.append("--same-effort")
     where = [f"--base-url={router.url}/v1", f"--out={tmp_path}", "--max-tokens=600"]
     assert main([*where, *argv]) == 0
     found = json.loads((tmp_path / "results.json").read_text())

@@ -11,16 +11,26 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import tempfile
 import venv
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from tests.examples.clients import ROOT, check, module
+from tests.text2sql import music
 
 HOME = ROOT / ".cache" / "clients"
 PACKAGES = (
     "langchain-openai==1.7.3",
     "llama-index-llms-openai-like==0.8.1",
-    "openai-agents",
-    "anthropic",
+    "openai-agents==0.20.0",
+    "anthropic==2.14.0",
+    "langchain==1.5.2",
+    "langchain-community==0.4.2",
 )
 PROGRAMS = ("langchain_chat", "llama_index_chat", "openai_agents", "anthropic_sdk")
 
@@ -37,13 +47,65 @@ def prepare() -> str:
     return str(python)
 
 
+async def check_agent(python: str) -> None:
+    """Check that what LangChain's SQL agent asks about a database is one workflow."""
+    calls: list[dict[str, str]] = []
+    finished: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        calls.append({name.lower(): value for name, value in request.headers.items()})
+        last = (await request.json())["messages"][-1]
+        said: dict[str, Any] = {"role": "assistant", "content": f"It is {last['content']}."}
+        if last["role"] != "tool":
+            query = {"name": "sql_db_query", "arguments": '{"query": "SELECT COUNT(*) FROM Track"}'}
+            said = {"role": "assistant", "content": None,
+                    "tool_calls": [{"id": "t", "type": "function", "function": query}]}  # fmt: skip
+        choice = {"index": 0, "finish_reason": "stop", "message": said}
+        return web.json_response(
+            {
+                "id": "c",
+                "object": "chat.completion",
+                "created": 1,
+                "model": "m",
+                "choices": [choice],
+            }
+        )
+
+    async def finish(request: web.Request) -> web.Response:
+        finished.append(request.query["session_id"])
+        return web.json_response({})
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    app.router.add_post("/finish_session", finish)
+    with tempfile.TemporaryDirectory() as folder:
+        file = music.build_sqlite(Path(folder) / "music.sqlite")
+        async with TestServer(app) as server:
+            program = await asyncio.create_subprocess_exec(
+                *module("langchain_sql", python), str(server.make_url("/v1")), "m", str(file),
+                "How many tracks are there?", cwd=ROOT,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            )  # fmt: skip
+            said, _ = await program.communicate()
+    assert program.returncode == 0, said.decode()
+    assert b"It is [(200,)]." in said, said.decode()
+    ids = {headers["x-hexgen-workflow-id"] for headers in calls}
+    assert finished == list(ids)
+    first, second = (headers["x-hexgen-stage"] for headers in calls)
+    assert second == f"{first}-tool"
+    left = [float(headers["x-hexgen-workflow-deadline-ms"]) for headers in calls]
+    assert 60_000 >= left[0] > left[1] > 0
+
+
 def main() -> int:
     """Check every program; returns 1 when one fails."""
     python = prepare()
     failed = 0
-    for name in PROGRAMS:
+    checks = {name: partial(check, module(name, python)) for name in PROGRAMS}
+    checks["langchain_sql"] = partial(check_agent, python)
+    for name, one in checks.items():
         try:
-            asyncio.run(check(module(name, python)))
+            asyncio.run(one())
             print(f"{name}: ok", flush=True)
         except AssertionError as error:
             failed += 1
