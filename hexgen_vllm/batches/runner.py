@@ -17,7 +17,7 @@ import logging
 import random
 import sqlite3
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
 from hexgen_vllm.batches.lines import (
@@ -53,7 +53,8 @@ _FAILURES: Final = frozenset((408, 499, 500, 502, 504))
 _MAX_FAILURES: Final = 5
 _FIRST_WAIT_S: Final = 0.25
 _LONGEST_WAIT_S: Final = 30.0
-_SUSPECT: Final = 2  # failures after which a request is sent while no other suspect is
+_SUSPECT: Final = 2  # engines lost, after which a request is sent while no other one is
+_LOST: Final = (b'"engine-lost"', b'"connection_lost"')  # codes that say so
 _DEATHS: Final = 5  # of the process while a request was in flight, until it is given up
 _CLOSE_S: Final = 5.0
 
@@ -85,8 +86,8 @@ class BatchSender(Protocol):
         """
         ...
 
-    def has_room(self) -> bool:
-        """Whether another call would keep nobody else waiting."""
+    def has_room(self, in_flight: int) -> bool:
+        """Whether a call beside ``in_flight`` ones of batches would keep nobody else waiting."""
         ...
 
     def most(self) -> int:
@@ -136,7 +137,7 @@ class SendWindow:
                 self._waiting.popleft()
                 continue
             full = self.in_flight >= min(int(self.limit), max(self._sender.most(), 1))
-            if full or self.paused_s() > 0.0 or not self._sender.has_room():
+            if full or self.paused_s() > 0.0 or not self._sender.has_room(self.in_flight):
                 return
             self.in_flight += 1
             self._waiting.popleft().set_result(None)
@@ -163,6 +164,53 @@ class SendWindow:
         if now - self._cut_s > 1.0:
             self._cut_s, self._doubles = now, False
             self.limit = max(self.limit / 2.0, 1.0)
+
+
+class _Turns:
+    """Who may send: many together, or one alone, for whom the others wait."""
+
+    def __init__(self) -> None:
+        self._sending = self._wanted = 0
+        self._alone = False
+        self._waiting: list[asyncio.Future[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        """Send beside others."""
+        await self._until(lambda: not self._wanted)
+        self._sending += 1
+        try:
+            yield
+        finally:
+            self._sending -= 1
+            self._wake()
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Send when nobody else does."""
+        self._wanted += 1
+        try:
+            await self._until(lambda: not (self._sending or self._alone))
+            self._alone = True
+            try:
+                yield
+            finally:
+                self._alone = False
+        finally:
+            self._wanted -= 1
+            self._wake()
+
+    async def _until(self, true: Callable[[], bool]) -> None:
+        while not true():
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(future)
+            await future
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
 
 
 class _Writer:
@@ -233,7 +281,7 @@ class Runner:
         self._works: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
         self._woken = asyncio.Event()
-        self._suspects = asyncio.Lock()
+        self._turns = _Turns()
         self._swept_s = 0.0
         self.leads = False
 
@@ -451,14 +499,11 @@ class Runner:
     async def _answer(self, batch: BatchJob, request: BatchRequest) -> LineAnswer:
         """Return the answer that stands: refusals are repeated, failures a few times."""
         request_id = f"{batch.id}-{request.number}"
-        failures, wait_s = 0, _FIRST_WAIT_S
+        failures, lost, wait_s = 0, 0, _FIRST_WAIT_S
         while True:
             try:
                 # One that brings engines down takes those with it that are there at the time.
-                if failures >= _SUSPECT:
-                    async with self._suspects:
-                        answer = await self._sender.send(batch, request, request_id)
-                else:
+                async with self._turns.alone() if lost >= _SUSPECT else self._turns.shared():
                     answer = await self._sender.send(batch, request, request_id)
             except OSError:
                 answer = LineAnswer(502, _BROKEN, request_id)
@@ -469,6 +514,7 @@ class Runner:
                 self.window.refused(answer.retry_after_s or wait_s)
             elif answer.status in _FAILURES and failures + 1 < _MAX_FAILURES:
                 failures += 1
+                lost += any(code in answer.body for code in _LOST)
             else:
                 self.window.answered()
                 return answer

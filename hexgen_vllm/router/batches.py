@@ -248,6 +248,7 @@ class Loopback:
     def __init__(self, context: Context, handle: Handle) -> None:
         self._context, self._handle = context, handle
         self._id_header = (*context.options.request_id_headers, REQUEST_ID_HEADER)[0]
+        self._sent = 0  # requests that have no answer yet
         self._server = Server(
             self._answer,
             refuse=errors.error_response,
@@ -280,18 +281,24 @@ class Loopback:
         connection = self._server()
         one.attach(connection)
         connection.data_received(head.encode() + request.body)
+        self._sent += 1
         try:
             return await one.answer
         finally:
+            self._sent -= 1
             one.abort()
 
-    def has_room(self) -> bool:
-        """Whether an engine has a seat that nobody else needs."""
-        coordinator = self._context.service.coordinator
-        if self._context.draining or self._context.service.waiting >= _MOST_WAITING:
+    def has_room(self, in_flight: int) -> bool:
+        """Whether an engine has a seat, and the router a place, that nobody else needs."""
+        context = self._context
+        if context.draining or context.service.waiting >= _MOST_WAITING:
             return False
-        found = coordinator.engines.values()
-        return not found or any(one.calls < _seats(one.slots) for one in found)
+        taken = max(context.ledger.open - self._sent, 0) + in_flight
+        limit = context.options.max_concurrent_requests
+        if limit and taken >= _seats(limit):
+            return False
+        found = context.service.coordinator.engines.values()
+        return not found or taken < sum(_seats(one.slots) for one in found)
 
     def most(self) -> int:
         """Return how many calls may be in flight at most."""

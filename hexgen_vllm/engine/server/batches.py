@@ -161,7 +161,7 @@ class EngineBatches:
         client = getattr(self._server.state, "engine_client", None)
         return bool(getattr(client, "errored", False))
 
-    def has_room(self) -> bool:
+    def has_room(self, in_flight: int) -> bool:
         """Return that there is: what waits in the engine lets everybody else go first."""
         return not self._dead()
 

@@ -31,18 +31,20 @@ class Sender:
         self.answers, self._most = answers, most
         self.sent: list[str] = []
         self.at_once = self.most_at_once = 0
+        self.at_once_by_call: list[int] = []
         self.room = True
 
     async def send(self, batch: BatchJob, request: BatchRequest, request_id: str) -> LineAnswer:
         self.sent.append(request.custom_id)
         self.at_once += 1
+        self.at_once_by_call.append(self.at_once)
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             return await self.answers(request)
         finally:
             self.at_once -= 1
 
-    def has_room(self) -> bool:
+    def has_room(self, in_flight: int) -> bool:
         return self.room
 
     def most(self) -> int:
@@ -98,7 +100,7 @@ def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_request_that_brings_engines_down_takes_no_other_with_it(tmp_path: Path) -> None:
     """Whatever is in flight with it fails as well, each time."""
     flight: dict[str, asyncio.Future[LineAnswer]] = {}
-    broken = LineAnswer(502, b"{}", "r")
+    broken = LineAnswer(502, b'{"error": {"code": "engine-lost"}}', "r")
 
     async def answers(request: BatchRequest) -> LineAnswer:
         name = request.custom_id
@@ -116,14 +118,31 @@ async def test_a_request_that_brings_engines_down_takes_no_other_with_it(tmp_pat
 
     sender = Sender(answers)
     names = [f"r{i}" for i in range(30)]
-    names[5], names[17] = "poison1", "poison2"
+    poison = [f"poison{i}" for i in range(4)]
+    names[5:29:6] = poison
     async with running(tmp_path, sender) as (disk, _):
         batch = await end(disk, await begin(disk, "a", *names))
-        assert (batch.completed, batch.failed) == (28, 2)
-        assert names_in(disk.store.path(batch.error_file)) == ["poison1", "poison2"]
+        assert (batch.completed, batch.failed) == (26, 4)
+        assert names_in(disk.store.path(batch.error_file)) == poison
     counts = Counter(sender.sent)
-    assert counts["poison1"] == counts["poison2"] == 5
-    assert max(counts[name] for name in names if not name.startswith("poison")) < 5
+    assert {counts[name] for name in poison} == {5}
+    assert max(counts[name] for name in names if name not in poison) < 5
+
+
+async def test_what_an_engine_cannot_do_holds_nobody_up(tmp_path: Path) -> None:
+    """An engine that says 500 to a request is well: others are sent beside it."""
+
+    async def answers(request: BatchRequest) -> LineAnswer:
+        await asyncio.sleep(0.01)
+        return LineAnswer(502, b'{"error": {"code": "engine-error"}}', "r")
+
+    sender = Sender(answers)
+    async with running(tmp_path, sender) as (disk, _):
+        batch = await end(disk, await begin(disk, "a", *"abcdefgh"))
+        assert (batch.completed, batch.failed) == (0, 8)
+    assert set(Counter(sender.sent).values()) == {5}
+    last = sender.at_once_by_call[-8:]
+    assert max(last) > 1
 
 
 async def test_a_process_that_dies_with_a_request_gives_it_up_in_the_end(tmp_path: Path) -> None:
@@ -231,10 +250,29 @@ async def test_an_interactive_call_finds_a_place_beside_a_batch(tmp_path: Path) 
         batch = await ended(client, batch)
         assert batch.request_counts is not None
         assert batch.request_counts.completed == 60
+        assert stand.context.ledger.answered() == 65, "none was refused or sent twice"
         async with stand.get("/metrics") as answer:
             text = await answer.text()
         assert 'hexgen_router_batch_requests_total{outcome="completed"} 60.0' in text
         assert "hexgen_router_batch_calls 0.0" in text
+
+
+async def test_a_batch_leaves_places_of_a_router_that_has_few(tmp_path: Path) -> None:
+    engine = FakeSettings(step_s=0.02)
+    async with (
+        opened(tmp_path, engine, max_concurrent_requests=10) as stand,
+        sdk(stand) as client,
+    ):
+        lines = [line(f"r{i}", max_tokens=10, ignore_eos=True) for i in range(60)]
+        batch = await created(client, jsonl(*lines))
+        await stand.until(lambda: stand.context.ledger.open >= 8)
+        for _ in range(10):
+            async with stand.post(max_tokens=2, ignore_eos=True) as answer:
+                assert answer.status == 200
+        batch = await ended(client, batch)
+        assert batch.request_counts is not None
+        assert batch.request_counts.completed == 60
+        assert stand.context.ledger.answered() == 70, "none was refused or sent twice"
 
 
 async def test_a_folder_that_cannot_be_used_ends_the_start(tmp_path: Path) -> None:

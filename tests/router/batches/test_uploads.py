@@ -309,3 +309,26 @@ def test_a_line_has_one_answer(tmp_path: Path) -> None:
     one.close()
     assert other.lead()
     other.close()
+
+
+def test_files_end_when_they_said_but_not_under_a_batch(tmp_path: Path) -> None:
+    one = store.Store(store.StoreLimits(tmp_path))
+    files = []
+    for _ in range(2):
+        written = one.begin_upload()
+        written.write_bytes(b"x")
+        files.append(one.add_file(written, "o", "in", "batch", 1.0))
+    one.add_batch(
+        store.BatchJob(
+            id="batch_1", owner="o", tenant="o", endpoint=CHAT, input_file=files[0].id,
+            window="24h", created=1.0, expires=2.0, output_file="file-o", error_file="file-e",
+        )
+    )  # fmt: skip
+    with pytest.raises(BadRequest):
+        one.file("o", files[1].id)
+    assert one.files("o", 10, None, None, newest_first=True) == ([], False)
+    assert one.room("o") < store.StoreLimits(tmp_path).max_bytes - 1
+    one.sweep()
+    assert one.path(files[0].id).exists(), "a batch reads it"
+    assert one.room("o") == store.StoreLimits(tmp_path).max_bytes - 1, "the other is gone"
+    one.close()
