@@ -298,9 +298,7 @@ class Runner:
                     await self._look()
                 except (OSError, sqlite3.Error) as error:
                     _LOG.error("batches cannot be read: %s", error)
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), _LOOK_S)
-                self._woken.clear()
+                await self._rest()
         finally:
             tasks = [*self._works.values(), *helpers]
             for task in tasks:
@@ -308,6 +306,15 @@ class Runner:
             await asyncio.wait(tasks, timeout=_CLOSE_S)
             if self.leads and self._dies_with:  # it ends in order: no request is to blame
                 await self._disk.do(self._disk.store.forget_begun)
+
+    async def _rest(self) -> None:
+        """Wait for a while, or until woken; ``wait_for`` could lose a cancellation meanwhile."""
+        woken = asyncio.ensure_future(self._woken.wait())
+        try:
+            await asyncio.wait((woken,), timeout=_LOOK_S)
+        finally:
+            woken.cancel()
+        self._woken.clear()
 
     async def _tick(self) -> None:
         while True:

@@ -280,3 +280,25 @@ async def test_a_folder_that_cannot_be_used_ends_the_start(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="batch_dir"):
         async with opened(tmp_path / "file"):
             pass
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_it_ends_whenever_it_is_told_to(tmp_path: Path, turns: int) -> None:
+    """Also in the turn in which it wakes up, when a timeout of Python could lose the word."""
+
+    async def answers(request: BatchRequest) -> LineAnswer:
+        return GOOD
+
+    disk = Disk(StoreLimits(tmp_path))
+    runner = Runner(disk, Sender(answers), lambda _: True)
+    task = asyncio.create_task(runner.run())
+    while not runner.leads:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    runner.wake()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait((task,), timeout=20)
+    assert task.done()
+    await asyncio.to_thread(disk.close)
