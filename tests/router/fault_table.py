@@ -134,7 +134,8 @@ async def _pass_time(
     passed = 0
     while passed < 2000:
         await asyncio.sleep(0.02)
-        if call.done():
+        if call.done() or attempt._reason is not None:  # it was ended: the rest takes no time
+            await asyncio.wait([call])
             return passed
         step = 1 if passed < 100 else 10
         passed += step
