@@ -35,9 +35,13 @@ KEY = "admin"
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A router that takes no engine from outside, so that the one it has stays."""
-    opened = Live(admin_api_key=(KEY,), worker_allowed_hosts=("nowhere.invalid",))
+    opened = Live(
+        admin_api_key=(KEY,),
+        worker_allowed_hosts=("nowhere.invalid",),
+        batch_dir=str(tmp_path_factory.mktemp("batches")),
+    )
     opened.start()
     yield opened
     opened.stop()
