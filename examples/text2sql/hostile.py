@@ -15,6 +15,7 @@ from typing import Final
 from examples.text2sql.databases import build_all
 from examples.text2sql.main import opened
 from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.outcome import QueryLimits
 
 FILE: Final = Path(__file__).with_name("hostile.sql")
 TABLES: Final = {"library": "loan", "clinic": "visit", "shop": "purchase"}
@@ -47,7 +48,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         paths = build_all(Path(folder))
         before = {name: path.read_bytes() for name, path in paths.items()}
-        with opened(paths) as databases:
+        with opened(paths, QueryLimits(time_s=0.3)) as databases:
             ran = [
                 attempt
                 for name, database in databases.items()

@@ -19,6 +19,7 @@ from hexgen_vllm.config import add_arguments, given
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.text2sql import report
 from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.outcome import QueryLimits
 from hexgen_vllm.text2sql.questions import drawn, load
 from hexgen_vllm.text2sql.report import say
 from hexgen_vllm.text2sql.session import play
@@ -56,10 +57,14 @@ async def run(options: Options) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def opened(paths: Mapping[str, Path]) -> Iterator[dict[str, Database]]:
+def opened(
+    paths: Mapping[str, Path], limits: QueryLimits | None = None
+) -> Iterator[dict[str, Database]]:
     """Open the databases ``paths`` for as long as the context lasts."""
     with ExitStack() as stack:
-        yield {name: stack.enter_context(Database.open(path)) for name, path in paths.items()}
+        yield {
+            name: stack.enter_context(Database.open(path, limits)) for name, path in paths.items()
+        }
 
 
 def _databases(folder: Path) -> Mapping[str, Path]:

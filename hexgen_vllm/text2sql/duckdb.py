@@ -34,8 +34,9 @@ class DuckdbFile:
     dialect: Final = "duckdb"
     product: Final = "DuckDB"
 
-    def __init__(self, path: Path, limits: QueryLimits, _: Clock) -> None:
+    def __init__(self, path: Path, limits: QueryLimits, clock: Clock) -> None:
         self._path = path
+        self._clock = clock
         self._limits = limits
         try:
             self._connection = duckdb.connect(str(path), read_only=True, config=_SETTINGS)
@@ -81,6 +82,7 @@ class DuckdbFile:
     def values(self, schema: Schema, words: Sequence[str]) -> dict[tuple[str, str], list[str]]:
         """Find values that hold one of ``words``, as long as a query may run."""
         found: dict[tuple[str, str], list[str]] = defaultdict(list)
+        until_s = self._clock.now() + self._limits.time_s
         with suppress(duckdb.InterruptException), self._timed() as cursor:
             for table in schema.tables:
                 for column in (one for one in table.columns if one.is_text):
@@ -91,6 +93,8 @@ class DuckdbFile:
                         f"WHERE contains(lower({name}::VARCHAR), lower(?)) ORDER BY 1 LIMIT 3"
                     )
                     for word in words:
+                        if self._clock.now() > until_s:
+                            return found
                         rows = cursor.execute(query, [word]).fetchall()
                         found[table.name, column.name] += [str(value) for (value,) in rows]
         return found

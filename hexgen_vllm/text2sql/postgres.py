@@ -57,8 +57,9 @@ class PostgresServer:
     dialect: Final = "postgres"
     product: Final = "PostgreSQL"
 
-    def __init__(self, url: URL, limits: QueryLimits, _: Clock) -> None:
+    def __init__(self, url: URL, limits: QueryLimits, clock: Clock) -> None:
         self._limits = limits
+        self._clock = clock
         self._name = url.render_as_string(hide_password=True)
         driver = url.set(drivername="postgresql+psycopg").difference_update_query(["options"])
         options = _OPTIONS.format(time_ms=max(int(limits.time_s * 1000), 1))
@@ -121,6 +122,7 @@ class PostgresServer:
     def values(self, schema: Schema, words: Sequence[str]) -> dict[tuple[str, str], list[str]]:
         """Find values that hold one of ``words``, as long as a query may run."""
         found: dict[tuple[str, str], list[str]] = defaultdict(list)
+        until_s = self._clock.now() + self._limits.time_s
         try:
             with self._transaction() as connection:
                 for table in schema.tables:
@@ -134,6 +136,8 @@ class PostgresServer:
                             composed.Literal(SEARCHED_ROWS),
                         )
                         for word in words:
+                            if self._clock.now() > until_s:
+                                return found
                             rows = connection.execute(query, (word.replace("\0", ""),))
                             found[table.name, column.name] += [str(value) for (value,) in rows]
         except (psycopg.Error, SQLAlchemyError):

@@ -18,6 +18,8 @@ from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.outcome import QueryLimits
 from hexgen_vllm.text2sql.schema import Column, Schema, Table
 from hexgen_vllm.text2sql.sql_grammar import query_grammar
+from tests.text2sql import shops
+from tests.text2sql.test_gate import TickingClock
 
 # What every database understands.
 ODD = '''
@@ -186,6 +188,22 @@ def test_a_huge_table_takes_no_longer_than_a_query_may(tmp_path: Path) -> None:
         assert ("u", "b") in database.find_values(database.schema(), ["value"])
     with Database.open(path, QueryLimits(time_s=0.001)) as database:
         database.find_values(database.schema(), ["value 5"])
+
+
+@pytest.mark.parametrize("kind", ["duckdb", "postgres"])
+def test_many_columns_take_no_longer_than_a_query_may(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if kind == "duckdb":
+        where = str(shops.build_duckdb(tmp_path / "music.duckdb"))
+    else:
+        where = request.getfixturevalue("postgres")
+    words = [letter * 3 for letter in "abcdefgh"] + ["The"]
+    with Database.open(where, QueryLimits(time_s=2000.0)) as database:
+        whole = database.find_values(database.schema(), words)
+    with Database.open(where, QueryLimits(time_s=3.0), TickingClock()) as database:
+        part = database.find_values(database.schema(), words)
+    assert len(part) < len(whole)
 
 
 def test_a_schema_too_long_for_a_prompt_keeps_what_the_question_is_about() -> None:
