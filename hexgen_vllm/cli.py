@@ -52,6 +52,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
         "keep the KV of preempted calls against computing it again",
     ),
     ("bench", "router"): ("benchmarks.router.router", "cost of a call through the router"),
+    ("bench", "decide"): ("benchmarks.router.decide", "cost of a decision, by engines and calls"),
     ("bench", "soak"): ("benchmarks.router.soak", "the router for long, with leaving and dying"),
     ("bench", "sim"): ("benchmarks.engine.sim", "time the simulator"),
     ("bench", "mix"): (
