@@ -124,7 +124,7 @@ class _Load:
             self._join(f"e{i:04}", slots, _UNWANTED if unwanted else _KINDS[i % len(_KINDS)])
         most = open_ if not held else open_ + held
         for _ in range(3 * most):
-            if len(self._flying) >= open_ and self.held >= held:
+            if self.held >= held if held else len(self._flying) >= open_:
                 break
             self._arrive()
 

@@ -9,6 +9,12 @@ asyncio and real time, the simulator with a heap and virtual time.
 
 Calls wait here, not in the engines, once the engines are full (``hold_depth``): the later a call
 is bound to an engine, the better both are known. Baseline policies bind at once.
+
+With more than a few engines, a held call that chose one without room waits for that engine: it is
+looked at again when there is room, when engines come, go or change, and with all others at the
+first event after :data:`LOOK_S` seconds per engine and call looked at. So an event costs one or two
+choices, however many calls wait, and a call that would by now rather go elsewhere hears of it that
+much later.
 """
 
 from __future__ import annotations
@@ -41,6 +47,10 @@ from hexgen_vllm.types import (
 )
 
 _SCAN: Final = 32  # held calls looked at per event; bounds the cost of one event
+LOOK_S: Final = 5e-5
+"""Seconds for each engine and call looked at until all held calls are looked at again; looking
+takes some percent of that. 0.1 s for 64 engines, 1.6 s for 1,000."""
+_FEW: Final = 8 * _SCAN  # engines times calls that are looked at at every event
 _LOG: Final = 1024
 
 
@@ -53,10 +63,16 @@ class Coordinator:
     Args:
         options: the policy and its knobs.
         shapes: learned workflow shapes to start from.
+        exhaustive: look at all held calls at every event; for comparison.
     """
 
-    def __init__(self, options: DispatchOptions, shapes: Shapes | None = None) -> None:
+    def __init__(
+        self, options: DispatchOptions, shapes: Shapes | None = None, *, exhaustive: bool = False
+    ) -> None:
         self.options = options
+        self._exhaustive = exhaustive
+        self._waits_for: dict[str, EngineLoad] = {}  # of held calls, the engine that each chose
+        self._look_again_s = 0.0
         self._engines = Engines()
         self.engines = self._engines.loads
         self.workflows = Workflows(shapes or Shapes())
@@ -77,21 +93,25 @@ class Coordinator:
     ) -> list[Decision]:
         """Add an engine, or note that one restarted."""
         self._engines.joined(spec, state)
+        self._waits_for.clear()
         return self._release(now)
 
     def engine_left(self, engine_id: str, now: float) -> list[Decision]:
         """Forget an engine; its driver ends or bounces the calls it had."""
         self._engines.left(engine_id)
+        self._waits_for.clear()
         return self._release(now)
 
     def engine_changed(self, engine_id: str, state: EngineState, now: float) -> list[Decision]:
         """Note that an engine became ready, draining, down, or is on trial."""
         self._engines.changed(engine_id, state)
+        self._waits_for.clear()
         return self._release(now)
 
     def engine_serves(self, engine_id: str, models: frozenset[str], now: float) -> list[Decision]:
         """Note that an engine has other models than before."""
         self._engines.serves(engine_id, models)
+        self._waits_for.clear()
         return self._release(now)
 
     def engine_reported(self, engine_id: str, report: EngineReport) -> None:
@@ -103,6 +123,7 @@ class Coordinator:
         self.options = options
         self._dispatch.retuned(options)
         self._estimates.retuned(options)
+        self._waits_for.clear()
         return self._release(now)
 
     # Calls
@@ -157,6 +178,7 @@ class Coordinator:
         if entry is None:
             return []
         self._held.discard(call_id)
+        self._waits_for.pop(call_id, None)
         if entry.engine is not None:
             flight = entry.engine.removed(call_id)
             self._settle(entry, result)
@@ -192,7 +214,10 @@ class Coordinator:
     # Placement
 
     def _candidates(self, entry: OpenCall) -> list[EngineLoad]:
-        return self._engines.candidates(entry.demand.call, entry.refused_by)
+        call = entry.demand.call
+        if self._exhaustive or not self._holds:
+            return self._engines.candidates(call, entry.refused_by)
+        return self._engines.priced(call, entry.refused_by)
 
     def _reachable(self, entry: OpenCall) -> list[EngineLoad]:
         return self._engines.reachable(entry.demand.call, entry.refused_by)
@@ -229,9 +254,14 @@ class Coordinator:
         if not self._held or not self._any_room():
             return decisions
         self._protection.judge_held(_SCAN, now)
-        claims: dict[str, int] = {}
+        self._forget_stale(now)
+        depth, claims = self.options.hold_depth, dict[str, int]()
         models = self._engines.with_room(self._held.models, self.options.hold_depth)
         for call_id in self._held.first(_SCAN, models, now=now):
+            wanted = self._waits_for.get(call_id)
+            if wanted is not None and not wanted.room(depth):
+                claims[wanted.engine_id] = claims.get(wanted.engine_id, 0) + 1
+                continue
             entry = self._open[call_id]
             candidates = self._candidates(entry)
             if not candidates:
@@ -239,14 +269,23 @@ class Coordinator:
                     decisions.append(self._refused(entry, overload.no_endpoints(call_id), now))
                 continue
             choice = self._dispatch.choose(entry.demand, candidates, claims, now)
-            if not choice.engine.room(self.options.hold_depth):
+            if not choice.engine.room(depth):
+                self._waits_for[call_id] = choice.engine
                 claims[choice.engine.engine_id] = claims.get(choice.engine.engine_id, 0) + 1
                 continue
+            self._waits_for.pop(call_id, None)
             self._held.placed(call_id)
             decisions.append(self._placed(entry, choice, now))
             if not self._any_room():
                 break
         return decisions
+
+    def _forget_stale(self, now: float) -> None:
+        """Have all held calls looked at again, if it is time."""
+        looked_at = min(len(self._held), _SCAN) * len(self.engines)
+        if self._exhaustive or looked_at <= _FEW or now >= self._look_again_s:
+            self._waits_for.clear()
+            self._look_again_s = now + LOOK_S * looked_at
 
     def _at_once(self, entry: OpenCall, now: float) -> Placement | None:
         """Place a call that has nobody to wait behind, as holding and releasing it would."""
@@ -327,6 +366,7 @@ class Coordinator:
     def _refused(self, entry: OpenCall, rejection: Rejection, now: float) -> Rejection:
         call = entry.demand.call
         self._held.discard(call.call_id)
+        self._waits_for.pop(call.call_id, None)
         del self._open[call.call_id]
         self.workflows.ended(call, CallResult(ok=False, reason=rejection.reason), now)
         self.log.append((now, rejection))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nsmallest
 from typing import Final, NamedTuple
 
 from hexgen_vllm.policy.calls import (
@@ -43,6 +43,13 @@ _USUAL_PROMPT: Final = 2500
 _USUAL_OUTPUT: Final = 110
 _MAX_SHARE: Final = 0.8
 _DEFAULT_SLOTS: Final = 256
+SHORT: Final = 64
+"""Engines that a call is priced on, at most: the least crowded, and those with its prompt."""
+_HOLDERS: Final = 16
+_USES: Final = 16
+_MAX_SHORT: Final = 256
+LARGE: Final = 2 * SHORT
+"""Engines from which on not all are priced."""
 
 
 class Elsewhere(NamedTuple):
@@ -104,6 +111,10 @@ class PrefixIndex:
         while self._held > self._capacity and self._tokens:
             self._held -= self._tokens.popitem(last=False)[1]
 
+    def holds(self, chunk: int) -> bool:
+        """Whether a chunk is probably cached."""
+        return chunk in self._tokens
+
     def clear(self) -> None:
         """Forget everything (the engine restarted)."""
         self._tokens.clear()
@@ -153,6 +164,8 @@ class EngineLoad:
         self._waiting: dict[str, InFlight] = {}  # no first token yet
         self._unseen: list[tuple[float, str]] = []  # heap of predicted starts nobody will see
         self._unanswered = 0  # calls of which no token was seen
+        self._crowding = -1.0  # below 0: to be found anew
+        self._crowded_by: Elsewhere | None = None
         self._left: dict[str, int] = {}  # output tokens to come, by call
         self._left_sum = 0
 
@@ -203,6 +216,7 @@ class EngineLoad:
 
     def _judge(self) -> None:
         """Decide which cost to reckon with."""
+        self._crowding = -1.0
         fit, error = self.report.cost, self.report.fit_error
         if fit is None:
             fit, error = self.traffic_fit.cost(), self.traffic_fit.error()
@@ -235,6 +249,7 @@ class EngineLoad:
 
     def placed(self, entry: InFlight) -> None:
         """Account for a call sent here."""
+        self._crowding = -1.0
         self.in_flight[entry.call.call_id] = entry
         self._unanswered += 1
         self._queued_prefill += entry.placement.uncached_tokens
@@ -272,6 +287,7 @@ class EngineLoad:
         """Account for the end of a call, however it ended."""
         entry = self.in_flight.pop(call_id, None)
         if entry is not None:
+            self._crowding = -1.0
             self._context -= entry.call.prompt_tokens
             self._unanswered -= not entry.started
             self._prefilled(call_id)
@@ -343,6 +359,15 @@ class EngineLoad:
         step = cost.step_s(batch, context * batch / calls)
         return step / (1.0 - min(self.report.prefill_share or 0.0, _MAX_SHARE))
 
+    def crowding(self) -> float:
+        """Return the seconds of an output token here, more for those that wait for a slot."""
+        if self._crowding < 0.0 or self._crowded_by is not self.elsewhere:
+            queued = self.calls + 1 - self.slots
+            token_s = self.token_s(self._cost or UNMEASURED)
+            self._crowding = token_s * (1.0 + max(queued, 0) / self.slots)
+            self._crowded_by = self.elsewhere
+        return self._crowding
+
     def forecast(
         self, demand: Demand, cost: StepCost, claims: int = 0, *, affinity: bool = True
     ) -> Forecast:
@@ -405,6 +430,10 @@ class EngineLoad:
         return own_prefill_s * others + row_s * min(demand.output_tokens, left) * decoding
 
 
+def _crowding_of(engine: EngineLoad) -> float:
+    return engine.crowding()
+
+
 class Engines:
     """Engines that have joined and not left.
 
@@ -416,6 +445,7 @@ class Engines:
         self.loads: dict[str, EngineLoad] = {}
         self._by_name: list[EngineLoad] = []
         self._lengths_differ = self._models_differ = False
+        self._short: dict[str, tuple[int, list[EngineLoad]]] = {}  # by model: uses, engines
 
     def joined(self, spec: EngineSpec, state: EngineState) -> None:
         """Add an engine, or note that one restarted."""
@@ -438,6 +468,7 @@ class Engines:
         if engine.state is EngineState.DOWN and state is not EngineState.DOWN:
             engine.prefixes.clear()
         engine.state = state
+        self._short.clear()
 
     def serves(self, engine_id: str, models: frozenset[str]) -> None:
         """Note that an engine has other models than before, such as adapters loaded since."""
@@ -457,6 +488,41 @@ class Engines:
         if not self._lengths_differ:
             return found
         return [e for e in found if _fits(e.spec, call)] or found
+
+    def priced(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
+        """Return those of :meth:`candidates` that a call is priced on: of few, all.
+
+        Of many the :data:`SHORT` least crowded, found anew every :data:`_USES` times, and of those
+        that have the call's first chunk the ones with most of its prompt. An engine that is left
+        out has both more of a queue and less of the prompt than those that are not.
+        """
+        if len(self._by_name) <= LARGE or refused_by or call.engine is not None:
+            return self.candidates(call, refused_by)
+        found = {e.engine_id: e for e in self._least_crowded(call) if e.open}
+        if len(found) < SHORT // 2:  # many of them were taken out since
+            self._short.clear()
+            return self.candidates(call, refused_by)
+        if call.prefix:
+            first = call.prefix[0]
+            holders = [e for e in self._by_name if e.prefixes.holds(first)]
+            if len(holders) > _HOLDERS:
+                ranked = [(-e.prefixes.match(call), e.crowding(), e.engine_id) for e in holders]
+                holders = [self.loads[name] for _, _, name in nsmallest(_HOLDERS, ranked)]
+            for engine in holders:
+                if engine.serves(call) and (not self._lengths_differ or _fits(engine.spec, call)):
+                    found[engine.engine_id] = engine
+        return [found[name] for name in sorted(found)]
+
+    def _least_crowded(self, call: Call) -> list[EngineLoad]:
+        known = self._short.get(call.model)
+        if known is None or known[0] >= _USES or self._lengths_differ:
+            every = self.candidates(call, frozenset())
+            if len(self._short) >= _MAX_SHORT:
+                self._short.clear()
+            known = 0, nsmallest(SHORT, every, key=_crowding_of)
+        uses, found = known
+        self._short[call.model] = uses + 1, found
+        return found
 
     def reachable(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
         """Return the engines that get ``call`` now, or once the call they are tried with ends."""
@@ -502,6 +568,7 @@ class Engines:
         self._by_name = [self.loads[name] for name in sorted(self.loads)]
         self._lengths_differ = len({e.spec.max_model_len for e in self._by_name}) > 1
         self._models_differ = len({e.spec.models for e in self._by_name}) > 1
+        self._short.clear()
 
 
 def _fits(spec: EngineSpec, call: Call) -> bool:

@@ -8,7 +8,7 @@ from typing import Final
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand, Tail
 from hexgen_vllm.policy.claims import due_s
-from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
+from hexgen_vllm.policy.engines import LARGE, UNMEASURED, EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
 from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost
@@ -16,6 +16,7 @@ from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost
 _LEAST_S: Final = 1e-6
 _FASTEST_S: Final = 1.0  # seconds for which the fastest step counts as known
 _MAX_FASTEST: Final = 256
+PACE_S: Final = 1e-4
 _AT_WORK: Final = (EngineState.READY, EngineState.TRIAL)
 
 
@@ -32,6 +33,8 @@ class Estimates:
         self, options: DispatchOptions, shapes: Shapes, engines: Mapping[str, EngineLoad]
     ) -> None:
         self._options, self._shapes, self._engines = options, shapes, engines
+        # By model: when it was found, engines, and their decode and prefill rates, summed.
+        self._rates: dict[str, tuple[float, int, float, float]] = {}
         # By model: when it was found, and the fastest engine's step with one call in it.
         self._fastest: dict[str, tuple[float, float]] = {}
 
@@ -49,7 +52,7 @@ class Estimates:
         """
         output = self.output_tokens(call)
         tail = self._tail(call, ordinal, self._options.slack_quantile, output)
-        tail_s = self._seconds(tail, call.model)
+        tail_s = self._seconds(tail, call)
         due = NO_DEADLINE if run.background else due_s(run.ordered_by_s, tail_s, call.arrived_s)
         return Demand(call, output, run.deadline_s, tail_s, due, run.started_s)
 
@@ -162,7 +165,7 @@ class Estimates:
 
     def own_s(self, demand: Demand) -> float:
         """Return the seconds that a call itself takes at the fleet's present pace."""
-        return self._seconds(Tail(1.0, 0.0, demand.output_tokens), demand.call.model)
+        return self._seconds(Tail(1.0, 0.0, demand.output_tokens), demand.call)
 
     def _known(self, call: Call) -> bool:
         if call.expected_output_tokens is not None:
@@ -187,13 +190,28 @@ class Estimates:
         ready = [e for e in self._engines.values() if e.state in _AT_WORK]
         return ready if model is None else [e for e in ready if e.has(model)]
 
-    def _seconds(self, tail: Tail, model: str) -> float:
+    def _seconds(self, tail: Tail, call: Call) -> float:
         """Return the time of a path at the fleet's present pace (harmonic mean of engines).
 
-        What follows a call is taken to need the call's own ``model``.
+        What follows a call is taken to need the call's own model. The pace of many engines is
+        found anew every :data:`PACE_S` seconds per engine.
         """
         if tail is NOTHING:
             return 0.0
+        now, model = call.arrived_s, call.model
+        known = self._rates.get(model) if len(self._engines) > LARGE else None
+        if known is None or not known[0] <= now < known[0] + PACE_S * len(self._engines):
+            known = (now, *self._pace(model))
+            if len(self._rates) >= _MAX_FASTEST:
+                self._rates.clear()
+            self._rates[model] = known
+        _, n, decode_rate, prefill_rate = known
+        if not n:
+            return 0.0
+        return tail.output_tokens * n / decode_rate + tail.prefill_tokens * n / prefill_rate
+
+    def _pace(self, model: str) -> tuple[int, float, float]:
+        """Return the engines at work that have ``model``, their decode and prefill rates."""
         decode_rate = prefill_rate = 0.0
         ready = self._ready(model)
         for engine in ready:
@@ -201,10 +219,7 @@ class Estimates:
             batch = min(engine.slots, len(engine.in_flight) + 1)
             decode_rate += 1.0 / max(cost.step_s(batch), _LEAST_S)
             prefill_rate += 1.0 / max(cost.p1, 1e-9)
-        if not ready:
-            return 0.0
-        n = len(ready)
-        return tail.output_tokens * n / decode_rate + tail.prefill_tokens * n / prefill_rate
+        return len(ready), decode_rate, prefill_rate
 
 
 def _alone_s(cost: StepCost, tail: Tail, output: int, uncached: int) -> float:
