@@ -122,7 +122,9 @@ class CallBook:
         self._turn += 1
         if old is not None:
             self.closed(request, now, answered=False)
-        workflow_id = meta.workflow_id or _session(request)
+        # A router knows whose sessions are whose; what a body says to vLLM alone nobody checked.
+        routed = meta.tail_ms is not None
+        workflow_id = meta.workflow_id or (None if routed else _session(request))
         budget_s = _budget_s(request, meta, options)
         deadline_s = arrived_s + budget_s
         known_as = _known_as(request, meta, workflow_id, now, deadline_s)

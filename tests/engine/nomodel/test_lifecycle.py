@@ -195,5 +195,8 @@ def test_the_workflow_is_named_by_whatever_is_there(build: Build) -> None:
     engine = build()
     said = engine.add("a", [1] * 8, 5, CallMeta(workflow_id="w"), session_id="s")
     session = engine.add("b", [1] * 8, 5, session_id="s")
+    # A router that places a call says whose workflow it is; the body may say anything.
+    routed = engine.add("d", [1] * 8, 5, CallMeta(tail_ms=0.0), session_id="s")
+    assert routed.hexgen.workflow_id == "d"
     alone = engine.add("c", [1] * 8, 5)
     assert [r.hexgen.workflow_id for r in (said, session, alone)] == ["w", "s", "c"]
