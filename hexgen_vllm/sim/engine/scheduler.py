@@ -32,6 +32,7 @@ from hexgen_vllm.policy.retention import CopyRates, Held, RecomputeRates, Retent
 from hexgen_vllm.policy.urgency import UrgencyHeap
 from hexgen_vllm.sim.engine.cost import DecodeClock, Pricing
 from hexgen_vllm.sim.engine.displacing import SimDisplacer
+from hexgen_vllm.sim.engine.kept import KeptRuns
 from hexgen_vllm.sim.engine.pacing import Pacer
 from hexgen_vllm.sim.engine.prefix_cache import BlockPool
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
@@ -114,6 +115,14 @@ def keeper_of(model: EngineModel, options: EngineOptions) -> Keeper | None:
     """Return the keeper of an engine, ``None`` where KV is always computed again."""
     rate = model.kv_copy_tokens_per_s
     return None if rate is None else Keeper(rate, options.keep_kv, model.block_size)
+
+
+def kept_of(model: EngineModel, options: EngineOptions) -> KeptRuns | None:
+    """Return the host memory of an engine for ended calls, ``None`` where none is kept."""
+    rate, blocks = model.kv_copy_tokens_per_s, model.host_kv_tokens // model.block_size
+    if rate is None or not blocks or not (options.keep_ended_kv and model.prefix_caching):
+        return None
+    return KeptRuns(blocks, model.block_size, rate, options.keep_kv)
 
 
 class WaitingQueue(Protocol):
@@ -320,6 +329,7 @@ class Batch:
         most_running: calls in the batch at most, in the present step.
         displacer: makes room for urgent calls; ``None`` in a stock engine.
         keeper: copies KV of preempted calls to the host; ``None`` where it is computed again.
+        kept: KV of ended calls on the host; ``None`` where none is kept.
 
     Args:
         model: what the engine is.
@@ -353,6 +363,9 @@ class Batch:
         self.watermark_blocks = int(model.watermark * model.blocks)
         self.displacer = None if stock else SimDisplacer(self)
         self.keeper = keeper_of(model, options)
+        self.kept = kept_of(model, options)
+        self._now = 0.0
+        self._leaving = 0  # tokens of ended calls that the next step copies
         self.pacer = None if stock else Pacer(self)
         self.step_tokens = model.max_num_batched_tokens
         self.most_running = model.max_num_seqs
@@ -374,7 +387,8 @@ class Batch:
 
     def schedule(self, now: float) -> Plan:
         """Decide what the next step computes."""
-        self.chunks, self.missed, self.copied = [], [], 0
+        self.chunks, self.missed, self.copied = [], [], self._leaving
+        self._leaving, self._now = 0, now
         held: list[Sequence] = []
         for sequence in self._demoted.aged(now):
             if sequence not in self.running:
@@ -416,6 +430,7 @@ class Batch:
         if len(finished) > 1:
             finished = self._in_output_order(finished)
         for sequence in finished:
+            self._leave(sequence, now)
             self._remove(sequence)
         self.evicted = []
         return started, finished
@@ -489,17 +504,24 @@ class Batch:
             pool.adopt(sequence.holding, hit.blocks)
             self._admitted += 1
             sequence.number = self._admitted
-            self._restore(sequence, hit.blocks * size)
+            self._restore(sequence, hit.blocks)
             self.running.append(sequence)
             self.prefilling.append(sequence)
             budget -= self.give_chunk(sequence, budget)
 
-    def _restore(self, sequence: Sequence, cached: int) -> None:
+    def _restore(self, sequence: Sequence, blocks: int) -> None:
         """Note what of an admitted call's KV is there, from the cache or the host."""
+        size, kept = self.model.block_size, self.kept
+        cached = there = blocks * size
+        if kept is not None:
+            chain = sequence.holding.chain
+            if sequence.cached_tokens < 0:
+                kept.came(chain, blocks, self._now)
+            there = kept.found(chain, blocks, (sequence.tokens - 1) // size) * size
         if sequence.cached_tokens < 0:
-            sequence.cached_tokens = cached
-            self.pricing.admitted(sequence.prompt_tokens, cached)
-        sequence.computed = max(cached, min(sequence.saved_tokens, sequence.tokens - 1))
+            sequence.cached_tokens = there
+            self.pricing.admitted(sequence.prompt_tokens, there)
+        sequence.computed = max(there, min(sequence.saved_tokens, sequence.tokens - 1))
         sequence.saved_tokens = 0
         self.copied += sequence.computed - cached
 
@@ -592,6 +614,20 @@ class Batch:
             started.append(sequence)
         if sequence.tokens < sequence.total_tokens:
             self.clock.join(sequence)
+
+    def _leave(self, sequence: Sequence, now: float) -> None:
+        """Have the KV of a call that ends copied to the host if its workflow may want it."""
+        if self.kept is None:
+            return
+        size = self.model.block_size
+        self._leaving += size * self.kept.ended(
+            sequence.holding.chain,
+            (sequence.total_tokens - 1) // size,
+            follows=sequence.tail_s > 0.0,
+            latest_start_s=sequence.deadline_s - sequence.tail_s,
+            rates=self.pricing.rates,
+            now=now,
+        )
 
     def _remove(self, sequence: Sequence) -> None:
         size, computed = self.model.block_size, sequence.total_tokens - 1

@@ -30,6 +30,9 @@ class EngineModel:
     kv_copy_tokens_per_s: float | None = option(
         None, "rate of copying preempted KV to the host and back; none is recompute", least=1.0
     )
+    host_kv_tokens: int = option(
+        0, "tokens of KV of ended calls that host memory holds; needs kv_copy_tokens_per_s", least=0
+    )
     async_scheduling: bool = option(
         False, "whether a step is scheduled while the one before it is computed"
     )

@@ -12,6 +12,7 @@ from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.engine.cost import MARK_TOKENS, DecodeClock
 from hexgen_vllm.sim.engine.engine import SimEngine
+from hexgen_vllm.sim.engine.prefix_cache import Link
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.types import Placement, StepCost
 from tests.parity.scenarios import draw
@@ -223,3 +224,32 @@ def test_the_decode_clock_counts_blocks_as_single_steps_do() -> None:
 def test_impossible_engines_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         replace(MODEL, **wrong)
+
+
+def second_turns_s(host_tokens: int, options: EngineOptions) -> float:
+    """Seconds that the second calls of ten workflows take; the device holds one of them."""
+    model = replace(
+        MODEL, kv_tokens=800, max_num_seqs=1, kv_copy_tokens_per_s=1e6, host_kv_tokens=host_tokens
+    )
+    engine, begin_s = SimEngine(model, options), 0.0
+    for turn in (1, 2):
+        began_s = begin_s
+        for workflow in range(10):
+            links = [Link(10 * workflow + i, 20 * (i - 1), 20 * i) for i in range(1, turn + 1)]
+            placement = Placement(
+                f"{workflow}.{turn}", "e", "test", tail_s=2.0 - turn, expected_output_tokens=21
+            )
+            sequence = Sequence(placement, 300 * turn, 21, chain=tuple(links))
+            engine.submit(sequence, begin_s)
+        begin_s = max(drained(engine).values())
+        assert engine.batch.pool.free == model.blocks
+    return begin_s - began_s
+
+
+def test_a_workflow_goes_on_from_what_it_left_on_the_host() -> None:
+    without = second_turns_s(0, FCFS)
+    found = {tokens: second_turns_s(tokens, FCFS) for tokens in (800, 8000)}
+    assert found[8000] < without - 10 * 250e-4
+    assert found[8000] < found[800] < without + 0.05
+    assert second_turns_s(8000, replace(FCFS, keep_ended_kv=False)) == without
+    assert second_turns_s(8000, replace(FCFS, keep_kv="never")) == pytest.approx(without)
