@@ -105,6 +105,8 @@ NOT_RUN: Final = (
     NotRun("--backend ray", "another test does, with more engines", "parse"),
     NotRun("ray start", "needs a port of its own and several machines", "tests/e2e/test_ray.py"),
     NotRun("tools.fetch_traces mooncake", "needs the Internet", "parse"),
+    NotRun("tools.fetch_traces weka", "needs the Internet", "parse"),
+    NotRun("examples/scenarios/public-", "needs a trace from the Internet", "parse"),
     NotRun("--trace traces/conversation_trace.jsonl", "needs that trace", "parse"),
     NotRun("trace convert recent.jsonl", "a router that just started recorded nothing", "parse"),
     NotRun("docker build", "needs a registry", "tests/examples/test_kubernetes.py"),

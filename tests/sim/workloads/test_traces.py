@@ -352,6 +352,15 @@ def test_subagents_start_with_and_are_joined_by_the_main_agent(tmp_path: Path) -
     assert all(is_own(layer.stream, spec.workflow_id) for c in spec.calls() for layer in c.layers)
 
 
+def test_think_times_behind_calls_of_unknown_length_are_what_is_left(tmp_path: Path) -> None:
+    untimed = weka_call(20.0, 0.0, [1, 2], think_time=12.0)
+    del untimed["api_time"]
+    last = weka_call(30.0, 5.0, [1, 2, 3], think_time=26.0)  # since the first answer, at 4 s
+    told = {**WEKA, "requests": [WEKA["requests"][0], untimed, last]}
+    (found,) = read(lines(tmp_path / "x.jsonl", [told]))
+    assert [think for _, _, think in shape(found)] == [0.0, 12.0, 10.0]
+
+
 def test_subagents_of_agentx_have_absolute_times(tmp_path: Path) -> None:
     inner = [weka_call(5.0, 2.0, [50]), weka_call(10.0, 3.0, [50, 51])]
     subagent = {"t": 5.0, "type": "subagent", "duration_ms": 19_000, "requests": inner}

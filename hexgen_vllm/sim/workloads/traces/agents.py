@@ -90,7 +90,7 @@ class _Conversation:
             return 0.0
         busy_s = max((calls[index].end_s or 0.0 for index in self._running), default=0.0)
         gap_s = (call.start_s or 0.0) - max(busy_s, calls[self._last].end_s or 0.0)
-        return float(min(item.number("think_time", gap_s, 0.0), gap_s))
+        return float(min(self._think_s(item, call), gap_s))
 
     def add(self, item: Row, call: TraceCall) -> None:
         """Add a call of the main agent."""
@@ -100,13 +100,25 @@ class _Conversation:
         if self._last is not None:
             before_s = calls[self._last].end_s or 0.0
             call.after = (self._last, *joined)
-            call.think_s = float(item.number("think_time", max(start_s - before_s, 0.0), 0.0))
+            call.think_s = self._think_s(item, call)
             if joined:
                 ended_s = max(before_s, *(calls[index].end_s or 0.0 for index in joined))
                 call.think_s = min(max(start_s - ended_s, 0.0), call.think_s)
         self._running = [index for index in self._running if index not in joined]
         self._last = len(calls)
         calls.append(call)
+
+    def _think_s(self, item: Row, call: TraceCall) -> float:
+        """Return the seconds between the main agent's last call and its next.
+
+        ``think_time`` counts from the last call whose ``api_time`` is known. Where that is not the
+        call before, the times of both say it.
+        """
+        assert self._last is not None
+        before = self.workflow.calls[self._last]
+        gap_s = max((call.start_s or 0.0) - (before.end_s or 0.0), 0.0)
+        known = before.end_s != before.start_s
+        return float(item.number("think_time", gap_s, 0.0)) if known else gap_s
 
     def subagent(self, item: Row) -> None:
         """Add the calls of a subagent."""
