@@ -39,6 +39,7 @@ ENDED: Final = ("completed", "failed", "expired", "cancelled")
 DATABASE: Final = "batches.sqlite"
 _STALE_S: Final = 3600.0  # a file that nobody knows, and nobody has written to for so long
 _PAGE: Final = 256  # answers read or deleted at once
+_PAGE_BYTES: Final = 2**21
 _FREE_BYTES: Final = 2**28  # of the disk that stay free
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS files (
@@ -245,7 +246,9 @@ class Store:
             self._base = sqlite3.connect(
                 self._folder / DATABASE, timeout=30.0, isolation_level=None, check_same_thread=False
             )
+            self._base.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._base.execute("PRAGMA journal_mode = WAL")
+            (self._folder / DATABASE).chmod(0o600)  # its log gets the same
             self._base.execute("PRAGMA synchronous = FULL")
             self._base.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
@@ -547,11 +550,20 @@ class Store:
             yield
 
     def _page(self, batch_id: str, ok: int, after: int) -> list[tuple[int, bytes]]:
-        return self._base.execute(
+        found: list[tuple[int, bytes]] = []
+        size = 0
+        rows = self._base.execute(
             "SELECT line, record FROM answers WHERE batch = ? AND line > ? AND ok = ?"
             " ORDER BY line LIMIT ?",
             (batch_id, after, ok, _PAGE),
-        ).fetchall()
+        )
+        for row in rows:
+            found.append(row)
+            size += len(row[1])
+            if size >= _PAGE_BYTES:
+                break
+        rows.close()
+        return found
 
     def sweep(self) -> None:
         """Delete what has expired, and what a crash left behind."""
@@ -568,6 +580,9 @@ class Store:
                     path.unlink()
         self._base.execute(f"DELETE FROM answers WHERE batch IN"
                            f" (SELECT id FROM batches WHERE status IN {ENDED})")  # fmt: skip
+
+        # A script, as a statement of this kind would be stepped once only: one page.
+        self._base.executescript("PRAGMA incremental_vacuum(5000)")
 
     @contextlib.contextmanager
     def _transaction(self) -> Any:

@@ -312,7 +312,7 @@ def test_a_line_has_one_answer(tmp_path: Path) -> None:
 
 
 def test_files_end_when_they_said_but_not_under_a_batch(tmp_path: Path) -> None:
-    one = store.Store(store.StoreLimits(tmp_path))
+    one = store.Store(store.StoreLimits(tmp_path, max_bytes=1000))
     files = []
     for _ in range(2):
         written = one.begin_upload()
@@ -327,8 +327,31 @@ def test_files_end_when_they_said_but_not_under_a_batch(tmp_path: Path) -> None:
     with pytest.raises(BadRequest):
         one.file("o", files[1].id)
     assert one.files("o", 10, None, None, newest_first=True) == ([], False)
-    assert one.room("o") < store.StoreLimits(tmp_path).max_bytes - 1
+    assert one.room("o") == 998
     one.sweep()
     assert one.path(files[0].id).exists(), "a batch reads it"
-    assert one.room("o") == store.StoreLimits(tmp_path).max_bytes - 1, "the other is gone"
+    assert one.room("o") == 999, "the other is gone"
     one.close()
+
+
+def test_answers_are_written_bit_by_bit_and_their_room_is_given_back(tmp_path: Path) -> None:
+    one = store.Store(store.StoreLimits(tmp_path, max_bytes=100 * MIB))
+    batch = store.BatchJob(
+        id="batch_1", owner="o", tenant="o", endpoint=CHAT, input_file="file-i", window="24h",
+        created=1.0, expires=2.0, output_file="file-o", error_file="file-e",
+    )  # fmt: skip
+    one.add_batch(batch)
+    record = b"x" * MIB + b"\n"
+    one.add_answers([store.Answered("batch_1", i, True, record) for i in range(1, 41)])
+    before = one.room("o")
+    steps = sum(1 for _ in one.finish(batch, "completed"))
+    assert steps > 10, "others got their turn"
+    assert one.path("file-o").read_bytes() == record * 40
+    assert one.room("o") == before, "what was an answer is output now"
+    for _ in range(4):
+        one.sweep()
+    one.close()
+    base = tmp_path / store.DATABASE
+    assert base.stat().st_size < 20 * MIB
+    assert base.stat().st_mode & 0o077 == 0
+    assert (tmp_path / "files").stat().st_mode & 0o077 == 0
