@@ -42,6 +42,7 @@ UNMEASURED: Final = StepCost(c0=0.04, c1=2e-4, c2=1e-8, p0=0.0, p1=1 / 2200, p2=
 _USUAL_PROMPT: Final = 2500
 _USUAL_OUTPUT: Final = 110
 _MAX_SHARE: Final = 0.8
+_SHARE_WEIGHT: Final = 0.05  # least, of the newest report in the share of prefill
 _DEFAULT_SLOTS: Final = 256
 SHORT: Final = 64
 """Engines that a call is priced on, at most: the least crowded, and those with its prompt."""
@@ -159,6 +160,8 @@ class EngineLoad:
         self.doubted = False
         self._cost: StepCost | None = None
         self._believed: StepCost | None = None  # the last cost that could be trusted in full
+        self._prefill_share = 0.0  # as reported, smoothed
+        self._shares_seen = 0
         self._queued_prefill = 0
         self._context = 0
         self._waiting: dict[str, InFlight] = {}  # no first token yet
@@ -212,6 +215,13 @@ class EngineLoad:
     def reported(self, report: EngineReport) -> None:
         """Take in telemetry."""
         self.report = report
+        share = report.prefill_share
+        if share is not None:
+            # What an engine tells is of its last few seconds: where calls went by that, they would
+            # follow what it happened to get, all at once.
+            self._shares_seen += 1
+            weight = max(1.0 / self._shares_seen, _SHARE_WEIGHT)
+            self._prefill_share += weight * (share - self._prefill_share)
         self._judge()
 
     def _judge(self) -> None:
@@ -245,6 +255,7 @@ class EngineLoad:
         self.prefixes = PrefixIndex(spec.kv_tokens)
         self.traffic_fit = CostFit(min_steps=12)
         self._believed = None
+        self._prefill_share, self._shares_seen = 0.0, 0
         self._judge()
 
     def placed(self, entry: InFlight) -> None:
@@ -357,7 +368,7 @@ class EngineLoad:
         batch = min(self.slots, calls)
         context = self._context + self.elsewhere.context_tokens
         step = cost.step_s(batch, context * batch / calls)
-        return step / (1.0 - min(self.report.prefill_share or 0.0, _MAX_SHARE))
+        return step / (1.0 - min(self._prefill_share, _MAX_SHARE))
 
     def crowding(self) -> float:
         """Return the seconds of an output token here, more for those that wait for a slot."""

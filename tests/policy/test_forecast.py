@@ -17,6 +17,7 @@ from hexgen_vllm.types import (
     EngineKind,
     EngineReport,
     EngineSpec,
+    EngineState,
     Placement,
     StepCost,
 )
@@ -86,6 +87,28 @@ def test_prefill_and_decode(load: EngineLoad, prefill_s: float, step: float) -> 
     assert forecast.finish_in_s == pytest.approx(
         forecast.wait_s + forecast.prefill_s + forecast.decode_s
     )
+
+
+def shown(load: EngineLoad, *shares: float | None) -> float:
+    """Return the share of prefill reckoned with after reports of ``shares``."""
+    for share in shares:
+        load.reported(EngineReport(cost=COST, prefill_share=share))
+    return 1.0 - step_s(1, 0) / load.token_s(COST)
+
+
+def test_the_share_of_prefill_is_that_of_many_reports() -> None:
+    load = engine()
+    assert shown(load) == pytest.approx(0.0), "nothing said, nothing reckoned with"
+    assert shown(load, 0.6) == pytest.approx(0.6)
+    assert shown(load, 0.2) == pytest.approx(0.4)
+    assert shown(load, None) == pytest.approx(0.4), "an engine that says nothing changes nothing"
+    assert shown(load, *[0.4, 0.0] * 200) == pytest.approx(0.2, abs=0.02), "noise is levelled"
+    steady = shown(load, *[0.5] * 100)
+    assert steady == pytest.approx(0.5, abs=0.01), "and what lasts is followed"
+    assert steady - shown(load, 0.0) < 0.05, "one report moves it by a twentieth at most"
+    load.restarted(load.spec, EngineState.READY)
+    assert shown(load) == pytest.approx(0.0)
+    assert shown(load, 0.3) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
