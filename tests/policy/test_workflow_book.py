@@ -92,6 +92,9 @@ def test_lengths_are_those_of_the_stage_or_else_of_the_type() -> None:
     assert shapes.output_tokens("u", "s", 0.5) is None
     assert shapes.output_tokens("t", "s", 0.0, seen=30) == 45, "longer than any: half as much again"
     assert shapes.output_tokens("t", "other", 0.0, seen=1000) == 1500
+    assert isinstance(shapes.output_tokens("t", "s", 0.0, seen=30), int)
+    assert shapes.output_tokens("t", "s", 1.0) == 30
+    assert shapes.output_tokens("t", "s", 1.0, seen=10) == 30
     short = Shapes()
     short.learn_output("t", "s", 1)
     assert short.output_tokens("t", "s", 0.5, seen=1) == 2
@@ -104,7 +107,7 @@ def test_paths_back_off_while_evidence_is_thin() -> None:
     learned(shapes, "s", 0, *[10] * 8)
     learned(shapes, "s", 1, *[20] * 7)
     learned(shapes, "z", 0, *[40] * 3)
-    assert shapes.tail("t", "s", 0, 0.5) == Tail(1, 7, 10), "eight are enough"
+    assert shapes.tail("t", "s", 0, 0.99) == Tail(1, 7, 10), "eight are enough"
     assert shapes.tail("t", "s", 1, 0.99) == Tail(1, 7, 20)
     assert shapes.tail("t", "s", 1, 0.0) == Tail(1, 7, 10), "seven are not: of the stage"
     assert shapes.tail("t", "z", 0, 0.99) == Tail(1, 7, 40)
@@ -127,6 +130,18 @@ def test_keys_are_bounded_and_the_longest_unused_goes_first() -> None:
     assert set(shapes.known_stages()["t"]) == {"a", "c", "d", "e"}
     shapes.learn_output("t", "f", 1)
     assert set(shapes.known_stages()["t"]) == {"a", "d", "e", "f"}
+
+
+def test_paths_are_ordered_by_their_work_and_not_by_their_calls() -> None:
+    shapes = Shapes()
+    for ends in ([(1.0, 2.0, 10), (2.0, 3.0, 10), (3.0, 4.0, 10)], [(1.0, 2.0, 500)]) * 4:
+        run = WorkflowRun("w", "t", 0.0)
+        run.calls = {str(i): seen(*one) for i, one in enumerate([(0.0, 1.0, 1), *ends])}
+        for i, one in enumerate(run.calls.values()):
+            one.ordinal = i
+        shapes.learn(run)
+    assert shapes.tail("t", "s", 0, 0.0) == Tail(3, 0, 30)
+    assert shapes.tail("t", "s", 0, 1.0) == Tail(1, 0, 500)
 
 
 # Workflows
