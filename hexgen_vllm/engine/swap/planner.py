@@ -351,7 +351,7 @@ class SwapPlanner:
         pool, size = self.pool, self._block_size
         tokens = min(request.num_computed_tokens, request.num_tokens - 1)
         hashes = list(request.block_hashes[: tokens // size])
-        if not hashes:
+        if not hashes or self._otherwise_hashed(request):
             return
         end = End(call.kind, now, call.plans, len(hashes) * size)
         if call.plans.follows is False:
@@ -472,7 +472,11 @@ class SwapPlanner:
     def _found(self, request: Any, local: int) -> tuple[int, bool]:
         """Return how many tokens other calls have left beyond ``local``; see :meth:`restorable`."""
         self._matched.pop(request.request_id, None)
-        if not self.pool.kept or request.skip_reading_prefix_cache:
+        if (
+            not self.pool.kept
+            or request.skip_reading_prefix_cache
+            or self._otherwise_hashed(request)
+        ):
             return 0, False
         size, wanted = self._block_size, request.num_tokens - 1
         first = local // size
@@ -489,6 +493,10 @@ class SwapPlanner:
             return 0, False
         self._matched[request.request_id] = KvMatch(first, tokens, records, key)
         return tokens, self._runs_beside(request.request_id, tokens)
+
+    def _otherwise_hashed(self, request: Any) -> bool:
+        """Return whether vLLM hashes smaller pieces than blocks: they do not name ours."""
+        return len(request.block_hashes) > request.num_tokens // self._block_size
 
     def _common_tail(self, request: Any, key: TailKey, start: int, wanted: int) -> int:
         """Return how many tokens of a block that is not full the request begins it with, too."""

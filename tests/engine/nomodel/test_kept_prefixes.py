@@ -229,3 +229,18 @@ def test_hints_for_the_kv_are_read(folder: Path) -> None:
     request.kv_hints = SimpleNamespace(actions=[action, SimpleNamespace(payload=None)])
     engine.scheduler.hexgen_book.open(request, 1000.0)
     assert request.hexgen.plans == Plans(keep_s=60.0)
+
+
+def test_hashes_of_smaller_pieces_than_blocks_are_left_alone(folder: Path) -> None:
+    """Taken for hashes of blocks, they would name the wrong ones."""
+    engine = SwapEngine(folder, blocks=40)
+    talk = Talk("a", 1)
+    name = talk.call(engine)
+    request = next(iter(engine.scheduler.requests.values()))
+    while not engine.tokens[name]:
+        engine.step()
+    request.block_hashes = [bytes([i]) * 32 for i in range(request.num_tokens // 2)]
+    request._block_hasher = None
+    while engine.busy():
+        engine.step()
+    assert engine.host_kv()["kept_bytes"] == 0
