@@ -81,7 +81,9 @@ def test_calls_that_say_nothing_run_as_in_stock_vllm() -> None:
 def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "mix.json"
     said = ["bench", "mix", "--scenarios", "A", "C", "plain", "--seeds", "5", "--seconds", "130"]
-    assert cli.main([*said, "--json", str(out)]) == 0
+    plot = tmp_path / "mix.png"
+    assert cli.main([*said, "--json", str(out), "--plot", str(plot)]) == 0
+    assert plot.stat().st_size > 10_000
     found = json.loads(out.read_text())
     assert {"interactive_pct_of_alone", "batch_pct", "batch_pct_swap"} <= set(found["A"])
     assert {"short_pct", "long_pct"} <= set(found["C"])
