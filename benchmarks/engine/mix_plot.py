@@ -63,8 +63,8 @@ def draw(scenarios: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         bound = found["bound_pct"]
         axes.axvline(bound, color="0.4", linestyle="--", linewidth=1.2)
         axes.annotate(
-            "bound if all are served", (bound, 50), (-4, 0), textcoords="offset points", rotation=90,
-            ha="right", va="center", fontsize=8, color="0.3",
+            "bound if all are served", (bound, 50), (-4, 0), textcoords="offset points",
+            rotation=90, ha="right", va="center", fontsize=8, color="0.3",
         )  # fmt: skip
         axes.set(
             title=_TITLES.get(name, name),
