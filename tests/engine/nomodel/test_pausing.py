@@ -2,7 +2,7 @@
 
 A few calls of each mode are part of every run. For many:
 
-    PAUSING_CALLS=300 python -m pytest tests/engine/nomodel/test_pausing.py
+    PAUSING_CALLS=300 python -m pytest --timeout=1200 tests/engine/nomodel/test_pausing.py
 """
 
 from __future__ import annotations
