@@ -35,6 +35,7 @@ _CHUNKS: Final = 8
 _CHUNK_TOKENS: Final = 256
 _STAGES: Final = ("link", "draft", "fix", "test")
 _CALLS: Final = 12  # of a workflow
+_BLOCK: Final = 20  # events between two looks at the clock, which costs some by itself
 _PACE: Final = 1e-3  # virtual seconds between two events, each
 
 
@@ -55,8 +56,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: a number is out of range.
     """
-    if min(*args.engines, *args.open, args.events, 1) < 1 or min(args.held) < 0:
-        raise ConfigError("numbers must be at least 1, of held calls 0.")
+    if min(*args.engines, *args.open, 1) < 1 or min(args.held) < 0 or args.events < _BLOCK:
+        raise ConfigError(f"numbers must be at least 1, of held calls 0, of events {_BLOCK}.")
     results.check_writable(args.json)
     compiled = str(coordinator.__file__).endswith(".so")
     print(f"microseconds of processor time, {'compiled' if compiled else 'plain Python'}")
@@ -86,7 +87,8 @@ def main(args: argparse.Namespace) -> int:
 def cell(policy: str, engines: int, open_: int, held: int, events: int) -> dict[str, Any]:
     """Measure one state, print and return its figures."""
     load = _Load(policy, engines, open_, held)
-    load.events(max(events // 10, 20))
+    events -= events % _BLOCK
+    load.events(_BLOCK)
     arrival_s, finish_s = load.events(events)
     found = {
         "policy": policy,
@@ -123,10 +125,10 @@ class _Load:
             unwanted = held > 0 and engines > 1 and i == engines - 1
             self._join(f"e{i:04}", slots, _UNWANTED if unwanted else _KINDS[i % len(_KINDS)])
         most = open_ if not held else open_ + held
-        for _ in range(3 * most):
+        for _ in range(3 * most // _BLOCK):
             if self.held >= held if held else len(self._flying) >= open_:
                 break
-            self._arrive()
+            self._arrive(_BLOCK)
 
     @property
     def held(self) -> int:
@@ -163,31 +165,41 @@ class _Load:
                 if found is not None:
                     self._flying.append(found.call)
 
-    def _arrive(self) -> float:
-        call = self._call()
-        self._now += _PACE
+    def _arrive(self, count: int) -> float:
+        """Have calls come, and return the seconds that took."""
+        calls = [self._call() for _ in range(count)]
+        found = []
         began_s = time.thread_time()
-        decisions = self._coordinator.call_arrived(call, self._now)
+        for call in calls:
+            self._now += _PACE
+            found.append(self._coordinator.call_arrived(call, self._now))
         took_s = time.thread_time() - began_s
-        self._note(decisions)
+        for decisions in found:
+            self._note(decisions)
         return took_s
 
-    def _end(self) -> float:
-        index = self._rng.randrange(len(self._flying))
-        self._flying[index], self._flying[-1] = self._flying[-1], self._flying[index]
-        call = self._flying.pop()
-        result = CallResult(True, call.prompt_tokens, 1024, self._rng.randrange(20, 300))
-        self._now += _PACE
+    def _end(self, count: int) -> float:
+        """Have calls that are under way end, and return the seconds that took."""
+        self._rng.shuffle(self._flying)
+        ending = [self._flying.pop() for _ in range(min(count, len(self._flying)))]
+        ends = [
+            (call.call_id, CallResult(True, call.prompt_tokens, 1024, self._rng.randrange(20, 300)))
+            for call in ending
+        ]
+        found = []
         began_s = time.thread_time()
-        decisions = self._coordinator.call_finished(call.call_id, result, self._now)
+        for call_id, result in ends:
+            self._now += _PACE
+            found.append(self._coordinator.call_finished(call_id, result, self._now))
         took_s = time.thread_time() - began_s
-        self._note(decisions)
+        for decisions in found:
+            self._note(decisions)
         return took_s
 
     def events(self, count: int) -> tuple[float, float]:
         """Return the seconds that so many arrivals took, and so many ends."""
         arrivals = ends = 0.0
-        for _ in range(count):
-            arrivals += self._arrive()
-            ends += self._end()
+        for _ in range(max(count // _BLOCK, 1)):
+            arrivals += self._arrive(_BLOCK)
+            ends += self._end(_BLOCK)
         return arrivals, ends

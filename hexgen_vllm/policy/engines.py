@@ -171,6 +171,7 @@ class EngineLoad:
         self._crowded_by: Elsewhere | None = None
         self._left: dict[str, int] = {}  # output tokens to come, by call
         self._left_sum = 0
+        self._left_sorted: list[int] = []  # empty: to be sorted anew
 
     def serves(self, call: Call) -> bool:
         """Whether the engine takes new calls for the call's model."""
@@ -268,6 +269,7 @@ class EngineLoad:
         self._waiting[entry.call.call_id] = entry
         self._left[entry.call.call_id] = left = entry.output_left()
         self._left_sum += left
+        self._left_sorted.clear()
         if entry.starts_s is not None:
             heappush(self._unseen, (entry.starts_s, entry.call.call_id))
         self.prefixes.add(entry.call)
@@ -293,6 +295,7 @@ class EngineLoad:
         left, call_id = entry.output_left(), entry.call.call_id
         self._left_sum += left - self._left[call_id]
         self._left[call_id] = left
+        self._left_sorted.clear()
 
     def removed(self, call_id: str) -> InFlight | None:
         """Account for the end of a call, however it ended."""
@@ -303,6 +306,7 @@ class EngineLoad:
             self._unanswered -= not entry.started
             self._prefilled(call_id)
             self._left_sum -= self._left.pop(call_id)
+            self._left_sorted.clear()
         return entry
 
     def learn(self, entry: InFlight, result: CallResult, now: float) -> None:
@@ -427,7 +431,9 @@ class EngineLoad:
     def _slot_wait_tokens(self, queued: int, ahead: int, claims: int) -> float:
         """Return decode steps until a slot is free for the call after ``ahead`` others."""
         position = min(queued, ahead + claims)
-        left = sorted(self._left.values()) or [0]
+        if not self._left_sorted:
+            self._left_sorted = sorted(self._left.values())
+        left = self._left_sorted or [0]
         rounds, index = divmod(position, max(self.slots, 1))
         mean = self._left_sum / len(left)
         return left[min(index, len(left) - 1)] + rounds * mean
