@@ -87,6 +87,8 @@ class Mixture:
     def _turn(self, name: str) -> None:
         """Send the next turn of a session that has no deadline, once the last one is written."""
         self._settle(name)
+        if len(self.histories.get(name, ())) > 100:
+            return  # sessions that wait hold their KV: three long ones would leave no room
         tokens, count = prompt(self.rng, 5, 30), self.rng.randint(2, 30)
         history = self.histories.setdefault(name, [])
         history += tokens
