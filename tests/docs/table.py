@@ -106,7 +106,7 @@ NOT_RUN: Final = (
     NotRun("--tensor-parallel-size 4", "needs four GPUs", "engine"),
     NotRun("--backend ray", "another test does, with more engines", "parse"),
     NotRun("ray start", "needs a port of its own and several machines", "tests/e2e/test_ray.py"),
-    NotRun("--to traces", "needs the Internet", "parse"),
+    NotRun("tools.fetch_traces", "needs the Internet", "tests/test_fetch_traces.py"),
     NotRun("examples/scenarios/public-", "needs a trace from the Internet", "parse"),
     NotRun("--trace traces/conversation_trace.jsonl", "needs that trace", "parse"),
     NotRun("trace convert recent.jsonl", "a router that just started recorded nothing", "parse"),
