@@ -65,24 +65,30 @@ def play(engine: SwapEngine, talks: list[Talk], *, said: bool = True) -> None:
         engine.step()
 
 
+def kept(folder: Path, **options: Any) -> SwapEngine:
+    """Return an engine that keeps the KV of ended calls."""
+    hexgen = {"keep_ended_kv": True} | options.pop("hexgen", {})
+    return SwapEngine(folder, **options, hexgen=hexgen)
+
+
 def wrong(engine: SwapEngine, talks: list[Talk]) -> list[str]:
     return [n for t in talks for n, tokens in t.wanted.items() if engine.tokens[n] != tokens]
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(SETUPS)))
 def test_workflows_go_on_from_what_they_left(folder: Path, name: str, seed: int) -> None:
-    engine = SwapEngine(folder, **{"blocks": 40, **SETUPS[name]})
+    engine = kept(folder, **{"blocks": 40, **SETUPS[name]})
     talks = [Talk(f"w{i}", 100 * seed + i) for i in range(8)]
     play(engine, talks)
     assert wrong(engine, talks) == []
-    kept = engine.host_kv()
-    assert kept["found_tokens"] > (100 if name == "small-pool" else 1000)
-    assert kept["kept_bytes"] == 0, "all workflows said that they are over"
+    found = engine.host_kv()
+    assert found["found_tokens"] > (100 if name == "small-pool" else 1000)
+    assert found["kept_bytes"] == 0, "all workflows said that they are over"
     engine.assert_clean()
 
 
 def test_wrong_bytes_would_be_noticed(folder: Path) -> None:
-    engine = SwapEngine(folder, blocks=40)
+    engine = kept(folder, blocks=40)
     load = engine.worker.swap.load
 
     def corrupted(loads: Any) -> None:
@@ -102,7 +108,7 @@ def test_wrong_bytes_would_be_noticed(folder: Path) -> None:
 
 
 def test_lone_calls_are_learned(folder: Path) -> None:
-    engine = SwapEngine(folder, blocks=40)
+    engine = kept(folder, blocks=40)
     talks = [Talk(f"w{i}", i) for i in range(8)]
     play(engine, talks, said=False)
     assert wrong(engine, talks) == []
@@ -117,7 +123,7 @@ def test_it_can_be_switched_off(folder: Path, keep: str) -> None:
     play(engine, talks)
     assert wrong(engine, talks) == []
     assert engine.host_kv()["found_tokens"] == 0
-    assert EngineOptions().keep_ended_kv
+    assert not EngineOptions().keep_ended_kv
 
 
 def two(engine: SwapEngine) -> tuple[Talk, Talk]:
@@ -141,14 +147,14 @@ def flush(engine: SwapEngine) -> None:
 
 
 def test_what_others_use_too_stays_when_a_workflow_is_over(folder: Path) -> None:
-    engine = SwapEngine(folder, blocks=40)
+    engine = kept(folder, blocks=40)
     first, second = two(engine)
-    kept = engine.host_kv()["kept_bytes"]
+    before = engine.host_kv()["kept_bytes"]
     first.left = 1
     first.call(engine)
     while engine.busy():
         engine.step()
-    assert 0 < engine.host_kv()["kept_bytes"] < kept
+    assert 0 < engine.host_kv()["kept_bytes"] < before
     flush(engine)
     before = engine.host_kv()["found_tokens"]
     second.call(engine)
@@ -159,7 +165,7 @@ def test_what_others_use_too_stays_when_a_workflow_is_over(folder: Path) -> None
 
 
 def test_a_block_that_was_not_full_is_used_as_far_as_it_is_the_same(folder: Path) -> None:
-    engine = SwapEngine(folder, blocks=40)
+    engine = kept(folder, blocks=40)
     talk = Talk("a", 3)
     talk.call(engine)
     while engine.busy():
@@ -176,7 +182,7 @@ def test_a_block_that_was_not_full_is_used_as_far_as_it_is_the_same(folder: Path
 
 
 def test_a_reset_forgets_it(folder: Path) -> None:
-    engine = SwapEngine(folder, blocks=40)
+    engine = kept(folder, blocks=40)
     first, _ = two(engine)
     assert engine.scheduler.reset_prefix_cache()
     assert engine.host_kv()["kept_bytes"] == engine.host_kv()["used_bytes"] == 0
@@ -188,7 +194,7 @@ def test_a_reset_forgets_it(folder: Path) -> None:
 
 
 def test_an_aborted_call_leaves_nothing(folder: Path) -> None:
-    engine = SwapEngine(folder, blocks=40)
+    engine = kept(folder, blocks=40)
     talk = Talk("a", 1)
     name = talk.call(engine)
     for _ in range(4):
@@ -217,13 +223,13 @@ def test_an_aborted_call_leaves_nothing(folder: Path) -> None:
 def test_what_follows_is_read_in_the_words_of_others(
     folder: Path, extra: dict[str, Any], plans: Plans
 ) -> None:
-    engine = SwapEngine(folder, blocks=40)
+    engine = kept(folder, blocks=40)
     request = engine.add("r", [1, 2, 3], 5, sampling={"extra_args": extra})
     assert request.hexgen.plans == plans
 
 
 def test_hints_for_the_kv_are_read(folder: Path) -> None:
-    engine = SwapEngine(folder, blocks=40)
+    engine = kept(folder, blocks=40)
     request = engine.add("r", [1, 2, 3], 5)
     action = SimpleNamespace(payload={"kv_retention_ttl_seconds": 60})
     request.kv_hints = SimpleNamespace(actions=[action, SimpleNamespace(payload=None)])
@@ -233,7 +239,7 @@ def test_hints_for_the_kv_are_read(folder: Path) -> None:
 
 def test_hashes_of_smaller_pieces_than_blocks_are_left_alone(folder: Path) -> None:
     """Taken for hashes of blocks, they would name the wrong ones."""
-    engine = SwapEngine(folder, blocks=40)
+    engine = kept(folder, blocks=40)
     talk = Talk("a", 1)
     name = talk.call(engine)
     request = next(iter(engine.scheduler.requests.values()))
