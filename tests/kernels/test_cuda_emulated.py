@@ -132,7 +132,9 @@ def checked(folder: Path, source: Path) -> subprocess.CompletedProcess[str]:
     where = [f"-I{emulation}", f"-I{sources}", "-Wno-unknown-pragmas"]
     files = ["-x", "c++", str(folder / "main.cpp"), str(source)]
     subprocess.run([compiler, *flags, *where, "-o", program, *files], check=True)
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    # The sanitizer has to be loaded first; vLLM sets what else would be.
+    inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environment = inherited | {"ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run([program], capture_output=True, text=True, check=False, env=environment)
 
 
