@@ -2,7 +2,7 @@
 
     in_python.py MODEL class|policy [HEXGEN_OPTION=VALUE]
 
-Prints as JSON the order in which calls with 900, 30 and 300 seconds left end, all of which come
+Prints as JSON the order in which calls with 90000, 3000 and 30000 seconds left end; all come
 while another runs, and the order that the engine says it keeps.
 """
 
@@ -49,7 +49,7 @@ def main() -> int:
     while not engine.step():
         pass  # until it runs
     params = SamplingParams(max_tokens=8, ignore_eos=True)
-    for seconds in (900, 30, 300):
+    for seconds in (90000, 3000, 30000):
         engine.add_request(f"{seconds}", "SELECT", with_deadline(params, seconds))
     ended: list[str] = []
     while engine.has_unfinished_requests():

@@ -180,7 +180,7 @@ def test_an_llm_in_python_runs_the_most_urgent_first(
     assert program.wait() == 0, program.text()
     [result] = [line for line in program.text().splitlines() if line.startswith('{"ended"')]
     # The first one has no deadline: it gives way to those that have one.
-    assert json.loads(result) == {"ended": ["30", "300", "900", "first"], "order": order}
+    assert json.loads(result) == {"ended": ["3000", "30000", "90000", "first"], "order": order}
 
 
 def test_an_llm_in_python_with_a_wrong_option_is_an_error_that_names_it(

@@ -19,7 +19,6 @@ def live() -> Iterator[Any]:
     """The module, which imports vLLM, in an environment for engines in this process."""
     patch = pytest.MonkeyPatch()
     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from benchmarks.engine import live_mix
     from tests.engine import cpu_worker

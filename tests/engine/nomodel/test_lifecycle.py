@@ -140,7 +140,10 @@ def warnings_logged() -> Iterator[list[str]]:
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("vllm.hexgen")
     logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # whatever VLLM_LOGGING_LEVEL was when vLLM was imported
     yield messages
+    logger.setLevel(level)
     logger.removeHandler(handler)
 
 
