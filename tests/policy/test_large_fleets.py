@@ -180,7 +180,7 @@ def test_of_few_engines_all_are_priced() -> None:
 
 
 def test_of_many_the_least_crowded_are_priced_and_those_with_the_prompt() -> None:
-    many, loads = engines(4 * LARGE)
+    many, loads = engines(LARGE + 88)
     slowest = max(loads, key=lambda e: e.crowding())
     slowest.prefixes.add(call(1, 0.0, prefix=(1, 2, 3)))
     found = many.priced(call(2, 0.0, prefix=(1, 2, 9)), NOBODY)
@@ -192,7 +192,7 @@ def test_of_many_the_least_crowded_are_priced_and_those_with_the_prompt() -> Non
 
 
 def test_of_many_with_the_prompt_those_with_most_of_it_are_priced() -> None:
-    many, loads = engines(4 * LARGE)
+    many, loads = engines(LARGE + 88)
     asked = call(2, 0.0, prefix=tuple(range(9)))
     by_crowding = sorted(loads, key=lambda e: e.crowding())
     for i, engine in enumerate(reversed(by_crowding[-100:])):
@@ -203,7 +203,7 @@ def test_of_many_with_the_prompt_those_with_most_of_it_are_priced() -> None:
 
 
 def test_an_engine_that_takes_nothing_is_never_priced() -> None:
-    many, loads = engines(4 * LARGE)
+    many, loads = engines(LARGE + 88)
     asked = call(2, 0.0, prefix=(1,))
     first = many.priced(asked, NOBODY)
     for engine in (first[0], loads[-1]):
@@ -217,7 +217,7 @@ def test_an_engine_that_takes_nothing_is_never_priced() -> None:
 
 
 def test_a_call_that_an_engine_refused_or_that_has_a_home_sees_all_others() -> None:
-    many, loads = engines(4 * LARGE)
+    many, loads = engines(LARGE + 88)
     refused = frozenset((loads[0].engine_id,))
     assert many.priced(call(1, 0.0), refused) == loads[1:]
     bound = call(1, 0.0)
@@ -226,12 +226,12 @@ def test_a_call_that_an_engine_refused_or_that_has_a_home_sees_all_others() -> N
 
 
 def test_the_short_list_follows_the_load() -> None:
-    coordinator = fleet(2 * LARGE, slots=64)
-    for i in range(3000):
+    coordinator = fleet(LARGE + 88, slots=64)
+    for i in range(6000):
         (placed,) = coordinator.call_arrived(call(i, 0.0), 0.0)
         assert isinstance(placed, Placement)
     fast = [len(e.in_flight) for i, e in enumerate(coordinator.engines.values()) if i % 3 == 0]
-    assert sum(fast) == 3000, "so far none of the slow ones would be better"
+    assert sum(fast) == 6000, "so far none of the slow ones would be better"
     assert max(fast) - min(fast) <= 4
 
 
