@@ -214,7 +214,8 @@ class PageRun:
         names = [] if "--served-model-name" in rest else ["--served-model-name", self._stand.model]
         exported = " ".join(self._before).replace("export ", " ")
         env = dict(word.split("=", 1) for word in shlex.split(exported))
-        return self._stand.forks.start(module, [*rest, *names, *small], log, {**env, **SMALL})
+        argv = [*rest, *names, *small]
+        return self._stand.forks.start(module, argv, log, {**env, **SMALL}, self._folder)
 
     def _spawn(self, argv: list[str], log: Path) -> Program:
         line = " ".join(shlex.quote(word) for word in argv)

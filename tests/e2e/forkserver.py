@@ -105,7 +105,12 @@ class ForkServer:
         self._process.wait()
 
     def start(
-        self, module: str, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+        self,
+        module: str,
+        argv: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> Forked:
         """Run ``main()`` of ``module`` with ``sys.argv[1:]`` being ``argv``.
 
@@ -114,8 +119,10 @@ class ForkServer:
             argv: its arguments.
             log: file for all it prints.
             env: environment variables on top of this process's.
+            folder: where it runs, by default where this process does.
         """
         wanted = {"module": module, "argv": list(argv), "log": str(log), "env": dict(env or {})}
+        wanted["folder"] = str(folder or Path.cwd())
         return Forked(self, self.ask(wanted)["pid"], log)
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +177,9 @@ def _become(request: Mapping[str, Any], parent: int) -> NoReturn:
     os.environ.update(request["env"])
     _let_engines_be_forked()
     sys.argv = ["vllm", *request["argv"]]
-    sys.exit(import_module(request["module"]).main())
+    module = import_module(request["module"])
+    os.chdir(request["folder"])
+    sys.exit(module.main())
 
 
 def _let_engines_be_forked() -> None:
