@@ -1,6 +1,7 @@
 """No request holds the event loop: CPU time of its thread between two of its turns, at most 20 ms.
 
-CPU time, so that a busy machine changes nothing. Clients and engine live in other threads.
+CPU time, so that a busy machine changes little; and longer where this process does known work more
+slowly, as it does among others that take its caches. Clients and engine live in other threads.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from hexgen_vllm.testing.fake_server import FakeServer
 from hexgen_vllm.testing.stand import CHAT
 
 MOST_S: Final = 0.020
+KNOWN_S: Final = 0.0020  # that :func:`known_work_s` takes where the bound is 20 ms
 TRIES: Final = 3  # other programs evict this one's caches; what holds the loop holds it each time
 MIB: Final = 2**20
 COMPLETIONS: Final = "/v1/completions"
@@ -51,6 +53,18 @@ class Probe:
     def stop(self) -> None:
         assert self._timer is not None
         self._timer.cancel()
+
+
+def known_work_s() -> float:
+    """Return the CPU time of decoding 20,000 lists."""
+    began_s = time.thread_time()
+    json.loads("[" + "[]," * 20_000 + "1]")
+    return time.thread_time() - began_s
+
+
+def most_s() -> float:
+    """Return how long the loop may be held, on this machine and now."""
+    return MOST_S * max(1.0, known_work_s() / KNOWN_S)
 
 
 @contextmanager
@@ -193,7 +207,7 @@ CASES: Final[dict[str, Case]] = {
 async def test_no_request_holds_the_event_loop(name: str) -> None:
     path, make, lines, status = CASES[name]
     body = await asyncio.to_thread(make)
-    least_s = math.inf
+    least = math.inf
     async with router() as one:
         for _ in range(TRIES):
             probe = Probe()
@@ -203,15 +217,15 @@ async def test_no_request_holds_the_event_loop(name: str) -> None:
             probe.stop()
             print(f"{name}: {found} {probe.most_s * 1e3:.1f} ms")
             assert found == status
-            least_s = min(least_s, probe.most_s)
-            if least_s < MOST_S:
+            least = min(least, probe.most_s / most_s())
+            if least < 1:
                 break
-    assert least_s < MOST_S
+    assert least < 1
 
 
 async def test_many_large_bodies_at_once_do_not_hold_it_either() -> None:
     body = image(4 * MIB)
-    least_s = math.inf
+    least = math.inf
     async with router() as one:
         for _ in range(TRIES):
             probe = Probe()
@@ -219,7 +233,7 @@ async def test_many_large_bodies_at_once_do_not_hold_it_either() -> None:
             asks: list[Any] = [asyncio.to_thread(ask, one.port, CHAT, body, b"") for _ in range(8)]
             assert set(await asyncio.gather(*asks)) == {200}
             probe.stop()
-            least_s = min(least_s, probe.most_s)
-            if least_s < MOST_S:
+            least = min(least, probe.most_s / most_s())
+            if least < 1:
                 break
-    assert least_s < MOST_S
+    assert least < 1
