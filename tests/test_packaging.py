@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -177,6 +178,29 @@ def test_what_must_be_compiled_but_cannot_be_is_an_error(tree: Tree, mode: str, 
     done = tree.build(CC="gcc", HEXGEN_COMPILE=mode)
     assert done.returncode != 0
     assert said in done.stdout
+
+
+def test_what_is_compiled_finds_the_classes_that_take_keywords() -> None:
+    """pip builds in an environment with nothing else, where mypy knows no other package's."""
+    makers = {
+        base.value.id
+        for path in (ROOT / "hexgen_vllm").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and {one.arg for one in node.keywords} - {"metaclass"}
+        for base in node.bases
+        if isinstance(base, ast.Attribute) and isinstance(base.value, ast.Name)
+    }
+    assert makers
+    code = "import runpy, setuptools; setuptools.setup = lambda **said: print(said)"
+    asked = subprocess.run(
+        [sys.executable, "-c", f"{code}\nrunpy.run_path('setup.py')"],
+        cwd=ROOT,
+        env={**os.environ, "HEXGEN_COMPILE": "auto"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert all(f"'{maker}'" in asked for maker in makers), (makers, asked)
 
 
 def test_the_wheel_has_the_package_its_sources_and_nothing_else(tree: Tree) -> None:
