@@ -9,7 +9,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -18,7 +18,7 @@ from hexgen_vllm.policy.claims import MAX_PRIORITY, Ceiling
 from hexgen_vllm.router import errors
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.routes import Access, Route
+from hexgen_vllm.router.route import Access, Route
 from hexgen_vllm.router.tenants import (
     ALL_TENANTS,
     ANYBODY,
@@ -138,7 +138,7 @@ class Keys:
             return self._anybody
         return self._known(request) or self._anybody
 
-    def refusal(self, request: Request, route: Route) -> web.Response | None:
+    def refusal(self, request: Request, route: Route[Any]) -> web.Response | None:
         """Return the answer to a request that may not pass, ``None`` if it may."""
         if route.access is Access.ADMIN:
             return self._admin_refusal(request)

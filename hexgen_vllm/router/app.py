@@ -46,7 +46,7 @@ from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.processes.shard import Shard
 from hexgen_vllm.router.processes.spot import PROCESS_HEADER, Spot
 from hexgen_vllm.router.relay import Relay
-from hexgen_vllm.router.routes import Parts, Routes, monitors
+from hexgen_vllm.router.routes import Parts, Routes, monitors, public, takes_batches
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.status.pages import Pages
 from hexgen_vllm.router.tenants import ANYBODY, DEFAULT_TENANT, Client
@@ -234,8 +234,8 @@ class Router:
         if self._spot is not None:
             self._shard = Shard(self._spot, context)
         self._relay = Relay(context, None if self._shard is None else self._shard.engine_of)
-        self._pages = Pages(context, 1 if self._spot is None else self._spot.count)
-        self._batches = Batches(context, self._handle)
+        self._pages = Pages(context, tuple(public()), 1 if self._spot is None else self._spot.count)
+        self._batches = Batches(context, self._handle, takes_batches)
         context.metrics.add(BatchMetrics(self._batches))
         parts = Parts(self._pages, Admin(context), self._relay, self._batches, self._shard)
         self._routes = Routes(parts)

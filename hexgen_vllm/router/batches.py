@@ -8,7 +8,7 @@ tenant, of class ``batch``: without a deadline, and behind everybody else.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -39,7 +39,6 @@ from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT, Request
 from hexgen_vllm.router.http.server import Handle, Server
 from hexgen_vllm.router.observe.families import counter, gauge
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.routes import takes_batches
 from hexgen_vllm.router.tenants import DEFAULT_TENANT, Client
 
 _PIECE_BYTES: Final = 2**18
@@ -62,14 +61,15 @@ class Batches:
     Args:
         context: its parts.
         handle: answers requests of the router.
+        takes: whether the requests of a batch may be for a path.
 
     Attributes:
         uploads: paths whose bodies are taken in pieces.
         runner: sends requests, ``None`` where batches are off.
     """
 
-    def __init__(self, context: Context, handle: Handle) -> None:
-        self._context, self._handle = context, handle
+    def __init__(self, context: Context, handle: Handle, takes: Callable[[str], bool]) -> None:
+        self._context, self._handle, self._takes = context, handle, takes
         self._limits = limits(context.options)
         self.uploads = _NO_UPLOADS
         if self._limits is not None:
@@ -90,8 +90,8 @@ class Batches:
             return
         self._disk = disk = await asyncio.to_thread(Disk, self._limits)
         self._loopback = Loopback(self._context, self._handle)
-        self.runner = Runner(disk, self._loopback, takes_batches)
-        self._api = BatchApi(disk, takes_batches, self.runner.wake)
+        self.runner = Runner(disk, self._loopback, self._takes)
+        self._api = BatchApi(disk, self._takes, self.runner.wake)
 
     def start(self) -> list[asyncio.Task[None]]:
         """Begin to run batches, here or wherever the lock of the store is had."""

@@ -7,63 +7,37 @@ document and the tests of the documentation all read it; a route that is added h
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 from aiohttp import web
 
 from hexgen_vllm.batches import api
 from hexgen_vllm.router import errors
+from hexgen_vllm.router.admin import Admin
+from hexgen_vllm.router.batches import Batches
 from hexgen_vllm.router.endpoints import ENDPOINTS, MORE_ENDPOINTS, OTHER, Endpoint
 from hexgen_vllm.router.http.messages import Request
+from hexgen_vllm.router.processes.shard import Shard
+from hexgen_vllm.router.relay import Relay
+from hexgen_vllm.router.route import (
+    DATA_PATH,
+    LOAD_PATH,
+    PAGE_PATH,
+    RESPONSE_PATH,
+    Access,
+    Handler,
+    ProcessScope,
+    Route,
+    Topic,
+)
+from hexgen_vllm.router.status.pages import Pages
 
-if TYPE_CHECKING:
-    from hexgen_vllm.router.admin import Admin
-    from hexgen_vllm.router.batches import Batches
-    from hexgen_vllm.router.processes.shard import Shard
-    from hexgen_vllm.router.relay import Relay
-    from hexgen_vllm.router.status.pages import Pages
-
-
-PATH: Final = "/ui"
-DATA_PATH: Final = "/ui/data"
-Handler = Callable[[Request], Awaitable[web.StreamResponse]]
-LOAD_PATH: Final = "/shard/load"
-RESPONSE_PATH: Final = "/shard/response"
 _PARAM: Final = re.compile(r"\{(\w+)\}")
 _NO_PARAMS: Final[Mapping[str, str]] = MappingProxyType({})
-
-
-class Access(Enum):
-    """Who may use a route."""
-
-    OPEN = "open"  # everybody: load balancers and scrapers have no key
-    CLIENT = "client"  # who shows a client key or an admin key, if client keys are set
-    ADMIN = "admin"  # who shows an admin key
-    PROCESS = "process"  # other processes of this router; for all others it does not exist
-
-
-class ProcessScope(Enum):
-    """Which of several router processes answers."""
-
-    HERE = "here"  # the one that was asked
-    OWNER = "owner"  # the one that has the workflow
-    ALL = "all"  # what is shown is of all together; what is changed is changed in all
-
-
-class Topic(Enum):
-    """What a route is about; the tags of the OpenAPI document."""
-
-    MONITORING = "monitoring"  # also served on the port for metrics
-    STATUS = "status"
-    CALLS = "calls"
-    BATCHES = "batches"
-    ADMIN = "admin"
 
 
 class Parts(NamedTuple):
@@ -91,44 +65,7 @@ class Parts(NamedTuple):
 
 
 Bind = Callable[[Parts], Handler]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One route.
-
-    Attributes:
-        method: of requests; ``GET`` stands for ``HEAD`` too.
-        path: ``{name}`` stands for one segment, which the handler finds in ``request.params``.
-        bind: returns what answers requests, of one router's parts.
-        access: who may ask.
-        scope: which process answers.
-        topic: what it is about.
-        summary: one sentence for people.
-        content: type of a good answer, ``None`` if it has no body.
-        query: parameters in the query; one that ends with ``*`` must be there.
-        statuses: of good answers.
-        shows_tenants: it shows what all tenants do; where keys are of several, it is for admins.
-        endpoint: what a body means, for calls.
-    """
-
-    method: str
-    path: str
-    bind: Bind
-    access: Access
-    scope: ProcessScope
-    topic: Topic
-    summary: str
-    content: str | None = "application/json"
-    query: tuple[str, ...] = ()
-    statuses: tuple[int, ...] = (200,)
-    shows_tenants: bool = False
-    endpoint: Endpoint | None = None
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """The methods it answers."""
-        return ("GET", "HEAD") if self.method == "GET" else (self.method,)
+AnyRoute = Route[Parts]
 
 
 def _bind_call(endpoint: Endpoint) -> Bind:
@@ -136,7 +73,7 @@ def _bind_call(endpoint: Endpoint) -> Bind:
 
 
 # fmt: off
-def _table() -> Iterator[Route]:
+def _table() -> Iterator[AnyRoute]:
     monitoring, status, calls, batches, admin = Topic
     opened, client, operator, process = Access
     here, owner, every = ProcessScope
@@ -158,7 +95,7 @@ def _table() -> Iterator[Route]:
 
     yield Route("GET", "/", lambda at: at.pages.root, opened, here, status, "Leads to /ui.",
                 content=None, statuses=(302,))
-    yield Route("GET", PATH, lambda at: at.pages.ui.page, opened, here, status,
+    yield Route("GET", PAGE_PATH, lambda at: at.pages.ui.page, opened, here, status,
                 "A page that shows the router live.", content="text/html")
     yield Route("GET", DATA_PATH, lambda at: at.pages.ui.data, client, every, status,
                 "What the page shows.", shows_tenants=True)
@@ -264,7 +201,7 @@ def takes_batches(path: str) -> bool:
     return not ours and not manages(path)
 
 
-def public() -> Iterator[Route]:
+def public() -> Iterator[AnyRoute]:
     """Return the routes that others than this router's own processes may use."""
     return (route for route in ROUTES if route.access is not Access.PROCESS)
 
@@ -272,7 +209,7 @@ def public() -> Iterator[Route]:
 class RouteMatch(NamedTuple):
     """A route that was found for a request, what answers it, and what the path says."""
 
-    route: Route
+    route: AnyRoute
     handler: Handler
     params: Mapping[str, str] = _NO_PARAMS
 
@@ -285,7 +222,7 @@ class Routes:
         self._refused = RouteMatch(_REST, _refuse)
         self._fixed: dict[tuple[str, str], RouteMatch] = {}
         self._open: list[tuple[str, re.Pattern[str], RouteMatch]] = []
-        self._paths: dict[str, list[Route]] = {}
+        self._paths: dict[str, list[AnyRoute]] = {}
         for route in ROUTES:
             if route.access is Access.PROCESS and parts.shard is None:
                 continue

@@ -13,7 +13,8 @@ import yaml
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.router.main import add_arguments, read_options
 from hexgen_vllm.router.options import GROUPS, RouterOptions
-from hexgen_vllm.router.routes import Access, public
+from hexgen_vllm.router.route import Access
+from hexgen_vllm.router.routes import public
 from tests.router.fault_table import BEGIN, CASES, END, HEADINGS, Case, row
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

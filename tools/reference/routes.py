@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from hexgen_vllm import wire
+from hexgen_vllm.router.routes import public
 from hexgen_vllm.router.status import pages
 from tools.reference.markdown import code, table
 
@@ -17,7 +18,7 @@ _ENGINE: Final = (
 
 def sections() -> Iterator[tuple[str, str]]:
     """Yield title and text: the router, what a call may say, the engine."""
-    document = pages.openapi_document()
+    document = pages.openapi_document(public())
     rows = [
         (
             code(method.upper()),

@@ -31,7 +31,7 @@ from hexgen_vllm.router.http.client import Answer, UnixPool
 from hexgen_vllm.router.http.messages import SENT, Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.processes.spot import Spot
-from hexgen_vllm.router.routes import DATA_PATH, LOAD_PATH, RESPONSE_PATH, ProcessScope, Route
+from hexgen_vllm.router.route import DATA_PATH, LOAD_PATH, RESPONSE_PATH, ProcessScope, Route
 from hexgen_vllm.router.status.overview import Overview, data_response, total
 
 _SAMPLE: Final = re.compile(r"^(?P<key>[a-zA-Z_:][\w:]*(?:\{.*\})?) (?P<value>\S+)$")
@@ -129,7 +129,7 @@ class Shard:
         self._overview = Overview(context)
         self.passing = 0
 
-    async def take(self, request: Request, route: Route) -> web.StreamResponse | None:
+    async def take(self, request: Request, route: Route[Any]) -> web.StreamResponse | None:
         """Answer a request that is not only this process's; return ``None`` for all others."""
         if request.came_from_here:
             return None
@@ -141,7 +141,7 @@ class Shard:
             return None
         return await self._pass_on(request, owner)
 
-    async def _with_others(self, request: Request, route: Route) -> web.StreamResponse | None:
+    async def _with_others(self, request: Request, route: Route[Any]) -> web.StreamResponse | None:
         """Answer for all processes, or have each of them do what the request wants."""
         if route.path == "/metrics":
             return await self._metrics()
@@ -150,7 +150,7 @@ class Shard:
         await self._tell_others(request)
         return None
 
-    async def _owner(self, request: Request, route: Route) -> int | None:
+    async def _owner(self, request: Request, route: Route[Any]) -> int | None:
         if route.endpoint is None:
             session = request.query.get("session_id")
         else:

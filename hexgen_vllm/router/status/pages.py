@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.conventions import as_id
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
-from hexgen_vllm.router.routes import PATH, Access, Route, Topic, public
+from hexgen_vllm.router.route import PAGE_PATH, Access, Route, Topic
 from hexgen_vllm.router.status.demand import DemandCollector
 from hexgen_vllm.router.status.overview import Overview, UiPage, worker_view
 from hexgen_vllm.router.tuning import SearchFailed, fleet_text
@@ -78,10 +79,10 @@ _WORKER: Final[_Json] = {
 }
 
 
-def openapi_document() -> _Json:
-    """Return the document."""
+def openapi_document(routes: Iterable[Route[Any]]) -> _Json:
+    """Return the document of ``routes``."""
     paths: dict[str, _Json] = {}
-    for route in public():
+    for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     return {
         "openapi": "3.1.0",
@@ -104,7 +105,7 @@ def _content(kind: str | None, schema: _Json | None = None) -> _Json:
     return {"description": "Done.", "content": {kind: {"schema": schema or {}}}}
 
 
-def _operation(route: Route) -> _Json:
+def _operation(route: Route[Any]) -> _Json:
     failed = _content("application/json", {"$ref": "#/components/schemas/Error"})
     refused = {**failed, "description": "Not done; the error object says why."}
     done = {str(status): _done(route) for status in route.statuses}
@@ -124,7 +125,7 @@ def _operation(route: Route) -> _Json:
     return operation
 
 
-def _done(route: Route) -> _Json:
+def _done(route: Route[Any]) -> _Json:
     if route.endpoint is not None:
         content: _Json = {"application/json": {}, "text/event-stream": {}}
         return {"description": "The engine's answer, byte for byte.", "content": content}
@@ -135,7 +136,7 @@ def _done(route: Route) -> _Json:
     return _content(route.content)
 
 
-def _parameters(route: Route) -> list[_Json]:
+def _parameters(route: Route[Any]) -> list[_Json]:
     given: list[_Json] = [
         {"in": "path", "name": name, "required": True, "schema": _NAME}
         for name in re.findall(r"\{(\w+)\}", route.path)
@@ -152,7 +153,7 @@ def _parameters(route: Route) -> list[_Json]:
     return given
 
 
-def _body(route: Route) -> _Json | None:
+def _body(route: Route[Any]) -> _Json | None:
     """Return the schema of the body, ``None`` if it has none."""
     if route.path == "/workers" and route.method == "POST":
         properties = {name: {"type": "string"} for name in ("url", "name", "model")}
@@ -175,15 +176,16 @@ class Pages:
         demand: how many engines there should be.
     """
 
-    def __init__(self, context: Context, processes: int = 1) -> None:
+    def __init__(self, context: Context, routes: Iterable[Route[Any]], processes: int = 1) -> None:
         self._context = context
+        self._routes = routes
         self.ui = UiPage(context)
         self.demand = DemandCollector(context, processes)
         context.metrics.add(self.demand)
 
     async def root(self, request: Request) -> web.StreamResponse:
         """Lead whoever opens the router's address in a browser to its page."""
-        return web.Response(status=302, headers={"Location": PATH})
+        return web.Response(status=302, headers={"Location": PAGE_PATH})
 
     async def liveness(self, request: Request) -> web.StreamResponse:
         """Say that the process runs."""
@@ -212,7 +214,7 @@ class Pages:
 
     async def openapi(self, request: Request) -> web.StreamResponse:
         """Describe the routes."""
-        return _json(openapi_document())
+        return _json(openapi_document(self._routes))
 
     async def workers(self, request: Request) -> web.StreamResponse:
         """List the engines by name."""

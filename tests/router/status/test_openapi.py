@@ -12,14 +12,14 @@ from hexgen_vllm.testing.stand import Stand, open_stand
 
 
 def test_every_route_is_there() -> None:
-    paths = pages.openapi_document()["paths"]
+    paths = pages.openapi_document(public())["paths"]
     written = {(method.upper(), path) for path, of in paths.items() for method in of}
     assert written == {(route.method, route.path) for route in public()}
 
 
 async def test_the_document_is_served(stand: Stand) -> None:
     async with stand.get("/openapi.json") as answer:
-        assert await answer.json() == pages.openapi_document()
+        assert await answer.json() == pages.openapi_document(public())
 
 
 def references(value: Any) -> set[str]:
@@ -30,7 +30,7 @@ def references(value: Any) -> set[str]:
 
 
 def test_references_lead_somewhere() -> None:
-    written = pages.openapi_document()
+    written = pages.openapi_document(public())
     for name in references(written):
         found: Any = written
         for part in name.removeprefix("#/").split("/"):
@@ -40,7 +40,7 @@ def test_references_lead_somewhere() -> None:
 
 def test_every_header_of_ours_is_there() -> None:
     """But for those that only the router sends."""
-    post = pages.openapi_document()["paths"]["/v1/chat/completions"]["post"]
+    post = pages.openapi_document(public())["paths"]["/v1/chat/completions"]["post"]
     named = {parameter["name"] for parameter in post["parameters"]}
     assert named == {wire.header_name(f) for f in wire.FIELDS} - {
         "x-hexgen-tail-ms", "x-hexgen-background",
@@ -51,7 +51,7 @@ def test_every_header_of_ours_is_there() -> None:
 
 
 async def test_errors_have_the_form_that_is_written() -> None:
-    form = pages.openapi_document()["components"]["schemas"]["Error"]["properties"]["error"]
+    form = pages.openapi_document(public())["components"]["schemas"]["Error"]["properties"]["error"]
     async with open_stand(api_key=("k",)) as stand:
         for path in ("/workers", "/nope", "/v1/chat/completions"):
             async with stand.get(path) as answer:
