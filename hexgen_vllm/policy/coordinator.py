@@ -214,10 +214,7 @@ class Coordinator:
     # Placement
 
     def _candidates(self, entry: OpenCall) -> list[EngineLoad]:
-        call = entry.demand.call
-        if self._exhaustive or not self._holds:
-            return self._engines.candidates(call, entry.refused_by)
-        return self._engines.priced(call, entry.refused_by)
+        return self._engines.candidates(entry.demand.call, entry.refused_by)
 
     def _reachable(self, entry: OpenCall) -> list[EngineLoad]:
         return self._engines.reachable(entry.demand.call, entry.refused_by)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
-from heapq import heappop, heappush, nsmallest
+from heapq import heappop, heappush
 from typing import Final, NamedTuple
 
 from hexgen_vllm.policy.calls import (
@@ -44,13 +44,7 @@ _USUAL_OUTPUT: Final = 110
 _MAX_SHARE: Final = 0.8
 _SHARE_WEIGHT: Final = 0.05  # least, of the newest report in the share of prefill
 _DEFAULT_SLOTS: Final = 256
-SHORT: Final = 64
-"""Engines that a call is priced on, at most: the least crowded, and those with its prompt."""
-_HOLDERS: Final = 16
-_USES: Final = 16
-_MAX_SHORT: Final = 256
-LARGE: Final = 512
-"""Engines up to which all are priced: a short list of 160 cost 2 to 3 points of those on time."""
+_MAX_MODELS: Final = 256
 
 
 class Elsewhere(NamedTuple):
@@ -112,10 +106,6 @@ class PrefixIndex:
         while self._held > self._capacity and self._tokens:
             self._held -= self._tokens.popitem(last=False)[1]
 
-    def holds(self, chunk: int) -> bool:
-        """Whether a chunk is probably cached."""
-        return chunk in self._tokens
-
     def clear(self) -> None:
         """Forget everything (the engine restarted)."""
         self._tokens.clear()
@@ -167,8 +157,8 @@ class EngineLoad:
         self._waiting: dict[str, InFlight] = {}  # no first token yet
         self._unseen: list[tuple[float, str]] = []  # heap of predicted starts nobody will see
         self._unanswered = 0  # calls of which no token was seen
-        self._crowding = -1.0  # below 0: to be found anew
-        self._crowded_by: Elsewhere | None = None
+        self._token_s = -1.0  # below 0: to be found anew
+        self._token_beside: Elsewhere | None = None
         self._left: dict[str, int] = {}  # output tokens to come, by call
         self._left_sum = 0
         self._left_sorted: list[int] = []  # empty: to be sorted anew
@@ -227,7 +217,7 @@ class EngineLoad:
 
     def _judge(self) -> None:
         """Decide which cost to reckon with."""
-        self._crowding = -1.0
+        self._token_s = -1.0
         fit, error = self.report.cost, self.report.fit_error
         if fit is None:
             fit, error = self.traffic_fit.cost(), self.traffic_fit.error()
@@ -261,7 +251,7 @@ class EngineLoad:
 
     def placed(self, entry: InFlight) -> None:
         """Account for a call sent here."""
-        self._crowding = -1.0
+        self._token_s = -1.0
         self.in_flight[entry.call.call_id] = entry
         self._unanswered += 1
         self._queued_prefill += entry.placement.uncached_tokens
@@ -301,7 +291,7 @@ class EngineLoad:
         """Account for the end of a call, however it ended."""
         entry = self.in_flight.pop(call_id, None)
         if entry is not None:
-            self._crowding = -1.0
+            self._token_s = -1.0
             self._context -= entry.call.prompt_tokens
             self._unanswered -= not entry.started
             self._prefilled(call_id)
@@ -368,20 +358,37 @@ class EngineLoad:
 
     def token_s(self, cost: StepCost) -> float:
         """Return the seconds of an output token with one more call here, prefill included."""
+        own = cost is self._cost
+        if own and self._token_s >= 0.0 and self._token_beside is self.elsewhere:
+            return self._token_s
         calls = len(self.in_flight) + self.elsewhere.calls + 1
         batch = min(self.slots, calls)
         context = self._context + self.elsewhere.context_tokens
         step = cost.step_s(batch, context * batch / calls)
-        return step / (1.0 - min(self._prefill_share, _MAX_SHARE))
+        found = step / (1.0 - min(self._prefill_share, _MAX_SHARE))
+        if own:
+            self._token_s, self._token_beside = found, self.elsewhere
+        return found
 
-    def crowding(self) -> float:
-        """Return the seconds of an output token here, more for those that wait for a slot."""
-        if self._crowding < 0.0 or self._crowded_by is not self.elsewhere:
-            queued = self.calls + 1 - self.slots
-            token_s = self.token_s(self._cost or UNMEASURED)
-            self._crowding = token_s * (1.0 + max(queued, 0) / self.slots)
-            self._crowded_by = self.elsewhere
-        return self._crowding
+    def least_finish_s(
+        self, demand: Demand, cost: StepCost, cached: int, claims: int, extra_steps: float
+    ) -> float:
+        """Return what :meth:`forecast` says at least of the finish, at a part of its price.
+
+        That is without the calls that wait here before it, but for the first of its slot.
+
+        Args:
+            demand: the call.
+            cost: the engine's step cost.
+            cached: tokens of its prompt that need no prefill.
+            claims: as for :meth:`forecast`.
+            extra_steps: that it takes besides one for each output token.
+        """
+        steps = demand.output_tokens + extra_steps
+        if len(self.in_flight) + self.elsewhere.calls + claims >= self.slots:
+            steps += self._soonest_ends()[0]
+        uncached = max(demand.call.prompt_tokens - cached, 1)
+        return cost.prefill_s(uncached, cached) + steps * self.token_s(cost)
 
     def forecast(
         self, demand: Demand, cost: StepCost, claims: int = 0, *, affinity: bool = True
@@ -431,12 +438,16 @@ class EngineLoad:
     def _slot_wait_tokens(self, queued: int, ahead: int, claims: int) -> float:
         """Return decode steps until a slot is free for the call after ``ahead`` others."""
         position = min(queued, ahead + claims)
-        if not self._left_sorted:
-            self._left_sorted = sorted(self._left.values())
-        left = self._left_sorted or [0]
+        left = self._soonest_ends()
         rounds, index = divmod(position, max(self.slots, 1))
         mean = self._left_sum / len(left)
         return left[min(index, len(left) - 1)] + rounds * mean
+
+    def _soonest_ends(self) -> list[int]:
+        """Return the output tokens to come of the calls here, fewest first; 0 where none is."""
+        if not self._left_sorted:
+            self._left_sorted = sorted(self._left.values()) or [0]
+        return self._left_sorted
 
     def _delay_s(self, own_prefill_s: float, demand: Demand, cost: StepCost) -> float:
         """Return the time the call adds to all others: its prefill stalls them, its row slows."""
@@ -445,10 +456,6 @@ class EngineLoad:
         left = self._left_sum / max(others, 1)
         row_s = cost.c1 + cost.c2 * demand.call.prompt_tokens
         return own_prefill_s * others + row_s * min(demand.output_tokens, left) * decoding
-
-
-def _crowding_of(engine: EngineLoad) -> float:
-    return engine.crowding()
 
 
 class Engines:
@@ -462,7 +469,7 @@ class Engines:
         self.loads: dict[str, EngineLoad] = {}
         self._by_name: list[EngineLoad] = []
         self._lengths_differ = self._models_differ = False
-        self._short: dict[str, tuple[int, list[EngineLoad]]] = {}  # by model: uses, engines
+        self._by_model: dict[str, list[EngineLoad]] = {}  # that take calls; as long as that holds
 
     def joined(self, spec: EngineSpec, state: EngineState) -> None:
         """Add an engine, or note that one restarted."""
@@ -485,7 +492,7 @@ class Engines:
         if engine.state is EngineState.DOWN and state is not EngineState.DOWN:
             engine.prefixes.clear()
         engine.state = state
-        self._short.clear()
+        self._by_model.clear()
 
     def serves(self, engine_id: str, models: frozenset[str]) -> None:
         """Note that an engine has other models than before, such as adapters loaded since."""
@@ -494,52 +501,23 @@ class Engines:
         self._sort()
 
     def candidates(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
-        """Return the engines that may get ``call`` now, sorted by name.
+        """Return the engines that may get ``call`` now, sorted by name; not to be changed.
 
         Where engines differ in the longest call they take, those that are long enough for this
         one. If none is, all: prompt lengths are estimates, and engines refuse what is too long.
         """
-        found = [
-            e for e in self._by_name if e.open and e.knows(call) and e.engine_id not in refused_by
-        ]
+        found = self._by_model.get(call.model)
+        if found is None or call.engine is not None:
+            found = [e for e in self._by_name if e.open and e.knows(call)]
+            # One on trial is open or not by what it has; of model names clients can have many.
+            on_trial = any(e.state is EngineState.TRIAL for e in self._by_name)
+            if call.engine is None and not on_trial and len(self._by_model) < _MAX_MODELS:
+                self._by_model[call.model] = found
+        if refused_by:
+            found = [e for e in found if e.engine_id not in refused_by]
         if not self._lengths_differ:
             return found
         return [e for e in found if _fits(e.spec, call)] or found
-
-    def priced(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
-        """Return those of :meth:`candidates` that a call is priced on: of few, all.
-
-        Of many the :data:`SHORT` least crowded, found anew every :data:`_USES` times, and of those
-        that have the call's first chunk the ones with most of its prompt. An engine that is left
-        out has both more of a queue and less of the prompt than those that are not.
-        """
-        if len(self._by_name) <= LARGE or refused_by or call.engine is not None:
-            return self.candidates(call, refused_by)
-        found = {e.engine_id: e for e in self._least_crowded(call) if e.open}
-        if len(found) < SHORT // 2:  # many of them were taken out since
-            self._short.clear()
-            return self.candidates(call, refused_by)
-        if call.prefix:
-            first = call.prefix[0]
-            holders = [e for e in self._by_name if e.prefixes.holds(first)]
-            if len(holders) > _HOLDERS:
-                ranked = [(-e.prefixes.match(call), e.crowding(), e.engine_id) for e in holders]
-                holders = [self.loads[name] for _, _, name in nsmallest(_HOLDERS, ranked)]
-            for engine in holders:
-                if engine.serves(call) and (not self._lengths_differ or _fits(engine.spec, call)):
-                    found[engine.engine_id] = engine
-        return [found[name] for name in sorted(found)]
-
-    def _least_crowded(self, call: Call) -> list[EngineLoad]:
-        known = self._short.get(call.model)
-        if known is None or known[0] >= _USES or self._lengths_differ:
-            every = self.candidates(call, frozenset())
-            if len(self._short) >= _MAX_SHORT:
-                self._short.clear()
-            known = 0, nsmallest(SHORT, every, key=_crowding_of)
-        uses, found = known
-        self._short[call.model] = uses + 1, found
-        return found
 
     def reachable(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
         """Return the engines that get ``call`` now, or once the call they are tried with ends."""
@@ -585,7 +563,7 @@ class Engines:
         self._by_name = [self.loads[name] for name in sorted(self.loads)]
         self._lengths_differ = len({e.spec.max_model_len for e in self._by_name}) > 1
         self._models_differ = len({e.spec.models for e in self._by_name}) > 1
-        self._short.clear()
+        self._by_model.clear()
 
 
 def _fits(spec: EngineSpec, call: Call) -> bool:

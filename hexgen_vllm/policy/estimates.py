@@ -8,7 +8,7 @@ from typing import Final
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand, Tail
 from hexgen_vllm.policy.claims import due_s
-from hexgen_vllm.policy.engines import LARGE, UNMEASURED, EngineLoad
+from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
 from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost
@@ -16,6 +16,8 @@ from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost
 _LEAST_S: Final = 1e-6
 _FASTEST_S: Final = 1.0  # seconds for which the fastest step counts as known
 _MAX_FASTEST: Final = 256
+MANY: Final = 64
+"""Engines above which their pace is not found anew for each call."""
 PACE_S: Final = 1e-4
 _AT_WORK: Final = (EngineState.READY, EngineState.TRIAL)
 
@@ -199,7 +201,7 @@ class Estimates:
         if tail is NOTHING:
             return 0.0
         now, model = call.arrived_s, call.model
-        known = self._rates.get(model) if len(self._engines) > LARGE else None
+        known = self._rates.get(model) if len(self._engines) > MANY else None
         if known is None or not known[0] <= now < known[0] + PACE_S * len(self._engines):
             known = (now, *self._pace(model))
             if len(self._rates) >= _MAX_FASTEST:

@@ -8,7 +8,7 @@ In seconds; the engine with the lowest score gets the call::
     own    = p1 * sum over uncached prefix chunks of tokens / (1 + asked / engines)
     row    = (c1 + c2 * (prompt + output / 2)) * output
     w      = clip((rho / mean rho) ** c, W_LEAST, W_MOST)
-    rho    = (elapsed + mean finish over engines + R) / (D - start)
+    rho    = (elapsed + mean finish over engines, but for queues + R) / (D - start)
 
 - ``x * n * (own + row)``: seconds that the call adds to the n calls of the engine over its whole
   length. A call of them that ends is followed by another, so all of its length counts. x = 1
@@ -22,7 +22,8 @@ In seconds; the engine with the lowest score gets the call::
   change nothing. Workflows without deadline weigh 1.
 
 Needs: measured step costs. Starves: nothing; a workflow weighs at least ``W_LEAST``.
-Cost: O(engines * log chunks of the prompt), and O(chunks) once per call placed.
+Cost: O(engines * log chunks of the prompt) for bounds of the score, forecasts of those few engines
+that can win by theirs, and O(chunks) once per call placed.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ W_MOST: Final = 5.0
 _RHO_WEIGHT: Final = 0.01  # of the newest call in mean rho
 _MAX_CHUNKS: Final = 50_000
 _LEAST_S: Final = 1e-6
+_BELOW: Final = 1.0 - 1e-9  # what a sum may differ by when it is added up in another order
 
 
 class MarginalCost(Dispatch):
@@ -69,30 +71,51 @@ class MarginalCost(Dispatch):
         claims: Mapping[str, int],
         now: float,
     ) -> Choice:
-        """Return the engine with the lowest score."""
-        call, output = demand.call, demand.output_tokens
+        """Return the engine with the lowest score.
+
+        Every engine gets a lower bound of its score; those whose bound is above the best score
+        found are not forecast. The choice is that of forecasting all.
+        """
+        call, output, mid = demand.call, demand.output_tokens, demand.output_tokens / 2
         x, affinity = self._options.externality, self._options.prefix_affinity
-        found = []
+        prompt, known, count = call.prompt_tokens, costs(engines), len(engines)
+        finishes: list[float] = []  # at least
+        delays: list[float] = []  # to the other calls
+        shares: dict[int, float] = {}  # prompt tokens that are charged for, by those uncached
         total_s = 0.0
-        for engine, cost in zip(engines, costs(engines), strict=True):
+        for engine, cost in zip(engines, known, strict=True):
+            cached = engine.prefixes.match(call) if affinity else 0
+            waiting = claims.get(engine.engine_id, 0) if claims else 0
+            finish_s = engine.least_finish_s(demand, cost, cached, waiting, FIRST)
+            total_s += finish_s
+            finishes.append(finish_s)
+            delay_s, others = 0.0, engine.calls
+            if others:
+                uncached = max(prompt - cached, 1)
+                shared = shares.get(uncached)
+                if shared is None:
+                    shared = shares[uncached] = self._asked.shared(call, uncached, count)
+                row_s = (cost.c1 + cost.c2 * (prompt + mid)) * output
+                delay_s = x * others * (cost.p1 * shared + row_s)
+            delays.append(delay_s)
+        if not finishes:
+            raise ValueError("no engines to choose from")
+        weight = self._weight(demand, total_s / count, now)
+        bounds = [_BELOW * (weight * f + d) for f, d in zip(finishes, delays, strict=True)]
+        best: Choice | None = None
+        at = first = bounds.index(min(bounds))
+        for i in range(-1, count):
+            index = first if i < 0 else i
+            if best is not None and (index == first or bounds[index] > best.score):
+                continue
+            engine, cost = engines[index], known[index]
             waiting = claims.get(engine.engine_id, 0)
             forecast = engine.forecast(demand, cost, waiting, affinity=affinity)
             forecast.finish_in_s += FIRST * engine.token_s(cost)
-            total_s += forecast.finish_in_s
-            found.append((engine, cost, forecast))
-        weight = self._weight(demand, total_s / len(found), now)
-        best: Choice | None = None
-        for engine, cost, forecast in found:
-            score = weight * forecast.finish_in_s
-            others = engine.calls
-            if others:
-                shared = self._asked.shared(call, forecast.uncached_tokens, len(engines))
-                row_s = (cost.c1 + cost.c2 * (call.prompt_tokens + output / 2)) * output
-                score += x * others * (cost.p1 * shared + row_s)
-            if best is None or score < best.score:
-                best = Choice(engine, score, "marginal_cost", forecast)
-        if best is None:
-            raise ValueError("no engines to choose from")
+            score = weight * forecast.finish_in_s + delays[index]
+            if best is None or score < best.score or (score == best.score and index < at):
+                best, at = Choice(engine, score, "marginal_cost", forecast), index
+        assert best is not None
         return best
 
     def placed(self, demand: Demand, choice: Choice, now: float) -> None:

@@ -89,7 +89,7 @@ class OutsidePolicy(Dispatch):
         Raises:
             HexgenError: it is not one of ``engines``.
         """
-        found = self._choose(demand, engines, claims, now)
+        found = self._choose(demand, list(engines), claims, now)  # theirs to sort
         choice = found if isinstance(found, Choice) else None
         engine = found if choice is None else choice.engine
         if not any(engine is one for one in engines):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 
 import pytest
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.calls import Demand
+from hexgen_vllm.policy.calls import Demand, InFlight
 from hexgen_vllm.policy.coordinator import LOOK_S, Coordinator
 from hexgen_vllm.policy.dispatch import Choice, Dispatch
-from hexgen_vllm.policy.engines import LARGE, SHORT, EngineLoad, Engines
+from hexgen_vllm.policy.engines import Elsewhere, EngineLoad, Engines
+from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.types import (
     Call,
     CallResult,
+    EngineKind,
     EngineReport,
     EngineSpec,
     EngineState,
@@ -174,75 +177,154 @@ def engines(count: int) -> tuple[Engines, list[EngineLoad]]:
 NOBODY: frozenset[str] = frozenset()
 
 
-def test_of_few_engines_all_are_priced() -> None:
-    few, loads = engines(LARGE)
-    assert few.priced(call(1, 0.0), NOBODY) == loads
+def lived_in(rng: random.Random, count: int, kind: EngineKind) -> list[EngineLoad]:
+    """Return engines that hold some of the prompts, some of them with more calls than slots."""
+    found = []
+    for i in range(count):
+        one = EngineLoad(EngineSpec(f"e{i:03}", kind=kind, max_num_seqs=rng.choice((2, 8, 64))))
+        if rng.random() < 0.9:
+            cost = StepCost(*(c * rng.uniform(0.3, 3.0) for c in (0.02, 1e-3, 1e-7, 1e-3, 1e-4, 0)))
+            share = rng.choice((None, rng.random()))
+            one.reported(EngineReport(cost=cost, fit_error=0.01, prefill_share=share))
+        for number in range(rng.choice((0, 1, 3, rng.randrange(12)))):
+            asked = Call(f"{i}-{number}", "w", 0.0, rng.randrange(1, 3000))
+            asked.prefix = tuple(range(rng.randrange(8)))
+            asked.prefix_chunk_tokens = 300
+            at = Placement(asked.call_id, one.engine_id, "", uncached_tokens=asked.prompt_tokens)
+            at.due_s, at.expected_output_tokens = rng.uniform(0.0, 20.0), rng.randrange(1, 400)
+            flight = InFlight(asked, at, 0.0)
+            one.placed(flight)
+            if rng.random() < 0.6:
+                flight.first_token_s = 0.0
+                one.started(flight)
+        if rng.random() < 0.3:
+            one.elsewhere = Elsewhere(rng.randrange(6), *(rng.randrange(4000) for _ in range(3)))
+        found.append(one)
+    return found
 
 
-def test_of_many_the_least_crowded_are_priced_and_those_with_the_prompt() -> None:
-    many, loads = engines(LARGE + 88)
-    slowest = max(loads, key=lambda e: e.crowding())
-    slowest.prefixes.add(call(1, 0.0, prefix=(1, 2, 3)))
-    found = many.priced(call(2, 0.0, prefix=(1, 2, 9)), NOBODY)
-    assert slowest in found
-    assert len(found) == SHORT + 1
-    assert [e.engine_id for e in found] == sorted(e.engine_id for e in found)
-    worst = max(e.crowding() for e in found if e is not slowest)
-    assert sum(e.crowding() < worst for e in loads) < SHORT
+@pytest.mark.parametrize("kind", list(EngineKind))
+@pytest.mark.parametrize("seed", range(4))
+def test_the_engine_chosen_is_that_of_forecasting_all(seed: int, kind: EngineKind) -> None:
+    rng = random.Random(seed)
+    policy = placement(DispatchOptions(stretch=0.0, externality=rng.choice((0.0, 0.3, 1.0))))
+    for number in range(25):
+        fleet = lived_in(rng, rng.choice((2, 9, 40)), kind)
+        asked = Call(f"c{number}", "w", 0.0, rng.randrange(1, 3000))
+        asked.prefix = tuple(range(rng.randrange(8)))
+        asked.prefix_chunk_tokens = 300
+        due_s = rng.choice((math.inf, rng.uniform(0.0, 20.0)))
+        demand = Demand(asked, rng.randrange(1, 300), due_s, 0.0, due_s, 0.0)
+        claims = {e.engine_id: rng.randrange(1, 5) for e in fleet if rng.random() < 0.2}
+        # As many of one engine as there are: they share prefixes among as many as the fleet does.
+        scores = [policy.choose(demand, [e] * len(fleet), claims, 1.0).score for e in fleet]
+        choice = policy.choose(demand, fleet, claims, 1.0)
+        at = scores.index(min(scores))
+        if any(e.cost() is None for e in fleet):  # taken for what the others are
+            known = [i for i, e in enumerate(fleet) if e.cost() is not None]
+            assert choice.score <= min((scores[i] for i in known), default=math.inf)
+        else:
+            assert (choice.engine, choice.score) == (fleet[at], scores[at])
+        policy.placed(demand, choice, 1.0)
 
 
-def test_of_many_with_the_prompt_those_with_most_of_it_are_priced() -> None:
-    many, loads = engines(LARGE + 88)
-    asked = call(2, 0.0, prefix=tuple(range(9)))
-    by_crowding = sorted(loads, key=lambda e: e.crowding())
-    for i, engine in enumerate(reversed(by_crowding[-100:])):
-        engine.prefixes.add(call(1, 0.0, prefix=tuple(range(1 + i % 9))))
-    found = many.priced(asked, NOBODY)
-    assert sum(e.prefixes.match(asked) == 90 for e in found) >= 8
-    assert len(found) <= SHORT + 16
+@pytest.mark.parametrize("count", [1, 4, 160])
+def test_a_prefix_is_shared_among_all_engines_of_the_fleet(count: int) -> None:
+    many, loads = engines(count)
+    policy = placement(DispatchOptions(stretch=0.0, externality=1.0))
+    asked = call(1, 0.0, prefix=(1, 2))
+    demand = Demand(asked, 10, math.inf, 0.0, math.inf, 0.0)
+    for load in loads:
+        load.reported(EngineReport(cost=COST, fit_error=0.0))
+        load.placed(InFlight(call(2, 0.0), Placement("c2", load.engine_id, ""), 0.0))
+    candidates = many.candidates(asked, NOBODY)
+    before = policy.choose(demand, candidates, {}, 0.0)
+    policy.placed(demand, before, 0.0)  # only asked for; nobody has it yet
+    after = policy.choose(demand, candidates, {}, 0.0)
+    saved = COST.p1 * 20 * (1.0 - 1.0 / (1.0 + 1.0 / count))
+    assert before.score - after.score == pytest.approx(saved, rel=1e-6)
 
 
-def test_an_engine_that_takes_nothing_is_never_priced() -> None:
-    many, loads = engines(LARGE + 88)
-    asked = call(2, 0.0, prefix=(1,))
-    first = many.priced(asked, NOBODY)
-    for engine in (first[0], loads[-1]):
-        engine.prefixes.add(call(1, 0.0, prefix=(1,)))
-        many.changed(engine.engine_id, EngineState.DOWN)
-        assert engine not in many.priced(asked, NOBODY)
-    many.changed(first[0].engine_id, EngineState.READY)
-    assert first[0] in many.priced(asked, NOBODY)
-    many.left(first[1].engine_id)
-    assert first[1] not in many.priced(asked, NOBODY)
+def test_the_engines_that_take_calls_are_those_of_now() -> None:
+    few, loads = engines(8)
+    asked, other = call(1, 0.0), call(2, 0.0)
+    other.model = "other"
+    assert few.candidates(asked, NOBODY) == few.candidates(asked, NOBODY) == loads
+    few.changed("e0003", EngineState.DOWN)
+    assert few.candidates(asked, NOBODY) == [e for e in loads if e.engine_id != "e0003"]
+    few.changed("e0003", EngineState.READY)
+    few.left("e0000")
+    assert few.candidates(asked, NOBODY) == loads[1:]
+    few.serves("e0005", frozenset(("base",)))
+    assert few.candidates(other, NOBODY) == [e for e in loads[1:] if e.engine_id != "e0005"]
+    few.serves("e0005", frozenset())
+    few.joined(EngineSpec("e0000"), EngineState.READY)
+    assert few.candidates(asked, NOBODY) == [few.loads["e0000"], *loads[1:]]
 
 
-def test_a_call_that_an_engine_refused_or_that_has_a_home_sees_all_others() -> None:
-    many, loads = engines(LARGE + 88)
-    refused = frozenset((loads[0].engine_id,))
-    assert many.priced(call(1, 0.0), refused) == loads[1:]
+def test_an_engine_on_trial_takes_one_call_at_a_time() -> None:
+    few, loads = engines(3)
+    few.changed("e0001", EngineState.TRIAL)
+    asked = call(1, 0.0)
+    assert few.candidates(asked, NOBODY) == loads
+    loads[1].placed(InFlight(asked, Placement("c1", "e0001", ""), 0.0))
+    assert few.candidates(asked, NOBODY) == [loads[0], loads[2]]
+    loads[1].removed("c1")
+    assert few.candidates(asked, NOBODY) == loads
+
+
+def test_a_call_that_an_engine_refused_or_that_has_a_home_sees_the_others() -> None:
+    many, loads = engines(100)
+    asked = call(1, 0.0)
+    assert many.candidates(asked, NOBODY) == loads
+    assert many.candidates(asked, frozenset((loads[0].engine_id,))) == loads[1:]
+    assert many.candidates(asked, NOBODY) == loads
     bound = call(1, 0.0)
     bound.engine = loads[-1].engine_id
-    assert many.priced(bound, NOBODY) == [loads[-1]]
+    assert many.candidates(bound, NOBODY) == [loads[-1]]
+    assert many.candidates(asked, NOBODY) == loads
 
 
-def test_the_short_list_follows_the_load() -> None:
-    coordinator = fleet(LARGE + 88, slots=64)
-    for i in range(6000):
+def test_names_of_models_do_not_fill_the_memory() -> None:
+    few, loads = engines(2)
+    for number in range(2000):
+        asked = call(1, 0.0)
+        asked.model = f"m{number}"
+        assert few.candidates(asked, NOBODY) == loads
+    assert len(few._by_model) < 1000
+
+
+def test_calls_spread_over_equal_engines_of_a_large_fleet() -> None:
+    coordinator = fleet(160, slots=64)
+    for i in range(1000):
         (placed,) = coordinator.call_arrived(call(i, 0.0), 0.0)
         assert isinstance(placed, Placement)
-    fast = [len(e.in_flight) for i, e in enumerate(coordinator.engines.values()) if i % 3 == 0]
-    assert sum(fast) == 6000, "so far none of the slow ones would be better"
-    assert max(fast) - min(fast) <= 4
+    for kind in range(3):
+        calls = [len(e.in_flight) for e in list(coordinator.engines.values())[kind::3]]
+        assert max(calls) - min(calls) <= 2
 
 
-def test_what_crowds_an_engine_changes_with_its_calls() -> None:
-    coordinator = fleet(1, slots=1)
+def test_the_pace_of_an_engine_changes_with_its_calls() -> None:
+    coordinator = fleet(1, slots=8)
     (engine,) = coordinator.engines.values()
-    idle = engine.crowding()
+
+    def pace() -> float:
+        cost = engine.cost()
+        assert cost is not None
+        return engine.token_s(cost)
+
+    idle = pace()
     coordinator.call_arrived(call(1, 0.0), 0.0)
-    full = engine.crowding()
-    assert full >= 2 * idle
+    busy = pace()
+    assert busy > idle
+    engine.elsewhere = Elsewhere(1, 0, 100, 10)
+    assert pace() > busy
+    engine.elsewhere = Elsewhere()
+    assert pace() == busy
     coordinator.call_finished("c1", OK, 1.0)
-    assert engine.crowding() == idle
+    assert pace() == idle
     coordinator.engine_reported("e00", EngineReport(cost=COST.scaled(2), fit_error=0.01))
-    assert engine.crowding() == pytest.approx(2 * idle)
+    assert pace() == pytest.approx(2 * idle)
+    half = EngineReport(cost=COST.scaled(2), fit_error=0.01, prefill_share=0.5)
+    coordinator.engine_reported("e00", half)
+    assert pace() == pytest.approx(4 * idle)
