@@ -46,6 +46,10 @@ class Call:
         prefix: chain hashes of the prompt's leading chunks, for prefix affinity.
         prefix_chunk_tokens: tokens that one entry of ``prefix`` stands for.
         engine: name of the only engine that can take it, as it has what the call follows.
+        root: the workflow at the top of the tree of agents that it is part of, ``None`` if it is
+            in none. It is ``workflow_id`` where those above wait for it.
+        resume_s: hint of the client: seconds from its end to the next call of the workflow; 0 if
+            none is expected.
     """
 
     call_id: str
@@ -68,6 +72,8 @@ class Call:
     deadline_asked: bool
     engine: str | None
     taught_by: str
+    root: str | None
+    resume_s: float | None
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -92,8 +98,11 @@ class Call:
         deadline_asked: bool = True,
         engine: str | None = None,
         taught_by: str = "",
+        root: str | None = None,
+        resume_s: float | None = None,
     ) -> None:
         self.engine, self.taught_by = engine, taught_by
+        self.root, self.resume_s = root, resume_s
         self.call_id, self.workflow_id, self.arrived_s = call_id, workflow_id, arrived_s
         self.prompt_tokens, self.workflow_type, self.stage = prompt_tokens, workflow_type, stage
         self.tenant, self.model, self.deadline_s = tenant, model, deadline_s

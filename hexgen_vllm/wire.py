@@ -60,6 +60,9 @@ class CallMeta:
         background: the workflow is demoted (router to engine).
         service_class: ``batch`` for a call that nobody waits for, whatever else is said of its
             deadline; ``interactive`` for any other. Its header is ``x-hexgen-class``.
+        resume_ms: milliseconds from the end of this call to the next one of its workflow, such as
+            a tool takes; 0: none is expected.
+        keep_ms: milliseconds for which the KV of this call should stay, > 0.
     """
 
     workflow_id: str | None
@@ -73,6 +76,8 @@ class CallMeta:
     tail_ms: float | None
     background: bool | None
     service_class: str | None
+    resume_ms: float | None
+    keep_ms: float | None
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -88,6 +93,8 @@ class CallMeta:
         tail_ms: float | None = None,
         background: bool | None = None,
         service_class: str | None = None,
+        resume_ms: float | None = None,
+        keep_ms: float | None = None,
     ) -> None:
         self.workflow_id, self.workflow_type = workflow_id, workflow_type
         self.workflow_deadline_ms, self.tail_ms = workflow_deadline_ms, tail_ms
@@ -95,6 +102,7 @@ class CallMeta:
         self.expected_output_tokens = expected_output_tokens
         self.workflow_final, self.tenant = workflow_final, tenant
         self.background, self.service_class = background, service_class
+        self.resume_ms, self.keep_ms = resume_ms, keep_ms
 
 
 def _id(value: object) -> str:
@@ -128,7 +136,7 @@ def _positive_ms(value: object) -> float:
     return number
 
 
-def _tail_ms(value: object) -> float:
+def _least_0_ms(value: object) -> float:
     number = _number(value)
     if not 0 <= number <= MAX_TIME_MS:
         raise ValueError(f"must be from 0 to {MAX_TIME_MS:.0e} milliseconds")
@@ -171,9 +179,11 @@ _READERS: Final[dict[str, Callable[[object], Any]]] = {
     "expected_output_tokens": lambda v: _count(v, 1),
     "workflow_final": _flag,
     "tenant": _name,
-    "tail_ms": _tail_ms,
+    "tail_ms": _least_0_ms,
     "background": _flag,
     "service_class": _class,
+    "resume_ms": _least_0_ms,
+    "keep_ms": _positive_ms,
 }
 FIELDS: Final = tuple(f.name for f in fields(CallMeta))
 _SPELLED: Final = {"service_class": "class"}  # what a Python name cannot be

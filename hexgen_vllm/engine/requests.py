@@ -290,13 +290,15 @@ def _plans(request: Request, meta: wire.CallMeta) -> Plans:
     ``kv_retention_ttl_seconds``, in ``vllm_xargs``, in the agentic context there, or in the
     payload of an action of vLLM's ``kv_hints``.
     """
-    if meta.workflow_final:
+    if meta.workflow_final or meta.resume_ms == 0.0:
         return _OVER
     params = request.sampling_params
     extra: Any = params.extra_args if params is not None else None
     hints = getattr(request, "kv_hints", None)
     if not extra and hints is None:
         return UNSAID
+    said_resume_s = None if meta.resume_ms is None else meta.resume_ms / 1000.0
+    said_keep_s = None if meta.keep_ms is None else meta.keep_ms / 1000.0
     sources = [extra, extra.get(wire.AGENTIC)] if isinstance(extra, dict) else []
     sources += [getattr(action, "payload", None) for action in getattr(hints, "actions", ())]
     follows, resume_s, keep_s = True if meta.stages_left else None, None, None
@@ -308,7 +310,7 @@ def _plans(request: Request, meta: wire.CallMeta) -> Plans:
             else:
                 resume_s = _seconds(resume) or resume_s
             keep_s = _seconds(keep) or keep_s
-    return Plans(follows, resume_s, keep_s)
+    return Plans(follows, said_resume_s or resume_s, said_keep_s or keep_s)
 
 
 def _seconds(value: object) -> float | None:

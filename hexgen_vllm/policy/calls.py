@@ -12,11 +12,16 @@ from hexgen_vllm.types import Call, Placement
 
 
 class Tail(NamedTuple):
-    """Work on the critical path after a call: later calls, their prompt and output tokens."""
+    """The critical path after a call: later calls, their tokens, and time that is the client's.
+
+    ``think_s`` is the seconds from the end of what came before such a call to its arrival: tools,
+    a user, the client's own work.
+    """
 
     calls: float
     prefill_tokens: float
     output_tokens: float
+    think_s: float = 0.0
 
 
 @dataclass(init=False, slots=True)

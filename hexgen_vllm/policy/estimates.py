@@ -55,6 +55,8 @@ class Estimates:
         output = self.output_tokens(call)
         tail = self._tail(call, ordinal, self._options.slack_quantile, output)
         tail_s = self._seconds(tail, call)
+        if tail is not NOTHING or (call.resume_s and call.stages_left != 0 and not call.final):
+            tail_s += max(tail.think_s, call.resume_s or 0.0)
         due = NO_DEADLINE if run.background else due_s(run.ordered_by_s, tail_s, call.arrived_s)
         return Demand(call, output, run.deadline_s, tail_s, due, run.started_s)
 
@@ -179,7 +181,7 @@ class Estimates:
         return max(call.prompt_tokens - engine.prefixes.match(call), 1)
 
     def _tail(self, call: Call, ordinal: int, q: float, output: int) -> Tail:
-        if call.final:
+        if call.final or call.resume_s == 0.0:
             return NOTHING
         tail = self._shapes.tail(call.learned_as, call.stage, ordinal, q, call.stages_left)
         if tail is NOTHING and call.stages_left:

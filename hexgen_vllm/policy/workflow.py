@@ -21,7 +21,7 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import nlargest
 from itertools import islice
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
@@ -158,6 +158,7 @@ class WorkflowRun:
     begun: bool = False  # one of its calls was placed
     failed: bool = False  # the call that ended last was not answered
     admitted: bool = False  # one of its calls was taken in
+    asked: bool = False  # its client asked for the deadline, of itself and not of a part
     attained: float = 0.0  # work of its calls that ended, in output tokens
     calls: dict[str, SeenCall] = field(default_factory=dict)
     stage_counts: dict[str, int] = field(default_factory=dict)
@@ -334,13 +335,12 @@ def _exported(value: object) -> tuple[tuple[str, ...], list[int], list[Tail]]:
 
 
 def _tail(path: object) -> Tail:
-    if not isinstance(path, list) or len(path) != 3:
+    if not isinstance(path, list) or not 3 <= len(path) <= 4:  # 3 without think time
         raise ValueError("not a path")
-    calls, prefill, output = path
-    for number in (calls, prefill, output):
+    for number in path:
         if type(number) not in (int, float) or not 0.0 <= number < math.inf:
             raise ValueError("not a path")
-    return Tail(float(calls), float(prefill), float(output))
+    return Tail(*map(float, path))
 
 
 def path_weight(tail: Tail) -> float:
@@ -351,6 +351,8 @@ def path_weight(tail: Tail) -> float:
 def tails(calls: list[SeenCall]) -> list[Tail]:
     """Return for each ended call the heaviest chain of calls that came after it.
 
+    A call's think time is what passed since the last end before it came, whichever call's.
+
     Args:
         calls: ended calls of one workflow, in any order.
 
@@ -358,6 +360,7 @@ def tails(calls: list[SeenCall]) -> list[Tail]:
         One path per call, in the same order.
     """
     after = [NOTHING] * len(calls)
+    ends = sorted(call.ended_s for call in calls if call.ended_s is not None)
     # From the last arrival back: the arrivals, negated to ascend, and the heaviest chain that
     # starts with one of the calls so far. Those that came after an end are the first few of them.
     arrivals: list[float] = []
@@ -369,16 +372,22 @@ def tails(calls: list[SeenCall]) -> list[Tail]:
         after[i] = path
         weight += call.weight()
         heavier = not chains or weight > chains[-1][0]
-        chains.append((weight, _extended(path, call)) if heavier else chains[-1])
+        if heavier:
+            before = bisect_right(ends, call.arrived_s)
+            think_s = call.arrived_s - ends[before - 1] if before else 0.0
+            chains.append((weight, _extended(path, call, think_s)))
+        else:
+            chains.append(chains[-1])
         arrivals.append(-call.arrived_s)
     return after
 
 
-def _extended(path: Tail, call: SeenCall) -> Tail:
+def _extended(path: Tail, call: SeenCall, think_s: float) -> Tail:
     return Tail(
         path.calls + 1,
         path.prefill_tokens + call.uncached_tokens,
         path.output_tokens + call.output_tokens,
+        path.think_s + think_s,
     )
 
 
@@ -407,6 +416,25 @@ class Workflows:
         """Return an open workflow."""
         return self._open.get(workflow_id)
 
+    def inherited(self, call: Call) -> Call:
+        """Return a call of a child session with what it has from the top of its tree.
+
+        Its deadline is that of the root if a client asked for one. Where those above wait for it,
+        it is a part of the root's workflow: what follows it is what follows there.
+        """
+        root = None if call.root is None else self._open.get(call.root)
+        if root is None:
+            return call
+        waited_for = call.root == call.workflow_id
+        if not root.asked:
+            return replace(call, workflow_type=root.workflow_type) if waited_for else call
+        if waited_for:
+            return replace(
+                call, workflow_type=root.workflow_type, deadline_s=NO_DEADLINE, stages_left=None
+            )
+        own_s = call.deadline_s if call.deadline_asked else NO_DEADLINE
+        return replace(call, deadline_s=min(own_s, root.deadline_s), deadline_asked=True)
+
     def arrived(self, call: Call, now: float) -> tuple[WorkflowRun, SeenCall]:
         """Note that ``call`` arrived; opens its workflow when new."""
         run = self._open.get(call.workflow_id)
@@ -417,6 +445,7 @@ class Workflows:
         self._open.move_to_end(call.workflow_id)
         if call.deadline_s != NO_DEADLINE:
             run.deadline_s = call.deadline_s
+            run.asked = run.asked or (call.deadline_asked and call.root is None)
         run.last_seen_s = now
         run.in_flight += 1
         ordinal = run.stage_counts.get(call.stage, 0)

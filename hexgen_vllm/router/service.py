@@ -63,6 +63,8 @@ class Service:
             Refused: nobody can take it, too many calls wait, or it waited too long.
         """
         now = self.clock.now()
+        if call.root is not None:
+            call = self.coordinator.workflows.inherited(call)
         if self._recorder is not None:
             self._recorder.arrived(call, now)
         decision = self._carry_out(self.coordinator.call_arrived(call, now), call.call_id)

@@ -280,6 +280,7 @@ def _longer(tail: Tail, call: CallSpec) -> Tail:
         tail.calls + 1,
         tail.prefill_tokens + call.own_tokens,
         tail.output_tokens + call.output_tokens,
+        tail.think_s + call.think_s,
     )
 
 

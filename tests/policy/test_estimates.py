@@ -25,6 +25,7 @@ from hexgen_vllm.types import (
 
 COST = StepCost(c0=0.01, c1=1e-3, c2=1e-6, p0=2e-3, p1=1e-4, p2=1e-8)
 STEP = COST.step_s(1)  # alone
+THINK_S = 0.5  # of the workflows below, between two calls
 LENGTHS = tuple(range(100, 1_100, 100))
 
 
@@ -86,6 +87,21 @@ def path_s(tail_tokens: float, prefill_tokens: float, *factors: float, batch: in
     return tail_tokens * n / decode + prefill_tokens * n / prefill
 
 
+def test_what_is_said_of_the_next_call_goes_into_what_follows() -> None:
+    one = estimates(engine(calls=2), learned=shapes(), slack_quantile=0.5)
+    usual = one.demand(call(), run(), 0)
+    later = one.demand(call(resume_s=20.0), run(), 0)
+    assert later.tail_s == pytest.approx(usual.tail_s - 2 * THINK_S + 20.0)
+    assert later.due_s == pytest.approx(50.0 - later.tail_s)
+    sooner = one.demand(call(resume_s=0.1), run(), 0)
+    assert sooner.tail_s == usual.tail_s, "all of what was learned lies before the end"
+    assert one.demand(call(resume_s=0.0), run(), 0).tail_s == 0.0, "nothing is to come"
+    alone = one.demand(call(resume_s=20.0, stages_left=0), run(), 0)
+    assert alone.tail_s == 0.0, "the deadline is of this call"
+    unknown = estimates(engine()).demand(call(resume_s=20.0), run(), 0)
+    assert unknown.tail_s == 20.0
+
+
 # What a call needs
 
 
@@ -113,13 +129,14 @@ def test_a_demand_is_due_when_what_follows_still_fits() -> None:
     one = estimates(engine(calls=2), engine("b", 3.0), learned=shapes(), slack_quantile=0.5)
     found = one.demand(call(), run(), 0)
     tail_s = 1200 * 2 / (1 / COST.step_s(3) + 1 / (3 * STEP)) + path_s(0, 100, 1.0, 3.0)
+    tail_s += 2 * THINK_S
     assert found.tail_s == pytest.approx(tail_s)
     assert found.due_s == pytest.approx(50.0 - tail_s)
     assert (found.call, found.output_tokens) == (call(), 600)
     assert (found.deadline_s, found.started_s) == (60.0, 3.0)
     assert found.tokens == 1000
     assert one.demand(call(), run(), 1).tail_s == pytest.approx(
-        600 * 2 / (1 / COST.step_s(3) + 1 / (3 * STEP)) + path_s(0, 50, 1.0, 3.0)
+        600 * 2 / (1 / COST.step_s(3) + 1 / (3 * STEP)) + path_s(0, 50, 1.0, 3.0) + THINK_S
     )
     assert one.demand(call(final=True), run(), 0).tail_s == 0.0
     assert one.demand(call(), run(background=True), 0).due_s == NO_DEADLINE

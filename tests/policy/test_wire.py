@@ -171,6 +171,12 @@ RULES: dict[str, tuple[str, dict[object, object], list[object]]] = {
         {"batch": "batch", "interactive": "interactive"},
         ["", "Batch", "batch ", "flex", None, 1],
     ),
+    "resume_ms": (
+        "resume-ms",
+        {"0": 0.0, "1500": 1500.0, 0.5: 0.5},
+        [*NO_NUMBERS, "-1", "1000000000001"],
+    ),
+    "keep_ms": ("keep-ms", {"1": 1.0, 300000: 300000.0}, [*NO_NUMBERS, "0", "-1", 0]),
 }
 GOOD = [
     (field, given, value) for field, (_, good, _) in RULES.items() for given, value in good.items()

@@ -32,6 +32,18 @@ def test_parallel_siblings_count_once_by_the_heavier() -> None:
     assert found[1] == found[2] == Tail(1, 0, 20)
 
 
+def test_time_between_calls_is_the_clients_and_only_once() -> None:
+    first = seen("plan", 0, 1, 5)
+    short, long = seen("look", 3, 4, 10), seen("look", 3, 6, 300)
+    last = seen("say", 6.5, 7, 20)
+    found = tails([first, short, long, last])
+    assert found[0] == Tail(2, 0, 320, think_s=2.0 + 0.5)
+    assert found[1] == found[2] == Tail(1, 0, 20, think_s=0.5), "who waits for a sibling is at work"
+    learned = Shapes()
+    learned.restore([{"key": ["t"], "outputs": [], "tails": [[1, 0, 20], [1, 0, 20, 0.5]]}])
+    assert [one["tails"] for one in learned.export()] == [[[1, 0, 20, 0.0], [1, 0, 20, 0.5]]]
+
+
 def test_order_of_input_does_not_matter() -> None:
     calls = [seen(f"s{i}", i, i + 0.5, 10 * i) for i in range(8)]
     shuffled = calls[:]

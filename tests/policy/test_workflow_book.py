@@ -259,4 +259,4 @@ def test_a_workflow_teaches_with_its_first_256_calls() -> None:
     assert run.stage_counts == {"s": 257}
     flows.finished("w")
     assert shapes.tail("t", "s", 0, 0.0) == NOTHING
-    assert shapes.tail("t", "s", 0, 0.999) == Tail(255, 255 * 300, 255)
+    assert shapes.tail("t", "s", 0, 0.999) == Tail(255, 255 * 300, 255, 255 * 0.5)

@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
+from hexgen_vllm import wire
 from hexgen_vllm.router import conventions
-from hexgen_vllm.router.conventions import SESSION_HEADERS, Foreign
+from hexgen_vllm.router.conventions import (
+    LEFT,
+    SESSION_HEADERS,
+    WORDS,
+    Foreign,
+    Meaning,
+    Place,
+    Word,
+)
 
 
 def read(headers: dict[str, str] | None = None, body: dict[str, Any] | None = None) -> Foreign:
@@ -138,3 +147,172 @@ def test_lengths_tenants_stages_and_ends() -> None:
         assert read({name: "acme"}).tenant == "acme"
     assert read({"X-Dynamo-Session-Final": "true"}).final
     assert not read({"X-Dynamo-Session-Final": "false"}).final
+
+
+SAMPLES: list[tuple[dict[str, str], dict[str, Any], Foreign]] = [
+    ({"grpc-timeout": "5S"}, {}, Foreign(timeout_s=5.0)),
+    ({"grpc-timeout": "250m", "x-litellm-timeout": "3"}, {}, Foreign(timeout_s=0.25)),
+    ({"grpc-timeout": "2M"}, {}, Foreign(timeout_s=120.0)),
+    ({"grpc-timeout": "5"}, {}, Foreign()),
+    ({"grpc-timeout": "123456789S"}, {}, Foreign()),
+    ({"x-envoy-expected-rq-timeout-ms": "1500"}, {}, Foreign(timeout_s=1.5)),
+    ({"x-envoy-expected-rq-timeout-ms": "0"}, {}, Foreign()),
+    # The first token within 1 s and 255 more at 50 ms; at 10 ms; as many as are said.
+    ({"x-llm-d-slo-ttft-ms": "1000"}, {}, Foreign(timeout_s=1.0 + 255 * 0.05)),
+    ({"x-dynamo-slo-ttft-ms": "1000"}, {}, Foreign(timeout_s=1.0 + 255 * 0.05)),
+    (
+        {"x-slo-ttft-ms": "1000", "x-slo-tpot-ms": "10"},
+        agent(expected_output_length=101),
+        Foreign(timeout_s=2.0, expected_output_tokens=101),
+    ),
+    (
+        {"x-slo-ttft-ms": "9000", "x-llm-d-slo-ttft-ms": "1000", "x-llm-d-slo-tpot-ms": "20"},
+        {"nvext": {"agent_hints": {"osl": 1}}},
+        Foreign(timeout_s=1.0, expected_output_tokens=1),
+    ),
+    ({"x-llm-d-slo-tpot-ms": "20"}, {}, Foreign()),
+    ({"x-dynamo-request-strict-priority": "2"}, {}, Foreign(priority=2)),
+    (
+        {"x-dynamo-request-strict-priority": "1", "x-dynamo-request-priority": "9"},
+        {},
+        Foreign(priority=1),
+    ),
+    ({"x-llm-d-inference-objective": "bulk"}, {}, Foreign(priority=-1)),
+    ({"x-dynamo-meta-policy-class": "Interactive"}, {}, Foreign(priority=1)),
+    ({"x-dynamo-meta-policy-class": "gold"}, {}, Foreign()),
+    ({}, {"nvext": {"agent_hints": {"latency_sensitivity": 3.0}}}, Foreign(priority=3)),
+    (
+        {"x-claude-code-session-id": "s", "x-claude-code-agent-id": "a-1"},
+        {},
+        Foreign(session_id="s", agent="a-1"),
+    ),
+    (
+        {"X-Dynamo-Session-ID": "s", "X-Dynamo-Parent-Session-ID": "p"},
+        {},
+        Foreign(session_id="s", parent_id="p"),
+    ),
+    ({"x-session-id": "s", "x-parent-session-id": "s"}, {}, Foreign(session_id="s")),
+    (
+        {},
+        agent(program_id="c", parent_program_id="b", root_program_id="a", blocks_parent=False),
+        Foreign(session_id="c", root_id="a", parent_id="b", detached=True),
+    ),
+    (
+        {},
+        agent(program_id="c", parent_program_id="a b", blocks_parent="true"),
+        Foreign(session_id="c", parent_id=conventions.as_id("a b")),
+    ),
+    (
+        {},
+        agent(expected_resume=12, kv_retention_ttl_seconds="300"),
+        Foreign(resume_s=12.0, keep_s=300.0),
+    ),
+    ({}, agent(expected_resume=False), Foreign(resume_s=0.0)),
+    ({}, agent(expected_resume=True), Foreign()),
+    ({}, {"nvext": {"agent_hints": {"iat": 750, "prefix_id": "c"}}},
+     Foreign(session_id="c", resume_s=0.75)),
+    ({}, {"cache_control": {"type": "ephemeral", "ttl": "1h"}}, Foreign(keep_s=3600.0)),
+    ({}, {"cache_control": {"type": "ephemeral"}}, Foreign(keep_s=300.0)),
+    ({}, {"nvext": {"cache_control": {"type": "ephemeral", "ttl": "45s"}}}, Foreign(keep_s=45.0)),
+    ({}, {"cache_control": {"type": "forever"}}, Foreign()),
+    (
+        {"baggage": "a=1, gen_ai.conversation.id = c%201;p=2 ,gen_ai.agent.name=planner"},
+        {},
+        Foreign(session_id=conventions.as_id("c 1"), agent="planner"),
+    ),
+    (
+        {"baggage": "session.id=b,hexgen.tenant=acme", "x-session-id": "h"},
+        {},
+        Foreign(session_id="h", tenant="acme"),
+    ),
+    ({"baggage": ",=;,%,session.id"}, {}, Foreign()),
+    ({"baggage": "x=" + "y" * 9000 + ",session.id=b"}, {}, Foreign()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("headers", "body", "expected"), SAMPLES)
+def test_what_a_request_says(
+    headers: dict[str, str], body: dict[str, Any], expected: Foreign
+) -> None:
+    found = read(headers, body)
+    assert found._replace(timeout_s=None) == expected._replace(timeout_s=None)
+    assert found.timeout_s == pytest.approx(expected.timeout_s)
+
+
+def values(word: Word) -> list[Any]:
+    """Return values that this word can have, no two of which mean the same."""
+    candidates: list[Any] = [
+        "5S", "7S", {"type": "ephemeral", "ttl": "1h"}, {"type": "ephemeral", "ttl": "2h"},
+        "system", "bulk", "priority", "flex", "5", "7", "true", "false",
+    ]  # fmt: skip
+    found: list[Any] = []
+    for one in candidates:
+        meant = word.form.read(one)
+        if meant is not None and meant not in [word.form.read(x) for x in found]:
+            found.append(one)
+    return found
+
+
+def said(word: Word, value: Any, headers: dict[str, str], body: dict[str, Any]) -> None:
+    if word.place is Place.HEADER:
+        headers[word.name.replace("*", "cursor")] = str(value)
+        return
+    if word.place is Place.BAGGAGE:
+        headers["baggage"] = f"{word.name}={value},{headers.get('baggage', '')}"
+        return
+    *path, last = word.name.split(".")
+    for name in path:
+        body = body.setdefault(name, {})
+    body[last] = value
+
+
+@pytest.mark.parametrize("word", WORDS, ids=lambda word: f"{word.meaning.name}-{word.name}")
+def test_every_word_of_the_table_is_read(word: Word) -> None:
+    found = []
+    for value in values(word):
+        headers: dict[str, str] = {}
+        body: dict[str, Any] = {}
+        said(word, value, headers, body)
+        if word.meaning is Meaning.TOKEN:
+            headers["x-llm-d-slo-ttft-ms"] = "1"
+        found.append(read(headers, body))
+    assert len(set(found)) == len(found) >= 2 or found[0] != Foreign()
+
+
+@pytest.mark.parametrize("meaning", [m for m in Meaning if m is not Meaning.TIMEOUT])
+def test_the_order_of_the_table_settles_conflicts(meaning: Meaning) -> None:
+    """Of any two words with one meaning that say different things, the one above counts."""
+    words = [word for word in WORDS if word.meaning is meaning]
+    for i, above in enumerate(words):
+        for below in words[i + 1 :]:
+            if above.name == below.name:
+                continue
+            for mine in values(above):
+                for theirs in values(below):
+                    alone: tuple[dict[str, str], dict[str, Any]] = ({}, {})
+                    both: tuple[dict[str, str], dict[str, Any]] = ({}, {})
+                    said(above, mine, *alone)
+                    said(below, theirs, *both)
+                    said(above, mine, *both)
+                    ours, whole = read(*alone), read(*both)
+                    assert whole == ours._replace(batch=whole.batch), (above.name, below.name)
+
+
+def test_engines_read_an_agentic_context_as_the_router_does() -> None:
+    context = {"program_id": "p", "agent_role": "plan", "deadline_seconds": 2,
+               "expected_output_length": 9}  # fmt: skip
+    engine, router = wire.from_agentic_context(context), read({}, agent(**context))
+    assert (engine.workflow_id, engine.stage) == (router.session_id, router.stage)
+    assert engine.workflow_deadline_ms == 1000 * (router.timeout_s or 0)
+    assert engine.expected_output_tokens == router.expected_output_tokens
+
+
+def test_no_value_is_too_odd_to_be_read() -> None:
+    odd = (10**5000, 1e308, -1, "9" * 400, "nan", "\x00", None, [], {}, [{}])
+    for word in WORDS:
+        for value in odd:
+            word.form.read(value)
+
+
+def test_what_is_left_unread_is_not_in_the_table() -> None:
+    assert not LEFT.keys() & {word.name for word in WORDS}

@@ -383,7 +383,7 @@ async def test_who_calls_everything_interactive_gains_nothing_over_its_ceiling(
             load += [asyncio.create_task(honest(i)) for i in range(3)]
             await asyncio.gather(*load)
             sent = [one.headers for one in stand.received() if one.method == "POST"]
-            orders.append([one["x-request-id"] for one in sent])
+            orders.append([one["x-request-id"][0] for one in sent])  # whose
             for one in sent:
                 if one["x-request-id"].startswith("g") and claimed:
                     assert one["x-hexgen-tenant"] == "greedy"

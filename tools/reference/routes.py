@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from hexgen_vllm import wire
+from hexgen_vllm.router import conventions
 from hexgen_vllm.router.routes import public
 from hexgen_vllm.router.status import pages
 from tools.reference.markdown import code, table
@@ -36,6 +37,7 @@ def sections() -> Iterator[tuple[str, str]]:
         f"{told}\n\n{table(('method', 'path', 'key', 'what', 'parameters'), rows)}",
     )
     yield "Headers of a call", _headers()
+    yield "Words of other projects", _words()
     yield (
         "Engine",
         "Beside those of `vllm serve`.\n\n"
@@ -58,6 +60,23 @@ def _headers() -> str:
         for name, (schema, text) in pages.HEADERS.items()
     ]
     return table(("header", "`vllm_xargs` key", "form", "meaning"), rows)
+
+
+def _words() -> str:
+    read = [
+        (word.meaning.value, word.place.value, code(word.name), word.form.text, word.of)
+        for word in conventions.WORDS
+    ]
+    left = [(code(name), why) for name, why in conventions.LEFT.items()]
+    return (
+        "Read where none of our own names says the same. Of the words with one meaning the first "
+        "of this table that can be read counts, but of timeouts the shortest; a deadline goes "
+        "before both. What cannot be read was not said. "
+        "[What becomes of it](other-stacks.md#words-that-others-say).\n\n"
+        + table(("meaning", "where", "word", "value", "of"), read)
+        + "\n\nNot read, on purpose:\n\n"
+        + table(("word", "why"), left)
+    )
 
 
 def _form(schema: dict[str, Any]) -> str:

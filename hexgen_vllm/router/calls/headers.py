@@ -92,6 +92,8 @@ _TENANT: Final = wire.header_name("tenant")
 _TAIL: Final = wire.header_name("tail_ms")
 _BACKGROUND: Final = wire.header_name("background")
 _CLASS: Final = wire.header_name("service_class")
+_RESUME: Final = wire.header_name("resume_ms")
+_KEEP: Final = wire.header_name("keep_ms")
 
 
 def call_head(  # noqa: PLR0913 - what a head is made of
@@ -251,7 +253,11 @@ def _workflow_lines(accepted: Accepted, placement: Placement, now: float) -> lis
         lines.append(f"{_STAGES_LEFT}: {call.stages_left}\r\n")
     if placement.expected_output_tokens:
         lines.append(f"{_EXPECTED}: {placement.expected_output_tokens}\r\n")
-    if call.final:
+    if call.resume_s is not None:
+        lines.append(f"{_RESUME}: {_ms(call.resume_s)}\r\n")
+    if accepted.keep_s is not None:
+        lines.append(f"{_KEEP}: {_ms(accepted.keep_s)}\r\n")
+    if accepted.last:
         lines.append(f"{_FINAL}: 1\r\n")
     if placement.background:
         lines.append(f"{_BACKGROUND}: 1\r\n")

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import secrets
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -32,6 +33,8 @@ from hexgen_vllm.types import NO_DEADLINE, Call
 
 MAX_REQUEST_ID_CHARS: Final = 256
 SESSION_TYPE: Final = "session"
+CHILD_STAGE: Final = "subagent"
+"""Stage of the calls of a child session that name none."""
 MAX_VALUES: Final = 2**20
 """Commas and brackets in a body: a prompt of as many token ids is longer than any model takes."""
 
@@ -69,6 +72,9 @@ class Accepted:
         clamped: what the client claimed beyond its ceiling.
         follows: the stored response that it goes on from, ``None`` if none.
         conversation: the stored conversation that it is part of, ``None`` if none.
+        agent: the agent that makes it, ``None`` where nothing is said.
+        keep_s: seconds for which its KV should stay, ``None`` where nothing is said.
+        last: nothing follows in the workflow or session that the client named.
     """
 
     call: Call
@@ -81,6 +87,9 @@ class Accepted:
     clamped: tuple[str, ...]
     follows: str | None
     conversation: str | None
+    agent: str | None
+    keep_s: float | None
+    last: bool
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -95,12 +104,16 @@ class Accepted:
         clamped: tuple[str, ...] = (),
         follows: str | None = None,
         conversation: str | None = None,
+        agent: str | None = None,
+        keep_s: float | None = None,
+        last: bool | None = None,
     ) -> None:
         self.call, self.pairs = call, pairs
         self.body, self.prompt, self.session_id = body, prompt, session_id
         self.service_class = service_class
         self.said, self.clamped, self.follows = said, clamped, follows
-        self.conversation = conversation
+        self.conversation, self.agent, self.keep_s = conversation, agent, keep_s
+        self.last = call.final if last is None else last
 
 
 class Parsed(NamedTuple):
@@ -115,6 +128,56 @@ class Parsed(NamedTuple):
     body: Mapping[str, Any]
     prompt: Prompt
     kept: bytes
+
+
+class Top(NamedTuple):
+    """Where a child session belongs.
+
+    Attributes:
+        root: the session at the top of its tree.
+        detached: nobody there waits for it.
+    """
+
+    root: str
+    detached: bool
+
+
+class Trees:
+    """Which sessions were begun by which: agents that have other agents work for them.
+
+    Args:
+        most: child sessions remembered; the one longest unheard of is forgotten.
+    """
+
+    def __init__(self, most: int = 20_000) -> None:
+        self._tops: OrderedDict[tuple[str, str], Top] = OrderedDict()
+        self._most = most
+
+    def top(self, whose: str, session: str, said: Foreign) -> Top | None:
+        """Return where a session belongs, ``None`` if it is no child.
+
+        Args:
+            whose: the tenant, where sessions belong to tenants.
+            session: the session of a call.
+            said: what the call says. Once is enough, and of a parent that is a child itself, too.
+        """
+        key = (whose, session)
+        known = self._tops.get(key)
+        above = said.root_id or said.parent_id
+        if above is None:
+            if known is not None:
+                self._tops.move_to_end(key)
+            return known
+        further = self._tops.get((whose, above))
+        root = above if further is None else further.root
+        if root == session:  # it would be above itself
+            return None
+        top = Top(root, said.detached or (further is not None and further.detached))
+        self._tops[key] = top
+        self._tops.move_to_end(key)
+        if len(self._tops) > self._most:
+            self._tops.popitem(last=False)
+        return top
 
 
 class Intake:
@@ -132,6 +195,7 @@ class Intake:
         self._ratios = ratios
         self._default_deadline_s = default_deadline_s
         self._request_id_headers = request_id_headers
+        self._trees = Trees()
         self._numbers = itertools.count()
         self._made_up = f"hexgen-{secrets.token_hex(12)}"
 
@@ -155,7 +219,9 @@ class Intake:
         """
         parsed = await parsed_aside(endpoint, names, raw)
         body = _read_body(endpoint, names, raw) if parsed is None else parsed.body
-        return _said(names, body).workflow_id or conventions.read(names, body).session_id
+        own, foreign = _said(names, body).workflow_id, conventions.read(names, body)
+        # All of a tree belong to one process.
+        return foreign.root_id or foreign.parent_id or own or foreign.session_id
 
     def read(
         self,
@@ -195,11 +261,14 @@ class Intake:
         else:
             prompt, kept = parsed.prompt, parsed.kept
         service_class = _service_class(said, foreign)
-        call = self._call(endpoint, model, said, foreign, prompt, body, now)
         session_id = said.workflow_id or foreign.session_id
+        tenant = said.tenant or foreign.tenant
+        whose = client.acts_for(tenant) if client.scoped else ""
+        top = None if session_id is None else self._trees.top(whose, session_id, foreign)
+        call = self._call(endpoint, model, said, foreign, prompt, body, now, top)
         clamped, headers_said = _NONE, _NOTHING
         if client is not ANYBODY:
-            call, clamped = _held_to(client, call, session_id, said.tenant or foreign.tenant, now)
+            call, clamped = _held_to(client, call, session_id, tenant, now)
             if service_class == wire.INTERACTIVE and client.ceiling.max_priority < 0:
                 service_class, clamped = None, (*clamped, "class")
             headers_said = _said_for(client, call, session_id, names, body)
@@ -218,6 +287,9 @@ class Intake:
             clamped=clamped,
             follows=_follows(endpoint, body),
             conversation=_conversation(endpoint, body),
+            agent=foreign.agent,
+            keep_s=foreign.keep_s if said.keep_ms is None else said.keep_ms / 1000.0,
+            last=call.final or bool(said.workflow_final or foreign.final),
         )
 
     def tenant(self, names: HeaderMap) -> str | None:
@@ -237,32 +309,43 @@ class Intake:
         prompt: Prompt,
         body: Mapping[str, Any],
         now: float,
+        top: Top | None,
     ) -> Call:
         call_id = f"call-{next(self._numbers)}"
         in_workflow = said.workflow_id is not None
         in_session = not in_workflow and foreign.session_id is not None
         expected = said.expected_output_tokens or foreign.expected_output_tokens
         default_type = SESSION_TYPE if in_session else "default"
+        default_stage = CHILD_STAGE if top is not None else _default_stage(endpoint)
+        workflow_id = said.workflow_id or foreign.session_id or f"lone {call_id}"
+        waited_for = top is not None and not top.detached
+        if top is not None and waited_for:
+            workflow_id = top.root
+        resume_s = foreign.resume_s if said.resume_ms is None else said.resume_ms / 1000.0
         return Call(
             call_id=call_id,
             # The prefix keeps a client's session from naming another client's lone call.
-            workflow_id=said.workflow_id or foreign.session_id or f"lone {call_id}",
+            workflow_id=workflow_id,
             arrived_s=now,
             prompt_tokens=self._ratios.tokens(model, prompt),
             workflow_type=said.workflow_type or default_type,
-            stage=said.stage or foreign.stage or _default_stage(endpoint),
+            stage=said.stage or foreign.stage or default_stage,
             tenant=said.tenant or foreign.tenant or "default",
             model=model,
             deadline_s=self._deadline_s(said, foreign, now, in_session),
             expected_output_tokens=expected if endpoint.generates else 1,
             max_output_tokens=_limit(endpoint, body),
             stages_left=0 if in_session and said.stages_left is None else said.stages_left,
-            final=bool(said.workflow_final or foreign.final) or not (in_workflow or in_session),
+            # What ends a child does not end what it is a part of.
+            final=not waited_for
+            and (bool(said.workflow_final or foreign.final) or not (in_workflow or in_session)),
             priority=foreign.priority,
             streamed=body.get("stream") is True,
             prefix=chain(prompt, model),
             prefix_chunk_tokens=self._ratios.chunk_tokens(model, prompt),
             deadline_asked=self._asks(said, foreign),
+            root=None if top is None else top.root,
+            resume_s=resume_s,
         )
 
     def _asks(self, said: wire.CallMeta, foreign: Foreign) -> bool:
@@ -317,8 +400,11 @@ def _held_to(
     owned = session_id is not None and client.scoped
     if not clamped and not owned and owner == call.tenant:
         return call, clamped
-    own_id = call.workflow_id if session_id is None else client.own_id(owner, session_id)
-    held = replace(call, tenant=owner, priority=priority, deadline_s=deadline_s, workflow_id=own_id)
+    own_id = call.workflow_id if session_id is None else client.own_id(owner, call.workflow_id)
+    root = None if call.root is None else client.own_id(owner, call.root)
+    held = replace(
+        call, tenant=owner, priority=priority, deadline_s=deadline_s, workflow_id=own_id, root=root
+    )
     return held, clamped
 
 

@@ -48,6 +48,11 @@ HEADERS: Final[dict[str, tuple[_Json, str]]] = {
         {"type": "string", "pattern": "^(batch|interactive)$"},
         "`batch` for a call that nobody waits for: served in what calls with deadlines leave.",
     ),
+    "resume_ms": (
+        {"type": "number", "minimum": 0},
+        "Milliseconds until the next call of the workflow is expected; 0: none is.",
+    ),
+    "keep_ms": (_NUMBER, "Milliseconds for which the KV of this call should stay."),
 }
 _ERROR: Final[_Json] = {
     "type": "object",

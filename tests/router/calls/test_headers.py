@@ -117,7 +117,8 @@ def test_our_engine_gets_every_field() -> None:
 
 def test_no_field_of_the_wire_is_left_out() -> None:
     one = accepted()
-    one.service_class = "interactive"
+    one.service_class, one.keep_s = "interactive", 5.0
+    one.call = replace(one.call, resume_s=1.5)
     told = sent(EngineKind.HEXGEN, one, replace(PLACED, background=True))
     assert {wire.header_name(field) for field in wire.FIELDS} <= set(told)
 

@@ -18,12 +18,11 @@ from tests.router.fuzz.live import CHAT, Answer, Live
 pytestmark = pytest.mark.slow
 
 NAMES = sorted({
-    *(wire.header_name(field) for field in wire.FIELDS), *conventions.SESSION_HEADERS,
-    *conventions.TENANT_HEADERS, *conventions.TIMEOUT_HEADERS, conventions.FINAL_HEADER,
-    "x-hexgen-unknown", "x-acme-session-id", "x-parent-session-id", "x-request-id", "traceparent",
-    "tracestate", "x-correlation-id", "x-vllm-priority", "x-request-priority", "x-smg-priority",
-    "x-dynamo-request-priority", "x-data-parallel-rank", "authorization", "content-type", "accept",
-    "accept-encoding", "cookie", "forwarded", "x-forwarded-for", "te", "connection", "host",
+    *(wire.header_name(field) for field in wire.FIELDS), "baggage",
+    *(word.name for word in conventions.WORDS if word.place is conventions.Place.HEADER),
+    "x-hexgen-unknown", "x-acme-session-id", "x-request-id", "traceparent",
+    "tracestate", "x-correlation-id", "x-data-parallel-rank", "authorization", "content-type",
+    "accept", "accept-encoding", "cookie", "forwarded", "x-forwarded-for", "te", "connection", "host",
 })  # fmt: skip
 WORDS = st.sampled_from((
     "", "0", "1", "-1", "1e308", "1e999", "nan", "inf", "0x10", "1_000", "٣", "true", "null", "w",
@@ -41,8 +40,7 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
-AGENT = ("program_id", "task_id", "session_id", "agent_role", "priority", "deadline_seconds",
-         "expected_output_length")  # fmt: skip
+AGENT = [word.name.rpartition(".")[2] for word in conventions.WORDS if "agentic" in word.name]
 FIELDS = st.sampled_from((
     "model", "messages", "prompt", "input", "system", "instructions", "tools", "max_tokens",
     "max_completion_tokens", "max_output_tokens", "stream", "stream_options", "n", "priority",
