@@ -22,7 +22,8 @@ NAMES = sorted({
     *(word.name for word in conventions.WORDS if word.place is conventions.Place.HEADER),
     "x-hexgen-unknown", "x-acme-session-id", "x-request-id", "traceparent",
     "tracestate", "x-correlation-id", "x-data-parallel-rank", "authorization", "content-type",
-    "accept", "accept-encoding", "cookie", "forwarded", "x-forwarded-for", "te", "connection", "host",
+    "accept", "accept-encoding", "cookie", "forwarded", "x-forwarded-for", "te", "connection",
+    "host",
 })  # fmt: skip
 WORDS = st.sampled_from((
     "", "0", "1", "-1", "1e308", "1e999", "nan", "inf", "0x10", "1_000", "٣", "true", "null", "w",
