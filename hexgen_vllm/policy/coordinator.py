@@ -28,12 +28,12 @@ from hexgen_vllm.policy import overload
 from hexgen_vllm.policy.calls import InFlight
 from hexgen_vllm.policy.claims import credible_deadline_s
 from hexgen_vllm.policy.dispatch import Choice
-from hexgen_vllm.policy.engines import EngineLoad, Engines
+from hexgen_vllm.policy.engines import Elsewhere, EngineLoad, Engines
 from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.policy.protection import OpenCall, Protection
 from hexgen_vllm.policy.queue import HeldCalls
-from hexgen_vllm.policy.workflow import Shapes, WorkflowRun, Workflows
+from hexgen_vllm.policy.workflow import Shapes, WorkflowPart, WorkflowRun, Workflows
 from hexgen_vllm.types import (
     NO_DEADLINE,
     Call,
@@ -117,6 +117,26 @@ class Coordinator:
     def engine_reported(self, engine_id: str, report: EngineReport) -> None:
         """Take in telemetry."""
         self.engines[engine_id].reported(report)
+
+    def placed_elsewhere(
+        self, source: str, loads: Mapping[str, Elsewhere], now: float
+    ) -> list[Decision]:
+        """Take in what other coordinators have on the engines.
+
+        Args:
+            source: who tells; what it told before no longer counts.
+            loads: by engine; one that is missing has nothing.
+            now: the time.
+        """
+        self._engines.told(source, loads)
+        return self._release(now)
+
+    def seen_elsewhere(self, part: WorkflowPart, now: float) -> None:
+        """Take in what another coordinator knows of a workflow: it may go on here."""
+        self.workflows.heard(part, now)
+        engine = self.engines.get(part.engine)
+        if engine is not None and part.prefix:
+            engine.prefixes.put(part.prefix, part.chunk_tokens)
 
     def retune(self, options: DispatchOptions, now: float) -> list[Decision]:
         """Turn the knobs of the policy in force; ``options`` differ in nothing else."""
@@ -235,6 +255,7 @@ class Coordinator:
             run.deadline_s = default_s
         if call.deadline_s != NO_DEADLINE:
             least_s = self._estimates.least_s(call, ordinal, now)
+            run.asked_s = now
             run.ordered_by_s = credible_deadline_s(
                 call.deadline_s, run.ordered_by_s, default_s, now + least_s
             )
@@ -336,7 +357,8 @@ class Coordinator:
         )
         self._dispatch.placed(demand, choice, now)
         entry.run.begun = True
-        flight = InFlight(demand.call, placement, now, batch=len(engine.in_flight) + 1)
+        self.workflows.placed(entry.run, demand.call, engine.engine_id)
+        flight = InFlight(demand.call, placement, now, batch=engine.calls + 1)
         if not demand.call.streamed:
             flight.starts_s = now + choice.first_token_in_s(demand)
         engine.placed(flight)

@@ -11,7 +11,7 @@ ahead of it, then decodes in a batch whose steps prefill chunks of other calls l
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Final, NamedTuple
@@ -96,9 +96,13 @@ class PrefixIndex:
 
     def add(self, call: Call) -> None:
         """Note that the engine now computes the prompt of ``call``."""
-        size = max(call.prefix_chunk_tokens, 1)  # of nothing there could be any number
+        self.put(call.prefix, call.prefix_chunk_tokens)
+
+    def put(self, prefix: tuple[int, ...], chunk_tokens: int) -> None:
+        """Note that the engine computes a prompt of these chunks, or did so for others."""
+        size = max(chunk_tokens, 1)  # of nothing there could be any number
         # Leading chunks are touched last: vLLM evicts the tail of a prefix first.
-        for key in reversed(call.prefix):
+        for key in reversed(prefix):
             if key not in self._tokens:
                 self._tokens[key] = size
                 self._held += size
@@ -148,6 +152,7 @@ class EngineLoad:
         self.traffic_fit = CostFit(min_steps=12)
         self.error: float | None = None
         self.doubted = False
+        self._told: tuple[StepCost, float | None] | None = None  # what others learned of it
         self._cost: StepCost | None = None
         self._believed: StepCost | None = None  # the last cost that could be trusted in full
         self._prefill_share = 0.0  # as reported, smoothed
@@ -221,6 +226,8 @@ class EngineLoad:
         fit, error = self.report.cost, self.report.fit_error
         if fit is None:
             fit, error = self.traffic_fit.cost(), self.traffic_fit.error()
+        if fit is None and self._told is not None:
+            fit, error = self._told
         if fit is not None and not fit.step_s(1) > 0.0:
             fit = None  # a step that takes no time was not measured
         self.error = None if fit is None else error
@@ -237,6 +244,16 @@ class EngineLoad:
             self._cost = fit if share > 0.0 else None
         self._believed = believed
 
+    def told(self, cost: StepCost, error: float | None) -> None:
+        """Take in what another coordinator learned of its steps, to use until this one has."""
+        self._told = cost, error
+        self._judge()
+
+    def learned(self) -> tuple[StepCost, float | None] | None:
+        """Return what this coordinator's own traffic taught of its steps, for others."""
+        cost = None if self.report.cost is not None else self.traffic_fit.cost()
+        return None if cost is None else (cost, self.traffic_fit.error())
+
     def restarted(self, spec: EngineSpec, state: EngineState) -> None:
         """Forget what a restart makes untrue; calls in flight stay until their driver ends them."""
         self.spec = spec
@@ -245,7 +262,7 @@ class EngineLoad:
         self.report = EngineReport()
         self.prefixes = PrefixIndex(spec.kv_tokens)
         self.traffic_fit = CostFit(min_steps=12)
-        self._believed = None
+        self._believed = self._told = None
         self._prefill_share, self._shares_seen = 0.0, 0
         self._judge()
 
@@ -303,7 +320,7 @@ class EngineLoad:
         """Fit the step cost from a call that ended, where the engine does not report its own."""
         if self.report.cost is not None or not result.output_tokens:
             return
-        batch = (entry.batch + len(self.in_flight) + 1) / 2
+        batch = (entry.batch + self.calls + 1) / 2
         if entry.batch > self.slots:
             return  # it queued in the engine for an unknown time
         prompt = result.prompt_tokens or entry.call.prompt_tokens
@@ -467,6 +484,7 @@ class Engines:
 
     def __init__(self) -> None:
         self.loads: dict[str, EngineLoad] = {}
+        self._elsewhere: dict[str, Mapping[str, Elsewhere]] = {}  # by who told, by engine
         self._by_name: list[EngineLoad] = []
         self._lengths_differ = self._models_differ = False
         self._by_model: dict[str, list[EngineLoad]] = {}  # that take calls; as long as that holds
@@ -479,6 +497,7 @@ class Engines:
         else:
             self.loads[spec.engine_id] = engine = EngineLoad(spec)
             engine.state = state
+            self._add_up(engine)
         self._sort()
 
     def left(self, engine_id: str) -> None:
@@ -493,6 +512,18 @@ class Engines:
             engine.prefixes.clear()
         engine.state = state
         self._by_model.clear()
+
+    def told(self, source: str, loads: Mapping[str, Elsewhere]) -> None:
+        """Note what others have placed, in place of all that ``source`` told before."""
+        self._elsewhere[source] = loads
+        for engine in self._by_name:
+            self._add_up(engine)
+
+    def _add_up(self, engine: EngineLoad) -> None:
+        parts = [of[engine.engine_id] for of in self._elsewhere.values() if engine.engine_id in of]
+        found = Elsewhere.total(parts)
+        if found != engine.elsewhere:
+            engine.elsewhere = found
 
     def serves(self, engine_id: str, models: frozenset[str]) -> None:
         """Note that an engine has other models than before, such as adapters loaded since."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
 from itertools import islice
@@ -34,6 +34,7 @@ NOTHING: Final = Tail(0.0, 0.0, 0.0)
 _ENOUGH: Final = 8
 _MAX_KEYS: Final = 4096
 _MAX_CALLS: Final = 256  # calls of one workflow that teach
+_MAX_ENDED: Final = 4096  # workflows that ended, of which others are to be told
 # Weight of one prompt token against one output token when paths are compared. Published device
 # rates give 1/90 to 1/170 (prefill 1.2-11.5 k tokens/s against 11.5-40 ms a decode step).
 PREFILL_WEIGHT: Final = 0.01
@@ -138,6 +139,13 @@ class SeenCall:
         self.arrived_s, self.prompt_tokens, self.ended_s = arrived_s, prompt_tokens, None
         self.uncached_tokens = self.output_tokens = 0
 
+    def copied(self) -> SeenCall:
+        """Return the same, which does not change with this one."""
+        copy = SeenCall(self.stage, self.ordinal, self.arrived_s, self.prompt_tokens)
+        copy.ended_s, copy.uncached_tokens = self.ended_s, self.uncached_tokens
+        copy.output_tokens = self.output_tokens
+        return copy
+
     def weight(self) -> float:
         """Return the call's work in output tokens."""
         return CALL_WEIGHT + self.output_tokens + PREFILL_WEIGHT * self.uncached_tokens
@@ -163,6 +171,43 @@ class WorkflowRun:
     calls: dict[str, SeenCall] = field(default_factory=dict)
     stage_counts: dict[str, int] = field(default_factory=dict)
     learned_as: str = ""  # where that is not its type alone
+    asked_s: float = -math.inf  # when its client last said a deadline
+    lone: bool = False  # nothing follows its first call
+    engine: str = ""  # where its call was placed last, and how the prompt of that began
+    prefix: tuple[int, ...] = ()
+    chunk_tokens: int = 0
+    elsewhere_s: float = -math.inf  # when another coordinator last saw it
+    over: bool = False  # another coordinator has ended it
+
+
+class WorkflowPart(NamedTuple):
+    """What one coordinator tells others of a workflow: how it stands, and the calls that changed.
+
+    Attributes:
+        workflow_id, workflow_type, learned_as, started_s, last_seen_s, asked, asked_s,
+            deadline_s, ordered_by_s, background, engine, prefix, chunk_tokens: as of
+            :class:`WorkflowRun`.
+        calls: that came or ended since it was told last, by names that no others have.
+        gone: calls that failed since: they leave no trace.
+        over: it has ended.
+    """
+
+    workflow_id: str
+    workflow_type: str
+    learned_as: str
+    started_s: float
+    last_seen_s: float
+    asked: bool
+    asked_s: float
+    deadline_s: float
+    ordered_by_s: float
+    background: bool
+    engine: str
+    prefix: tuple[int, ...]
+    chunk_tokens: int
+    calls: dict[str, SeenCall]
+    gone: tuple[str, ...]
+    over: bool
 
 
 class _TailSample(NamedTuple):
@@ -396,6 +441,11 @@ class Workflows:
 
     A workflow ends when its client says so, or when nothing was heard of it for ``idle_s``.
 
+    Several coordinators can tell each other of theirs (:meth:`share`, :meth:`changes`,
+    :meth:`heard`): a workflow whose next call comes here goes on here, with its deadline and what
+    it has done. What each knows is the union of all that is told, in whatever order. It is open
+    where its last call came, and ends, counts and is logged there; all learn from it.
+
     Args:
         shapes: where endings teach.
         idle_s: seconds of silence after which a workflow counts as ended.
@@ -408,6 +458,10 @@ class Workflows:
         self._open: OrderedDict[str, WorkflowRun] = OrderedDict()
         self._admitted = 0
         self.on_end: Callable[[WorkflowRun], None] | None = None  # told of every ending
+        self.on_move: Callable[[WorkflowRun], None] | None = None  # of those gone on elsewhere
+        self._elsewhere: OrderedDict[str, WorkflowRun] = OrderedDict()
+        self._changed: dict[str, set[str]] | None = None  # calls to tell of, by open workflow
+        self._ended: deque[WorkflowPart] = deque(maxlen=_MAX_ENDED)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -416,13 +470,19 @@ class Workflows:
         """Return an open workflow."""
         return self._open.get(workflow_id)
 
+    @property
+    def elsewhere(self) -> Collection[str]:
+        """Workflows that are open at other coordinators."""
+        return self._elsewhere.keys()
+
     def inherited(self, call: Call) -> Call:
         """Return a call of a child session with what it has from the top of its tree.
 
         Its deadline is that of the root if a client asked for one. Where those above wait for it,
         it is a part of the root's workflow: what follows it is what follows there.
         """
-        root = None if call.root is None else self._open.get(call.root)
+        name = call.root
+        root = None if name is None else self._open.get(name) or self._elsewhere.get(name)
         if root is None:
             return call
         waited_for = call.root == call.workflow_id
@@ -437,10 +497,10 @@ class Workflows:
 
     def arrived(self, call: Call, now: float) -> tuple[WorkflowRun, SeenCall]:
         """Note that ``call`` arrived; opens its workflow when new."""
-        run = self._open.get(call.workflow_id)
+        run = self._open.get(call.workflow_id) or self._taken_over(call.workflow_id)
         if run is None:
             run = WorkflowRun(call.workflow_id, call.workflow_type, now)
-            run.learned_as = call.learned_as
+            run.learned_as, run.lone = call.learned_as, call.final
             self._open[call.workflow_id] = run
         self._open.move_to_end(call.workflow_id)
         if call.deadline_s != NO_DEADLINE:
@@ -453,7 +513,13 @@ class Workflows:
         seen = SeenCall(call.stage, ordinal, call.arrived_s, call.prompt_tokens)
         if len(run.calls) < _MAX_CALLS:
             run.calls[call.call_id] = seen
+        self._touch(run, call.call_id)
         return run, seen
+
+    def placed(self, run: WorkflowRun, call: Call, engine_id: str) -> None:
+        """Note where a call of a workflow went: its engine has the prompt then."""
+        run.engine, run.prefix, run.chunk_tokens = engine_id, call.prefix, call.prefix_chunk_tokens
+        self._touch(run, call.call_id)
 
     def admit(self, run: WorkflowRun, most: int) -> bool:
         """Return whether a workflow may go on, or begin among ``most`` others (0: no limit)."""
@@ -481,14 +547,23 @@ class Workflows:
                 run.attained += seen.weight()
         else:
             run.calls.pop(call.call_id, None)
-        if call.final and run.in_flight == 0:
+        self._touch(run, call.call_id)
+        if run.in_flight == 0 and run.over:
+            self._move(run)
+        elif call.final and run.in_flight == 0:
             self.finished(call.workflow_id)
 
     def finished(self, workflow_id: str) -> WorkflowRun | None:
         """End a workflow and learn from it; returns it, or ``None`` when it is not open."""
+        if workflow_id not in self._open:
+            self._taken_over(workflow_id)
         run = self._open.pop(workflow_id, None)
         if run is not None:
             self._admitted -= run.admitted
+            if self._changed is not None:
+                calls = set(run.calls) if run.lone else self._changed.pop(workflow_id, set())
+                if calls or not run.lone:
+                    self._ended.append(_part(run, calls, over=True))
             self.shapes.learn(run)
             if self.on_end is not None:
                 self.on_end(run)
@@ -502,6 +577,139 @@ class Workflows:
             silent = run.in_flight == 0 and now - run.last_seen_s > self._idle_s
             if not silent and len(self._open) <= self._max_open:
                 break
+            if run.elsewhere_s > run.last_seen_s:
+                self._move(run)
+                continue
             self.finished(run.workflow_id)
             ended.append(run)
+        while self._elsewhere:
+            workflow_id, run = next(iter(self._elsewhere.items()))
+            if now - run.elsewhere_s <= self._idle_s and len(self._elsewhere) <= self._max_open:
+                break
+            del self._elsewhere[workflow_id]
         return ended
+
+    # Several coordinators
+
+    def share(self) -> None:
+        """Keep from now on what others are to be told; of workflows that are open, all."""
+        self._changed = {name: set(r.calls) for name, r in self._open.items() if not r.lone}
+
+    def changes(self, most: int) -> list[WorkflowPart]:
+        """Return what others have not been told yet, at most of so many workflows.
+
+        Of workflows that ended the last few thousand are kept for telling. Nothing changes what
+        was returned.
+        """
+        found: list[WorkflowPart] = []
+        while self._ended and len(found) < most:
+            found.append(self._ended.popleft())
+        changed = self._changed
+        while changed and len(found) < most:
+            workflow_id = next(iter(changed))
+            found.append(_part(self._open[workflow_id], changed.pop(workflow_id)))
+        return found
+
+    def heard(self, part: WorkflowPart, now: float) -> None:
+        """Take in what another coordinator tells; ``now`` is when."""
+        run = self._open.get(part.workflow_id)
+        if run is not None and part.over and run.started_s > part.last_seen_s:
+            run = None  # the name was used again
+        known = run or self._elsewhere.get(part.workflow_id)
+        if known is None:
+            known = WorkflowRun(part.workflow_id, part.workflow_type, part.started_s)
+            known.learned_as = part.learned_as
+        later = part.last_seen_s > known.last_seen_s
+        self._merge(known, part)
+        known.elsewhere_s = max(known.elsewhere_s, min(part.last_seen_s, now))
+        if part.over:
+            known.over = True
+            self.shapes.learn(known)
+        if run is None:
+            self._keep_elsewhere(known)
+        elif run.in_flight == 0 and (part.over or later):
+            self._move(run)
+
+    def _touch(self, run: WorkflowRun, call_id: str) -> None:
+        if self._changed is not None and not run.lone:
+            self._changed.setdefault(run.workflow_id, set()).add(call_id)
+
+    def _taken_over(self, workflow_id: str) -> WorkflowRun | None:
+        """Go on with a workflow that others know; ``None`` if they know none of that name."""
+        run = self._elsewhere.pop(workflow_id, None)
+        if run is not None:
+            run.begun = run.admitted = True
+            self._admitted += 1
+            self._open[workflow_id] = run
+        return run
+
+    def _move(self, run: WorkflowRun) -> None:
+        """Leave a workflow to others."""
+        del self._open[run.workflow_id]
+        if self._changed is not None:
+            self._changed.pop(run.workflow_id, None)
+        self._admitted -= run.admitted
+        run.admitted = False
+        self._keep_elsewhere(run)
+        if self.on_move is not None:
+            self.on_move(run)
+
+    def _keep_elsewhere(self, run: WorkflowRun) -> None:
+        self._elsewhere.pop(run.workflow_id, None)
+        if not run.over:
+            self._elsewhere[run.workflow_id] = run
+            if len(self._elsewhere) > self._max_open:
+                self._elsewhere.popitem(last=False)
+
+    def _merge(self, run: WorkflowRun, part: WorkflowPart) -> None:
+        run.started_s = min(run.started_s, part.started_s)
+        run.asked = run.asked or part.asked
+        if part.asked_s > run.asked_s:
+            run.asked_s, run.deadline_s = part.asked_s, part.deadline_s
+            run.ordered_by_s = part.ordered_by_s
+        elif part.asked_s == run.asked_s:
+            run.deadline_s = min(run.deadline_s, part.deadline_s)
+            run.ordered_by_s = min(run.ordered_by_s, part.ordered_by_s)
+        if part.last_seen_s > run.last_seen_s and run.in_flight == 0:
+            run.background = part.background
+            run.last_seen_s = max(run.last_seen_s, part.last_seen_s)
+        if part.engine:
+            run.engine, run.prefix, run.chunk_tokens = part.engine, part.prefix, part.chunk_tokens
+        for name, told in part.calls.items():
+            seen = run.calls.get(name)
+            if seen is None:
+                if len(run.calls) >= _MAX_CALLS:
+                    continue
+                run.calls[name] = told
+                run.stage_counts[told.stage] = run.stage_counts.get(told.stage, 0) + 1
+            elif seen.ended_s is None and told.ended_s is not None:
+                run.calls[name] = told
+            else:
+                continue
+            if told.ended_s is not None:
+                run.attained += told.weight()
+                self.shapes.learn_output(run.learned_as, told.stage, told.output_tokens)
+        for name in part.gone:
+            run.calls.pop(name, None)
+
+
+def _part(run: WorkflowRun, changed: set[str], *, over: bool = False) -> WorkflowPart:
+    """Return what is to be told of a workflow; calls are copied, as they go on changing."""
+    return WorkflowPart(
+        run.workflow_id,
+        run.workflow_type,
+        run.learned_as,
+        run.started_s,
+        run.last_seen_s,
+        run.asked,
+        run.asked_s,
+        run.deadline_s,
+        run.ordered_by_s,
+        run.background,
+        run.engine,
+        run.prefix,
+        run.chunk_tokens,
+        {name: run.calls[name].copied() for name in changed if name in run.calls},
+        tuple(name for name in changed if name not in run.calls),
+        over,
+    )

@@ -46,6 +46,7 @@ from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.processes.shard import Shard
 from hexgen_vllm.router.processes.spot import PROCESS_HEADER, Spot
 from hexgen_vllm.router.relay import Relay
+from hexgen_vllm.router.replicas import Replicas
 from hexgen_vllm.router.routes import Parts, Routes, monitors, public, takes_batches
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.status.pages import Pages
@@ -189,6 +190,7 @@ class Router:
 
     Attributes:
         context: its parts, once started.
+        replicas: what tells other routers, if there may be some.
     """
 
     context: Context
@@ -205,6 +207,7 @@ class Router:
         self._dispatch = replace(dispatch, tenant_weights=weights)
         self._options, self._spot = options, spot
         self._shard: Shard | None = None
+        self.replicas: Replicas | None = None
         self._clock = clock or SystemClock()
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.ServerRunner | None = None
@@ -275,6 +278,7 @@ class Router:
         if self._spot is not None and self._shard is not None:
             await web.UnixSite(self._runner, self._spot.socket(), backlog=_BACKLOG).start()
             self._tasks.append(asyncio.create_task(self._shard.run()))
+        self._join_others()
         context.watchers.start()
         await self._look_for_engines()
         self._tasks.append(asyncio.create_task(self._beat()))
@@ -283,6 +287,12 @@ class Router:
             self._tasks.append(asyncio.create_task(context.tuning.run()))
         engines = ",".join(context.fleet.engines)
         _LOG.info("listening url=%s policy=%s engines=%s", self.url, self._dispatch.policy, engines)
+
+    def _join_others(self) -> None:
+        if self._options.replicas is not None:
+            group = "" if self._spot is None else self._spot.folder
+            self.replicas = Replicas(self._options, self.context.service, group)
+            self._tasks.append(asyncio.create_task(self.replicas.run()))
 
     def _max_connections(self) -> int:
         """Return how many clients may be connected."""
@@ -355,6 +365,8 @@ class Router:
             for task in pending:
                 task.cancel()
             await asyncio.wait(pending, timeout=_CLOSE_S)
+        if self.replicas is not None:
+            await self.replicas.close()
         if self._metrics_port is not None:
             await self._metrics_port.stop()
         if self._runner is not None:

@@ -178,7 +178,7 @@ def options_from(
     for name, variable in KEY_VARIABLES.items():
         key = environment.get(variable)
         if key:
-            values[name] = key if name == "engine_api_key" else (key,)
+            values[name] = (key,) if name in ("api_key", "admin_api_key") else key
     values |= config.given(args, RouterOptions) | config.given(args, DispatchOptions)
     options, placing = composed(values)
     policy_file.load(placing.policy)

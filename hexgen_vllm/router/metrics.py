@@ -329,6 +329,7 @@ class Metrics:
         self.outcomes, self.usage = Outcomes(), Usages()
         self.accounts = Accounts()
         service.coordinator.workflows.on_end = self._workflow_ended
+        service.coordinator.workflows.on_move = self.accounts.workflow_moved
         self.outcomes.on_forget = self._forget_type
         self._registry = CollectorRegistry()
         for collector in (_State(ledger, service, fleet), self.usage, Pressure(service)):

@@ -41,6 +41,7 @@ KEY_VARIABLES: Final = {
     "api_key": "HEXGEN_ROUTER_API_KEY",
     "admin_api_key": "HEXGEN_ROUTER_ADMIN_API_KEY",
     "engine_api_key": "HEXGEN_ROUTER_ENGINE_API_KEY",
+    "replicas": "HEXGEN_ROUTER_REPLICAS",
 }
 """Environment variables that hold keys, so that none shows in a list of processes."""
 
@@ -90,6 +91,7 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
         "disable_circuit_breaker", "cb_failure_threshold", "cb_error_ratio", "cb_least_calls",
         "cb_window_duration_secs", "cb_timeout_duration_secs", "cb_success_threshold",
     ),
+    "replicas": ("replicas", "replicas_fleet", "replicas_stale_secs"),
     "discovery": (
         "worker_dns", "worker_dns_records", "worker_dns_server", "worker_dns_refresh_secs",
         "worker_dns_least_refresh_secs", "worker_dns_timeout_secs", "service_discovery",
@@ -191,6 +193,17 @@ class RouterOptions:
         "clients connected at once to a process, more get 503; 0 for as many as its limit of file "
         "descriptors allows",
         least=0,
+    )
+    replicas: str | None = option(
+        None,
+        "Redis or Valkey through which routers of the same engines tell each other what they do, "
+        f"as redis://[user:password@]host:port/db or rediss:// (or ${KEY_VARIABLES['replicas']})",
+    )
+    replicas_fleet: str = option(
+        "default", "name that those routers have in common; other fleets may use the same store"
+    )
+    replicas_stale_secs: float = option(
+        2.0, "time after which what another router told of its calls is unknown", least=0.3
     )
     request_id_headers: tuple[str, ...] = option(
         ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"),
@@ -522,8 +535,24 @@ def _check_discovery(options: RouterOptions) -> None:
     check_selector(options.selector)
     if options.service_discovery != bool(options.selector):
         raise ConfigError("service_discovery and selector must be given together.")
+    _check_replicas(options)
     _check_installed("worker_dns", bool(options.worker_dns), "dns", "dns")
     _check_installed("service_discovery", options.service_discovery, "kubernetes_asyncio", "k8s")
+
+
+def _check_replicas(options: RouterOptions) -> None:
+    if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", options.replicas_fleet) is None:
+        raise ConfigError("replicas_fleet must be letters, digits, '.', '_' and '-', at most 64.")
+    if options.replicas is None:
+        return
+    try:
+        parts = urlsplit(options.replicas)
+        usable = parts.port != 0 and bool(parts.path if parts.scheme == "unix" else parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable or parts.scheme not in ("redis", "rediss", "unix"):  # it may hold a password
+        raise ConfigError("replicas must be like redis://host:6379/0, rediss:// or unix:///path.")
+    _check_installed("replicas", True, "redis", "replicas")
 
 
 def _check_installed(name: str, wanted: bool, module: str, extra: str) -> None:

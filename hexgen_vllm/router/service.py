@@ -12,6 +12,7 @@ from dataclasses import replace
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.engines import Elsewhere
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.types import (
@@ -130,6 +131,11 @@ class Service:
     def engine_reported(self, engine_id: str, report: EngineReport) -> None:
         """Take in telemetry."""
         self.coordinator.engine_reported(engine_id, report)
+
+    def placed_elsewhere(self, source: str, loads: Mapping[str, Elsewhere]) -> None:
+        """Take in what calls others have on the engines, in place of what ``source`` told last."""
+        now = self.clock.now()
+        self._carry_out(self.coordinator.placed_elsewhere(source, loads, now))
 
     def tick(self) -> None:
         """Do what time alone causes; call it about once a second or more often."""

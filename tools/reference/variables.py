@@ -10,6 +10,7 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "HEXGEN_ROUTER_API_KEY": ("router", "key that clients must present (`--api-key`)"),
     "HEXGEN_ROUTER_ADMIN_API_KEY": ("router", "key for admin routes (`--admin-api-key`)"),
     "HEXGEN_ROUTER_ENGINE_API_KEY": ("router", "key presented to engines (`--engine-api-key`)"),
+    "HEXGEN_ROUTER_REPLICAS": ("router", "store shared with other routers (`--replicas`)"),
     "OPENAI_BASE_URL": ("batch", "the server that is asked (`--base-url`)"),
     "OPENAI_API_KEY": ("batch, explain", "key for the server that is asked (`--api-key`)"),
     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": (

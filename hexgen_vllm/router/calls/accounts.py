@@ -319,6 +319,10 @@ class Accounts:
         if not of.under_way:
             self._close(of, run)
 
+    def workflow_moved(self, run: WorkflowRun) -> None:
+        """Note that a workflow goes on at another router, where its account will be closed."""
+        self._open.pop(run.workflow_id, None)
+
     def _close(self, of: _Open, run: WorkflowRun) -> None:
         self._open.pop(run.workflow_id, None)
         account = WorkflowAccount.of(run, of.calls, ended=True)

@@ -7,6 +7,7 @@ fixed-size chunks, as a prefix cache knows its blocks.
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ def _texts(value: object) -> list[str]:
 def chain(prompt: Prompt, seed: str) -> tuple[int, ...]:
     """Return chain hashes of the leading full chunks, at most :data:`MAX_CHUNKS`.
 
+    They are the same in every process, unlike Python's of text: routers tell them each other.
+
     Args:
         prompt: what is hashed.
         seed: prompts of another seed (model) never look alike.
@@ -98,13 +101,19 @@ def chain(prompt: Prompt, seed: str) -> tuple[int, ...]:
     start = prompt.start
     text = isinstance(start, str)
     size = CHUNK_CHARS if text else CHUNK_TOKENS
-    key = hash((seed, text))
+    key = hash((_number(seed), text))
     found = []
     for i in range(0, min(len(start) // size, MAX_CHUNKS) * size, size):
         piece = start[i : i + size]
-        key = hash((key, piece if isinstance(piece, str) else tuple(piece)))
+        key = hash((key, _number(piece) if isinstance(piece, str) else tuple(piece)))
         found.append(key)
     return tuple(found)
+
+
+def _number(text: str) -> int:
+    """Return 64 bits that tell texts apart which nobody chose to look alike."""
+    raw = text.encode("utf-8", "surrogatepass")
+    return zlib.crc32(raw) << 32 | zlib.adler32(raw)
 
 
 _BYTES_PER_CHAR: Final = 4

@@ -223,10 +223,12 @@ class Shard:
             await asyncio.sleep(_ASK_S)
             found = await asyncio.gather(*(self._get(i, LOAD_PATH) for i in self._spot.others()))
             loads: list[dict[str, Any]] = [json.loads(raw) for raw in found if raw]
-            for name, load in self._context.service.coordinator.engines.items():
-                parts = [Elsewhere(*one[name]) for one in loads if name in one]
-                load.elsewhere = Elsewhere.total(parts)
-            self._context.service.tick()  # there may be room now for calls that wait
+            names = {name for one in loads for name in one}
+            total = {
+                name: Elsewhere.total(Elsewhere(*one[name]) for one in loads if name in one)
+                for name in names
+            }
+            self._context.service.placed_elsewhere("processes", total)
 
     async def _metrics(self) -> web.StreamResponse:
         own = self._context.metrics.exposition()
