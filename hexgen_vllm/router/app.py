@@ -85,7 +85,7 @@ def new_context(
     discovery = Discovery(options, fleet, watchers, clock)
     metrics = Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner)
     metrics.add(DiscoveryMetrics(discovery))
-    return Context(
+    context = Context(
         options=options,
         clock=clock,
         epoch_s=clock.now(),
@@ -106,6 +106,9 @@ def new_context(
         pool=pool,
         tuning=tuning,
     )
+    # Whichever tracing is in force then.
+    metrics.on_workflow_end = lambda run: context.tracing.workflow_ended(run)  # noqa: PLW0108
+    return context
 
 
 def open_tracing(endpoint: str | None, policy: str) -> Tracing:

@@ -16,7 +16,7 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, NamedTuple
@@ -321,6 +321,7 @@ class Metrics:
         workflow_s: time from the first call of a workflow to its last end, by type.
         end_slack_s: time left when workflows with a deadline ended, by type.
         accounts: where the time of workflows went.
+        on_workflow_end: told of every ending.
     """
 
     def __init__(
@@ -330,6 +331,7 @@ class Metrics:
         self.accounts = Accounts()
         service.coordinator.workflows.on_end = self._workflow_ended
         service.coordinator.workflows.on_move = self.accounts.workflow_moved
+        self.on_workflow_end: Callable[[WorkflowRun], None] | None = None
         self.outcomes.on_forget = self._forget_type
         self._registry = CollectorRegistry()
         for collector in (_State(ledger, service, fleet), self.usage, Pressure(service)):
@@ -377,6 +379,8 @@ class Metrics:
         self.usage.begun(call)
 
     def _workflow_ended(self, run: WorkflowRun) -> None:
+        if self.on_workflow_end is not None:
+            self.on_workflow_end(run)
         name = self.outcomes.add(run)
         self.accounts.workflow_ended(run)
         self.workflow_s.observe(run.last_seen_s - run.started_s, name)

@@ -162,7 +162,7 @@ class Relay:
         context.metrics.began(call)
         if job.placed:
             context.metrics.accounts.call_began(call, job.request_id)
-        job.trace.accepted(job.request_id, call)
+        job.trace.accepted(job.request_id, call, accepted.agent)
         placement = await self._place(job, call)
         now = context.clock.now()
         context.metrics.held_s.observe(now - job.began_s)

@@ -1,9 +1,14 @@
 """Spans of calls in OpenTelemetry.
 
-POST /v1/chat/completions     server span; continues the client's ``traceparent``
-├── queue                     from the end of reading the call to its placement
-├── placement                 the decision, a moment
-└── upstream                  one per try; its ``traceparent`` goes to the engine
+invoke_workflow TYPE              from the first call of a workflow to its end
+└── POST /v1/chat/completions     server span of a call
+    ├── queue                     from the end of reading the call to its placement
+    ├── placement                 the decision, a moment
+    └── upstream                  one per try; its ``traceparent`` goes to the engine
+
+A call continues its client's ``traceparent`` if it brings one, and then links to its workflow,
+which continues that of the first call. Names and attributes are those that OpenTelemetry gives to
+generative AI (``gen_ai.*``), and ours (``hexgen.*``) for what it has no words for.
 """
 
 from __future__ import annotations
@@ -11,24 +16,38 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from typing import Final
 
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from hexgen_vllm import __version__
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.policy.workflow import WorkflowRun
+from hexgen_vllm.router.calls.accounts import LONE
 from hexgen_vllm.router.errors import Outcome
+from hexgen_vllm.router.observe.ledger import FAILED, outcome
 from hexgen_vllm.router.observe.tracing import CallTrace, Tracing
 from hexgen_vllm.types import Call, CallResult, Placement
 
 _PROTOCOL: Final = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _LAST_S: Final = 2.0
+_MOST_WORKFLOWS: Final = 20_000
+_OPERATION: Final = "gen_ai.operation.name"
+_OPERATIONS: Final = {
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
 _Value = str | int | float | bool
 
 
@@ -44,47 +63,110 @@ class OtelTracing(Tracing):
         about = {SERVICE_NAME: "hexgen-vllm-router", SERVICE_VERSION: __version__}
         self._provider = TracerProvider(resource=Resource.create(about), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(to))
-        self._tracer = self._provider.get_tracer("hexgen_vllm.router", __version__)
-        self._policy = policy
+        self.tracer = self._provider.get_tracer("hexgen_vllm.router", __version__)
+        self.policy = policy
+        self._workflows: OrderedDict[str, Span] = OrderedDict()
 
     def begin(self, path: str, headers: Mapping[str, str]) -> CallTrace:
         """Return the trace of a call; it continues the one in ``headers``."""
         came = {name: headers[name] for name in _PROPAGATOR.fields if name in headers}
-        span = self._tracer.start_span(
-            f"POST {path}",
-            context=_PROPAGATOR.extract(came),
-            kind=SpanKind.SERVER,
-            attributes={"http.request.method": "POST", "http.route": path},
-        )
-        return _OtelTrace(self._tracer, span, self._policy)
+        return _OtelTrace(self, path, came)
+
+    def workflow(self, call: Call, came: Mapping[str, str], began_ns: int) -> Span | None:
+        """Return the span of the workflow of a call, which begins with its first one.
+
+        Args:
+            call: the call.
+            came: its client's trace.
+            began_ns: when it came.
+        """
+        if call.workflow_id.startswith(LONE):
+            return None
+        span = self._workflows.get(call.workflow_id)
+        if span is None:
+            span = self._workflows[call.workflow_id] = self.tracer.start_span(
+                f"invoke_workflow {call.workflow_type}",
+                context=_PROPAGATOR.extract(came),
+                start_time=began_ns,
+            )
+            _say(span, {
+                _OPERATION: "invoke_workflow",
+                "gen_ai.workflow.name": call.workflow_type,
+                **_identity(call),
+            })  # fmt: skip
+            if len(self._workflows) > _MOST_WORKFLOWS:
+                self._workflows.popitem(last=False)[1].end()
+        return span
+
+    def workflow_ended(self, run: WorkflowRun) -> None:
+        span = self._workflows.pop(run.workflow_id, None)
+        if span is None:
+            return
+        found = outcome(run)
+        _say(span, {
+            "hexgen.outcome": found,
+            "hexgen.deadline_s": run.deadline_s - run.started_s,
+            "hexgen.slack_s": run.deadline_s - run.last_seen_s,
+        })  # fmt: skip
+        if found == FAILED:
+            span.set_status(Status(StatusCode.ERROR, found))
+        span.end()
 
     def close(self) -> None:
         """Send what was not sent yet; a receiver that does not answer is given up soon."""
+        while self._workflows:
+            self._workflows.popitem()[1].end()
         last = threading.Thread(target=self._provider.shutdown, daemon=True)
         last.start()
         last.join(_LAST_S)
 
 
 class _OtelTrace(CallTrace):
-    """The spans of one call."""
+    """The spans of one call; the first is made when it is known to which workflow it belongs."""
 
-    __slots__ = ("_context", "_policy", "_queue", "_root", "_tracer", "_tries", "_upstream")
+    __slots__ = ("_began_ns", "_came", "_context", "_made", "_path", "_queue", "_tracer",
+                 "_tracing", "_tries", "_upstream")  # fmt: skip
 
-    def __init__(self, tracer: Tracer, root: Span, policy: str) -> None:
-        self._tracer, self._root, self._policy = tracer, root, policy
-        self._context = set_span_in_context(root)
+    def __init__(self, tracing: OtelTracing, path: str, came: Mapping[str, str]) -> None:
+        self._tracing, self._tracer, self._path, self._came = tracing, tracing.tracer, path, came
+        self._began_ns = time.time_ns()
+        self._context = _PROPAGATOR.extract(came)
+        self._made: Span | None = None
         self._queue: Span | None = None
         self._upstream: Span | None = None
         self._tries = 0
 
-    def accepted(self, request_id: str, call: Call) -> None:
-        _say(self._root, {
+    @property
+    def _root(self) -> Span:
+        return self._made or self._begin(None)
+
+    def _begin(self, workflow: Span | None) -> Span:
+        links = []
+        if workflow is not None and self._came:
+            links.append(Link(workflow.get_span_context()))
+        elif workflow is not None:
+            self._context = set_span_in_context(workflow)
+        self._made = self._tracer.start_span(
+            f"POST {self._path}",
+            context=self._context,
+            kind=SpanKind.SERVER,
+            attributes={"http.request.method": "POST", "http.route": self._path},
+            links=links,
+            start_time=self._began_ns,
+        )
+        self._context = set_span_in_context(self._made)
+        return self._made
+
+    def accepted(self, request_id: str, call: Call, agent: str | None = None) -> None:
+        root = self._begin(self._tracing.workflow(call, self._came, self._began_ns))
+        operation = _OPERATIONS.get(self._path)
+        _say(root, {
             "hexgen.request_id": request_id,
-            "hexgen.workflow.id": call.workflow_id,
-            "hexgen.workflow.type": call.workflow_type,
             "hexgen.stage": call.stage,
-            "hexgen.tenant": call.tenant,
             "gen_ai.request.model": call.model,
+            "gen_ai.agent.name": agent or call.workflow_type,
+            **_identity(call),
+            **({} if operation is None else {_OPERATION: operation}),
         })  # fmt: skip
         self._queue = self._tracer.start_span("queue", context=self._context)
 
@@ -94,7 +176,7 @@ class _OtelTrace(CallTrace):
         span = self._tracer.start_span("placement", context=self._context)
         end_s = now if placement.finish_s is None else placement.finish_s
         _say(span, {
-            "hexgen.policy": self._policy,
+            "hexgen.policy": self._tracing.policy,
             "hexgen.engine": placement.engine_id,
             "hexgen.reason": placement.reason,
             "hexgen.score": placement.score,
@@ -135,6 +217,18 @@ class _OtelTrace(CallTrace):
                 failed.set_status(Status(StatusCode.ERROR, outcome))
         for span in (self._queue, self._upstream, self._root):
             _end(span)
+
+
+def _identity(call: Call) -> dict[str, _Value]:
+    """Return what call and workflow have in common."""
+    found: dict[str, _Value] = {
+        "hexgen.workflow.id": call.workflow_id,
+        "hexgen.workflow.type": call.workflow_type,
+        "hexgen.tenant": call.tenant,
+    }
+    if not call.workflow_id.startswith(LONE):
+        found["gen_ai.conversation.id"] = call.workflow_id
+    return found
 
 
 def _end(span: Span | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Final
 
+from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.types import Call, CallResult, Placement
 
 
@@ -16,8 +17,8 @@ class CallTrace:
 
     __slots__ = ()
 
-    def accepted(self, request_id: str, call: Call) -> None:
-        """Note that the call was read and now waits to be placed."""
+    def accepted(self, request_id: str, call: Call, agent: str | None = None) -> None:
+        """Note that the call, which ``agent`` makes, was read and now waits to be placed."""
 
     def placed(self, placement: Placement, now: float) -> None:
         """Note a decision."""
@@ -44,6 +45,9 @@ class Tracing:
     def begin(self, path: str, headers: Mapping[str, str]) -> CallTrace:
         """Return the trace of a call that came in at ``path``."""
         return NO_TRACE
+
+    def workflow_ended(self, run: WorkflowRun) -> None:
+        """Note the end of a workflow."""
 
     def close(self) -> None:
         """Send what was not sent yet; may take seconds."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from google.protobuf import json_format
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
@@ -23,6 +25,8 @@ from hexgen_vllm.router.app import open_tracing
 from hexgen_vllm.router.observe import otel
 from hexgen_vllm.router.observe.tracing import NO_TRACE, Tracing
 from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.sim.workloads.traces.lines import Row
+from hexgen_vllm.sim.workloads.traces.otel import read_otel
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import CallResult
@@ -78,7 +82,7 @@ async def test_a_call_is_one_tree(spans: Spans) -> None:
         (received,) = stand.received()
     found = spans.finished()
     assert {name: len(of) for name, of in found.items()} == {
-        ROOT: 1, "queue": 1, "placement": 1, "upstream": 1,
+        ROOT: 1, "queue": 1, "placement": 1, "upstream": 1, "invoke_workflow sql": 1,
     }  # fmt: skip
     (root,), (upstream,) = found[ROOT], found["upstream"]
     assert root.parent is not None
@@ -93,6 +97,63 @@ async def test_a_call_is_one_tree(spans: Spans) -> None:
     assert received.headers["tracestate"] == "vendor=1"
     assert (root.kind, upstream.kind) == (SpanKind.SERVER, SpanKind.CLIENT)
     assert [event.name for event in upstream.events] == ["first token"]
+
+
+async def test_a_workflow_is_a_span_above_its_calls(spans: Spans) -> None:
+    """In the words that other tools know, so that they can play what was recorded here."""
+    async with open_stand() as stand:
+        stand.context.tracing = spans.tracing
+        await ask(stand, {**SAID, "baggage": "gen_ai.agent.name=planner"})
+        await ask(stand, {**SAID, **CAME})
+        assert "invoke_workflow sql" not in spans.finished(), "it may go on"
+        await ask(stand, {**SAID, "x-hexgen-workflow-final": "1"})
+        await ask(stand, {})
+    found = spans.finished()
+    (workflow,) = found["invoke_workflow sql"]
+    first, other, last, lone = found[ROOT]
+    for call in (first, last):
+        assert call.parent is not None
+        assert call.parent.span_id == workflow.context.span_id
+        assert call.context.trace_id == workflow.context.trace_id
+    assert other.parent is not None
+    assert format(other.parent.span_id, "016x") == PARENT
+    assert [link.context.span_id for link in other.links] == [workflow.context.span_id]
+    assert (lone.parent, workflow.parent) == (None, None)
+    about = shown(workflow)
+    assert about["gen_ai.operation.name"] == "invoke_workflow"
+    assert about["gen_ai.conversation.id"] == about["workflow.id"] == "w-1"
+    assert about["outcome"] == "on-time"
+    assert about["deadline_s"] == pytest.approx(60.0, abs=5.0)
+    said = [shown(call) for call in (first, other, lone)]
+    assert [one["gen_ai.operation.name"] for one in said] == ["chat"] * 3
+    assert [one["gen_ai.agent.name"] for one in said] == ["planner", "sql", "default"]
+    assert [one.get("gen_ai.conversation.id") for one in said] == ["w-1", "w-1", None]
+    assert (workflow.start_time or 0) <= (first.start_time or 0)
+
+
+async def test_what_is_recorded_can_be_played(spans: Spans) -> None:
+    """A trace of the router is one that ``hexgen-vllm trace`` and simulations take."""
+    async with open_stand() as stand:
+        stand.context.tracing = spans.tracing
+        for stage in ("draft", "revise"):
+            await ask(stand, {**SAID, "x-hexgen-stage": stage})
+    spans.tracing._provider.force_flush()
+    found = json_format.MessageToDict(encode_spans(spans.exporter.get_finished_spans()))
+    (workflow,) = read_otel([Row(found, "here")], 60.0, 16)
+    assert (workflow.name, workflow.type, workflow.tenant) == ("w-1", "sql", "default")
+    assert [(call.stage, call.output) for call in workflow.calls] == [("draft", 8), ("revise", 8)]
+    assert [call.after for call in workflow.calls] == [(), (0,)]
+    assert workflow.deadline_s is None, "it did not end"
+
+
+async def test_workflows_that_are_open_at_the_end_are_sent(spans: Spans) -> None:
+    async with open_stand() as stand:
+        stand.context.tracing = spans.tracing
+        await ask(stand, SAID)
+        await ask(stand, {**SAID, "x-hexgen-workflow-id": "w-2"})
+    spans.tracing.close()
+    names = [span.name for span in spans.exporter.get_finished_spans()]
+    assert names.count("invoke_workflow sql") == 2
 
 
 async def test_spans_say_what_was_decided(spans: Spans) -> None:
@@ -169,7 +230,7 @@ async def test_spans_reach_a_receiver(monkeypatch: pytest.MonkeyPatch) -> None:
     service = {one.key: one.value.string_value for one in resource.resource.attributes}
     assert service["service.name"] == "hexgen-vllm-router"
     names = [span.name for scope in resource.scope_spans for span in scope.spans]
-    assert sorted(names) == [ROOT, "placement", "queue", "upstream"]
+    assert sorted(names) == [ROOT, "invoke_workflow sql", "placement", "queue", "upstream"]
 
 
 def test_a_wrong_protocol_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
