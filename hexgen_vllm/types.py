@@ -18,6 +18,8 @@ from typing import Final
 NO_DEADLINE = math.inf
 OF: Final = " of "
 """Between the name of a thing and the tenant to whom it belongs; neither has blanks."""
+LONE: Final = "lone "
+"""How the id of a workflow begins that is one call without a workflow; no client can send it."""
 
 
 @dataclass(init=False, slots=True, unsafe_hash=True)

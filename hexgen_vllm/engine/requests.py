@@ -23,7 +23,7 @@ from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.order import late_from_s, price
 from hexgen_vllm.policy.outlook import Outlooks, without_deadline
 from hexgen_vllm.policy.returns import UNSAID, Plans
-from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
+from hexgen_vllm.types import LONE, NO_DEADLINE, Call, CallResult
 
 logger = logging.getLogger("vllm.hexgen")
 
@@ -270,7 +270,7 @@ def _known_as(
     kind = meta.workflow_type or "default"
     return Call(
         request.request_id,
-        workflow_id or f"lone {request.request_id}",
+        workflow_id or f"{LONE}{request.request_id}",
         now,
         request.num_prompt_tokens,
         kind if deadline_s < NO_DEADLINE else without_deadline(kind),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.errors import Outcome
 from hexgen_vllm.router.observe.ledger import ON_TIME, outcome
-from hexgen_vllm.types import NO_DEADLINE, Call
+from hexgen_vllm.types import LONE, NO_DEADLINE, Call
 
 if TYPE_CHECKING:
     from hexgen_vllm.router.calls.call import Job
@@ -44,8 +44,6 @@ REASONS: Final[Mapping[str, str]] = {
 }
 """What a placement's reason means, as the end of a sentence."""
 OPEN: Final = "open"
-LONE: Final = "lone "
-"""How the id of a workflow begins that is one call without a workflow."""
 _MAX_CALLS: Final = 256
 _MOST: Final = 1_000
 _LOG: Final = logging.getLogger("hexgen_vllm.router.workflow")

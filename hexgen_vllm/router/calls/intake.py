@@ -29,7 +29,7 @@ from hexgen_vllm.router.conventions import Foreign
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.http.messages import LARGE_BYTES, HeaderMap, Pairs, aside
 from hexgen_vllm.router.tenants import ANYBODY, Client
-from hexgen_vllm.types import NO_DEADLINE, Call
+from hexgen_vllm.types import LONE, NO_DEADLINE, Call
 
 MAX_REQUEST_ID_CHARS: Final = 256
 SESSION_TYPE: Final = "session"
@@ -317,7 +317,7 @@ class Intake:
         expected = said.expected_output_tokens or foreign.expected_output_tokens
         default_type = SESSION_TYPE if in_session else "default"
         default_stage = CHILD_STAGE if top is not None else _default_stage(endpoint)
-        workflow_id = said.workflow_id or foreign.session_id or f"lone {call_id}"
+        workflow_id = said.workflow_id or foreign.session_id or f"{LONE}{call_id}"
         waited_for = top is not None and not top.detached
         if top is not None and waited_for:
             workflow_id = top.root

@@ -30,11 +30,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from hexgen_vllm import __version__
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.router.calls.accounts import LONE
 from hexgen_vllm.router.errors import Outcome
 from hexgen_vllm.router.observe.ledger import FAILED, outcome
 from hexgen_vllm.router.observe.tracing import CallTrace, Tracing
-from hexgen_vllm.types import Call, CallResult, Placement
+from hexgen_vllm.types import LONE, Call, CallResult, Placement
 
 _PROTOCOL: Final = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
