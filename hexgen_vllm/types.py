@@ -248,6 +248,7 @@ class Placement:
         uncached_tokens: prompt tokens expected to need prefill there.
         background: the workflow is demoted.
         priority_key: what an engine that takes one number orders by, the smallest first.
+        decode_s: predicted seconds from its first token to its last.
     """
 
     call_id: str
@@ -262,6 +263,7 @@ class Placement:
     uncached_tokens: int
     background: bool
     priority_key: float
+    decode_s: float
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -278,9 +280,10 @@ class Placement:
         uncached_tokens: int = 0,
         background: bool = False,
         priority_key: float = NO_DEADLINE,
+        decode_s: float = 0.0,
     ) -> None:
         self.call_id, self.engine_id, self.reason = call_id, engine_id, reason
-        self.priority_key = priority_key
+        self.priority_key, self.decode_s = priority_key, decode_s
         self.score, self.finish_s, self.due_s = score, finish_s, due_s
         self.deadline_s, self.tail_s, self.background = deadline_s, tail_s, background
         self.expected_output_tokens, self.uncached_tokens = expected_output_tokens, uncached_tokens

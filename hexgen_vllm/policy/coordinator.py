@@ -354,6 +354,7 @@ class Coordinator:
             uncached_tokens=max(demand.call.prompt_tokens - cached, 1),
             background=entry.run.background,
             priority_key=self._priority_key(entry),
+            decode_s=self._estimates.own_s(demand) if forecast is None else forecast.decode_s,
         )
         self._dispatch.placed(demand, choice, now)
         entry.run.begun = True

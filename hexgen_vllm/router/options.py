@@ -110,7 +110,8 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
 file of options, and what :class:`RouterOptions` lacks is of :class:`DispatchOptions`."""
 
 _WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
-_STATS_PORT: Final = re.compile(r"stats_port=([0-9]{1,5})")
+TOLD: Final = ("llm-d", "dynamo", "priority", "none")
+"""In whose words an engine that is not ours may be told when a call is due."""
 
 
 class Worker(NamedTuple):
@@ -121,11 +122,14 @@ class Worker(NamedTuple):
         url: of its server, without a slash at the end.
         stats_port: where on the same host the engine process itself gives its telemetry, if that
             was said.
+        deadline: in whose words it is told when a call is due, one of :data:`TOLD`; ``None`` if
+            that was not said.
     """
 
     name: str
     url: str
     stats_port: int | None = None
+    deadline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,9 @@ class RouterOptions:
     worker_urls: tuple[str, ...] = option(
         (),
         "engines, as http://host:port or name=http://host:port; ?stats_port=N after it is the "
-        "--hexgen-stats-port of one behind vLLM's Rust server, where that is not its default",
+        "--hexgen-stats-port of one behind vLLM's Rust server, where that is not its default; "
+        "?deadline=llm-d, dynamo, priority or none says in whose words one that is not ours is "
+        "told when a call is due",
     )
     worker_allowed_hosts: tuple[str, ...] = option(
         (),
@@ -573,7 +579,7 @@ def parse_worker(text: str, default_name: str) -> Worker:
     if match is None:
         raise wrong
     url, _, more = match["url"].partition("?")
-    stats_port = _stats_port(more)
+    said = _said_of(more)
     url = url.rstrip("/")
     try:
         parts = urlsplit(url)
@@ -581,11 +587,20 @@ def parse_worker(text: str, default_name: str) -> Worker:
         usable = usable and text.isprintable() and " " not in url
     except ValueError:
         raise wrong from None
-    if not usable or (more and stats_port is None):
+    if not usable or said is None:
         raise wrong
-    return Worker(match["name"] or default_name, url, stats_port)
+    return Worker(match["name"] or default_name, url, *said)
 
 
-def _stats_port(query: str) -> int | None:
-    said = _STATS_PORT.fullmatch(query)
-    return int(said[1]) if said is not None and 0 < int(said[1]) < 2**16 else None
+def _said_of(query: str) -> tuple[int | None, str | None] | None:
+    """Return port of telemetry and words for deadlines, ``None`` if anything else is said."""
+    port, words = None, None
+    for item in query.split("&") if query else ():
+        name, _, value = item.partition("=")
+        if name == "stats_port" and port is None and re.fullmatch("[0-9]{1,5}", value):
+            port = int(value)
+        elif name == "deadline" and words is None and value in TOLD:
+            words = value
+        else:
+            return None
+    return (port, words) if port is None or 0 < port < 2**16 else None

@@ -326,6 +326,7 @@ class Relay:
             method="GET" if job.request.method == "HEAD" else job.request.method,
             length=len(body),
             bare=bare,
+            words=engine.worker.deadline,
         )
         try:
             return await self._pool.send(url, head, body, once=not job.repeats)

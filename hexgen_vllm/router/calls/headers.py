@@ -6,6 +6,7 @@
 | ours | ``X-Vllm-Priority``: the client's priority, whatever words it came in |
 | stock, priority scheduling | ``X-Vllm-Priority``: due time, so that it serves earliest due first |
 | stock, FCFS | nothing |
+| another project's gateway, where that is said | time left to the first token, in its words |
 
 vLLM's Rust server hands no headers of ours on: there the fields go into the body
 (:func:`body_for`), where the request is one of those that carry any. Its priorities have 32 bits.
@@ -109,6 +110,7 @@ def call_head(  # noqa: PLR0913 - what a head is made of
     method: str = "POST",
     length: int | None = None,
     bare: bool = False,
+    words: str | None = None,
 ) -> bytes:
     """Return request line and headers of a call for its engine.
 
@@ -124,8 +126,11 @@ def call_head(  # noqa: PLR0913 - what a head is made of
         method: of the request.
         length: bytes of the body if it is not the client's.
         bare: the engine's server hands on no headers of ours, and priorities of 32 bits only.
+        words: in whose words an engine that is not ours is told when the call is due.
     """
     said = {**extra, **accepted.said, REQUEST_ID_HEADER: request_id}
+    if words is not None and kind is not EngineKind.HEXGEN:
+        said.update(_translated(words, accepted.call, placement, now))
     if kind is EngineKind.PRIORITY:
         due_s = placement.due_s - epoch
         number = narrow_priority if bare else stock_priority
@@ -147,6 +152,30 @@ def call_head(  # noqa: PLR0913 - what a head is made of
     kept.insert(0, first.encode("utf-8", "surrogateescape"))
     kept.append("".join(lines).encode("utf-8", "surrogateescape"))
     return b"".join(kept)
+
+
+def first_token_ms(placement: Placement, now: float) -> float:
+    """Return the milliseconds until the first token must come if the workflow is to be on time.
+
+    When the call is due minus what its other tokens take; ``inf`` without deadline, negative when
+    that has passed.
+    """
+    return (placement.due_s - placement.decode_s - now) * 1000.0
+
+
+def _translated(words: str, call: Call, placement: Placement, now: float) -> dict[str, str]:
+    """Return the headers by which another project's gateway learns how urgent a call is."""
+    left_ms = first_token_ms(placement, now)
+    said: dict[str, str] = {}
+    if words == "llm-d" and left_ms < math.inf:
+        said["x-llm-d-slo-ttft-ms"] = f"{max(left_ms, 1.0):.0f}"
+    if words == "dynamo":
+        # It refuses what has expired, and a late answer is better than none.
+        if 1.0 <= left_ms < math.inf:
+            said["x-dynamo-slo-ttft-ms"] = f"{left_ms:.0f}"
+        if call.priority:
+            said["x-dynamo-request-priority"] = str(call.priority)
+    return said
 
 
 def _kept_lines(pairs: Pairs, said: Mapping[str, str]) -> tuple[list[bytes], set[str]]:

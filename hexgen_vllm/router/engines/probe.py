@@ -159,7 +159,8 @@ class Probe:
         info = _object(body) if status == 200 else {}
         policy, slots = reports.scheduling(info)
         assumed = self._options.stock_scheduling
-        kind = _STOCK.get(policy or assumed, EngineKind.FCFS)
+        words = worker.deadline or policy or assumed
+        kind = _STOCK.get(words, EngineKind.FCFS)
         status, body = await self._get(worker, "/metrics")
         readings = reports.from_metrics(_text(body)) if status == 200 else ()
         budget = reports.token_budget(info)
@@ -167,7 +168,7 @@ class Probe:
             replace(one, max_num_seqs=slots, max_num_batched_tokens=budget)
             for one in readings or (_UNKNOWN,) * self._ranks
         ]
-        certain = policy is not None or assumed != "auto"
+        certain = policy is not None or words != "auto"
         return self._found(worker, cards, kind, limited)._replace(certain=certain)
 
     def _found(

@@ -72,11 +72,15 @@ def accepted(
 
 
 def sent(
-    kind: EngineKind, one: Accepted | None = None, placed: Placement = PLACED, **extra: str
+    kind: EngineKind,
+    one: Accepted | None = None,
+    placed: Placement = PLACED,
+    words: str | None = None,
+    **extra: str,
 ) -> dict[str, str]:
     head = outbound.call_head(
         one or accepted(), placed, kind, url=ENGINE, now=NOW, epoch=EPOCH, request_id="r1",
-        extra=extra,
+        extra=extra, words=words,
     )  # fmt: skip
     line, *lines = head.decode().removesuffix("\r\n\r\n").split("\r\n")
     assert line == "POST /v1/chat/completions?a=b%2Fc HTTP/1.1"
@@ -91,6 +95,38 @@ def test_a_stock_engine_is_told_nothing_of_ours() -> None:
 
 def test_a_priority_engine_gets_the_due_time() -> None:
     assert sent(EngineKind.PRIORITY) == {**ALL, "x-vllm-priority": "120000"}
+
+
+GATEWAY = Placement(
+    "c1", "e1", "finish", due_s=NOW + 20.0, deadline_s=NOW + 30.0, tail_s=10.0, decode_s=4.0
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "placed", "priority", "told"),
+    [
+        ("llm-d", GATEWAY, 0, {"x-llm-d-slo-ttft-ms": "16000"}),
+        ("llm-d", replace(GATEWAY, due_s=NOW - 1.0), 2, {"x-llm-d-slo-ttft-ms": "1"}),
+        ("llm-d", replace(GATEWAY, due_s=math.inf), 0, {}),
+        ("dynamo", GATEWAY, 0, {"x-dynamo-slo-ttft-ms": "16000"}),
+        (
+            "dynamo", GATEWAY, 3,
+            {"x-dynamo-slo-ttft-ms": "16000", "x-dynamo-request-priority": "3"},
+        ),
+        ("dynamo", replace(GATEWAY, due_s=NOW + 4.0), 0, {}),
+        ("none", GATEWAY, 3, {}),
+        (None, GATEWAY, 3, {}),
+    ],
+)  # fmt: skip
+def test_a_gateway_of_others_is_told_in_its_own_words(
+    words: str | None, placed: Placement, priority: int, told: dict[str, str]
+) -> None:
+    """The remaining path: what follows the call and its own later tokens are taken off."""
+    one = accepted({"X-LLM-D-SLO-TTFT-MS": "7", **CLIENT}, priority=priority)
+    found = sent(EngineKind.FCFS, one, placed, words=words)
+    expected = {"x-llm-d-slo-ttft-ms": "7", **ALL, **told}
+    assert found == expected
+    assert "x-llm-d-slo-ttft-ms" not in sent(EngineKind.HEXGEN, placed=placed, words=words)
 
 
 @pytest.mark.parametrize(("priority", "told"), [(3, "-3"), (-2, "2"), (10**13, str(-(10**13)))])

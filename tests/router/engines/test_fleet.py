@@ -13,7 +13,7 @@ from multidict import CIMultiDict
 from hexgen_vllm.router.endpoints import ENDPOINTS
 from hexgen_vllm.router.engines.health import Watcher
 from hexgen_vllm.router.options import Worker
-from hexgen_vllm.testing.fake_server import FakeSettings
+from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import EngineKind, EngineReport, EngineState
 
@@ -250,3 +250,32 @@ async def test_engine_names_can_be_given() -> None:
             await stand.until(stand.context.fleet.ready)
             async with stand.post() as answer:
                 assert answer.headers["x-hexgen-engine"] == "fast"
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "header"),
+    [
+        ("llm-d", EngineKind.FCFS, "x-llm-d-slo-ttft-ms"),
+        ("dynamo", EngineKind.FCFS, "x-dynamo-slo-ttft-ms"),
+        ("priority", EngineKind.PRIORITY, "x-vllm-priority"),
+        ("none", EngineKind.FCFS, None),
+    ],
+)
+async def test_each_engine_is_told_in_the_words_that_were_said(
+    words: str, kind: EngineKind, header: str | None
+) -> None:
+    async with FakeServer(FakeSettings()) as engine:
+        url = f"e={engine.url}?deadline={words}"
+        async with open_stand(wait=False, worker_urls=(url,), stock_scheduling="priority") as stand:
+            await stand.until(stand.context.fleet.ready)
+            assert stand.context.fleet.engines["e"].kind is kind
+            said = {"x-hexgen-workflow-id": "w", "x-hexgen-workflow-deadline-ms": "30000"}
+            async with stand.post(headers=said) as answer:
+                assert answer.status == 200
+        (told,) = (one.headers for one in engine.received if one.method == "POST")
+    found = {name.lower() for name in told} & {
+        "x-llm-d-slo-ttft-ms", "x-dynamo-slo-ttft-ms", "x-vllm-priority",
+    }  # fmt: skip
+    assert found == ({header} if header else set())
+    if header and header.endswith("-ms"):
+        assert 0 < int(told[header]) <= 30_000

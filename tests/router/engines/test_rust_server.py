@@ -219,13 +219,21 @@ async def test_a_bad_field_of_the_client_is_its_error() -> None:
     [
         ("http://h:1?stats_port=8100", Worker("e", "http://h:1", 8100)),
         ("a=https://h/p/?stats_port=1", Worker("a", "https://h/p", 1)),
+        ("http://h:1?deadline=llm-d", Worker("e", "http://h:1", None, "llm-d")),
+        ("http://h:1?deadline=none&stats_port=2", Worker("e", "http://h:1", 2, "none")),
     ],
 )
 def test_how_a_port_is_named(text: str, worker: Worker) -> None:
     assert parse_worker(text, "e") == worker
 
 
-@pytest.mark.parametrize("more", ["stats_port=0", "stats_port=65536", "stats_port=", "x=1", "a&b"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "stats_port=0", "stats_port=65536", "stats_port=", "x=1", "a&b",
+        "deadline=", "deadline=soon", "deadline=none&deadline=none",
+    ],
+)  # fmt: skip
 def test_no_such_port(more: str) -> None:
     with pytest.raises(ValueError, match="worker_urls must be like"):
         parse_worker(f"http://h:1?{more}", "e")
