@@ -36,6 +36,7 @@ EXTRAS: Final = {
     "otel": "opentelemetry-exporter-otlp",
     "plot": "matplotlib",
     "ray": "ray",
+    "replicas": "redis",
     "text2sql": "sqlglot",
 }
 """What each optional part needs, by its name for pip."""

@@ -177,6 +177,8 @@ class WorkflowRun:
     prefix: tuple[int, ...] = ()
     chunk_tokens: int = 0
     elsewhere_s: float = -math.inf  # when another coordinator last saw it
+    turn: int = 0  # grows with every call; where a call follows another, whatever clocks say
+    left: bool = False  # a later call of it came elsewhere
     over: bool = False  # another coordinator has ended it
 
 
@@ -184,8 +186,8 @@ class WorkflowPart(NamedTuple):
     """What one coordinator tells others of a workflow: how it stands, and the calls that changed.
 
     Attributes:
-        workflow_id, workflow_type, learned_as, started_s, last_seen_s, asked, asked_s,
-            deadline_s, ordered_by_s, background, engine, prefix, chunk_tokens: as of
+        workflow_id, workflow_type, learned_as, started_s, last_seen_s, turn, asked,
+            asked_s, deadline_s, ordered_by_s, background, engine, prefix, chunk_tokens: as of
             :class:`WorkflowRun`.
         calls: that came or ended since it was told last, by names that no others have.
         gone: calls that failed since: they leave no trace.
@@ -197,6 +199,7 @@ class WorkflowPart(NamedTuple):
     learned_as: str
     started_s: float
     last_seen_s: float
+    turn: int
     asked: bool
     asked_s: float
     deadline_s: float
@@ -506,7 +509,7 @@ class Workflows:
         if call.deadline_s != NO_DEADLINE:
             run.deadline_s = call.deadline_s
             run.asked = run.asked or (call.deadline_asked and call.root is None)
-        run.last_seen_s = now
+        run.last_seen_s, run.turn, run.left = now, run.turn + 1, False
         run.in_flight += 1
         ordinal = run.stage_counts.get(call.stage, 0)
         run.stage_counts[call.stage] = ordinal + 1
@@ -548,7 +551,7 @@ class Workflows:
         else:
             run.calls.pop(call.call_id, None)
         self._touch(run, call.call_id)
-        if run.in_flight == 0 and run.over:
+        if run.in_flight == 0 and (run.over or run.left):
             self._move(run)
         elif call.final and run.in_flight == 0:
             self.finished(call.workflow_id)
@@ -577,7 +580,7 @@ class Workflows:
             silent = run.in_flight == 0 and now - run.last_seen_s > self._idle_s
             if not silent and len(self._open) <= self._max_open:
                 break
-            if run.elsewhere_s > run.last_seen_s:
+            if run.left and not run.in_flight:
                 self._move(run)
                 continue
             self.finished(run.workflow_id)
@@ -619,15 +622,16 @@ class Workflows:
         if known is None:
             known = WorkflowRun(part.workflow_id, part.workflow_type, part.started_s)
             known.learned_as = part.learned_as
-        later = part.last_seen_s > known.last_seen_s
+        later = (part.turn, part.last_seen_s) > (known.turn, known.last_seen_s)
         self._merge(known, part)
+        known.left = known.left or later
         known.elsewhere_s = max(known.elsewhere_s, min(part.last_seen_s, now))
         if part.over:
             known.over = True
             self.shapes.learn(known)
         if run is None:
             self._keep_elsewhere(known)
-        elif run.in_flight == 0 and (part.over or later):
+        elif run.in_flight == 0 and (run.over or run.left):
             self._move(run)
 
     def _touch(self, run: WorkflowRun, call_id: str) -> None:
@@ -662,7 +666,7 @@ class Workflows:
                 self._elsewhere.popitem(last=False)
 
     def _merge(self, run: WorkflowRun, part: WorkflowPart) -> None:
-        run.started_s = min(run.started_s, part.started_s)
+        run.started_s, run.turn = min(run.started_s, part.started_s), max(run.turn, part.turn)
         run.asked = run.asked or part.asked
         if part.asked_s > run.asked_s:
             run.asked_s, run.deadline_s = part.asked_s, part.deadline_s
@@ -701,6 +705,7 @@ def _part(run: WorkflowRun, changed: set[str], *, over: bool = False) -> Workflo
         run.learned_as,
         run.started_s,
         run.last_seen_s,
+        run.turn,
         run.asked,
         run.asked_s,
         run.deadline_s,

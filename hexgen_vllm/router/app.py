@@ -46,7 +46,7 @@ from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.processes.shard import Shard
 from hexgen_vllm.router.processes.spot import PROCESS_HEADER, Spot
 from hexgen_vllm.router.relay import Relay
-from hexgen_vllm.router.replicas import Replicas
+from hexgen_vllm.router.replicas import ReplicaMetrics, Replicas
 from hexgen_vllm.router.routes import Parts, Routes, monitors, public, takes_batches
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.status.pages import Pages
@@ -193,7 +193,6 @@ class Router:
 
     Attributes:
         context: its parts, once started.
-        replicas: what tells other routers, if there may be some.
     """
 
     context: Context
@@ -210,7 +209,6 @@ class Router:
         self._dispatch = replace(dispatch, tenant_weights=weights)
         self._options, self._spot = options, spot
         self._shard: Shard | None = None
-        self.replicas: Replicas | None = None
         self._clock = clock or SystemClock()
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.ServerRunner | None = None
@@ -294,8 +292,10 @@ class Router:
     def _join_others(self) -> None:
         if self._options.replicas is not None:
             group = "" if self._spot is None else self._spot.folder
-            self.replicas = Replicas(self._options, self.context.service, group)
-            self._tasks.append(asyncio.create_task(self.replicas.run()))
+            replicas = Replicas(self._options, self.context.service, group)
+            self.context.replicas = replicas
+            self._tasks.append(asyncio.create_task(replicas.run()))
+        self.context.metrics.add(ReplicaMetrics(self.context.replicas))
 
     def _max_connections(self) -> int:
         """Return how many clients may be connected."""
@@ -368,8 +368,8 @@ class Router:
             for task in pending:
                 task.cancel()
             await asyncio.wait(pending, timeout=_CLOSE_S)
-        if self.replicas is not None:
-            await self.replicas.close()
+        if self.context.replicas is not None:
+            await self.context.replicas.close()
         if self._metrics_port is not None:
             await self._metrics_port.stop()
         if self._runner is not None:

@@ -24,6 +24,7 @@ from hexgen_vllm.router.metrics import Metrics
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.observe.tracing import Tracing
 from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.replicas import Replicas
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.tuning import Tuning
 
@@ -52,6 +53,7 @@ class Context:
         tracing: begins traces of calls.
         pool: connections to engines for what is no call.
         tuning: tunes placement on recent traffic; ``None`` when it is off.
+        replicas: what tells other routers, and hears of them; ``None`` when there are none.
         draining: whether new calls are refused because the router is shutting down.
     """
 
@@ -74,6 +76,7 @@ class Context:
     tracing: Tracing
     pool: Pool
     tuning: Tuning | None = None
+    replicas: Replicas | None = None
     draining: bool = False
 
     @property

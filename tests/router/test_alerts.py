@@ -29,6 +29,7 @@ from hexgen_vllm.router.errors import Outcome
 from hexgen_vllm.router.metrics import Connections, Metrics
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.replicas import ReplicaMetrics
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.types import Call, EngineReport, EngineSpec, StepCost
@@ -62,6 +63,8 @@ class Scene:
         self.metrics = Metrics(self.book, self.service, self.fleet)
         self.server: Any = SimpleNamespace(open=(), max_connections=64, refused=0)
         self.metrics.add(Connections(self.server))
+        self.replicas: Any = SimpleNamespace(others=1, age_s=0.1, sent=1, received=1, unreadable=0)
+        self.metrics.add(ReplicaMetrics(self.replicas))
         self.source = SourceBook("dns", "engines.example", 0.0)
         self.age_s = 0.0
         self.engine: dict[str, Any] = dict(SNAPSHOT) | {"recomputed_tokens": 0}
@@ -205,6 +208,12 @@ def recomputes(scene: Scene, i: int) -> None:
 
 # Alert, what makes it fire. Each is tried from the start, so that nothing good ever happened,
 # and after a while in which all was well.
+def alone(scene: Scene, i: int) -> None:
+    """Nothing passes the store of the routers any more."""
+    well(scene, i)
+    scene.replicas.age_s = EVERY_S * i
+
+
 CASES: tuple[tuple[str, Callable[[Scene, int], None]], ...] = (
     ("RouterGone", gone),
     ("ClientsTurnedAway", crowded),
@@ -212,6 +221,7 @@ CASES: tuple[tuple[str, Callable[[Scene, int], None]], ...] = (
     ("NoEngineReady", no_engines_at_all),
     ("NoEngineFound", none_named),
     ("DiscoverySilent", silent),
+    ("RouterAlone", alone),
     ("EngineDown", one_down),
     ("WorkflowsLate", late),
     ("CallsWaitLong", waits),

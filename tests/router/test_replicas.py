@@ -48,7 +48,7 @@ async def open_pair(
 
 
 def joined(stand: Stand) -> bool:
-    replicas = stand.router.replicas
+    replicas = stand.context.replicas
     assert replicas is not None
     return replicas.problem is None and replicas.others > 0
 
@@ -136,8 +136,9 @@ async def test_a_router_that_starts_knows_what_others_know(redis: RedisServer) -
     async with open_stand(FakeSettings(), **shared) as one:
         async with one.post(headers=said("w", 300_000)) as answer:
             await answer.read()
-        assert one.router.replicas is not None
-        await one.until(lambda: one.router.replicas.problem is None)
+        replicas = one.context.replicas
+        assert replicas is not None
+        await one.until(lambda: replicas.problem is None)
         urls = tuple(engine.url for engine in one.engines)
         options = RouterOptions(**{**_QUICK, "worker_urls": urls, **shared})
         async with Router(options, DispatchOptions(policy="slack")) as router:
@@ -181,4 +182,6 @@ async def test_a_stalled_store_holds_no_call_up(redis: RedisServer) -> None:
 async def test_a_router_that_leaves_is_forgotten_at_once(redis: RedisServer) -> None:
     async with open_pair(redis, FakeSettings(), replicas_stale_secs=3600.0) as (one, two):
         await two.router.stop()
-        await one.until(lambda: one.router.replicas is not None and not one.router.replicas.others)
+        await one.until(
+            lambda: one.context.replicas is not None and not one.context.replicas.others
+        )

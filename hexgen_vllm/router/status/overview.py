@@ -72,6 +72,7 @@ class Overview:
             "policy": coordinator.options.policy,
             "state": "draining" if context.draining else "ready" if context.ready else "not ready",
             "up_s": round(now - context.epoch_s, 1),
+            "replicas": None if context.replicas is None else context.replicas.view(),
             "calls": self._calls(found, now),
             "workflows": {
                 "open": len(coordinator.workflows),

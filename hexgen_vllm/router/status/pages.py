@@ -229,13 +229,14 @@ class Pages:
 
     async def diagnostics(self, request: Request) -> web.StreamResponse:
         """Show what decisions stand on: rates, loads, learned stages, and the last decisions."""
-        coordinator = self._context.service.coordinator
+        coordinator, replicas = self._context.service.coordinator, self._context.replicas
         return _json(
             {
                 "policy": coordinator.options.policy,
                 "options": asdict(coordinator.options),
                 "held": coordinator.held,
                 "discovery": self._context.discovery.view(),
+                "replicas": None if replicas is None else replicas.view(),
                 "open_workflows": len(coordinator.workflows),
                 "stages": coordinator.workflows.shapes.known_stages(),
                 **Overview(self._context).measured(_DECISIONS_SHOWN),

@@ -209,9 +209,14 @@ async function choose(id) {
   text($("account-note"), "The router does not remember its calls any more.");
 }
 
+function routers(r) {
+  if (!r) return "";
+  return r.store ? `, ${count(r.others)} other router${r.others === 1 ? "" : "s"}` : ", other routers unknown: no store";
+}
+
 function show(d) {
   const before = last && last.up_s < d.up_s ? last : null;
-  text($("about"), `policy ${d.policy}, version ${d.version}, up ${seconds(d.up_s)}`);
+  text($("about"), `policy ${d.policy}, version ${d.version}, up ${seconds(d.up_s)}${routers(d.replicas)}`);
   showFigures(d, before);
   showHistory(d);
   showSlack(d);

@@ -1,0 +1,218 @@
+"""Coordinators that tell each other of their workflows know the same, whatever the order."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.engines import Elsewhere
+from hexgen_vllm.policy.workflow import Shapes, WorkflowPart, Workflows
+from hexgen_vllm.types import NO_DEADLINE, Call, CallResult, EngineSpec, Placement, StepCost
+
+
+def call(name: str, now: float, workflow: str = "w", **more: object) -> Call:
+    return Call(name, workflow, now, 100, "kind", str(more.pop("stage", "s")), **more)  # type: ignore[arg-type]
+
+
+def done(tokens: int = 50) -> CallResult:
+    return CallResult(ok=True, prompt_tokens=100, output_tokens=tokens)
+
+
+def sharing(**more: int) -> Workflows:
+    found = Workflows(Shapes(), **more)
+    found.share()
+    return found
+
+
+def tell(one: Workflows, other: Workflows, now: float, whose: str = "1") -> None:
+    """Tell all that changed, with names of calls that no other coordinator has."""
+    for part in one.changes(1000):
+        other.heard(named(part, whose), now)
+
+
+def named(part: WorkflowPart, whose: str) -> WorkflowPart:
+    def name(own: str) -> str:
+        return own if "/" in own else f"{whose}/{own}"
+
+    calls = {name(n): seen.copied() for n, seen in part.calls.items()}
+    return part._replace(calls=calls, gone=tuple(map(name, part.gone)))
+
+
+def test_a_workflow_is_open_where_its_last_call_came() -> None:
+    one, two = sharing(), sharing()
+    moved: list[str] = []
+    one.on_move = lambda run: moved.append(run.workflow_id)
+    first = call("a", 1.0, deadline_s=30.0)
+    one.arrived(first, 1.0)
+    one.ended(first, done(), 2.0)
+    tell(one, two, 2.0)
+    assert list(two.elsewhere) == ["w"]
+    assert len(two) == 0
+    second = call("a", 3.0)  # the same name as at the other
+    run, seen = two.arrived(second, 3.0)
+    assert (run.deadline_s, run.started_s, seen.ordinal) == (30.0, 1.0, 1)
+    assert run.attained > 0
+    assert set(run.calls) == {"1/a", "a"}
+    tell(two, one, 3.0, "2")
+    assert moved == ["w"]
+    assert (len(one), list(one.elsewhere), len(two)) == (0, ["w"], 1)
+
+
+def test_one_with_calls_in_flight_stays_until_they_end() -> None:
+    one, two = sharing(), sharing()
+    first, second = call("a", 1.0), call("b", 2.0)
+    one.arrived(first, 1.0)
+    tell(one, two, 1.0)
+    two.arrived(second, 2.0)
+    tell(two, one, 2.0, "2")
+    assert len(one) == len(two) == 1
+    two.ended(second, done(), 3.0)
+    two.finished("w")
+    tell(two, one, 3.0, "2")
+    assert len(one) == 1
+    ends: list[object] = []
+    one.on_end = ends.append
+    one.ended(first, done(), 4.0)
+    assert (len(one), ends) == (0, [])  # it was counted at the other
+
+
+def test_all_learn_the_same_from_a_workflow() -> None:
+    one, two, alone = sharing(), sharing(), sharing()
+    for i, at in enumerate((one, two, one, two)):
+        for book, name in ((at, "a"), (alone, "a")):
+            step = call(f"{name}{i}", float(i), stage=f"s{i}")
+            book.arrived(step, float(i))
+            book.ended(step, done(10 * i + 1), i + 0.5)
+        tell(one, two, i + 0.6)
+        tell(two, one, i + 0.6, "2")
+    two.finished("w")
+    alone.finished("w")
+    tell(two, one, 9.0, "2")
+    wanted = sorted(map(str, alone.shapes.export()))
+    for book in (one, two):
+        assert sorted(map(str, book.shapes.export())) == wanted
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_order_repetition_and_gaps_that_are_filled_do_no_harm(seed: int) -> None:
+    """A message may come twice, late, or be told anew after the store was away."""
+    rng = random.Random(seed)
+    one, now = sharing(), 0.0
+    messages: list[WorkflowPart] = []
+    for i in range(12):
+        now += 1.0
+        deadline_s = 100.0 + i if rng.random() < 0.3 else NO_DEADLINE
+        step = call(f"c{i}", now, deadline_s=deadline_s, stage=f"s{i % 3}")
+        run, _ = one.arrived(step, now)
+        if deadline_s != NO_DEADLINE:
+            run.asked_s = now  # as the coordinator notes it
+        messages += one.changes(10)
+        if rng.random() < 0.8:
+            one.ended(step, done(i) if rng.random() < 0.8 else CallResult(ok=False), now + 0.5)
+            messages += one.changes(10)
+    messages = [m for m in messages if rng.random() < 0.7]
+    one.share()  # all is told anew
+    messages += one.changes(10)
+    messages += rng.sample(messages, len(messages) // 2)
+    last = messages[-1]
+    rng.shuffle(messages)
+    two = sharing()
+    for part in (*messages, last):
+        two.heard(named(part, "1"), now + 1.0)
+    mine = one.get("w")
+    theirs, _ = two.arrived(call("x", now + 2.0), now + 2.0)
+    assert mine is not None
+    told = {n.partition("/")[2]: c for n, c in theirs.calls.items() if "/" in n}
+    assert {n: c.ended_s for n, c in mine.calls.items()}.items() <= {
+        n: c.ended_s for n, c in told.items()
+    }.items()
+    assert all(told[n].ended_s is None for n in told.keys() - mine.calls.keys())  # those failed
+    assert theirs.deadline_s == mine.deadline_s
+    assert theirs.attained == pytest.approx(mine.attained)
+
+
+def test_a_name_that_is_used_again_is_another_workflow() -> None:
+    one, two = sharing(), sharing()
+    first = call("a", 1.0)
+    one.arrived(first, 1.0)
+    one.ended(first, done(), 2.0)
+    one.finished("w")
+    again = call("a", 2.5)
+    two.arrived(again, 2.5)
+    tell(one, two, 3.0)
+    run = two.get("w")
+    assert run is not None
+    assert (run.started_s, len(run.calls)) == (2.5, 1)
+    two.ended(again, done(), 4.0)
+    assert two.get("w") is run
+
+
+def test_what_others_know_is_bounded_and_forgotten() -> None:
+    one, two = sharing(), sharing(max_open=10)
+    for i in range(30):
+        one.arrived(call(f"c{i}", 1.0, f"w{i}"), 1.0)
+    tell(one, two, 1.0)
+    assert len(two.elsewhere) == 10
+    two.expire(500.0)
+    assert len(two.elsewhere) == 10
+    two.expire(1000.0)
+    assert not two.elsewhere
+
+
+def test_nothing_is_kept_where_nobody_shares() -> None:
+    alone = Workflows(Shapes())
+    for i in range(100):
+        step = call(f"c{i}", 1.0, f"w{i}")
+        alone.arrived(step, 1.0)
+        alone.ended(step, done(), 2.0)
+        alone.finished(f"w{i}")
+    assert alone.changes(1000) == []
+
+
+def test_room_elsewhere_is_no_room_here() -> None:
+    """A call waits while others fill the engine, and goes when they have told that they left."""
+    one = Coordinator(DispatchOptions(policy="slack", hold_depth=0))
+    one.engine_joined(EngineSpec("e", max_num_seqs=2), 0.0)
+    assert one.placed_elsewhere("others", {"e": Elsewhere(2, 10, 200, 50)}, 0.0) == []
+    assert one.call_arrived(call("a", 1.0), 1.0) == []
+    assert one.placed_elsewhere("processes", {}, 1.5) == []  # another source says nothing of those
+    (placed,) = one.placed_elsewhere("others", {}, 2.0)
+    assert isinstance(placed, Placement)
+
+
+def test_an_engine_that_joins_later_has_what_was_told_of_it() -> None:
+    one = Coordinator(DispatchOptions(policy="slack", hold_depth=0))
+    one.placed_elsewhere("others", {"e": Elsewhere(2, 10, 200, 50)}, 0.0)
+    one.engine_joined(EngineSpec("e", max_num_seqs=2), 0.0)
+    assert one.engines["e"].elsewhere.calls == 2
+
+
+def test_rates_of_others_hold_until_there_are_own_ones() -> None:
+    one = Coordinator(DispatchOptions(policy="slack"))
+    one.engine_joined(EngineSpec("e", max_num_seqs=8), 0.0)
+    load, told = one.engines["e"], StepCost(0.01, 0.0, 0.0, 0.0, 0.001, 0.0)
+    load.told(told, 0.01)
+    assert load.cost() == told
+    assert load.learned() is None  # not to be told as one's own
+    now = 0.0
+    for i in range(40):
+        step = replace(call(f"c{i}", now, f"w{i}"), prompt_tokens=100 + 37 * (i % 5))
+        (placed,) = one.call_arrived(step, now)
+        assert isinstance(placed, Placement)
+        tokens = 20 + i % 7
+        now += 0.1 * tokens + 0.001 * step.prompt_tokens
+        one.call_finished(
+            step.call_id,
+            CallResult(ok=True, prompt_tokens=step.prompt_tokens, output_tokens=tokens),
+            now,
+        )
+    own = load.cost()
+    assert own is not None
+    assert own.step_s(1, 100) == pytest.approx(0.1, rel=0.2)
+    assert load.learned() is not None
+    load.restarted(EngineSpec("e", max_num_seqs=8), load.state)
+    assert load.cost() is None
