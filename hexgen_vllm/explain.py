@@ -38,7 +38,7 @@ _MARKS: Final[Mapping[str, str]] = {
     "engine": "#",
 }
 _TIMES: Final = ("came_s", "placed_s", "sent_s", "first_token_s", "ended_s")
-_COUNTS: Final = ("tries", "prompt_tokens", "cached_tokens", "output_tokens")
+_COUNTS: Final = ("tries", "migrations", "prompt_tokens", "cached_tokens", "output_tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,7 +208,9 @@ def _table(calls: list[Mapping[str, Any]], took_s: float) -> list[str]:
                 "-" if call[name] is None else str(call[name])
                 for name in ("prompt_tokens", "cached_tokens", "output_tokens")
             ),
-            call["outcome"] + (f", {call['tries']} tries" if (call["tries"] or 0) > 1 else ""),
+            call["outcome"]
+            + (f", {call['tries']} tries" if (call["tries"] or 0) > 1 else "")
+            + (f", moved {call['migrations']}" if call.get("migrations") else ""),
             _bar(call, took_s),
         )
         for call in calls

@@ -183,12 +183,16 @@ class Coordinator:
         found[0].progressed(flight)
 
     def call_bounced(self, call_id: str, now: float) -> list[Decision]:
-        """Place a call elsewhere: its engine failed before the first byte of an answer."""
+        """Place a call elsewhere: its engine failed, and another one is to answer it or go on."""
         entry = self._open.get(call_id)
         if entry is None or entry.engine is None:
             return []
-        entry.engine.removed(call_id)
-        entry.refused_by |= {entry.engine.engine_id}
+        flight = entry.engine.removed(call_id)
+        failed = frozenset((entry.engine.engine_id,))
+        if flight is not None and flight.started:
+            entry.moved, entry.refused_by = True, failed  # others may be back since they failed
+        else:
+            entry.refused_by |= failed
         entry.engine = None
         return [self._settled(entry, now), *self._release(now)]
 
@@ -202,7 +206,7 @@ class Coordinator:
         if entry.engine is not None:
             flight = entry.engine.removed(call_id)
             self._settle(entry, result)
-            if flight is not None and result.ok:
+            if flight is not None and result.ok and not entry.moved:
                 entry.engine.learn(flight, result, now)
         self.workflows.ended(entry.demand.call, result, now)
         return self._release(now)

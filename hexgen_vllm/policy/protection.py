@@ -24,7 +24,8 @@ class OpenCall:
         run: its workflow.
         hopeless_after_s: when its workflow cannot be on time any more.
         engine: where it was placed.
-        refused_by: engines that failed before they answered it.
+        refused_by: engines that failed since the last one that began to answer it.
+        moved: one had begun to answer it, so that its end says nothing of how fast the last one is.
     """
 
     demand: Demand
@@ -32,12 +33,14 @@ class OpenCall:
     hopeless_after_s: float
     engine: EngineLoad | None
     refused_by: frozenset[str]
+    moved: bool
 
     def __init__(self, demand: Demand, run: WorkflowRun) -> None:
         self.demand, self.run = demand, run
         self.hopeless_after_s = NO_DEADLINE
         self.engine = None
         self.refused_by = frozenset()
+        self.moved = False
 
 
 class Protection:

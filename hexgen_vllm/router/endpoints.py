@@ -38,6 +38,7 @@ class Endpoint:
         known: whether its bodies are JSON objects and can be sent again after a failure; those of
             an endpoint that only engines know may be anything and do anything.
         carries_fields: whether its bodies have ``vllm_xargs``.
+        goes_on: whether another engine can go on with a stream of it.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Endpoint:
     placed: bool = True
     known: bool = True
     carries_fields: bool = False
+    goes_on: bool = False
 
     @property
     def ends(self) -> bool:
@@ -70,6 +72,7 @@ ENDPOINTS: Final = (
         marks=_marks(_DONE),
         extra_events=2,
         carries_fields=True,
+        goes_on=True,
     ),
     Endpoint(
         "/v1/completions",
@@ -80,6 +83,7 @@ ENDPOINTS: Final = (
         marks=_marks(_DONE),
         extra_events=1,
         carries_fields=True,
+        goes_on=True,
     ),
     Endpoint(
         "/v1/responses",

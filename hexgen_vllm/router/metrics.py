@@ -433,6 +433,9 @@ class _State(Collector):
         again = [outcome for outcome in Outcome if outcome.ending.blame is Blame.ENGINE]
         yield counter("retries", "Calls sent again", ("reason",),
                       (((why.value,), book.retries[why]) for why in again))  # fmt: skip
+        yield counter("migrations", "Streams whose engine failed, by what became of them",
+                      ("outcome",),
+                      (((what,), n) for what, n in book.migrations.items()))  # fmt: skip
         yield counter("placements", "Calls placed", ("engine", "reason"), book.placements.items())
         yield counter("overdue_calls", "Calls answered after they were due", (),
                        (((), book.overdue),))  # fmt: skip

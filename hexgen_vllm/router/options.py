@@ -77,7 +77,7 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "retries": (
         "retry_max_retries", "disable_retries", "retry_initial_backoff_ms", "retry_max_backoff_ms",
         "retry_backoff_multiplier", "retry_jitter_factor", "retry_budget_ratio",
-        "retry_budget_burst",
+        "retry_budget_burst", "migration_limit",
     ),
     "silence": (
         "request_timeout_secs", "stream_stall_timeout_secs", "sse_keep_alive_interval",
@@ -294,6 +294,13 @@ class RouterOptions:
     retry_budget_ratio: float = option(0.2, "retries allowed per call, on average", least=0.0)
     retry_budget_burst: float = option(
         100.0, "retries allowed at once after quiet times, and the most saved up", least=0.0
+    )
+
+    migration_limit: int = option(
+        0,
+        "times that another engine goes on with a stream whose engine fails, 0 for never; engines "
+        "are then asked for token ids, which takes vLLM",
+        least=0,
     )
 
     # Silence

@@ -5,7 +5,9 @@ that serves its model, but is relayed, watched and counted alike.
 
     place ──► try an engine ──► nothing sent to the client yet ──► elsewhere, while allowed
                   │
-                  └──► first bytes relayed ──► it breaks ──► error event, or a closed connection
+                  └──► first bytes relayed ──► it breaks ──► another goes on, where that is allowed
+                                                  │
+                                                  └──► error event, or a closed connection
 
 Every path ends with exactly one ``finished`` for the coordinator and one entry in the ledger.
 """
@@ -34,11 +36,13 @@ from hexgen_vllm.router.calls.intake import (
     Parsed,
     parsed_aside,
 )
+from hexgen_vllm.router.calls.transcript import Transcript, asking
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.engines.attempt import Attempt
 from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.engines.ranks import RANK_HEADER, rank_of
+from hexgen_vllm.router.engines.watch import Usage
 from hexgen_vllm.router.errors import (
     ClientGone,
     EngineFailed,
@@ -167,15 +171,27 @@ class Relay:
         now = context.clock.now()
         context.metrics.held_s.observe(now - job.began_s)
         job.placed_s = now
+        path, sent = job.request.path_qs, self._first_request(accepted)
         while True:
             job.placement, job.sent_s = placement, now
             job.trace.placed(placement, now)
             job.tries += 1
+            if sent is not accepted and accepted.terms is not None and not job.sent:
+                job.transcript = Transcript(accepted.terms, chat=job.endpoint.name == "chat")
             try:
-                return await self._try(job, accepted, placement, now)
+                return await self._try(job, sent, path, placement, now)
             except EngineFailed as failure:
                 job.trace.try_failed(failure.reason)
-                placement = await self._elsewhere(job, call, failure)
+                seen = job.transcript if job.sent else None
+                if seen is None:
+                    placement = await self._elsewhere(job, call, failure)
+                elif seen.ended and (rest := seen.closing(accepted.body)) is not None:
+                    self._note_broken(job, seen, failure, "closed")
+                    job.ended(Outcome.ANSWERED, seen.usage(Usage()))
+                    job.request.end(rest)
+                    return SENT
+                else:
+                    placement, path, sent = await self._moved(job, accepted, seen, failure)
                 now = context.clock.now()
 
     def _read(self, job: Job, raw: bytes, parsed: Parsed | None) -> Accepted:
@@ -266,22 +282,87 @@ class Relay:
             raise failure
         await asyncio.sleep(context.retries.backoff_s(job.tries))
         try:
-            if job.placed:
-                placement = await context.service.replace(call.call_id)
-            else:
-                placement = self._least_busy(job, call)
+            placement = await self._replaced(job, call)
         except Refused:
             raise failure from None
         context.ledger.retries[failure.reason] += 1
         return placement
 
+    async def _replaced(self, job: Job, call: Call) -> Placement:
+        """Return where else to send a call.
+
+        Raises:
+            Refused: nobody can take it.
+        """
+        if job.placed:
+            return await self._context.service.replace(call.call_id)
+        return self._least_busy(job, call)
+
+    def _first_request(self, accepted: Accepted) -> Accepted:
+        """Return what engines are sent: asked for token ids where another one could go on."""
+        if accepted.terms is None or not self._context.options.migration_limit:
+            return accepted
+        body = asking(accepted.body)
+        return accepted if body is None else accepted.with_body(body)
+
+    async def _moved(
+        self, job: Job, accepted: Accepted, transcript: Transcript, failure: EngineFailed
+    ) -> tuple[Placement, str, Accepted]:
+        """Return where to send the rest of a call whose stream broke, and the path and request.
+
+        Raises:
+            EngineFailed: ``failure``, when nobody may go on with it or nobody can.
+        """
+        if failure.reason is Outcome.SHUTTING_DOWN:
+            raise failure
+        call, rest, what = accepted.call, None, "impossible"
+        if transcript.goes_on:
+            if not self._context.retries.allows_migration(job.migrations):
+                what = "limit"
+            elif call.deadline_asked and call.deadline_s <= self._context.clock.now():
+                what = "late"
+            else:
+                rest = await aside(transcript.rest, accepted.body, job.request.path_qs)
+        if rest is None:
+            self._note_broken(job, transcript, failure, what)
+            raise failure
+        try:
+            placement = await self._replaced(job, call)
+        except Refused:
+            self._note_broken(job, transcript, failure, "no-engine")
+            raise failure from None
+        self._note_broken(job, transcript, failure, "continued")
+        job.migrations += 1
+        return placement, rest[0], accepted.with_body(rest[1])
+
+    def _note_broken(
+        self, job: Job, transcript: Transcript, failure: EngineFailed, what: str
+    ) -> None:
+        self._context.ledger.migrations[what] += 1
+        _LOG.info(
+            "stream broke reason=%s migration=%s engine=%s tokens=%d request_id=%s",
+            failure.reason,
+            what,
+            "" if job.placement is None else job.placement.engine_id,
+            transcript.tokens,
+            job.request_id,
+        )
+
     async def _try(
-        self, job: Job, accepted: Accepted, placement: Placement, now: float
+        self, job: Job, accepted: Accepted, path: str, placement: Placement, now: float
     ) -> web.StreamResponse:
         """Send a call to the engine it was placed on, and relay the answer.
 
+        Args:
+            job: the call.
+            accepted: the call with the body for the engine.
+            path: at the engine.
+            placement: where it goes.
+            now: time of sending.
+
         Raises:
-            EngineFailed: the engine failed, and the client has seen nothing.
+            EngineFailed: the engine failed, and the client has seen nothing or nothing that
+                another engine could not go on from.
         """
         context = self._context
         engine = context.fleet.engine(placement.engine_id)
@@ -290,7 +371,9 @@ class Relay:
         outcome: Outcome | None = None
         try:
             with attempt:
-                answer = attempt.answer = await self._send(job, accepted, placement, engine, now)
+                answer = attempt.answer = await self._send(
+                    job, accepted, path, placement, engine, now
+                )
             return await self._relay(job, attempt, answer)
         except EngineFailed as failure:
             outcome = failure.reason
@@ -303,7 +386,13 @@ class Relay:
                 attempt.answer.close()  # nothing to close when it was read to its end
 
     async def _send(
-        self, job: Job, accepted: Accepted, placement: Placement, engine: Engine, now: float
+        self,
+        job: Job,
+        accepted: Accepted,
+        path: str,
+        placement: Placement,
+        engine: Engine,
+        now: float,
     ) -> Answer:
         context = self._context
         extra = self._key_for_engine(job.request)
@@ -313,7 +402,7 @@ class Relay:
         bare, body = engine.front.bare, accepted.body
         if bare and engine.kind is EngineKind.HEXGEN and job.endpoint.carries_fields:
             body = await _body_for(accepted, placement, now)
-        url = engine.address(job.request.path_qs)
+        url = engine.address(path)
         head = outbound.call_head(
             accepted,
             placement,
@@ -358,7 +447,10 @@ class Relay:
             head.append(
                 outbound.slack_line(job.accepted, job.placement, clock.now(), ends_now=False)
             )
-            return await StreamPass(job, attempt, self._context.service, head).run(answer)
+            service = self._context.service
+            return await StreamPass(job, attempt, service, head, job.transcript).run(answer)
+        if job.sent:  # no stream to go on with
+            raise EngineFailed(Outcome.ERROR)
         return await whole_pass(job, attempt, answer, head, clock)
 
     def _learn_response(self, job: Job, engine: str, answer: bytes) -> None:

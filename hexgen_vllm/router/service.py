@@ -74,7 +74,7 @@ class Service:
         return await self._decided(call.call_id, decision)
 
     async def replace(self, call_id: str) -> Placement:
-        """Return where else to send a call whose engine failed before the first byte.
+        """Return where else to send a call whose engine failed, or the rest of it.
 
         Raises:
             Refused: there is nowhere else; the call has then ended.

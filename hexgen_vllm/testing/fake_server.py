@@ -22,7 +22,7 @@ from typing import Any
 from aiohttp import web
 from multidict import CIMultiDict
 
-from hexgen_vllm.testing import fake_answers, fake_metrics
+from hexgen_vllm.testing import fake_answers, fake_metrics, fake_tokens
 from hexgen_vllm.testing.fake_metrics import RankCounts, rank_asked
 from hexgen_vllm.testing.fake_settings import FakeSettings, Fault, FaultKind, Received
 
@@ -224,20 +224,28 @@ class FakeServer:
             self.counts.waiting[rank] -= 1
         self.counts.running[rank] += 1
         try:
-            return await self._send(request, work, fault)
+            return await self._send(request, work, fault, body)
         finally:
             self.counts.running[rank] -= 1
             self._slots.release()
 
     async def _send(
-        self, request: web.BaseRequest, work: fake_answers.AskedAnswer, fault: Fault | None
+        self,
+        request: web.BaseRequest,
+        work: fake_answers.AskedAnswer,
+        fault: Fault | None,
+        body: dict[str, Any],
     ) -> web.StreamResponse:
         rate = self.settings.prefill_tokens_per_s
         if rate:
             await asyncio.sleep((work.prompt_tokens - work.cached_tokens) / rate)
         if work.stream:
             kind = {"Content-Type": "text/event-stream; charset=utf-8"}
-            return await self._pieces(request, fake_answers.events(work), fault, kind)
+            events, sizes = fake_answers.events(work), self.settings.event_tokens
+            if sizes and work.path in fake_tokens.PATHS:
+                name = f"{self.port}-{len(self.received)}"
+                events = fake_tokens.events(work.path, body, name, sizes)
+            return await self._pieces(request, events, fault, kind)
         whole = fake_answers.body(work)
         await asyncio.sleep(self.settings.step_s * work.output_tokens)
         half = len(whole) // 2

@@ -50,6 +50,8 @@ class FakeSettings:
         ranks: data-parallel ranks; the other settings are of each of them.
         metrics: whether it has any.
         rust: whether the server says that it is vLLM's in Rust, which has no ``/hexgen/stats``.
+        event_tokens: tokens of each event of a stream, over and over; streams of chats and
+            completions then say what depends on all tokens before, and token ids if asked.
         echoes: other paths, which answer any method with what they were sent.
         policy: what ``/server_info`` says of the scheduling policy; ``None`` hides it.
     """
@@ -67,6 +69,7 @@ class FakeSettings:
     metrics: bool = True
     policy: str | None = None
     rust: bool = False
+    event_tokens: tuple[int, ...] = ()
     echoes: tuple[str, ...] = ()
 
     @property

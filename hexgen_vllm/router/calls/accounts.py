@@ -69,6 +69,7 @@ class CallAccount:
         prompt_tokens: of the prompt, as the engine says.
         cached_tokens: of these, found in the prefix cache.
         output_tokens: of the answer.
+        migrations: times that another engine was to go on with it.
     """
 
     request_id: str
@@ -86,6 +87,7 @@ class CallAccount:
     prompt_tokens: int | None
     cached_tokens: int | None
     output_tokens: int | None
+    migrations: int = 0
 
     @classmethod
     def of(cls, job: Job, now: float) -> CallAccount:
@@ -106,6 +108,7 @@ class CallAccount:
             engine="" if placement is None else placement.engine_id,
             reason="" if placement is None else placement.reason,
             tries=job.tries,
+            migrations=job.migrations,
             slack_s=slack_s,
             prompt_tokens=result.prompt_tokens,
             cached_tokens=result.cached_tokens,
@@ -220,6 +223,7 @@ class WorkflowAccount:
             "reason": call.reason,
             "why": REASONS.get(call.reason, call.reason),
             "tries": call.tries,
+            "migrations": call.migrations,
             "slack_s": _said(call.slack_s),
             "prompt_tokens": call.prompt_tokens,
             "cached_tokens": call.cached_tokens,
@@ -404,15 +408,16 @@ def _log(account: WorkflowAccount) -> None:
         _LOG.log(
             level,
             "call of workflow=%s request_id=%s stage=%s outcome=%s engine=%s reason=%s tries=%d "
-            "came_s=%.3f placed_s=%s sent_s=%s first_token_s=%s ended_s=%.3f slack_s=%s "
-            "prompt_tokens=%s cached_tokens=%s output_tokens=%s on_path=%s",
+            "migrations=%d came_s=%.3f placed_s=%s sent_s=%s first_token_s=%s ended_s=%.3f "
+            "slack_s=%s prompt_tokens=%s cached_tokens=%s output_tokens=%s on_path=%s",
             name,
             call["request_id"],
             call["stage"].replace(" ", "-"),
             Outcome(call["outcome"]).value,
             call["engine"],
             call["reason"],
-            *(call[k] for k in ("tries", "came_s", "placed_s", "sent_s", "first_token_s")),
+            *(call[k] for k in ("tries", "migrations", "came_s", "placed_s", "sent_s")),
+            call["first_token_s"],
             *(call[k] for k in ("ended_s", "slack_s", "prompt_tokens", "cached_tokens")),
             call["output_tokens"],
             call["on_path"],

@@ -14,6 +14,7 @@ from aiohttp import web
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.router.calls.call import Job
 from hexgen_vllm.router.calls.headers import slack_line
+from hexgen_vllm.router.calls.transcript import Transcript
 from hexgen_vllm.router.engines.attempt import Attempt
 from hexgen_vllm.router.engines.watch import (
     TAIL_BYTES,
@@ -46,11 +47,28 @@ class StreamPass:
     Nothing is passed on before the first event, and comments are none: until then the call can be
     sent to another engine. An answer counts as given when its last event has gone out, whatever the
     client or the engine do with their connections after that.
+
+    Args:
+        job: the call.
+        attempt: the engine's.
+        service: hears of progress.
+        head: header lines of the answer.
+        transcript: of the whole answer, where another engine may go on with it.
     """
 
-    def __init__(self, job: Job, attempt: Attempt, service: Service, head: list[bytes]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        attempt: Attempt,
+        service: Service,
+        head: list[bytes],
+        transcript: Transcript | None = None,
+    ) -> None:
         self._job, self._attempt, self._service, self._head = job, attempt, service, head
-        self._watch = attempt.watch = StreamWatch(job.endpoint)
+        self._transcript = transcript
+        rewrite = None if transcript is None else transcript.take
+        self._watch = attempt.watch = StreamWatch(job.endpoint, rewrite)
+        self._before = 0 if transcript is None else transcript.tokens
         self._report_at = 1
         self._given = False
 
@@ -58,7 +76,8 @@ class StreamPass:
         """Relay ``answer``; one that breaks off ends with an error event.
 
         Raises:
-            EngineFailed: it broke off before the client was sent anything.
+            EngineFailed: it broke off before the client was sent anything of it, or where another
+                engine may go on with it.
         """
         job = self._job
         try:
@@ -69,6 +88,9 @@ class StreamPass:
         except EngineFailed as failure:
             if self._given:
                 job.request.end()
+            elif self._attempt.answering and self._may_go_on():
+                job.kept_alive = True  # what comes next comes into the same stream
+                raise
             elif self._attempt.answering:
                 job.ended(failure.reason)
                 job.request.end(error_event(failure, job.endpoint.path))
@@ -76,11 +98,20 @@ class StreamPass:
                 raise
         return SENT
 
+    def _may_go_on(self) -> bool:
+        watch = self._watch
+        return self._transcript is not None and watch.between and not watch.failed()
+
     def _feed(self, data: bytes) -> None:
         watch = self._watch
         ready = watch.feed(data)
-        if not ready:
-            return
+        if ready:
+            self._pass_on(ready)
+        if self._transcript is not None and self._transcript.broken:
+            raise EngineFailed(Outcome.ERROR)
+
+    def _pass_on(self, ready: bytes) -> None:
+        watch = self._watch
         if watch.failed():
             ready = self._told(ready)
         if self._attempt.answering or watch.events:
@@ -126,7 +157,8 @@ class StreamPass:
             self._job.first_token(self._service.clock.now())
             self._service.started(accepted.call.call_id)
         else:
-            self._service.progressed(accepted.call.call_id, self._watch.tokens())
+            tokens = self._before + self._watch.tokens()
+            self._service.progressed(accepted.call.call_id, tokens)
 
     def _note_end(self) -> None:
         """Book the answer whose last event has gone out to a client that reads."""
@@ -142,7 +174,10 @@ class StreamPass:
         elif watch.cancelled():
             job.ended(Outcome.CLIENT_GONE)
         else:
-            job.ended(Outcome.ANSWERED, watch.usage())
+            usage = watch.usage()
+            if self._transcript is not None:
+                usage = self._transcript.usage(usage)
+            job.ended(Outcome.ANSWERED, usage)
 
     def _finish(self) -> None:
         """End a stream that the engine ended.

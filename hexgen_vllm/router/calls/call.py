@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hexgen_vllm.router.calls.intake import Accepted
+from hexgen_vllm.router.calls.transcript import Transcript
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.engines.watch import Usage
 from hexgen_vllm.router.errors import Blame, Outcome
@@ -28,12 +29,13 @@ def call_ended(job: Job, now: float) -> None:
     call = None if job.accepted is None else job.accepted.call
     _LOG.log(
         level,
-        "call ended outcome=%s endpoint=%s engine=%s tries=%d took_s=%.3f workflow=%s stage=%s "
-        "prompt_tokens=%s output_tokens=%s request_id=%s",
+        "call ended outcome=%s endpoint=%s engine=%s tries=%d migrations=%d took_s=%.3f "
+        "workflow=%s stage=%s prompt_tokens=%s output_tokens=%s request_id=%s",
         job.outcome,
         job.endpoint.name,
         "" if job.placement is None else job.placement.engine_id,
         job.tries,
+        job.migrations,
         now - job.began_s,
         "" if call is None else call.workflow_id.replace(" ", "-"),
         "" if call is None else call.stage,
@@ -62,6 +64,8 @@ class Job:
         sent_s: when it was placed last.
         first_token_s: when a stream's first token came.
         tries: times it was sent.
+        migrations: times that another engine was to go on with its answer.
+        transcript: of the answer, where another engine could go on with it.
         tried: names of engines that it was sent to past the policy.
         placement: the last decision about it.
         sent: pieces of an answer that the client has been sent.
@@ -83,6 +87,8 @@ class Job:
     request_id: str | None
     accepted: Accepted | None
     tries: int
+    migrations: int
+    transcript: Transcript | None
     sent: int
     tried: list[str]
     placement: Placement | None
@@ -99,7 +105,8 @@ class Job:
         self.began_s, self.trace = began_s, trace
         self.placed_s = self.sent_s = self.first_token_s = None
         self.request_id = self.accepted = self.placement = None
-        self.tries = self.sent = 0
+        self.tries = self.sent = self.migrations = 0
+        self.transcript = None
         self.rests = self.learn = None
         self.kept_alive = False
         self.tried = []
@@ -122,9 +129,10 @@ class Job:
         return client.own_id(tenant, response)
 
     def first_token(self, now: float) -> None:
-        """Note the first token of a stream."""
-        self.first_token_s = now
-        self.trace.first_token()
+        """Note the first token of a stream; those of engines that go on with it are later ones."""
+        if self.first_token_s is None or not self.migrations:
+            self.first_token_s = now
+            self.trace.first_token()
 
     def client_left(self) -> None:
         """Note that the client has gone; an answer that it had in full by then stays one."""

@@ -25,6 +25,7 @@ from hexgen_vllm.router.calls.prompt import (
     chain,
     read_prompt,
 )
+from hexgen_vllm.router.calls.transcript import Terms, terms_of
 from hexgen_vllm.router.conventions import Foreign
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.http.messages import LARGE_BYTES, HeaderMap, Pairs, aside
@@ -75,6 +76,7 @@ class Accepted:
         agent: the agent that makes it, ``None`` where nothing is said.
         keep_s: seconds for which its KV should stay, ``None`` where nothing is said.
         last: nothing follows in the workflow or session that the client named.
+        terms: on which another engine can go on with the answer, ``None`` if none can.
     """
 
     call: Call
@@ -90,6 +92,7 @@ class Accepted:
     agent: str | None
     keep_s: float | None
     last: bool
+    terms: Terms | None
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -107,6 +110,7 @@ class Accepted:
         agent: str | None = None,
         keep_s: float | None = None,
         last: bool | None = None,
+        terms: Terms | None = None,
     ) -> None:
         self.call, self.pairs = call, pairs
         self.body, self.prompt, self.session_id = body, prompt, session_id
@@ -114,6 +118,26 @@ class Accepted:
         self.said, self.clamped, self.follows = said, clamped, follows
         self.conversation, self.agent, self.keep_s = conversation, agent, keep_s
         self.last = call.final if last is None else last
+        self.terms = terms
+
+    def with_body(self, body: bytes) -> Accepted:
+        """Return it with another body for the engine."""
+        return Accepted(
+            self.call,
+            self.pairs,
+            body,
+            self.prompt,
+            self.session_id,
+            self.service_class,
+            said=self.said,
+            clamped=self.clamped,
+            follows=self.follows,
+            conversation=self.conversation,
+            agent=self.agent,
+            keep_s=self.keep_s,
+            last=self.last,
+            terms=self.terms,
+        )
 
 
 class Parsed(NamedTuple):
@@ -123,11 +147,13 @@ class Parsed(NamedTuple):
         body: what is there besides the prompt; long or deep values are empty lists.
         prompt: what its fields hold.
         kept: bytes for the engine.
+        terms: on which another engine can go on with the answer.
     """
 
     body: Mapping[str, Any]
     prompt: Prompt
     kept: bytes
+    terms: Terms | None
 
 
 class Top(NamedTuple):
@@ -258,8 +284,9 @@ class Intake:
         if parsed is None:
             prompt = read_prompt(body, endpoint.prompt_fields)
             kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw
+            terms = terms_of(body) if endpoint.goes_on else None
         else:
-            prompt, kept = parsed.prompt, parsed.kept
+            prompt, kept, terms = parsed.prompt, parsed.kept, parsed.terms
         service_class = _service_class(said, foreign)
         session_id = said.workflow_id or foreign.session_id
         tenant = said.tenant or foreign.tenant
@@ -290,6 +317,7 @@ class Intake:
             agent=foreign.agent,
             keep_s=foreign.keep_s if said.keep_ms is None else said.keep_ms / 1000.0,
             last=call.final or bool(said.workflow_final or foreign.final),
+            terms=terms,
         )
 
     def tenant(self, names: HeaderMap) -> str | None:
@@ -529,8 +557,9 @@ def _parse(endpoint: Endpoint, names: HeaderMap, raw: bytes) -> Parsed:
     body = _read_body(endpoint, names, raw)
     prompt = read_prompt(body, endpoint.prompt_fields)
     kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw
+    terms = terms_of(body) if endpoint.goes_on else None
     # All else ends here: to free a million values takes as long as to make them.
-    return Parsed(_shallow(body, _MAX_DEPTH), prompt, kept)
+    return Parsed(_shallow(body, _MAX_DEPTH), prompt, kept, terms)
 
 
 def _fields(raw: bytes) -> Mapping[str, Any]:

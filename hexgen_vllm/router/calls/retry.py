@@ -33,8 +33,14 @@ class RetryPolicy:
 
         Call it once per failure: it counts.
         """
-        most = 0 if self._options.disable_retries else self._options.retry_max_retries
-        if attempts > most or self._budget < 1.0:
+        return self._takes_one(attempts - 1, self._options.retry_max_retries)
+
+    def allows_migration(self, migrations: int) -> bool:
+        """Take one retry for a stream that moved ``migrations`` times, as :meth:`allows`."""
+        return self._takes_one(migrations, self._options.migration_limit)
+
+    def _takes_one(self, before: int, most: int) -> bool:
+        if self._options.disable_retries or before >= most or self._budget < 1.0:
             return False
         self._budget -= 1.0
         return True

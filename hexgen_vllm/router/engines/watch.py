@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from hexgen_vllm.router.endpoints import Endpoint
 TAIL_BYTES: Final = 16 * 1024
 # A longer event is passed on in parts: waiting for its end would only cost memory.
 MAX_EVENT_BYTES: Final = 1024 * 1024
+_MAX_REWRITTEN_BYTES: Final = 16 * MAX_EVENT_BYTES  # it may hold the token ids of a prompt
 _MARK: Final = b"\ndata:"
 _SEAM_BYTES: Final = 64  # longer than what any mark matches
 _FILLER: Final = re.compile(
@@ -72,6 +74,10 @@ class StreamWatch:
     What is seen is remembered, not looked for in the end: an event of any length, cut anywhere,
     counts as the same event in one piece.
 
+    Args:
+        endpoint: what the events are of.
+        rewrite: returns whole events as the client is to get them; by default as they come.
+
     Attributes:
         events: events with data so far, the one that ends the stream included.
         opened: events of these that came before the first token and bring none.
@@ -80,12 +86,13 @@ class StreamWatch:
     """
 
     __slots__ = (
-        "_end", "_endpoint", "_error", "_near", "_parts", "_seam", "_size", "_tail", "_tail_bytes",
-        "between", "events", "opened", "progress",
+        "_end", "_endpoint", "_error", "_most", "_near", "_parts", "_rewrite", "_seam", "_size",
+        "_tail", "_tail_bytes", "between", "events", "opened", "progress",
     )  # fmt: skip
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, rewrite: Callable[[bytes], bytes] | None = None) -> None:
+        self._endpoint, self._rewrite = endpoint, rewrite
+        self._most = MAX_EVENT_BYTES if rewrite is None else _MAX_REWRITTEN_BYTES
         self._parts: list[bytes] = []
         self._size = 0
         self._near = b""  # the last bytes of an event that is not whole
@@ -105,6 +112,11 @@ class StreamWatch:
             ready = self._joined(chunk)
             if not ready:
                 return b""
+        if self._rewrite is not None and self.between:
+            ready = self._rewrite(ready)
+            if not ready:
+                self.progress += 1
+                return b""
         self._take(ready)
         return ready
 
@@ -116,7 +128,7 @@ class StreamWatch:
             self._near = (near + chunk)[-2:]
             parts.append(chunk)
             self._size += len(chunk)
-            if self._size >= MAX_EVENT_BYTES:
+            if self._size >= self._most:
                 return self._all_parts()
             if self._is_content():
                 self.progress += 1
@@ -193,6 +205,8 @@ class StreamWatch:
         rest = self.rest
         if rest.strip() and b"data:" in rest and rest.endswith((b"\n", b"[DONE]")):
             self._all_parts()
+            if self._rewrite is not None:
+                rest = self._rewrite(rest)
             self._take(rest)
             self.between = True
             return rest

@@ -22,6 +22,10 @@ IDLE_USES: Final = 1024
 """Uses of all names after which one that was not among them may lose its place."""
 _WAITING: Final = 1024  # names without a place that are remembered
 CLAIMS: Final = ("class", "deadline", "priority", "tenant")
+MIGRATIONS: Final = ("continued", "closed", "impossible", "limit", "late", "no-engine")
+"""What becomes of streams whose engine failed: another one went on; only the last events were
+missing; the call or its engine does not allow it; too often before; the deadline has passed; none
+took it."""
 GONE: Final = "gone"
 """Stands for all engines that have left, of which there may be any number."""
 ON_TIME: Final = "on-time"
@@ -83,6 +87,7 @@ class Ledger:
         arrived: calls that came in, by endpoint.
         ended: calls that ended, by endpoint and outcome.
         retries: times a call was sent again, by reason.
+        migrations: streams whose engine failed, by what became of them, where they may migrate.
         placements: times a call was placed, by engine and the policy's reason.
         overdue: calls answered after they were due.
         clamped: claims of clients beyond their ceiling, by what was claimed.
@@ -92,6 +97,7 @@ class Ledger:
         self.arrived: Counter[str] = Counter()
         self.ended: Counter[tuple[str, str]] = Counter()
         self.retries: Counter[str] = Counter()
+        self.migrations = Counter(dict.fromkeys(MIGRATIONS, 0))
         self.placements: Counter[tuple[str, str]] = Counter()
         self.overdue = 0
         self.clamped = Counter(dict.fromkeys(CLAIMS, 0))
