@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -281,6 +282,71 @@ async def test_every_way_to_break_a_real_answer(
             await site.back(0)
         await site.assert_book_balances()
     tell(capsys, f"real answers broken: {'; '.join(found)}")
+
+
+async def said(client: aiohttp.ClientSession, url: str, i: int) -> dict[str, Any]:
+    """Return what a client makes of a long greedy stream; ``i`` chooses the endpoint and prompt."""
+    chat, prompt = i % 2 == 1, f"SELECT name FROM t{i} WHERE ü = '漢字' AND"
+    body: dict[str, Any] = {
+        "model": "tiny",
+        "temperature": 0,
+        "max_tokens": 120,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    async with client.post(url + path, json=body) as answer:
+        events = (await answer.text()).split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""], events[-2:]
+    found: dict[str, Any] = {"text": "", "roles": 0, "names": set(), "reasons": []}
+    for chunk in (json.loads(event.removeprefix("data: ")) for event in events[:-2]):
+        found["names"].add((chunk["id"], chunk["created"], chunk["object"]))
+        found["usage"] = chunk.get("usage")
+        for choice in chunk["choices"]:
+            assert not choice.get("token_ids")
+            delta = choice["delta"] if chat else choice
+            found["text"] += delta.get("content" if chat else "text") or ""
+            found["roles"] += "role" in delta
+            found["reasons"] += [choice["finish_reason"]] * (choice["finish_reason"] is not None)
+    return {**found, "names": len(found["names"])}
+
+
+async def test_streams_go_on_at_another_engine(
+    engines: list[Engine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Broken at any byte, and by kill -9: the answers are those of an engine that lives."""
+    undisturbed = f"http://127.0.0.1:{engines[1].port}"
+    rng = random.Random(3)
+    async with (
+        FaultProxy(engines[0].port) as proxy,
+        opened(engines, tmp_path, "--migration-limit=3", proxy=proxy) as site,
+    ):
+        expected = [await said(site.client, undisturbed, i) for i in range(8)]
+        assert all(one["usage"]["completion_tokens"] == 120 for one in expected)
+        for i in range(6):
+            kind = rng.choice(("reset", "close", "half", "garbage"))
+            proxy.faults.append(Fault(kind, rng.randrange(300, 12_000)))
+            both = (said(site.client, site.router.url, i) for _ in range(2))  # one for each engine
+            assert await asyncio.gather(*both) == [expected[i]] * 2
+            proxy.faults.clear()
+            await site.back(0)
+        running = asyncio.gather(*(said(site.client, site.router.url, i) for i in range(8)))
+        await site.busy(0)
+        engines[0].kill()
+        assert await running == expected
+        async with site.client.get(site.router.url + "/metrics") as answer:
+            counts = [
+                line.split("outcome=")[1]
+                for line in (await answer.text()).splitlines()
+                if line.startswith("hexgen_router_migrations_total") and not line.endswith(" 0.0")
+            ]
+        assert {count.split('"')[1] for count in counts} <= {"continued", "closed"}
+        assert counts
+    engines[0].start()
+    engines[0].wait()
+    tell(capsys, f"streams that went on: {' '.join(counts)}")
 
 
 async def test_flapping(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
