@@ -327,7 +327,7 @@ async def test_streams_go_on_at_another_engine(
         assert all(one["usage"]["completion_tokens"] == 120 for one in expected)
         for i in range(6):
             kind = rng.choice(("reset", "close", "half", "garbage"))
-            proxy.faults.append(Fault(kind, rng.randrange(300, 12_000)))
+            proxy.faults.append(Fault(kind, rng.randrange(300, 12_000)))  # type: ignore[arg-type]
             both = (said(site.client, site.router.url, i) for _ in range(2))  # one for each engine
             assert await asyncio.gather(*both) == [expected[i]] * 2
             proxy.faults.clear()

@@ -14,6 +14,7 @@ import pytest
 
 from hexgen_vllm.testing import ManualClock, fake_tokens
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
+from hexgen_vllm.testing.fake_settings import FaultKind
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 
 COMPLETIONS = "/v1/completions"
@@ -90,7 +91,7 @@ def faults_of(stand: Stand) -> deque[Fault]:
     return faults
 
 
-KINDS = ("reset", "close", "half", "cut", "garbage")
+KINDS: tuple[FaultKind, ...] = ("reset", "close", "half", "cut", "garbage")
 
 
 async def test_two_hundred_deaths_show_nowhere() -> None:
@@ -151,9 +152,6 @@ async def test_usage_and_length_are_those_of_the_whole_answer() -> None:
         assert asked["max_tokens"] == 20 - 8  # the role is no token
         assert len(asked["prompt"]) == prompt + 8
         assert asked["model"] == "tiny"
-        # The router's own book counts what the client was told.
-        (ended,) = stand.context.metrics.accounts.recent(1) or [None]
-        assert ended is None  # a lone call is no workflow
         stand.assert_settled()
 
 
@@ -383,7 +381,8 @@ async def test_all_streams_of_an_engine_that_is_gone_go_on() -> None:
                 for path, body in zip(PATHS * 4, bodies, strict=True)
             ]
             steps = dies.steps
-            await stand.until(lambda e=dies, n=steps: e.steps > n + 8)
+            while dies.steps <= steps + 8:
+                await asyncio.sleep(0.002)
             await dies.stop()
             for path, body, call in zip(PATHS * 4, bodies, calls, strict=True):
                 assert read(chunks(await call)) == expected(path, body)
