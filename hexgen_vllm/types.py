@@ -247,7 +247,8 @@ class Placement:
         expected_output_tokens: output length the decision stands on.
         uncached_tokens: prompt tokens expected to need prefill there.
         background: the workflow is demoted.
-        priority_key: what an engine that takes one number orders by, the smallest first.
+        priority_key: what stock engines with priorities are told, the smallest first; ``None`` for
+            ``due_s``.
         decode_s: predicted seconds from its first token to its last.
     """
 
@@ -262,7 +263,7 @@ class Placement:
     expected_output_tokens: int
     uncached_tokens: int
     background: bool
-    priority_key: float
+    priority_key: float | None
     decode_s: float
 
     def __init__(  # noqa: PLR0913 - one for each attribute
@@ -279,7 +280,7 @@ class Placement:
         expected_output_tokens: int = 0,
         uncached_tokens: int = 0,
         background: bool = False,
-        priority_key: float = NO_DEADLINE,
+        priority_key: float | None = None,
         decode_s: float = 0.0,
     ) -> None:
         self.call_id, self.engine_id, self.reason = call_id, engine_id, reason

@@ -95,13 +95,20 @@ class BatchServer:
         body = json.dumps(content).encode()
         return self._asked("POST", path, body, {"Content-Type": "application/json"})
 
-    def batches(self) -> list[dict[str, Any]]:
-        """Return the newest batches.
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Yield all batches, newest first.
 
         Raises:
             ConfigError: they cannot be had.
         """
-        return list(self.get("/batches?limit=100").get("data", []))
+        after = ""
+        while True:
+            page = self.get(f"/batches?limit=100{after}")
+            found = page.get("data") or []
+            yield from found
+            if not (found and page.get("has_more")):
+                return
+            after = f"&after={quote(str(page.get('last_id')), safe='')}"
 
     def batch(self, batch_id: str) -> dict[str, Any]:
         """Return a batch.

@@ -128,10 +128,11 @@ class _Run:
         return token
 
     def _begun(self, token: str) -> dict[str, Any] | None:
-        found = self._server.batches()
+        every = self._server.batches()
+        mine = (one for one in every if (one.get("metadata") or {}).get(_RUN) == token)
+        found = next(mine, None)
         self._met = True
-        mine = (one for one in found if (one.get("metadata") or {}).get(_RUN) == token)
-        return next(mine, None)
+        return found
 
     def _begin(self, token: str, endpoint: str) -> dict[str, Any]:
         print(f"uploading {self._source}", file=sys.stderr)

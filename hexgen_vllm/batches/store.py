@@ -38,6 +38,7 @@ OPEN: Final = ("validating", "in_progress", "finalizing", "cancelling")
 ENDED: Final = ("completed", "failed", "expired", "cancelled")
 DATABASE: Final = "batches.sqlite"
 _STALE_S: Final = 3600.0  # a file that nobody knows, and nobody has written to for so long
+_REMEMBERED_S: Final = 90 * 86400.0  # a batch that has ended
 _PAGE: Final = 256  # answers read or deleted at once
 _PAGE_BYTES: Final = 2**21
 _FREE_BYTES: Final = 2**28  # of the disk that stay free
@@ -443,18 +444,17 @@ class Store:
         Raises:
             BadRequest: there is none of this id, or it has ended.
         """
-        one = self.batch(owner, batch_id)
-        if one.status in ENDED:
-            text = f"Cannot cancel a batch with status '{one.status}'."
-            raise BadRequest(text, status=409, param="batch_id")
-        if not one.cancelled:
-            one.times["cancelling"] = unix_s()
-            with self._transaction():
+        with self._transaction():  # who runs it may be another process, and write meanwhile
+            one = self.batch(owner, batch_id)
+            if one.status in ENDED:
+                text = f"Cannot cancel a batch with status '{one.status}'."
+                raise BadRequest(text, status=409, param="batch_id")
+            if not one.cancelled:
+                one.cancelled, one.times["cancelling"] = True, unix_s()
                 self._base.execute(
-                    "UPDATE batches SET cancelled = 1, job = ? WHERE id = ? AND cancelled = 0",
-                    (_job(one), batch_id),
+                    "UPDATE batches SET cancelled = 1, job = ? WHERE id = ?", (_job(one), batch_id)
                 )
-        return self.batch(owner, batch_id)
+        return one
 
     def save(self, batch: BatchJob) -> None:
         """Write down a new status of a batch; what others wrote meanwhile stays."""
@@ -573,6 +573,10 @@ class Store:
         ).fetchall():
             if file_id not in used:
                 self._base.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        self._base.execute(
+            f"DELETE FROM batches WHERE status IN {ENDED} AND json_extract(job, '$.created') < ?",
+            (now - _REMEMBERED_S,),
+        )
         known = {file_id for (file_id,) in self._base.execute("SELECT id FROM files")}
         for path in self._files.iterdir():
             with contextlib.suppress(OSError):

@@ -125,12 +125,14 @@ class CallBook:
         # A router knows whose sessions are whose; what a body says to vLLM alone nobody checked.
         routed = meta.tail_ms is not None
         workflow_id = meta.workflow_id or (None if routed else _session(request))
-        budget_s = _budget_s(request, meta, options)
-        deadline_s = arrived_s + budget_s
-        known_as = _known_as(request, meta, workflow_id, now, deadline_s)
+        deadline_s = arrived_s + _budget_s(request, meta, options)
+        said = meta.workflow_deadline_ms is not None
+        if not said and workflow_id is not None and meta.service_class != wire.BATCH:
+            known_s = self.outlooks.deadline_s(workflow_id)
+            if known_s < NO_DEADLINE:  # an earlier call has said it
+                said, deadline_s = True, known_s
+        known_as = _known_as(request, meta, workflow_id, now, deadline_s, said)
         outlook = self.outlooks.opened(known_as, now)
-        if meta.workflow_deadline_ms is None and meta.service_class != wire.BATCH:
-            deadline_s = min(deadline_s, outlook.deadline_s)  # an earlier call has said it
         said_tail_s = None if meta.tail_ms is None else meta.tail_ms / 1000
         rates, tail = self.rates, outlook.tail
         request.hexgen = CallState(
@@ -264,9 +266,14 @@ def _rank(request: Request, options: EngineOptions) -> int:
 
 
 def _known_as(
-    request: Request, meta: wire.CallMeta, workflow_id: str | None, now: float, deadline_s: float
+    request: Request,
+    meta: wire.CallMeta,
+    workflow_id: str | None,
+    now: float,
+    deadline_s: float,
+    said: bool,
 ) -> Call:
-    """Return a call as the learned shapes know it."""
+    """Return a call as the learned shapes know it; a deadline that nobody ``said`` is no fact."""
     kind = meta.workflow_type or "default"
     return Call(
         request.request_id,
@@ -275,7 +282,7 @@ def _known_as(
         request.num_prompt_tokens,
         kind if deadline_s < NO_DEADLINE else without_deadline(kind),
         meta.stage or "default",
-        deadline_s=deadline_s,
+        deadline_s=deadline_s if said else NO_DEADLINE,
         expected_output_tokens=meta.expected_output_tokens,
         max_output_tokens=request.max_tokens,
         stages_left=meta.stages_left,

@@ -379,13 +379,13 @@ class Coordinator:
         took = (result.prompt_tokens or demand.call.prompt_tokens) + result.output_tokens
         self._shares.settled(demand.call.tenant, took - demand.tokens)
 
-    def _priority_key(self, entry: OpenCall) -> float:
-        """Return what an engine that takes one number orders the call by."""
+    def _priority_key(self, entry: OpenCall) -> float | None:
+        """Return what an engine that takes one number orders the call by, if not by due time."""
         if self.options.priority_by == "attained":  # PLAS (Autellix, arXiv 2502.13965)
             return entry.run.attained
         if self.options.priority_by == "remaining":  # SRPT by what was learned
             return self._estimates.work_s(entry.demand)
-        return entry.demand.deadline_s
+        return None
 
     def _refused(self, entry: OpenCall, rejection: Rejection, now: float) -> Rejection:
         call = entry.demand.call

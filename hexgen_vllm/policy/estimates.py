@@ -38,7 +38,7 @@ class Estimates:
         # By model: when it was found, engines, and their decode and prefill rates, summed.
         self._rates: dict[str, tuple[float, int, float, float]] = {}
         # By model: when it was found, and the fastest engine's step with one call in it.
-        self._fastest: dict[str, tuple[float, float]] = {}
+        self._fastest: dict[tuple[str, str | None], tuple[float, float]] = {}
 
     def retuned(self, options: DispatchOptions) -> None:
         """Estimate by other quantiles and defaults from now on."""
@@ -81,7 +81,8 @@ class Estimates:
         return self._fastest_step_s(call, now) * (output + path)
 
     def _fastest_step_s(self, call: Call, now: float) -> float:
-        known = self._fastest.get(call.model)
+        bound = (call.model, call.engine)  # to one engine, or to none
+        known = self._fastest.get(bound)
         if known is not None and known[0] <= now < known[0] + _FASTEST_S:
             return known[1]
         steps = [
@@ -90,7 +91,7 @@ class Estimates:
         if len(self._fastest) >= _MAX_FASTEST:
             self._fastest.clear()
         step_s = max(min(steps, default=0.0), 0.0)
-        self._fastest[call.model] = now, step_s
+        self._fastest[bound] = now, step_s
         return step_s
 
     def output_tokens(self, call: Call, seen: int = 0, q: float | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from hexgen_vllm.policy.calls import Tail
 from hexgen_vllm.policy.workflow import NOTHING, Shapes, Workflows
-from hexgen_vllm.types import Call, CallResult
+from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
 
 FIRST_OUTPUT_GUESS: Final = 256
 _LEAST, _USUAL, _MOST = 0.1, 0.5, 0.8
@@ -30,14 +30,12 @@ class Outlook(NamedTuple):
         most_tokens: output length, 80 % quantile.
         tail: path after it, 80 % quantile.
         least_tail: path after it, 10 % quantile.
-        deadline_s: of its workflow, as an earlier call may have said it.
     """
 
     usual_tokens: int
     most_tokens: int
     tail: Tail
     least_tail: Tail
-    deadline_s: float
 
 
 class Outlooks:
@@ -60,14 +58,19 @@ class Outlooks:
             call: the call; :func:`without_deadline` gives the type of one without deadline.
             now: the present moment.
         """
-        run, seen = self._workflows.arrived(call, now)
+        _, seen = self._workflows.arrived(call, now)
         kind, stage = call.learned_as, call.stage
         usual, most = self._lengths(call)
         tail = least_tail = NOTHING
         if not call.final and call.stages_left != 0:
             tail = self.shapes.tail(kind, stage, seen.ordinal, _MOST, call.stages_left)
             least_tail = self.shapes.tail(kind, stage, seen.ordinal, _LEAST, call.stages_left)
-        return Outlook(usual, most, tail, least_tail, run.deadline_s)
+        return Outlook(usual, most, tail, least_tail)
+
+    def deadline_s(self, workflow_id: str) -> float:
+        """Return the deadline that a call of an open workflow has said, ``inf`` if none has."""
+        run = self._workflows.get(workflow_id)
+        return NO_DEADLINE if run is None else run.deadline_s
 
     def _lengths(self, call: Call) -> tuple[int, int]:
         limit = call.max_output_tokens

@@ -138,7 +138,7 @@ class HeldCalls:
         if self._shares is not None:
             self._shares.served(entry.tenant, entry.tokens)
         if self._demoted:
-            offered = self._turn >= _FULL_TURN and call_id == next(iter(self._demoted))
+            offered = self._turn >= _FULL_TURN and self._is_oldest_demoted(entry)
             self._turn = 0.0 if offered else self._turn + self._share
         self.remove(call_id)
 
@@ -187,6 +187,11 @@ class HeldCalls:
             return merge(*queues.values())
         ids = {entry.call_id for entry in endangered}
         return chain(endangered, (e for e in merge(*queues.values()) if e.call_id not in ids))
+
+    def _is_oldest_demoted(self, entry: _Entry) -> bool:
+        """Return whether no other demoted call for its model is older: :meth:`first` offers it."""
+        found = (name for name in self._demoted if self._entries[name].model == entry.model)
+        return next(found, None) == entry.call_id
 
     def _queue(self, entry: _Entry, background: bool) -> None:
         if background:

@@ -164,6 +164,7 @@ class WorkflowRun:
     in_flight: int = 0
     background: bool = False
     begun: bool = False  # one of its calls was placed
+    final: bool = False  # a call that ended was said to be the last
     failed: bool = False  # the call that ended last was not answered
     admitted: bool = False  # one of its calls was taken in
     asked: bool = False  # its client asked for the deadline, of itself and not of a part
@@ -452,13 +453,15 @@ class Workflows:
     Args:
         shapes: where endings teach.
         idle_s: seconds of silence after which a workflow counts as ended.
-        max_open: bound on open workflows; the longest silent one is ended first.
+        max_open: bound on open workflows. The longest silent one is ended first; if none is
+            silent, the one whose last call came first.
     """
 
     def __init__(self, shapes: Shapes, *, idle_s: float = 600.0, max_open: int = 100_000) -> None:
         self.shapes = shapes
         self._idle_s, self._max_open = idle_s, max_open
-        self._open: OrderedDict[str, WorkflowRun] = OrderedDict()
+        self._open: OrderedDict[str, WorkflowRun] = OrderedDict()  # by their last arrivals
+        self._silent: OrderedDict[str, WorkflowRun] = OrderedDict()  # no call in flight, by time
         self._admitted = 0
         self.on_end: Callable[[WorkflowRun], None] | None = None  # told of every ending
         self.on_move: Callable[[WorkflowRun], None] | None = None  # of those gone on elsewhere
@@ -506,6 +509,7 @@ class Workflows:
             run.learned_as, run.lone = call.learned_as, call.final
             self._open[call.workflow_id] = run
         self._open.move_to_end(call.workflow_id)
+        self._silent.pop(call.workflow_id, None)
         if call.deadline_s != NO_DEADLINE:
             run.deadline_s = call.deadline_s
             run.asked = run.asked or (call.deadline_asked and call.root is None)
@@ -534,14 +538,15 @@ class Workflows:
         return True
 
     def ended(self, call: Call, result: CallResult, now: float) -> None:
-        """Note that a call ended; a failed one teaches nothing and leaves no trace."""
+        """Note that a call ended; without a full answer of known length it leaves no trace."""
         run = self._open.get(call.workflow_id)
         if run is None:
             return
-        run.in_flight -= 1
+        run.in_flight = max(run.in_flight - 1, 0)
         run.last_seen_s, run.failed = now, not result.ok
+        run.final = run.final or call.final
         if result.ok and result.output_tokens is not None:
-            self.shapes.learn_output(run.learned_as, call.stage, result.output_tokens)
+            self.shapes.learn_output(call.learned_as, call.stage, result.output_tokens)
             seen = run.calls.get(call.call_id)
             if seen is not None:
                 seen.ended_s, seen.output_tokens = now, result.output_tokens
@@ -551,16 +556,21 @@ class Workflows:
         else:
             run.calls.pop(call.call_id, None)
         self._touch(run, call.call_id)
-        if run.in_flight == 0 and (run.over or run.left):
+        if run.in_flight:
+            return
+        if run.over or run.left:
             self._move(run)
-        elif call.final and run.in_flight == 0:
+        elif run.final:
             self.finished(call.workflow_id)
+        else:
+            self._silent[call.workflow_id] = run
 
     def finished(self, workflow_id: str) -> WorkflowRun | None:
         """End a workflow and learn from it; returns it, or ``None`` when it is not open."""
         if workflow_id not in self._open:
             self._taken_over(workflow_id)
         run = self._open.pop(workflow_id, None)
+        self._silent.pop(workflow_id, None)
         if run is not None:
             self._admitted -= run.admitted
             if self._changed is not None:
@@ -576,8 +586,8 @@ class Workflows:
         """End workflows that have been silent too long, or that are too many."""
         ended = []
         while self._open:
-            run = next(iter(self._open.values()))
-            silent = run.in_flight == 0 and now - run.last_seen_s > self._idle_s
+            run = next(iter((self._silent or self._open).values()))
+            silent = bool(self._silent) and now - run.last_seen_s > self._idle_s
             if not silent and len(self._open) <= self._max_open:
                 break
             if run.left and not run.in_flight:
@@ -650,6 +660,7 @@ class Workflows:
     def _move(self, run: WorkflowRun) -> None:
         """Leave a workflow to others."""
         del self._open[run.workflow_id]
+        self._silent.pop(run.workflow_id, None)
         if self._changed is not None:
             self._changed.pop(run.workflow_id, None)
         self._admitted -= run.admitted
@@ -675,8 +686,9 @@ class Workflows:
             run.deadline_s = min(run.deadline_s, part.deadline_s)
             run.ordered_by_s = min(run.ordered_by_s, part.ordered_by_s)
         if part.last_seen_s > run.last_seen_s and run.in_flight == 0:
-            run.background = part.background
-            run.last_seen_s = max(run.last_seen_s, part.last_seen_s)
+            run.background, run.last_seen_s = part.background, part.last_seen_s
+            if run.workflow_id in self._silent:
+                self._silent.move_to_end(run.workflow_id)
         if part.engine:
             run.engine, run.prefix, run.chunk_tokens = part.engine, part.prefix, part.chunk_tokens
         for name, told in part.calls.items():

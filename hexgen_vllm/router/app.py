@@ -215,7 +215,7 @@ class Router:
         self._metrics_port: MetricsPort | None = None
         self._tls = access.for_clients(options)
         # A browser would not take our certificate for another name, nor show it a key.
-        open_here = self._tls is None and not options.api_key and is_loopback(options.host)
+        open_here = self._tls is None and not self._keys.wanted and is_loopback(options.host)
         self._hosts = ServedHosts(options.allowed_hosts) if open_here else None
         self.port = options.port
 

@@ -59,6 +59,7 @@ _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
 _DEAD: Final = re.compile(rb"EngineDead|EngineCore encountered|Engine (?:loop )?is dead", re.I)
 _MOST_SAID_BYTES: Final = 4096
 _PATIENCE_S: Final = 1.0
+_STORED: Final = "stored"  # why a call goes to the engine that has what it is about
 _ASK_TIMEOUT_S: Final = 2.0
 _ASKING: Final = 4
 AskOthers = Callable[[str], Awaitable[str | None]]
@@ -96,7 +97,7 @@ class Relay:
         One that comes after comments have begun a stream becomes an error event.
         """
         context = self._context
-        trace = context.tracing.begin(endpoint.path, request.names)
+        trace = context.tracing.begin(request.method, endpoint.path, request.names)
         job = Job(request, endpoint, context.clock.now(), trace)
         context.ledger.arrived[endpoint.name] += 1
         response = await self._answered(job)
@@ -225,7 +226,7 @@ class Relay:
         if not home.takes_calls:
             raise refused(Outcome.NO_ENDPOINTS)
         job.tried.append(home.name)
-        return Placement(call.call_id, next(iter(home.targets)), "stored")
+        return Placement(call.call_id, next(iter(home.targets)), _STORED)
 
     async def _home(self, job: Job) -> Engine | None:
         """Return the engine that has what a request is about or follows, ``None`` if any may.
@@ -278,7 +279,8 @@ class Relay:
         """
         context = self._context
         repeats = failure.retryable and (job.repeats or _was_not_begun(failure))
-        if not repeats or not context.retries.allows(job.tries):
+        at_home = job.placement is not None and job.placement.reason == _STORED
+        if at_home or not repeats or not context.retries.allows(job.tries):
             raise failure
         await asyncio.sleep(context.retries.backoff_s(job.tries))
         try:

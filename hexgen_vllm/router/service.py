@@ -13,6 +13,7 @@ from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import Elsewhere
+from hexgen_vllm.router.errors import Outcome, refused
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.types import (
@@ -79,6 +80,8 @@ class Service:
         Raises:
             Refused: there is nowhere else; the call has then ended.
         """
+        if self.coordinator.in_flight(call_id) is None:  # no decision would ever come
+            raise refused(Outcome.NO_ENDPOINTS)
         bounced = self.coordinator.call_bounced(call_id, self.clock.now())
         return await self._decided(call_id, self._carry_out(bounced, call_id))
 

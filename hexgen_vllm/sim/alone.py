@@ -29,7 +29,6 @@ from hexgen_vllm.sim.workloads.prompts import links
 from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult, Placement
 
-ESTIMATES: Final = ("learned", "mean", "true")
 _DELIVERY_S: Final = 0.002
 _MEAN_WEIGHT: Final = 0.05
 _NOISE: Final = 0.03
@@ -195,7 +194,7 @@ class Alone:
         if self._estimates == "mean":
             mean = max(int(self._mean), 1)
             nothing = Tail(0.0, 0.0, 0.0)
-            return Outlook(mean, mean, nothing, nothing, learned.deadline_s)
+            return Outlook(mean, mean, nothing, nothing)
         if self._estimates == "true":
             later = flow.spec.stages[flow.group + 1 :]
             tail = Tail(
@@ -204,7 +203,7 @@ class Alone:
                 float(sum(max(c.output_tokens for c in group) for group in later)),
             )
             own = spec.output_tokens
-            return Outlook(own, own, tail, tail, learned.deadline_s)
+            return Outlook(own, own, tail, tail)
         return learned
 
     def _deliver(self, now: float, sequence: Sequence) -> None:

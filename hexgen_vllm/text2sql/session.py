@@ -61,7 +61,7 @@ async def play(
     async with aclosing(endpoints) as found:
         async for endpoint in found:
             visits = await _visits(options, endpoint, asked, tell, model)
-            counted = visits[options.warmup :]
+            counted = visits[_warmup(options) :]
             yield Played(report.summary(endpoint.name, counted, options.rate), counted)
 
 
@@ -85,13 +85,18 @@ async def _visits(
             constrain=options.constrain,
             seed=options.seed if options.call_seeds else None,
         )
-        warmup = f", the first {options.warmup} do not count" if options.warmup else ""
+        warmup = f", the first {_warmup(options)} do not count" if _warmup(options) else ""
         report.say(f"{endpoint.name}: {len(asked)} questions{warmup}")
         agent = Agent(
             client, sampling, options.deadline_s, options.max_rounds, not options.same_effort
         )
         users = Users(agent, SystemClock(), options.rate, options.seed)
         return await users.ask(asked, tell)
+
+
+def _warmup(options: AgentOptions) -> int:
+    """Return how many of the first users do not count; all do where questions are asked once."""
+    return options.warmup if options.users else 0
 
 
 async def _served(client: AsyncOpenAI, endpoint: AskedEndpoint, wanted: str | None) -> str:

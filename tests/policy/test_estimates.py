@@ -177,6 +177,14 @@ def test_the_pace_counts_the_calls_there_up_to_the_slots() -> None:
 # The least that it takes
 
 
+def test_a_call_that_must_go_to_a_slow_engine_says_nothing_of_the_others() -> None:
+    one = estimates(engine("slow", 9.0), engine("fast", 0.5))
+    bound = call(final=True, engine="slow")
+    assert one.least_s(bound, 0, 0.0) == pytest.approx(9.0 * STEP)
+    assert one.least_s(call(final=True), 0, 0.0) == pytest.approx(0.5 * STEP)
+    assert one.least_s(bound, 0, 0.1) == pytest.approx(9.0 * STEP)
+
+
 def test_the_least_time_is_of_low_quantiles_on_the_fastest_engine() -> None:
     one = estimates(engine(), engine("b", 0.5, calls=3), learned=shapes(), hopeless_quantile=0.1)
     fastest = 0.5 * STEP

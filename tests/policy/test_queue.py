@@ -161,6 +161,20 @@ def test_the_call_demoted_longest_has_its_turn() -> None:
     assert held.first(9) == ["d", "new"]
 
 
+def test_a_turn_that_was_taken_is_over_while_the_oldest_waits_for_a_full_model() -> None:
+    held = HeldCalls(0.5)
+    held.add("oldest", 9.0, 0.0, background=True, model="full")
+    for name in ("new", "newer"):
+        held.add(name, 1.0, 0.0, background=True, model="m")
+    for name in "abcd":
+        held.add(name, 1.0, 0.0, model="m")
+    found = []
+    for _ in range(5):
+        found.append(held.first(1, {"m"})[0])
+        held.placed(found[-1])
+    assert found == ["a", "b", "new", "c", "d"]
+
+
 def test_demoted_calls_that_are_served_for_want_of_others_are_no_turn() -> None:
     held = HeldCalls(0.5)
     for i in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -203,9 +204,6 @@ def test_a_workflow_ends_with_its_last_open_call_once_it_is_said_to_be_final() -
     flows.ended(call("b", final=True), done(), 1.0)
     assert len(flows) == 1, "one is open"
     flows.ended(call("a"), done(), 2.0)
-    assert len(flows) == 1, "and was not said to be the last"
-    flows.arrived(call("c", final=True), 3.0)
-    flows.ended(call("c", final=True), done(), 4.0)
     assert len(flows) == 0
     assert flows.finished("w") is None
 
@@ -260,3 +258,32 @@ def test_a_workflow_teaches_with_its_first_256_calls() -> None:
     flows.finished("w")
     assert shapes.tail("t", "s", 0, 0.0) == NOTHING
     assert shapes.tail("t", "s", 0, 0.999) == Tail(255, 255 * 300, 255, 255 * 0.5)
+
+
+def test_a_workflow_at_work_keeps_no_silent_one_open() -> None:
+    flows = Workflows(Shapes(), idle_s=10.0)
+    flows.arrived(call("long", "at-work"), 0.0)
+    flows.arrived(call("a", "silent"), 1.0)
+    flows.ended(call("a", "silent"), done(), 2.0)
+    assert [run.workflow_id for run in flows.expire(12.0)] == []
+    assert [run.workflow_id for run in flows.expire(13.0)] == ["silent"]
+    flows.ended(call("long", "at-work"), done(), 20.0)
+    assert [run.workflow_id for run in flows.expire(29.0)] == []
+    assert [run.workflow_id for run in flows.expire(31.0)] == ["at-work"]
+    assert len(flows) == 0
+
+
+def test_where_all_are_at_work_the_one_heard_of_first_gives_way() -> None:
+    flows = Workflows(Shapes(), max_open=1)
+    for at_s, name in enumerate(("one", "two", "one")):
+        flows.arrived(call(f"{name}{at_s}", name), float(at_s))
+    assert [run.workflow_id for run in flows.expire(3.0)] == ["two"]
+
+
+def test_lengths_are_learned_under_the_name_by_which_they_are_asked_for() -> None:
+    flows = Workflows(shapes := Shapes())
+    first, other = call("a"), replace(call("b"), workflow_type="other")
+    for one in (first, other):
+        flows.arrived(one, 0.0)
+        flows.ended(one, done(7), 1.0)
+    assert shapes.output_tokens("other", other.stage, 0.5) == 7

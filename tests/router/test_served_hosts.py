@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +88,10 @@ def test_what_is_loopback() -> None:
 def test_allowed_hosts_are_names(name: str) -> None:
     with pytest.raises(ConfigError, match="allowed_hosts"):
         RouterOptions(allowed_hosts=(name,))
+
+
+async def test_a_router_with_keys_of_whatever_kind_takes_any_name(tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").write_text("keys:\n  - {key: sk-a, tenant: a}\n")
+    for keys in ({"api_key": ("sk-a",)}, {"api_keys": str(tmp_path / "keys.yaml")}):
+        async with open_stand(**keys) as stand:
+            assert (await asked(stand, "llm.example.com"))[0] == 200

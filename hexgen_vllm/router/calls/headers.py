@@ -132,7 +132,8 @@ def call_head(  # noqa: PLR0913 - what a head is made of
     if words is not None and kind is not EngineKind.HEXGEN:
         said.update(_translated(words, accepted.call, placement, now))
     if kind is EngineKind.PRIORITY:
-        due_s = placement.due_s - epoch
+        key = placement.priority_key
+        due_s = placement.due_s - epoch if key is None else key
         number = narrow_priority if bare else stock_priority
         said[PRIORITY_HEADER] = str(number(due_s, accepted.call.priority))
     elif kind is EngineKind.HEXGEN and accepted.call.priority:

@@ -66,10 +66,16 @@ class OtelTracing(Tracing):
         self.policy = policy
         self._workflows: OrderedDict[str, Span] = OrderedDict()
 
-    def begin(self, path: str, headers: Mapping[str, str]) -> CallTrace:
-        """Return the trace of a call; it continues the one in ``headers``."""
+    def begin(self, method: str, path: str, headers: Mapping[str, str]) -> CallTrace:
+        """Return the trace of a call; it continues the one in ``headers``.
+
+        Args:
+            method: of the request.
+            path: of its route, empty where it has none of its own.
+            headers: of the request.
+        """
         came = {name: headers[name] for name in _PROPAGATOR.fields if name in headers}
-        return _OtelTrace(self, path, came)
+        return _OtelTrace(self, method, path, came)
 
     def workflow(self, call: Call, came: Mapping[str, str], began_ns: int) -> Span | None:
         """Return the span of the workflow of a call, which begins with its first one.
@@ -123,11 +129,14 @@ class OtelTracing(Tracing):
 class _OtelTrace(CallTrace):
     """The spans of one call; the first is made when it is known to which workflow it belongs."""
 
-    __slots__ = ("_began_ns", "_came", "_context", "_made", "_path", "_queue", "_tracer",
-                 "_tracing", "_tries", "_upstream")  # fmt: skip
+    __slots__ = ("_began_ns", "_came", "_context", "_made", "_method", "_path", "_queue",
+                 "_tracer", "_tracing", "_tries", "_upstream")  # fmt: skip
 
-    def __init__(self, tracing: OtelTracing, path: str, came: Mapping[str, str]) -> None:
-        self._tracing, self._tracer, self._path, self._came = tracing, tracing.tracer, path, came
+    def __init__(
+        self, tracing: OtelTracing, method: str, path: str, came: Mapping[str, str]
+    ) -> None:
+        self._tracing, self._tracer, self._came = tracing, tracing.tracer, came
+        self._method, self._path = method, path
         self._began_ns = time.time_ns()
         self._context = _PROPAGATOR.extract(came)
         self._made: Span | None = None
@@ -145,11 +154,12 @@ class _OtelTrace(CallTrace):
             links.append(Link(workflow.get_span_context()))
         elif workflow is not None:
             self._context = set_span_in_context(workflow)
+        route = {"http.route": self._path} if self._path else {}
         self._made = self._tracer.start_span(
-            f"POST {self._path}",
+            f"{self._method} {self._path}".rstrip(),
             context=self._context,
             kind=SpanKind.SERVER,
-            attributes={"http.request.method": "POST", "http.route": self._path},
+            attributes={"http.request.method": self._method, **route},
             links=links,
             start_time=self._began_ns,
         )

@@ -42,7 +42,7 @@ NO_TRACE: Final = CallTrace()
 class Tracing:
     """Begins traces; this one keeps none."""
 
-    def begin(self, path: str, headers: Mapping[str, str]) -> CallTrace:
+    def begin(self, method: str, path: str, headers: Mapping[str, str]) -> CallTrace:
         """Return the trace of a call that came in at ``path``."""
         return NO_TRACE
 

@@ -222,13 +222,18 @@ class Shard:
         while True:
             await asyncio.sleep(_ASK_S)
             found = await asyncio.gather(*(self._get(i, LOAD_PATH) for i in self._spot.others()))
-            loads: list[dict[str, Any]] = [json.loads(raw) for raw in found if raw]
-            names = {name for one in loads for name in one}
-            total = {
-                name: Elsewhere.total(Elsewhere(*one[name]) for one in loads if name in one)
-                for name in names
-            }
-            self._context.service.placed_elsewhere("processes", total)
+            try:
+                self._take_in([json.loads(raw) for raw in found if raw])
+            except Exception:  # whatever another process said, ask it again
+                _LOG.exception("what other processes have placed cannot be read")
+
+    def _take_in(self, loads: Sequence[dict[str, Any]]) -> None:
+        names = {name for one in loads for name in one}
+        total = {
+            name: Elsewhere.total(Elsewhere(*one[name]) for one in loads if name in one)
+            for name in names
+        }
+        self._context.service.placed_elsewhere("processes", total)
 
     async def _metrics(self) -> web.StreamResponse:
         own = self._context.metrics.exposition()

@@ -140,7 +140,8 @@ class Sequence:
         self.prompt_tokens = self.tokens = prompt_tokens
         self.total_tokens = prompt_tokens + output_tokens
         self.deadline_s, self.tail_s = placement.ordered_by_s, placement.tail_s
-        self.priority_key = placement.priority_key
+        key = placement.priority_key
+        self.priority_key = NO_DEADLINE if key is None else key
         self.expected_tokens = placement.expected_output_tokens
         self.background = placement.background
         self.most_tokens = NO_LIMIT

@@ -58,6 +58,21 @@ def test_a_later_call_keeps_the_deadline_of_its_workflow(build: Build) -> None:
     assert batch.deadline_s == math.inf
 
 
+@pytest.mark.parametrize("default_s", [None, 30.0])
+def test_no_default_replaces_what_an_earlier_call_said(
+    build: Build, default_s: float | None
+) -> None:
+    engine = build(hexgen={"default_deadline_s": default_s})
+    first = engine.add("one", [5] * 8, 5, chat(60, workflow_id="w", workflow_type="t")).hexgen
+    engine.run()
+    said = CallMeta(workflow_id="w", workflow_type="t")
+    for name in ("two", "three"):
+        later = engine.add(name, [5] * 8, 5, said).hexgen
+        assert later.deadline_s == first.deadline_s
+        assert later.expected_tokens == 5, "what the first one taught"
+        engine.run()
+
+
 @pytest.mark.parametrize(
     ("said", "priority", "deadline_s"),
     [

@@ -15,6 +15,8 @@ from hexgen_vllm.router.calls import headers as outbound
 from hexgen_vllm.router.calls.intake import Accepted
 from hexgen_vllm.router.calls.prompt import Prompt
 from hexgen_vllm.router.http.messages import Pairs
+from hexgen_vllm.testing.fake_server import FakeSettings
+from hexgen_vllm.testing.stand import CHAT, open_stand
 from hexgen_vllm.types import Call, EngineKind, Placement
 
 NOW, EPOCH = 1000.0, 900.0
@@ -127,6 +129,26 @@ def test_a_gateway_of_others_is_told_in_its_own_words(
     expected = {"x-llm-d-slo-ttft-ms": "7", **ALL, **told}
     assert found == expected
     assert "x-llm-d-slo-ttft-ms" not in sent(EngineKind.HEXGEN, placed=placed, words=words)
+
+
+async def test_engines_with_priorities_are_told_what_the_router_is_told_to_tell_them() -> None:
+    """Work so far: the longer of two workflows comes later, whatever their deadlines."""
+    told: dict[str, list[int]] = {}
+    for by in ("deadline", "attained"):
+        async with open_stand(
+            FakeSettings(policy="priority"), dispatch={"priority_by": by}
+        ) as stand:
+            for workflow, deadline_ms in (("long", 1_000), ("long", 1_000), ("new", 90_000)):
+                said = {
+                    "x-hexgen-workflow-id": workflow,
+                    "x-hexgen-workflow-deadline-ms": str(deadline_ms),
+                }
+                async with stand.post(CHAT, headers=said, max_tokens=4) as answer:
+                    assert answer.status == 200
+            sent = [one.headers["x-vllm-priority"] for one in stand.received()]
+            told[by] = [int(number) for number in sent]
+    assert told["deadline"][1] < told["deadline"][2]
+    assert told["attained"][0] == told["attained"][2] == 0 < told["attained"][1]
 
 
 @pytest.mark.parametrize(("priority", "told"), [(3, "-3"), (-2, "2"), (10**13, str(-(10**13)))])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientTimeout, web
 from yarl import URL
 
 from hexgen_vllm.router.calls.stored import (
@@ -20,6 +20,7 @@ from hexgen_vllm.router.calls.stored import (
 )
 from hexgen_vllm.testing import fake_answers
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
+from hexgen_vllm.testing.fake_settings import Fault
 from hexgen_vllm.testing.stand import open_stand
 
 PATH = "/v1/responses"
@@ -157,6 +158,26 @@ async def test_a_response_is_its_tenants(
             assert await status(said, "GET", f"{PATH}/resp_0") == 200
             body = '{"model": "tiny", "input": "x", "previous_response_id": "resp_0"}'
             assert await status(said, "POST", PATH, body) == 200
+        stand.assert_settled()
+
+
+@pytest.mark.usefixtures("numbered")
+@pytest.mark.parametrize("status", [429, 503])
+async def test_an_engine_that_cannot_say_now_is_not_replaced_by_one_that_never_could(
+    status: int,
+) -> None:
+    settings = FakeSettings(echoes=(f"{PATH}/resp_0", f"{PATH}/resp_0/cancel"))
+    async with open_stand(*[settings] * 2, policy="round_robin") as stand:
+        async with stand.post(PATH, max_tokens=2) as answer:
+            home = answer.headers["x-hexgen-engine"]
+        engine = stand.engines[int(home.rpartition("-")[2])]
+        engine.fault = Fault("status", status=status)
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):
+            url = f"{stand.router.url}{PATH}/resp_0{path}"
+            request = stand.client.request(method, url, timeout=ClientTimeout(60.0))
+            async with request as answer:
+                assert (method, answer.status) == (method, status)
+        assert stand.context.service.waiting == 0
         stand.assert_settled()
 
 

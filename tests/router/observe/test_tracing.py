@@ -197,10 +197,21 @@ async def test_refused_calls_end_their_spans(spans: Spans) -> None:
     assert [shown(s)["outcome"] for s in found[ROOT]] == ["bad-request"] * 2
 
 
+async def test_a_span_says_the_method_and_no_route_where_there_is_none(spans: Spans) -> None:
+    async with open_stand(FakeSettings(echoes=("/v1/odd",))) as stand:
+        stand.context.tracing = spans.tracing
+        async with stand.client.delete(f"{stand.router.url}/v1/odd") as answer:
+            assert answer.status == 200
+    ((root,),) = (found for name, found in spans.finished().items() if name == "DELETE")
+    assert root.attributes is not None
+    assert root.attributes["http.request.method"] == "DELETE"
+    assert "http.route" not in root.attributes
+
+
 async def test_without_a_place_for_them_there_are_no_spans() -> None:
     async with open_stand() as stand:
         assert type(stand.context.tracing) is Tracing
-        assert stand.context.tracing.begin("/", {}) is NO_TRACE
+        assert stand.context.tracing.begin("POST", "/", {}) is NO_TRACE
         await ask(stand, CAME)
         assert stand.received()[0].headers["traceparent"] == CAME["traceparent"]
 
@@ -260,7 +271,7 @@ def test_a_receiver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(otel, "_LAST_S", 0.05)
     tracing = otel.OtelTracing(Silent(), "slack")
-    tracing.begin("/", {}).ended("answered", CallResult(ok=True))
+    tracing.begin("POST", "/", {}).ended("answered", CallResult(ok=True))
     tracing.close()
     assert not answered.is_set()
     answered.set()
