@@ -322,8 +322,9 @@ def _decoded(
     if isinstance(node, yaml.SequenceNode):
         items = []
         for i, child in enumerate(node.value):
-            lines[(*path, i)] = child.start_mark.line + 1
-            items.append(_decoded(child, (*path, i), lines, file, twice))
+            place: tuple[str | int, ...] = (*path, i)
+            lines[place] = child.start_mark.line + 1
+            items.append(_decoded(child, place, lines, file, twice))
         return items
     if not isinstance(node, yaml.MappingNode):
         return _scalar(node)
@@ -331,8 +332,8 @@ def _decoded(
     for key_node, child in node.value:
         key = str(_scalar(key_node))
         line = key_node.start_mark.line + 1
+        place = (*path, key)
         if key in found:
-            place = (*path, key)
             error = LocatedError(
                 f"{file} line {line}: {spelled(place)} is there twice.", place, line
             )
@@ -340,8 +341,8 @@ def _decoded(
                 raise error
             twice.append(error)
             continue
-        lines[(*path, key)] = line
-        found[key] = _decoded(child, (*path, key), lines, file, twice)
+        lines[place] = line
+        found[key] = _decoded(child, place, lines, file, twice)
     return found
 
 

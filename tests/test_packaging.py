@@ -203,6 +203,18 @@ def test_what_is_compiled_finds_the_classes_that_take_keywords() -> None:
     assert all(f"'{maker}'" in asked for maker in makers), (makers, asked)
 
 
+def test_what_is_compiled_can_be_on_the_oldest_python() -> None:
+    """There mypy takes a star in an index, in parentheses or not, for syntax of a newer one."""
+    starred = [
+        f"{path}:{node.lineno}"
+        for path in (ROOT / "hexgen_vllm").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple)
+        if any(isinstance(one, ast.Starred) for one in node.slice.elts)
+    ]
+    assert starred == []
+
+
 def test_the_wheel_has_the_package_its_sources_and_nothing_else(tree: Tree) -> None:
     names = contents(tree.wheel())
     native = {f"hexgen_vllm/kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
