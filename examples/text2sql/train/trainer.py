@@ -1,0 +1,187 @@
+"""Training: batches of examples of like length, the loss on answers only."""
+
+from __future__ import annotations
+
+import random
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from examples.text2sql.train import model, schemas
+from examples.text2sql.train.pairs import Pair, draw
+from examples.text2sql.train.schemas import Source
+from examples.text2sql.train.stages import Example, example
+
+ASKED: Final = Path(__file__).parent.parent / "questions.yaml"
+DEMO_SHARE: Final = 0.6
+BATCH_TOKENS: Final = 3072
+MOST_TOKENS: Final = 384
+_POOL: Final = 2048
+_RATE: Final = 2e-3
+_WARMUP: Final = 100
+
+Sample = tuple[list[int], int]  # tokens, and how many of them are the prompt
+
+
+def normal(question: str) -> str:
+    """Return the words of a question, without case and punctuation."""
+    return " ".join(re.findall(r"\w+", question.lower()))
+
+
+def withheld(*files: Path) -> frozenset[str]:
+    """Return the questions that must not be trained on."""
+    return frozenset(
+        normal(entry["q"])
+        for file in files
+        for entries in yaml.safe_load(file.read_text()).values()
+        for entry in entries
+    )
+
+
+class Examples:
+    """The training set: the same for a seed, and without end.
+
+    Args:
+        seed: of all draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(f"pairs/{seed}")
+        self._withheld = withheld(ASKED)
+        with tempfile.TemporaryDirectory() as folder:
+            self._demo: Sequence[Source] = schemas.demo(Path(folder))
+
+    def pairs(self) -> Iterator[Pair]:
+        """Yield pairs whose questions may be trained on."""
+        while True:
+            known = self._rng.random() < DEMO_SHARE
+            source = self._rng.choice(self._demo) if known else schemas.made_up(self._rng)
+            for _ in range(1 if known else 3):
+                pair = draw(source, self._rng)
+                if normal(pair.question) not in self._withheld:
+                    yield pair
+
+    def __iter__(self) -> Iterator[Example]:
+        for pair in self.pairs():
+            yield example(pair, self._rng)
+
+
+def rendered(tokenizer: Any, one: Example) -> tuple[str, str]:
+    """Return prompt and answer as the model sees them."""
+    messages = [
+        {"role": "system", "content": one.prompt.system},
+        {"role": "user", "content": one.prompt.user},
+    ]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return prompt, one.answer + model.EOS
+
+
+def _samples(tokenizer: Any, examples: Iterator[Example]) -> list[Sample]:
+    texts = [rendered(tokenizer, next(examples)) for _ in range(_POOL)]
+    encode = tokenizer.backend_tokenizer.encode_batch
+    prompts = encode([prompt for prompt, _ in texts], add_special_tokens=False)
+    answers = encode([answer for _, answer in texts], add_special_tokens=False)
+    return [
+        (prompt.ids + answer.ids, len(prompt.ids))
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if len(prompt.ids) + len(answer.ids) <= MOST_TOKENS
+    ]
+
+
+def _batches(tokenizer: Any, seed: int) -> Iterator[list[Sample]]:
+    rng, examples = random.Random(seed), iter(Examples(seed))
+    while True:
+        batches: list[list[Sample]] = []
+        batch: list[Sample] = []
+        for sample in sorted(_samples(tokenizer, examples), key=lambda one: len(one[0])):
+            if (len(batch) + 1) * len(sample[0]) > BATCH_TOKENS:
+                batches.append(batch)
+                batch = []
+            batch.append(sample)
+        rng.shuffle(batches)
+        yield from batches
+
+
+def _loss(llama: Any, batch: list[Sample]) -> Any:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    width = max(len(tokens) for tokens, _ in batch)
+    ids = torch.ones((len(batch), width), dtype=torch.long)
+    asked = torch.zeros((len(batch), width), dtype=torch.bool)
+    for row, (tokens, start) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        asked[row, start - 1 : len(tokens) - 1] = True
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = llama.model(ids, use_cache=False).last_hidden_state
+        logits = llama.lm_head(hidden[asked])
+    return cross_entropy(logits.float(), ids.roll(-1, 1)[asked])
+
+
+def train(
+    out: Path, steps: int, seed: int, start: Path | None = None, rate: float = _RATE, fall: int = 0
+) -> None:
+    """Train for ``steps`` and write tokenizer and weights to ``out``, now and then in between.
+
+    Args:
+        out: folder.
+        steps: batches.
+        seed: of weights and pairs.
+        start: folder of a model to go on with.
+        rate: learning rate.
+        fall: last batches, over which the learning rate falls to nothing.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    if start is None:
+        examples = iter(Examples(seed))
+        blank = model.tokenizer([])
+        texts = (text for _ in range(6000) for text in rendered(blank, next(examples)))
+        tokenizer = model.tokenizer(texts)
+        llama = model.llama(len(tokenizer))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        llama = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    plain = [one for one in llama.parameters() if one.ndim < 2]
+    decayed = [one for one in llama.parameters() if one.ndim >= 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=rate, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    begun, tokens, mean = time.monotonic(), 0, 0.0
+    for step, batch in enumerate(_batches(tokenizer, seed), 1):
+        share = min(step / _WARMUP, (steps - step + 1) / max(fall, 1), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
+        loss = _loss(llama, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += sum(len(sample[0]) for sample in batch)
+        mean += (loss.item() - mean) / min(step, 50)
+        if step % 50 == 0 or step == steps:
+            spent = time.monotonic() - begun
+            print(f"step {step}/{steps} loss {mean:.4f} {tokens / spent:.0f} tokens/s "
+                  f"{spent:.0f} s", flush=True)  # fmt: skip
+        if step % 250 == 0 or step == steps:
+            write(out, llama, tokenizer)
+        if step == steps:
+            return
+
+
+def write(out: Path, llama: Any, tokenizer: Any) -> None:
+    """Write tokenizer and weights, these in bfloat16."""
+    import copy
+
+    import torch
+
+    copy.deepcopy(llama).to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
