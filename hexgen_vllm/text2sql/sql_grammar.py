@@ -1,8 +1,8 @@
 """The grammar of queries over a schema: whatever it derives, the database can run.
 
-It covers one table or up to three joined along foreign keys, conditions, grouping, order and
-limit. Names come from the schema, in quotes where they need them, so that no answer names a column
-that is not in its ``FROM``.
+It covers one table or up to three joined along foreign keys, conditions, rows that no other table
+points at, grouping, order and limit. Names come from the schema, in quotes where they need them,
+so that no answer names a column that is not in its ``FROM``.
 """
 
 from __future__ import annotations
@@ -58,17 +58,18 @@ def query_grammar(schema: Schema, plan_chars: int = 100) -> Grammar:
         "compared": words((" = ", " < ", " > ", " <= ", " >= ", " <> ")),
         "direction": ((), (" DESC",)),
         "amount": ((Chars("0-9", 1, 5),), (Chars("0-9", 1, 3), ".", Chars("0-9", 1, 2))),
-        "having": ((), ("\nHAVING COUNT(*)", Rule("compared"), Chars("0-9", 1, 3))),
+        "having": ((), (Rule("kept"),)),
+        "kept": (("\nHAVING COUNT(*)", Rule("compared"), Chars("0-9", 1, 3)),),
         "order": ((), ("\nORDER BY 2", Rule("direction"))),
     }
     sources = list(_sources(schema))[:MOST_SOURCES]
     for i, source in enumerate(sources):
-        rules |= _rules_of(source, i)
+        rules |= _rules_of(source, i, schema)
     rules["query"] = tuple((Rule(f"query-{i}"),) for i in range(len(sources)))
     return Grammar(rules)
 
 
-def _rules_of(source: _Source, i: int) -> dict[str, tuple[Alternative, ...]]:
+def _rules_of(source: _Source, i: int, schema: Schema) -> dict[str, tuple[Alternative, ...]]:
     column, measure, where = (Rule(f"{name}-{i}") for name in (_COLUMN, _MEASURE, _WHERE))
     named = dict(source.columns())
     tail: Alternative = (f"\nFROM {source.clause}", where)
@@ -81,6 +82,8 @@ def _rules_of(source: _Source, i: int) -> dict[str, tuple[Alternative, ...]]:
             ("SELECT ", measure, *tail),
             ("SELECT ", column, ", ", measure, *tail, "\nGROUP BY 1", Rule("having"),
              Rule("order"), Rule("limit")),
+            ("SELECT ", column, *tail, "\nGROUP BY 1", Rule("kept")),
+            *_unreferenced(source, i, schema),
         ),
         f"{_COLUMN}-{i}": words(named),
         f"{_MEASURE}-{i}": tuple(_measures(source, i)),
@@ -108,6 +111,21 @@ def _measures(source: _Source, i: int) -> Iterator[Alternative]:
             yield f"{function}(", Rule(f"{_NUMBER}-{i}"), ")"
 
 
+def _unreferenced(source: _Source, i: int, schema: Schema) -> Iterator[Alternative]:
+    """Yield queries for the rows of one table that no row of another one points at."""
+    table, *others = source.tables
+    if others:
+        return
+    for child in (one for one in schema.tables if one.name != table.name):
+        for column in child.columns:
+            if column.references and column.references[0] == table.name:
+                target = ".".join(schema.sql_of(column.references))
+                inner = f"SELECT {child.sql}.{column.sql} FROM {child.sql}"
+                where = f"\nFROM {source.clause}\nWHERE {target} NOT IN ({inner})"
+                for said in (Rule(f"{_COLUMN}-{i}"), "COUNT(*)"):
+                    yield "SELECT ", said, where
+
+
 def _conditions(source: _Source, i: int) -> Iterator[Alternative]:
     kinds = _column_kinds(source, i)
     compared: Part = Rule("compared")
@@ -116,6 +134,7 @@ def _conditions(source: _Source, i: int) -> Iterator[Alternative]:
     if f"{_TEXTS}-{i}" in kinds:
         yield Rule(f"{_TEXTS}-{i}"), compared, "'", Chars(_TEXT, 1, 20), "'"
         yield Rule(f"{_TEXTS}-{i}"), " LIKE '%", Chars(_TEXT, 1, 12), "%'"
+        yield Rule(f"{_TEXTS}-{i}"), compared, Rule(f"{_TEXTS}-{i}")
     yield Rule(f"{_COLUMN}-{i}"), " IS NOT NULL"
     yield Rule(f"{_COLUMN}-{i}"), " IS NULL"
     for name, column in source.columns():

@@ -9,6 +9,7 @@ They are installed once, into ``.cache/clients``.
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,11 @@ PACKAGES = (
     "anthropic==2.14.0",
     "langchain==1.5.2",
     "langchain-community==0.4.2",
+    "vanna[openai]==2.0.2",
+)
+AGENTS = (
+    ("langchain_sql", "sql_db_query", "query", "It is [(200,)]."),
+    ("vanna_sql", "run_sql", "sql", "200"),
 )
 PROGRAMS = ("langchain_chat", "llama_index_chat", "openai_agents", "anthropic_sdk")
 
@@ -47,8 +53,16 @@ def prepare() -> str:
     return str(python)
 
 
-async def check_agent(python: str) -> None:
-    """Check that what LangChain's SQL agent asks about a database is one workflow."""
+async def check_agent(program: str, python: str, tool: str, key: str, shown: str) -> None:
+    """Check that what an agent asks about a database is one workflow.
+
+    Args:
+        program: the agent.
+        python: the interpreter.
+        tool: what the agent calls the tool that runs a query.
+        key: the tool's argument.
+        shown: what the agent shows of the result.
+    """
     calls: list[dict[str, str]] = []
     finished: list[str] = []
 
@@ -57,7 +71,8 @@ async def check_agent(python: str) -> None:
         last = (await request.json())["messages"][-1]
         said: dict[str, Any] = {"role": "assistant", "content": f"It is {last['content']}."}
         if last["role"] != "tool":
-            query = {"name": "sql_db_query", "arguments": '{"query": "SELECT COUNT(*) FROM Track"}'}
+            arguments = json.dumps({key: "SELECT COUNT(*) FROM Track"})
+            query = {"name": tool, "arguments": arguments}
             said = {"role": "assistant", "content": None,
                     "tool_calls": [{"id": "t", "type": "function", "function": query}]}  # fmt: skip
         choice = {"index": 0, "finish_reason": "stop", "message": said}
@@ -81,14 +96,14 @@ async def check_agent(python: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = music.build_sqlite(Path(folder) / "music.sqlite")
         async with TestServer(app) as server:
-            program = await asyncio.create_subprocess_exec(
-                *module("langchain_sql", python), str(server.make_url("/v1")), "m", str(file),
+            process = await asyncio.create_subprocess_exec(
+                *module(program, python), str(server.make_url("/v1")), "m", str(file),
                 "How many tracks are there?", cwd=ROOT,
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             )  # fmt: skip
-            said, _ = await program.communicate()
-    assert program.returncode == 0, said.decode()
-    assert b"It is [(200,)]." in said, said.decode()
+            said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    assert shown in said.decode(), said.decode()
     ids = {headers["x-hexgen-workflow-id"] for headers in calls}
     assert finished == list(ids)
     first, second = (headers["x-hexgen-stage"] for headers in calls)
@@ -102,7 +117,8 @@ def main() -> int:
     python = prepare()
     failed = 0
     checks = {name: partial(check, module(name, python)) for name in PROGRAMS}
-    checks["langchain_sql"] = partial(check_agent, python)
+    for name, *agent in AGENTS:
+        checks[name] = partial(check_agent, name, python, *agent)
     for name, one in checks.items():
         try:
             asyncio.run(one())

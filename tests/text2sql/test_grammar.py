@@ -121,3 +121,24 @@ def test_xgrammar_reads_the_same_grammar(name: str, databases: Mapping[str, Data
             text = derived(found, rng)
             assert _is_grammar_accept_string(compiled, text), text
             assert not _is_grammar_accept_string(compiled, f"{text}; DROP TABLE x")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT book.genre\nFROM book\nGROUP BY 1\nHAVING COUNT(*) > 30",
+        "SELECT book.title\nFROM book JOIN copy ON copy.book_id = book.id\nGROUP BY 1\n"
+        "HAVING COUNT(*) = 4",
+        "SELECT book.title\nFROM book\nWHERE book.id NOT IN (SELECT copy.book_id FROM copy)",
+        "SELECT COUNT(*)\nFROM author\nWHERE author.id NOT IN (SELECT book.author_id FROM book)",
+        "SELECT COUNT(*)\nFROM loan\nWHERE loan.returned_on > loan.due_on",
+    ],
+)
+def test_what_people_often_ask_has_a_query(sql: str, databases: Mapping[str, Database]) -> None:
+    import xgrammar
+    from xgrammar.testing import _is_grammar_accept_string
+
+    compiled = xgrammar.Grammar.from_ebnf(query_grammar(databases["library"].schema()).ebnf())
+    assert _is_grammar_accept_string(compiled, f"plan\n```sql\n{sql}\n```")
+    assert databases["library"].run(sql).rows is not None
