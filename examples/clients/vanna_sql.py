@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 
 from vanna import Agent, AgentConfig, ToolRegistry, User
 from vanna.core.user import RequestContext, UserResolver
+from vanna.integrations.local import LocalFileSystem
 from vanna.integrations.local.agent_memory import DemoAgentMemory
 from vanna.integrations.openai import OpenAILlmService
 from vanna.integrations.sqlite import SqliteRunner
@@ -30,7 +32,8 @@ class Everyone(UserResolver):
 async def main(base_url: str, model: str, file: str, question: str) -> None:
     """Ask one question about a file of SQLite."""
     tools = ToolRegistry()
-    tools.register_local_tool(RunSqlTool(SqliteRunner(file)), access_groups=[])
+    results = LocalFileSystem(tempfile.mkdtemp())  # it keeps every result as a file
+    tools.register_local_tool(RunSqlTool(SqliteRunner(file), results), access_groups=[])
     agent = Agent(
         llm_service=OpenAILlmService(model, "none", base_url=base_url, http_client=http_client()),
         tool_registry=tools,
