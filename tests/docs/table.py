@@ -98,6 +98,7 @@ NOT_RUN: Final = (
     NotRun("make env", "it makes the environment that the tests run in", "make"),
     NotRun("make demo", "takes minutes", "make"),
     NotRun("make agent-demo", "takes minutes", "make"),
+    NotRun("make real-model", "takes minutes", "make"),
     NotRun("make bench-router", "takes minutes", "make"),
     NotRun("make bench-mix", "takes minutes", "make"),
     NotRun("make test", "it runs these tests", "make"),

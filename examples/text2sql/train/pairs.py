@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,9 +16,19 @@ from examples.text2sql.train.vocabulary import SaidColumn, SaidLink, SaidTable
 
 NUMBERS: Final = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 MONTHS: Final = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September",
-    "October", "November", "December",
-)  # fmt: skip
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 _AGGREGATES: Final = {
     "AVG": ("average", "mean"),
     "SUM": ("total", "sum of the", "total sum of the"),
@@ -27,7 +37,7 @@ _AGGREGATES: Final = {
 }
 
 
-class NoPair(Exception):
+class NoPairError(Exception):
     """The schema has nothing to ask in this way."""
 
 
@@ -66,7 +76,7 @@ def draw(source: Source, rng: random.Random) -> Pair:
         try:
             text = ask(question, rng.choice(source.said.tables))
             return question.pair(" ".join(text.split()))
-        except NoPair:
+        except NoPairError:
             continue
 
 
@@ -107,8 +117,17 @@ class Asked:
         words = [word if word in text else word.lower() for word in words][:4]
         for name in self.hidden:
             self.columns.setdefault(name, [])
-        return Pair(self.source, text, sql, (*tables, *self.hidden), self.columns, tuple(words),
-                    self.noun or "none", self.outputs, self.most)  # fmt: skip
+        return Pair(
+            self.source,
+            text,
+            sql,
+            (*tables, *self.hidden),
+            self.columns,
+            tuple(words),
+            self.noun or "none",
+            self.outputs,
+            self.most,
+        )
 
     def table(self, name: str) -> SaidTable:
         """Take a table into the query."""
@@ -136,13 +155,17 @@ class Asked:
         """Return a column of ``table`` of one of ``kinds``."""
         found = [column for column in table.columns if column.kind in kinds]
         if not found:
-            raise NoPair
+            raise NoPairError
         return self.rng.choice(found)
 
     def children(self, table: SaidTable) -> list[tuple[SaidTable, SaidLink]]:
         """Return the tables that point at ``table``."""
-        return [(one, link) for one in self.source.said.tables
-                for link in one.links if link.target == table.name]  # fmt: skip
+        return [
+            (one, link)
+            for one in self.source.said.tables
+            for link in one.links
+            if link.target == table.name
+        ]
 
     def _from(self) -> tuple[tuple[str, ...], str]:
         schema = self.source.schema
@@ -152,16 +175,17 @@ class Asked:
             if len(taken) == len(order):
                 return taken
             for table in order:
-                if table.name not in taken and self._on(table.name, taken):
-                    if found := extended([*taken, table.name]):
-                        return found
+                if table.name in taken or not self._on(table.name, taken):
+                    continue
+                if found := extended([*taken, table.name]):
+                    return found
             return None
 
         for first in order:
             if taken := extended([first.name]):
                 break
         else:
-            raise NoPair
+            raise NoPairError
         clause = taken[0]
         for at, name in enumerate(taken[1:], 1):
             clause += f" JOIN {name} ON {self._on(name, taken[:at])}"
@@ -189,7 +213,7 @@ def _number(asked: Asked, column: SaidColumn) -> int:
 
 def _value(asked: Asked, column: SaidColumn) -> str:
     if not column.values:
-        raise NoPair
+        raise NoPairError
     value = asked.rng.choice(column.values)
     asked.words.append(value)
     return value
@@ -207,10 +231,10 @@ def _condition(asked: Asked, table: SaidTable, column: SaidColumn, place: str) -
     """Add a condition on ``column``; return it as it stands at ``place``."""
     name = asked.column(table, column)
     said = asked.pick(*column.said)
-    if column.kind == "label" or column.kind == "category":
+    if column.kind in ("label", "category"):
         return _text(asked, column, name, said, place)
     if place == "bare":
-        raise NoPair
+        raise NoPairError
     if column.kind == "number":
         return _amount(asked, column, name, said, place)
     return _time(asked, column, name, place)
@@ -221,16 +245,24 @@ def _text(asked: Asked, column: SaidColumn, name: str, said: str, place: str) ->
         if asked.maybe(0.75):
             asked.conditions.append(f"{name} IS NULL")
             if place == "after":
-                return asked.pick(f"without {said}", f"with no {said}", f"that have no {said}",
-                                  f"without {_article(said)}", f"whose {said} is missing")  # fmt: skip
+                return asked.pick(
+                    f"without {said}",
+                    f"with no {said}",
+                    f"that have no {said}",
+                    f"without {_article(said)}",
+                    f"whose {said} is missing",
+                )
             return asked.pick(f"have no {said}", f"do not have {_article(said)}", f"lack {said}")
         asked.conditions.append(f"{name} IS NOT NULL")
-        return asked.pick(f"with {_article(said)}", f"that have {_article(said)}") \
-            if place == "after" else f"have {_article(said)}"
+        return (
+            asked.pick(f"with {_article(said)}", f"that have {_article(said)}")
+            if place == "after"
+            else f"have {_article(said)}"
+        )
     value = _value(asked, column)
     if column.kind == "label":
         if place != "after":
-            raise NoPair
+            raise NoPairError
         if asked.maybe(0.4):
             word = asked.rng.choice(value.split())
             asked.words[-1:] = [word]
@@ -242,18 +274,30 @@ def _text(asked: Asked, column: SaidColumn, name: str, said: str, place: str) ->
     shown = value.lower() if asked.maybe(0.1) else shown
     if place == "bare":
         if not column.bare:
-            raise NoPair
+            raise NoPairError
         asked.conditions.append(f"{name} = {_quoted(value)}")
         return shown
     if asked.maybe(0.05):
         asked.conditions.append(f"{name} <> {_quoted(value)}")
-        return f"whose {said} is not {shown}" if place == "after" else f"have another {said} than {shown}"
+        return (
+            f"whose {said} is not {shown}"
+            if place == "after"
+            else f"have another {said} than {shown}"
+        )
     asked.conditions.append(f"{name} = {_quoted(value)}")
     if place == "after":
-        general = (f"with the {said} {shown}", f"with {said} {shown}", f"of the {said} {shown}",
-                   f"whose {said} is {shown}", f"in {shown} {said}")  # fmt: skip
-        return asked.pick(*general[:4]) if not column.after or asked.maybe(0.3) \
+        general = (
+            f"with the {said} {shown}",
+            f"with {said} {shown}",
+            f"of the {said} {shown}",
+            f"whose {said} is {shown}",
+            f"in {shown} {said}",
+        )
+        return (
+            asked.pick(*general[:4])
+            if not column.after or asked.maybe(0.3)
             else asked.pick(*column.after).format(shown)
+        )
     if column.bare and asked.maybe(0.3):
         return f"are {plural(shown)}"
     if not column.predicates or asked.maybe(0.2):
@@ -298,22 +342,41 @@ def _amount(asked: Asked, column: SaidColumn, name: str, said: str, place: str) 
 def _time(asked: Asked, column: SaidColumn, name: str, place: str) -> str:
     verb = asked.pick(*column.verb)
     were = "" if verb == "joined" else "were "
-    begin = f"{were}{verb}" if place == "predicate" else asked.pick(verb, verb, f"that {were}{verb}")
+    begin = (
+        f"{were}{verb}" if place == "predicate" else asked.pick(verb, verb, f"that {were}{verb}")
+    )
     if column.kind == "date" and column.nullable and asked.maybe(0.45):
         if asked.maybe(0.65):
             asked.conditions.append(f"{name} IS NULL")
             if place == "predicate":
-                return asked.pick(f"have not been {verb}", f"were not {verb}", f"were never {verb}",
-                                  f"have not been {verb} yet")  # fmt: skip
-            return asked.pick(f"that have not been {verb}", f"not yet {verb}", f"not {verb}",
-                              f"that were never {verb}", f"without {_article(column.said[0])}")  # fmt: skip
+                return asked.pick(
+                    f"have not been {verb}",
+                    f"were not {verb}",
+                    f"were never {verb}",
+                    f"have not been {verb} yet",
+                )
+            return asked.pick(
+                f"that have not been {verb}",
+                f"not yet {verb}",
+                f"not {verb}",
+                f"that were never {verb}",
+                f"without {_article(column.said[0])}",
+            )
         asked.conditions.append(f"{name} IS NOT NULL")
         return begin if begin.startswith(("that", "were")) else f"that were {verb}"
     year = asked.rng.randint(1950 if column.kind == "year" or "born" in verb else 2010, 2024)
     if column.kind == "year":
         sign, phrase = asked.rng.choices(
-            ((">", "after {}"), ("<", "before {}"), ("=", "in {}"), (">=", "since {}"),
-             (">=", "in {} or later"), ("<=", "up to {}")), (4, 4, 3, 1, 1, 1))[0]  # fmt: skip
+            (
+                (">", "after {}"),
+                ("<", "before {}"),
+                ("=", "in {}"),
+                (">=", "since {}"),
+                (">=", "in {} or later"),
+                ("<=", "up to {}"),
+            ),
+            (4, 4, 3, 1, 1, 1),
+        )[0]
         if asked.maybe(0.1):
             later = year + asked.rng.randint(1, 20)
             asked.conditions += [f"{name} >= {year}", f"{name} <= {later}"]
@@ -322,15 +385,18 @@ def _time(asked: Asked, column: SaidColumn, name: str, place: str) -> str:
         return f"{begin} {phrase.format(year)}"
     month = asked.rng.randint(1, 12)
     whole = f"{year}-{month:02}-{asked.rng.randint(1, 28):02}"
-    condition, phrase = asked.rng.choices((
-        (f"LIKE '%{year}-{month:02}%'", f"in {MONTHS[month - 1]} {year}"),
-        (f"LIKE '%{year}%'", f"in {year}"),
-        (f"> '{year}-12-31'", f"after {year}"),
-        (f"< '{year}-01-01'", f"before {year}"),
-        (f"= '{whole}'", f"on {whole}"),
-        (f"> '{whole}'", f"after {whole}"),
-        (f"< '{whole}'", f"before {whole}"),
-    ), (4, 4, 3, 2, 1, 1, 1))[0]  # fmt: skip
+    condition, phrase = asked.rng.choices(
+        (
+            (f"LIKE '%{year}-{month:02}%'", f"in {MONTHS[month - 1]} {year}"),
+            (f"LIKE '%{year}%'", f"in {year}"),
+            (f"> '{year}-12-31'", f"after {year}"),
+            (f"< '{year}-01-01'", f"before {year}"),
+            (f"= '{whole}'", f"on {whole}"),
+            (f"> '{whole}'", f"after {whole}"),
+            (f"< '{whole}'", f"before {whole}"),
+        ),
+        (4, 4, 3, 2, 1, 1, 1),
+    )[0]
     asked.conditions.append(f"{name} {condition}")
     return f"{begin} {phrase}" if place == "predicate" or asked.maybe(0.6) else phrase
 
@@ -362,7 +428,7 @@ def _owner(asked: Asked, table: SaidTable, depth: int, place: str = "after") -> 
     """Return a condition on what ``table`` points at, such as "by authors from Japan"."""
     link = asked.rng.choice(table.links)
     if link.target == table.name or link.target in asked.columns:
-        raise NoPair
+        raise NoPairError
     target = asked.table(link.target)
     said = asked.pick(*(link.after if place == "after" else link.predicates))
     if target.links and depth and asked.maybe(0.12):
@@ -378,7 +444,7 @@ def _owner(asked: Asked, table: SaidTable, depth: int, place: str = "after") -> 
     before = len(asked.conditions)
     group = _group(asked, target, 1, depth)
     if len(asked.conditions) == before:
-        raise NoPair
+        raise NoPairError
     return f"{said} {asked.pick('', '', 'the')} {group}"
 
 
@@ -399,7 +465,7 @@ def _which(asked: Asked, table: SaidTable, depth: int = 1) -> str:
         others.remove(one)
         behind = _condition(asked, table, one, "after")
         if len(asked.conditions) > 1:
-            raise NoPair
+            raise NoPairError
     if table.links and depth and asked.maybe(0.3):
         predicate = _owner(asked, table, depth - 1, "predicate")
     elif others:
@@ -409,7 +475,7 @@ def _which(asked: Asked, table: SaidTable, depth: int = 1) -> str:
         if others and not (before or behind) and len(asked.conditions) < 2 and asked.maybe(0.25):
             predicate += f" {_condition(asked, table, asked.rng.choice(others), 'after')}"
     else:
-        raise NoPair
+        raise NoPairError
     return f"{before} {table.many} {behind} {predicate}"
 
 
@@ -420,7 +486,7 @@ def _shown(asked: Asked, table: SaidTable) -> tuple[str, str]:
     """Return what names a row: column and word."""
     if table.label is None:
         if all(one.name != table.key for one in asked.source.schema.table(table.name).columns):
-            raise NoPair  # its key has several columns
+            raise NoPairError  # its key has several columns
         return asked.column(table, table.key), asked.pick("id", "number")
     return asked.column(table, table.label), asked.pick(*table.label.said)
 
@@ -437,12 +503,20 @@ def _count(asked: Asked, table: SaidTable) -> str:
         return f"How many {said}?"
     group = _group(asked, table)
     name = asked.source.said.name
-    texts = (f"How many {group} are there?", f"How many {group} do we have?",
-             f"Count the {group}.", f"Count all {group}.", f"What is the number of {group}?",
-             f"Give the number of {group}.", f"How many {group} does the {name} have?",
-             f"How many {group} exist?", f"How many {group} are in the {name}?",
-             f"Tell me how many {group} there are.", f"How many {group} are known?",
-             f"How many different {group} does the {name} hold?")  # fmt: skip
+    texts = (
+        f"How many {group} are there?",
+        f"How many {group} do we have?",
+        f"Count the {group}.",
+        f"Count all {group}.",
+        f"What is the number of {group}?",
+        f"Give the number of {group}.",
+        f"How many {group} does the {name} have?",
+        f"How many {group} exist?",
+        f"How many {group} are in the {name}?",
+        f"Tell me how many {group} there are.",
+        f"How many {group} are known?",
+        f"How many different {group} does the {name} hold?",
+    )
     return asked.pick(*texts)
 
 
@@ -453,14 +527,25 @@ def _list(asked: Asked, table: SaidTable) -> str:
         if asked.maybe(0.65):
             return f"Which {_which(asked, table, 2)}?"
         group = _group(asked, table)
-        return asked.pick(f"Name all {group}.", f"List all {group}.", f"List the {group}.",
-                          f"Which {group} are there?", f"Name the {group}.", f"Show all {group}.",
-                          f"Who are the {group}?", f"Find all {group}.")  # fmt: skip
-    columns = asked.rng.sample(table.columns, min(len(table.columns), asked.rng.choice((1, 1, 2, 3))))
+        return asked.pick(
+            f"Name all {group}.",
+            f"List all {group}.",
+            f"List the {group}.",
+            f"Which {group} are there?",
+            f"Name the {group}.",
+            f"Show all {group}.",
+            f"Who are the {group}?",
+            f"Find all {group}.",
+        )
+    columns = asked.rng.sample(
+        table.columns, min(len(table.columns), asked.rng.choice((1, 1, 2, 3)))
+    )
     if asked.maybe(0.5) and table.label:
-        columns = [table.label, *(one for one in columns if one != table.label)][: max(len(columns), 1)]
+        columns = [table.label, *(one for one in columns if one != table.label)][
+            : max(len(columns), 1)
+        ]
     if not columns:
-        raise NoPair
+        raise NoPairError
     words = [asked.pick(*one.said) for one in columns]
     asked.select = ", ".join(asked.column(table, one) for one in columns)
     asked.outputs = tuple(words)
@@ -470,7 +555,9 @@ def _list(asked: Asked, table: SaidTable) -> str:
         words = [plural(words[0])]
     listed = " and ".join(words) if len(words) < 3 else f"{words[0]}, {words[1]} and {words[2]}"
     verb = asked.pick("List", "Show", "Give", "Find", "Return", "What are", "Name", "List")
-    return f"{verb} the {listed} of {asked.pick('all', 'the', 'all the', '')} {_group(asked, table)}."
+    return (
+        f"{verb} the {listed} of {asked.pick('all', 'the', 'all the', '')} {_group(asked, table)}."
+    )
 
 
 def _ordered(asked: Asked, table: SaidTable) -> str:
@@ -490,14 +577,24 @@ def _ordered(asked: Asked, table: SaidTable) -> str:
     group = _group(asked, table, 1, 1)
     best = asked.pick(*superlatives) if superlatives else ""
     if best and asked.maybe(0.6):
-        text = asked.pick(f"What are the {number} {best} {group}?", f"Which are the {number} {best} {group}?",
-                          f"Name the {number} {best} {group}.", f"List the {number} {best} {group}.",
-                          f"Which {number} {group} are the {best}?")  # fmt: skip
+        text = asked.pick(
+            f"What are the {number} {best} {group}?",
+            f"Which are the {number} {best} {group}?",
+            f"Name the {number} {best} {group}.",
+            f"List the {number} {best} {group}.",
+            f"Which {number} {group} are the {best}?",
+        )
     else:
-        best = asked.pick("most", "highest", "largest") if down else asked.pick("fewest", "lowest", "smallest")
-        text = asked.pick(f"Which {number} {group} have the {best} {said}?",
-                          f"List the {number} {group} with the {best} {said}.",
-                          f"Which are the {number} {group} with the {best} {said}?")  # fmt: skip
+        best = (
+            asked.pick("most", "highest", "largest")
+            if down
+            else asked.pick("fewest", "lowest", "smallest")
+        )
+        text = asked.pick(
+            f"Which {number} {group} have the {best} {said}?",
+            f"List the {number} {group} with the {best} {said}.",
+            f"Which are the {number} {group} with the {best} {said}?",
+        )
     if superlatives and asked.maybe(0.4):
         best = asked.pick(*superlatives)
     first = asked.pick(f", {best} first", f", {best} first", "")
@@ -509,7 +606,7 @@ def _ordered(asked: Asked, table: SaidTable) -> str:
 def _sorted(asked: Asked, table: SaidTable) -> str:
     columns = [one for one in table.columns if one.kind in ("number", "year", "label")]
     if len(columns) < 2:
-        raise NoPair
+        raise NoPairError
     column = asked.rng.choice(columns)
     shown, word = _shown(asked, table)
     name, said = asked.column(table, column), asked.pick(*column.said)
@@ -545,13 +642,22 @@ def _superlative(asked: Asked, table: SaidTable) -> str:
         give = f"Give {its}{word} and {said}."
     superlative = asked.pick(*best) if best else ""
     if both and superlative and asked.maybe(0.4):
-        return asked.pick(f"What is the {word} and {said} of the {superlative} {group}?",
-                          f"What are {word} and {said} of the {superlative} {group}?",
-                          f"Give {word} and {said} of the {superlative} {group}.")  # fmt: skip
+        return asked.pick(
+            f"What is the {word} and {said} of the {superlative} {group}?",
+            f"What are {word} and {said} of the {superlative} {group}?",
+            f"Give {word} and {said} of the {superlative} {group}.",
+        )
     if superlative and asked.maybe(0.55):
-        return asked.pick(f"What is the {superlative} {group}? {give}", f"Which {group} is the {superlative}? {give}",
-                          f"Which is the {superlative} {group}? {give}")  # fmt: skip
-    large = asked.pick("largest", "highest", "most", "biggest") if down else asked.pick("smallest", "lowest", "fewest")
+        return asked.pick(
+            f"What is the {superlative} {group}? {give}",
+            f"Which {group} is the {superlative}? {give}",
+            f"Which is the {superlative} {group}? {give}",
+        )
+    large = (
+        asked.pick("largest", "highest", "most", "biggest")
+        if down
+        else asked.pick("smallest", "lowest", "fewest")
+    )
     return f"Which {group} has the {large} {said}? {give}"
 
 
@@ -568,23 +674,29 @@ def _aggregate(asked: Asked, table: SaidTable) -> str:
             if "[]" in whole:
                 behind = group.split(table.many, 1)[1]
                 if not behind.strip() or group.strip()[: len(table.many)] != table.many:
-                    raise NoPair
+                    raise NoPairError
                 return f"How many {whole.replace('[]', behind)}{asked.pick('', ' in total')}?"
             whole = whole.format(asked.pick("all ", "the ", "") + group)
             begin = "What" if whole.startswith("did") else "How many"
             return f"{begin} {whole} {asked.pick('together', 'in total', 'altogether')}?"
         if asked.maybe(0.4):
-            return f"How many {said} do {asked.pick('all', 'the', '')} {group} have {asked.pick('together', 'in total')}?"
+            which, end = asked.pick("all", "the", ""), asked.pick("together", "in total")
+            return f"How many {said} do {which} {group} have {end}?"
     superlatives = column.most if function == "MAX" else column.least if function == "MIN" else ()
     if superlatives and asked.maybe(0.3):
-        return asked.pick(f"What is the {said} of the {asked.pick(*superlatives)} of the {group}?",
-                          f"How many {said} has the {asked.pick(*superlatives)} of the {group}?",
-                          f"What is the {asked.pick(*superlatives)} {group.replace(table.many, table.one, 1)} in {said}?")  # fmt: skip
+        return asked.pick(
+            f"What is the {said} of the {asked.pick(*superlatives)} of the {group}?",
+            f"How many {said} has the {asked.pick(*superlatives)} of the {group}?",
+            f"What is the {asked.pick(*superlatives)} "
+            f"{group.replace(table.many, table.one, 1)} in {said}?",
+        )
     word = asked.pick(*_AGGREGATES[function])
-    return asked.pick(f"What is the {word} {said} of {asked.pick('all', 'the', '')} {group}?",
-                      f"Give the {word} {said} of {asked.pick('all', 'the', '')} {group}.",
-                      f"What is the {word} {said} of the {group}?",
-                      f"Compute the {word} {said} of the {group}.")  # fmt: skip
+    return asked.pick(
+        f"What is the {word} {said} of {asked.pick('all', 'the', '')} {group}?",
+        f"Give the {word} {said} of {asked.pick('all', 'the', '')} {group}.",
+        f"What is the {word} {said} of the {group}?",
+        f"Compute the {word} {said} of the {group}.",
+    )
 
 
 def _ranked(asked: Asked) -> str:
@@ -593,8 +705,16 @@ def _ranked(asked: Asked) -> str:
         return ""
     down = asked.maybe(0.85)
     asked.tail += f"\nORDER BY 2{' DESC' if down else ''}"
-    return asked.pick("Most first.", "Most frequent first.", "Largest number first.", "Sort by the number, largest first.") \
-        if down else asked.pick("Fewest first.", "Smallest number first.")
+    return (
+        asked.pick(
+            "Most first.",
+            "Most frequent first.",
+            "Largest number first.",
+            "Sort by the number, largest first.",
+        )
+        if down
+        else asked.pick("Fewest first.", "Smallest number first.")
+    )
 
 
 def _per_value(asked: Asked, table: SaidTable) -> str:
@@ -620,14 +740,23 @@ def _per_value(asked: Asked, table: SaidTable) -> str:
     give = asked.pick("", "", f"Give {said} and number.", f"Give the {said} and the number.")
     each = asked.pick("each", "every", "each")
     text = asked.pick(
-        f"How many {group} are there in each {said}?", f"How many {group} are there for {each} {said}?",
-        f"How many {group} are there per {said}?", f"How many {group} has {each} {said}?",
-        f"How many {group} does {each} {said} have?", f"Count the {group} of {each} {said}.",
-        f"Count the {group} by {said}.", f"Give the number of {group} for {each} {said}.",
-        f"How many {group} live in each {said}?" if said in ("city", "country", "town") else f"How many {group} are of each {said}?",
+        f"How many {group} are there in each {said}?",
+        f"How many {group} are there for {each} {said}?",
+        f"How many {group} are there per {said}?",
+        f"How many {group} has {each} {said}?",
+        f"How many {group} does {each} {said} have?",
+        f"Count the {group} of {each} {said}.",
+        f"Count the {group} by {said}.",
+        f"Give the number of {group} for {each} {said}.",
+        f"How many {group} live in each {said}?"
+        if said in ("city", "country", "town")
+        else f"How many {group} are of each {said}?",
         f"How often does {each} {said} occur among the {group}?",
-        f"How often was {each} {said} {asked.pick('given', 'made', 'seen', 'chosen', 'used', 'found')}?" if not (before or behind) else f"How many {group} have {each} {said}?",
-    )  # fmt: skip
+        f"How often was {each} {said} "
+        f"{asked.pick('given', 'made', 'seen', 'chosen', 'used', 'found')}?"
+        if not (before or behind)
+        else f"How many {group} have {each} {said}?",
+    )
     return f"{text} {give} {_ranked(asked)}"
 
 
@@ -636,7 +765,7 @@ def _done_per_value(asked: Asked, table: SaidTable) -> str:
     days = [one for one in table.columns if one.kind == "date" and one.nullable]
     column = asked.of_kind(table, "category")
     if not days:
-        raise NoPair
+        raise NoPairError
     day = asked.rng.choice(days)
     name, said = asked.column(table, column), asked.pick(*column.said)
     asked.select, asked.tail, asked.outputs = f"{name}, COUNT(*)", "\nGROUP BY 1", (said, "number")
@@ -645,25 +774,32 @@ def _done_per_value(asked: Asked, table: SaidTable) -> str:
     done = asked.column(table, day)
     if asked.maybe(0.6):
         asked.conditions.append(f"{done} IS NOT NULL")
-        text = asked.pick(f"How many {table.many} were {verb} for each {said}?",
-                          f"How many {table.many} with each {said} were {verb}?",
-                          f"How many {table.many} has each {said} {verb}?",
-                          *((f"How many {table.many} did each {said} {verb[:-2]}?",) * 2
-                            if verb.endswith("ed") else ()))  # fmt: skip
+        text = asked.pick(
+            f"How many {table.many} were {verb} for each {said}?",
+            f"How many {table.many} with each {said} were {verb}?",
+            f"How many {table.many} has each {said} {verb}?",
+            *(
+                (f"How many {table.many} did each {said} {verb[:-2]}?",) * 2
+                if verb.endswith("ed")
+                else ()
+            ),
+        )
     else:
         asked.conditions.append(f"{done} IS NULL")
-        text = asked.pick(f"How many {table.many} of each {said} have not been {verb}?",
-                          f"How many {table.many} were not {verb} for each {said}?")  # fmt: skip
+        text = asked.pick(
+            f"How many {table.many} of each {said} have not been {verb}?",
+            f"How many {table.many} were not {verb} for each {said}?",
+        )
     return f"{text} {_ranked(asked)}"
 
 
 def _per_owner(asked: Asked, table: SaidTable) -> str:
     """How many rows, or what average, for each row of another table."""
     if not table.links:
-        raise NoPair
+        raise NoPairError
     link = asked.rng.choice(table.links)
     if link.target == table.name:
-        raise NoPair
+        raise NoPairError
     owner = asked.table(link.target)
     asked.table(table.name)
     name, word = _shown(asked, owner)
@@ -677,34 +813,50 @@ def _per_owner(asked: Asked, table: SaidTable) -> str:
         asked.select = f"{name}, {function}({asked.column(table, column)})"
         asked.outputs = (word, f"{_AGGREGATES[function][0]} {said}")
         text = asked.pick(
-            f"What is the {kind} {said} of the {table.many} {asked.pick('of', *link.after)} each {owner.one}?",
+            f"What is the {kind} {said} of the {table.many} "
+            f"{asked.pick('of', *link.after)} each {owner.one}?",
             f"Give the {kind} {said} of the {table.many} for each {owner.one}.",
             f"What is the {kind} {said} of {table.many} per {owner.one}?",
             f"For each {owner.one}, what is the {kind} {said} of its {table.many}?",
-        )  # fmt: skip
-        give = asked.pick("", f"Give {owner.one} and {_AGGREGATES[function][0]}.", f"Give {word} and {kind}.",
-                          f"Give the {owner.one} and the {_AGGREGATES[function][0]} {said}.")  # fmt: skip
+        )
+        give = asked.pick(
+            "",
+            f"Give {owner.one} and {_AGGREGATES[function][0]}.",
+            f"Give {word} and {kind}.",
+            f"Give the {owner.one} and the {_AGGREGATES[function][0]} {said}.",
+        )
         return f"{text} {give}"
     asked.select, asked.outputs = f"{name}, COUNT(*)", (word, "number")
     group = _group(asked, table, 1, 0)
-    verb = f"How many {group} has each {owner.one} {asked.pick(*link.active)}?" if link.active else ""
+    verb = (
+        f"How many {group} has each {owner.one} {asked.pick(*link.active)}?" if link.active else ""
+    )
     text = asked.pick(
-        f"How many {group} does each {owner.one} have?", f"How many {group} has each {owner.one}?",
-        f"How many {group} are there {asked.pick('for', *link.after)} each {owner.one}?", f"How many {group} are there per {owner.one}?",
-        f"Count the {group} of each {owner.one}.", verb or f"Give the number of {group} for each {owner.one}.",
-    )  # fmt: skip
-    give = asked.pick("", "", f"Give the {owner.one} {word} and the number.", f"Give {word} and number.",
-                      f"Give {owner.one} and number.", f"Give {word} and number of {table.many}.")  # fmt: skip
+        f"How many {group} does each {owner.one} have?",
+        f"How many {group} has each {owner.one}?",
+        f"How many {group} are there {asked.pick('for', *link.after)} each {owner.one}?",
+        f"How many {group} are there per {owner.one}?",
+        f"Count the {group} of each {owner.one}.",
+        verb or f"Give the number of {group} for each {owner.one}.",
+    )
+    give = asked.pick(
+        "",
+        "",
+        f"Give the {owner.one} {word} and the number.",
+        f"Give {word} and number.",
+        f"Give {owner.one} and number.",
+        f"Give {word} and number of {table.many}.",
+    )
     return f"{text} {give} {_ranked(asked)}"
 
 
 def _top_owners(asked: Asked, table: SaidTable) -> str:
     """Which rows of another table have most rows."""
     if not table.links:
-        raise NoPair
+        raise NoPairError
     link = asked.rng.choice(table.links)
     if link.target == table.name:
-        raise NoPair
+        raise NoPairError
     owner = asked.table(link.target)
     asked.table(table.name)
     name, word = _shown(asked, owner)
@@ -720,14 +872,27 @@ def _top_owners(asked: Asked, table: SaidTable) -> str:
     have = "have" if count > 1 else "has"
     had = asked.pick(have, "had")
     best = "most" if down else "fewest"
-    texts = [f"{whose} {had} {asked.pick('', 'the')} {best} {table.many}?",
-             f"{whose} {have} the {asked.pick('largest', 'highest') if down else 'smallest'} number of {table.many}?"]  # fmt: skip
+    texts = [
+        f"{whose} {had} {asked.pick('', 'the')} {best} {table.many}?",
+        f"{whose} {have} the {asked.pick('largest', 'highest') if down else 'smallest'} "
+        f"number of {table.many}?",
+    ]
     for verb in link.active:
         often = "most often" if down else "least often"
-        texts += [f"{whose} {verb} {often}?", f"{whose} {have} {verb} {often}?",
-                  f"{whose} {verb} {best} {table.many}?", f"{whose} {have} {verb} the {best} {table.many}?"]  # fmt: skip
+        texts += [
+            f"{whose} {verb} {often}?",
+            f"{whose} {have} {verb} {often}?",
+            f"{whose} {verb} {best} {table.many}?",
+            f"{whose} {have} {verb} the {best} {table.many}?",
+        ]
     first = f", {best} first" if count > 1 and asked.maybe(0.7) else ""
-    counted = asked.pick("number", f"number of {table.many}", f"number of {table.many}", "the number", f"how many {table.many}")
+    counted = asked.pick(
+        "number",
+        f"number of {table.many}",
+        f"number of {table.many}",
+        "the number",
+        f"how many {table.many}",
+    )
     give = f"{_give(asked, word, counted)}{first}." if both else ""
     return f"{asked.pick(*texts)} {give}"
 
@@ -744,24 +909,29 @@ def _having(asked: Asked, table: SaidTable) -> str:
         name, word = _shown(asked, owner)
         asked.noun = owner.many.split()[-1]
         verb = asked.pick("have", "had", *link.active)
-        texts = [f"Which {owner.many} {verb} {phrase} {table.many}?",
-                 f"List the {owner.many} with {phrase} {table.many}."]  # fmt: skip
+        texts = [
+            f"Which {owner.many} {verb} {phrase} {table.many}?",
+            f"List the {owner.many} with {phrase} {table.many}.",
+        ]
         if sign == "=" and n < 10:
             whole = f"all {NUMBERS[n - 2]}"
-            for child, other in ((child, other) for child in asked.source.said.tables if child == table
-                                 for other in child.links if other.target != owner.name):  # fmt: skip
+            for other in (one for one in table.links if one.target != owner.name):
                 far = asked.source.said.table(other.target)
                 for did in link.active or ("found",):
-                    texts += [f"Which {owner.many} are {did} in {whole} {far.many}?",
-                              f"Which {owner.many} are {did} by {whole} {far.many}?"] * 2  # fmt: skip
+                    texts += [
+                        f"Which {owner.many} are {did} in {whole} {far.many}?",
+                        f"Which {owner.many} are {did} by {whole} {far.many}?",
+                    ] * 2
     else:
         column = asked.of_kind(table, "category")
         name, word = asked.column(table, column), asked.pick(*column.said)
         asked.noun = table.many.split()[-1]
         verb = asked.pick("have", "have", "had")
-        texts = [f"Which {plural(word)} {verb} {phrase} {table.many}?",
-                 f"In which {plural(word)} are there {phrase} {table.many}?",
-                 f"List the {plural(word)} with {phrase} {table.many}."]  # fmt: skip
+        texts = [
+            f"Which {plural(word)} {verb} {phrase} {table.many}?",
+            f"In which {plural(word)} are there {phrase} {table.many}?",
+            f"List the {plural(word)} with {phrase} {table.many}.",
+        ]
     asked.select, asked.outputs = name, (word,)
     asked.tail = f"\nGROUP BY 1\nHAVING COUNT(*) {sign} {n}"
     return asked.pick(*texts)
@@ -771,33 +941,52 @@ def _never(asked: Asked, table: SaidTable) -> str:
     """Rows that nothing points at, directly or through one table more."""
     found = asked.children(table)
     if not found:
-        raise NoPair
+        raise NoPairError
     child, link = asked.rng.choice(found)
     if child.name == table.name:
-        raise NoPair
+        raise NoPairError
     shown, word = _shown(asked, table)
     asked.noun = table.many.split()[-1]
-    further = [(far, other) for far, other in asked.children(child) if far.name not in (table.name, child.name)]
+    further = [
+        (far, other)
+        for far, other in asked.children(child)
+        if far.name not in (table.name, child.name)
+    ]
     count = asked.maybe(0.3)
     asked.select = "COUNT(*)" if count else shown
     asked.outputs, asked.most = (("number",), 1) if count else ((word,), None)
     name = f"{child.name}.{link.name}"
     if further and asked.maybe(0.5):
         far, other = asked.rng.choice(further)
-        inner = f"SELECT {name} FROM {child.name} JOIN {far.name} ON {far.name}.{other.name} = {child.name}.{child.key}"
+        on = f"{far.name}.{other.name} = {child.name}.{child.key}"
+        inner = f"SELECT {name} FROM {child.name} JOIN {far.name} ON {on}"
         verbs = [verb for one in far.links for verb in one.active]
         child_of, extra = far, [child, far]
     else:
-        inner, verbs, child_of, extra = f"SELECT {name} FROM {child.name}", list(link.active), child, [child]
+        inner, verbs, child_of, extra = (
+            f"SELECT {name} FROM {child.name}",
+            list(link.active),
+            child,
+            [child],
+        )
     asked.tail = f"\nWHERE {table.name}.{table.key} NOT IN ({inner})"
     what = plural(word) if asked.maybe(0.2) and not count else table.many
     begin = f"How many {table.many}" if count else f"Which {what}"
-    texts = [f"{begin} have no {child_of.many}?", f"{begin} have never had a {child_of.one}?",
-             f"{begin} are without {child_of.many}?", f"{begin} do not have any {child_of.many}?"]  # fmt: skip
+    texts = [
+        f"{begin} have no {child_of.many}?",
+        f"{begin} have never had a {child_of.one}?",
+        f"{begin} are without {child_of.many}?",
+        f"{begin} do not have any {child_of.many}?",
+    ]
     for verb in verbs:
-        texts += [f"{begin} have never been {verb}?", f"{begin} were never {verb}?",
-                  f"{begin} has nobody {verb}?", f"{begin} has nobody ever {verb}?",
-                  f"{begin} did no one {verb}?", f"{begin} has no one {verb}?"]  # fmt: skip
+        texts += [
+            f"{begin} have never been {verb}?",
+            f"{begin} were never {verb}?",
+            f"{begin} has nobody {verb}?",
+            f"{begin} has nobody ever {verb}?",
+            f"{begin} did no one {verb}?",
+            f"{begin} has no one {verb}?",
+        ]
     text = asked.pick(*texts)
     asked.hidden = [one.name for one in extra]
     return text
@@ -810,28 +999,35 @@ def _distinct(asked: Asked, table: SaidTable) -> str:
     asked.noun = table.many.split()[-1]
     if asked.maybe(0.3):
         asked.select, asked.outputs, asked.most = f"COUNT(DISTINCT {name})", ("number",), 1
-        return asked.pick(f"How many different {plural(said)} are there among the {table.many}?",
-                          f"How many different {plural(said)} do the {table.many} have?",
-                          f"In how many {plural(said)} are there {table.many}?",
-                          f"How many distinct {plural(said)} of {table.many} are there?")  # fmt: skip
+        return asked.pick(
+            f"How many different {plural(said)} are there among the {table.many}?",
+            f"How many different {plural(said)} do the {table.many} have?",
+            f"In how many {plural(said)} are there {table.many}?",
+            f"How many distinct {plural(said)} of {table.many} are there?",
+        )
     asked.select, asked.outputs = f"DISTINCT {name}", (said,)
     group = _group(asked, table, 1, 0)
     if asked.conditions and any(name in one for one in asked.conditions):
-        raise NoPair
+        raise NoPairError
     prep = asked.pick("On", "In") if column.kind != "year" else "In"
-    return asked.pick(f"Which different {plural(said)} do {group} have?", f"{prep} which {plural(said)} are there {group}?",
-                      f"List the different {plural(said)} of {group}.", f"Which {plural(said)} of {group} are there?",
-                      f"What {plural(said)} do the {group} have?", f"{prep} which {plural(said)} are the {group}?")  # fmt: skip
+    return asked.pick(
+        f"Which different {plural(said)} do {group} have?",
+        f"{prep} which {plural(said)} are there {group}?",
+        f"List the different {plural(said)} of {group}.",
+        f"Which {plural(said)} of {group} are there?",
+        f"What {plural(said)} do the {group} have?",
+        f"{prep} which {plural(said)} are the {group}?",
+    )
 
 
 def _having_children(asked: Asked, table: SaidTable) -> str:
     """Rows that some row of another table points at, without doubles."""
     found = asked.children(table)
     if not found:
-        raise NoPair
+        raise NoPairError
     child, link = asked.rng.choice(found)
     if child.name == table.name or table.label is None:
-        raise NoPair
+        raise NoPairError
     shown, word = _shown(asked, table)
     asked.select, asked.outputs = f"DISTINCT {shown}", (word,)
     asked.table(table.name)
@@ -845,21 +1041,23 @@ def _having_children(asked: Asked, table: SaidTable) -> str:
     passive = (*link.active, *(verb for one in child.links for verb in one.active))
     if others and asked.maybe(0.4):
         asked.table(child.name)
-        child = SaidTable(child.name, child.one, child.many, child.columns, tuple(others), child.key)
+        child = SaidTable(
+            child.name, child.one, child.many, child.columns, tuple(others), child.key
+        )
         where = _owner(asked, child, 1)
         did = asked.pick(f"{verb} {child.many}", *(f"were {one}" for one in passive))
         return f"Which {table.many} {own} {did} {where}?"
     before = len(asked.conditions)
     group = _group(asked, child, 1, 0)
     if len(asked.conditions) == before:
-        raise NoPair
+        raise NoPairError
     return f"Which {table.many} {own} {verb} {group}?"
 
 
 def _days_compared(asked: Asked, table: SaidTable) -> str:
     days = [one for one in table.columns if one.kind == "date"]
     if len(days) < 2:
-        raise NoPair
+        raise NoPairError
     first, second = asked.rng.sample(days, 2)
     one, other = asked.column(table, first), asked.column(table, second)
     sign, word = asked.rng.choices(((">", "after"), ("<", "before"), ("=", "on")), (5, 2, 1))[0]
@@ -868,18 +1066,29 @@ def _days_compared(asked: Asked, table: SaidTable) -> str:
     asked.select, asked.outputs = ("COUNT(*)", ("number",)) if count else (shown, (named,))
     asked.conditions.append(f"{one} {sign} {other}")
     asked.noun = table.many.split()[-1]
-    verb, end = asked.pick(*first.verb), asked.pick(f"the {second.said[0]}", f"their {second.said[0]}",
-                                                    f"the day they were {second.verb[0]}", f"they were {second.verb[0]}",
-                                                    f"the {second.verb[0]} day")  # fmt: skip
+    verb, end = (
+        asked.pick(*first.verb),
+        asked.pick(
+            f"the {second.said[0]}",
+            f"their {second.said[0]}",
+            f"the day they were {second.verb[0]}",
+            f"they were {second.verb[0]}",
+            f"the {second.verb[0]} day",
+        ),
+    )
     begin = asked.pick("How many", "How many") if count else "Which"
-    late = f" {asked.pick('late', 'too late')}?" if sign == ">" and second.verb[0] == "due" and asked.maybe(0.2) else f" {word} {end}?"
+    late = (
+        f" {asked.pick('late', 'too late')}?"
+        if sign == ">" and second.verb[0] == "due" and asked.maybe(0.2)
+        else f" {word} {end}?"
+    )
     return f"{begin} {table.many} were {verb}{late}"
 
 
 def _days_between(asked: Asked, table: SaidTable) -> str:
     days = [one for one in table.columns if one.kind == "date"]
     if len(days) < 2:
-        raise NoPair
+        raise NoPairError
     chosen = asked.rng.sample(range(len(days)), 2)
     first, second = days[min(chosen)], days[max(chosen)]
     start, end = asked.column(table, first), asked.column(table, second)
@@ -889,14 +1098,21 @@ def _days_between(asked: Asked, table: SaidTable) -> str:
     asked.noun = table.one.split()[-1]
     asked.table(table.name)
     others = [one for one in table.columns if one.kind in ("category", "number")]
-    behind = _condition(asked, table, asked.rng.choice(others), "after") if others and asked.maybe(0.5) else ""
+    behind = (
+        _condition(asked, table, asked.rng.choice(others), "after")
+        if others and asked.maybe(0.5)
+        else ""
+    )
     asked.conditions.append(f"{end} IS NOT NULL")
     what = asked.pick(table.one, second.said[0].split()[0])
-    return asked.pick(f"How many days does {_article(what)} {behind} take {word}?",
-                      f"How many days does {_article(what)} take {word} {behind}?",
-                      f"How many days {word} does {_article(table.one)} {behind} last?",
-                      f"How many days pass {word} until {_article(table.one)} {behind} is {second.verb[0]}?",
-                      f"How many days lie {word} between {first.said[0]} and {second.said[0]} of {table.many} {behind}?")  # fmt: skip
+    return asked.pick(
+        f"How many days does {_article(what)} {behind} take {word}?",
+        f"How many days does {_article(what)} take {word} {behind}?",
+        f"How many days {word} does {_article(table.one)} {behind} last?",
+        f"How many days pass {word} until {_article(table.one)} {behind} is {second.verb[0]}?",
+        f"How many days lie {word} between {first.said[0]} and {second.said[0]} "
+        f"of {table.many} {behind}?",
+    )
 
 
 def _by_month(asked: Asked, table: SaidTable) -> str:
@@ -907,43 +1123,79 @@ def _by_month(asked: Asked, table: SaidTable) -> str:
     asked.conditions.append(f"{name} LIKE '{year}-%'")
     asked.tail = "\nGROUP BY 1\nORDER BY 1"
     asked.noun = table.many.split()[-1]
-    begun = asked.pick(f"were {verb}", f"were {verb}", "were there", "began" if "begun" in column.verb else f"got {verb}")
-    return asked.pick(f"How many {table.many} {begun} in each month of {year}?",
-                      f"How many {table.many} {begun} per month in {year}?",
-                      f"Count the {table.many} {verb} in each month of {year}.") + asked.pick(
-        " Give month and number.", " Give month and number, by month.", "", " Sort by month.")  # fmt: skip
+    begun = asked.pick(
+        f"were {verb}",
+        f"were {verb}",
+        "were there",
+        "began" if "begun" in column.verb else f"got {verb}",
+    )
+    return asked.pick(
+        f"How many {table.many} {begun} in each month of {year}?",
+        f"How many {table.many} {begun} per month in {year}?",
+        f"Count the {table.many} {verb} in each month of {year}.",
+    ) + asked.pick(
+        " Give month and number.", " Give month and number, by month.", "", " Sort by month."
+    )
 
 
 def _product(asked: Asked, table: SaidTable) -> str:
     """A sum of quantities times prices, over a foreign key."""
-    amounts = [one for one in table.columns if one.name.startswith(("quantity", "amount", "stock", "seats"))]
+    amounts = [
+        one
+        for one in table.columns
+        if one.name.startswith(("quantity", "amount", "stock", "seats"))
+    ]
     if not amounts or not table.links:
-        raise NoPair
+        raise NoPairError
     link = asked.rng.choice(table.links)
     owner = asked.table(link.target)
     prices = [one for one in owner.columns if one.name in ("price", "fee", "total")]
     if not prices or owner.name == table.name:
-        raise NoPair
+        raise NoPairError
     asked.table(table.name)
     asked.select = f"SUM({asked.column(table, amounts[0])} * {asked.column(owner, prices[0])})"
     asked.outputs, asked.most = ("total value",), 1
     before = len(asked.conditions)
     said = _group(asked, owner, 1, 0)
     if len(asked.conditions) == before and asked.maybe(0.5):
-        raise NoPair
+        raise NoPairError
     what = asked.pick("total value", "value", "total worth")
     done = asked.pick(*link.active) if link.active else "there"
     behind = said.split(owner.many, 1)[1]
-    return asked.pick(f"What is the {what} of all {said} {done}?", f"What is the {what} of the {table.many} {asked.pick(*link.after)} {said}?",
-                      f"What is the {what} of all {said} that were {done}?",
-                      *((f"What is the {what} of all things {done} {behind}?",
-                         f"What is the {what} of everything {done} {behind}?") if behind.strip() and said.startswith(" ") else ()))  # fmt: skip
+    return asked.pick(
+        f"What is the {what} of all {said} {done}?",
+        f"What is the {what} of the {table.many} {asked.pick(*link.after)} {said}?",
+        f"What is the {what} of all {said} that were {done}?",
+        *(
+            (
+                f"What is the {what} of all things {done} {behind}?",
+                f"What is the {what} of everything {done} {behind}?",
+            )
+            if behind.strip() and said.startswith(" ")
+            else ()
+        ),
+    )
 
 
 _ASKED: Final[tuple[tuple[Callable[[Asked, SaidTable], str], float], ...]] = (
-    (_count, 10), (_list, 12), (_ordered, 6), (_sorted, 2), (_superlative, 5), (_aggregate, 8), (_per_value, 8),
-    (_done_per_value, 2), (_per_owner, 8), (_top_owners, 7), (_having, 5), (_never, 4), (_distinct, 4),
-    (_having_children, 5), (_days_compared, 2.5), (_days_between, 1.5), (_by_month, 2), (_product, 3),
-)  # fmt: skip
+    (_count, 10),
+    (_list, 12),
+    (_ordered, 6),
+    (_sorted, 2),
+    (_superlative, 5),
+    (_aggregate, 8),
+    (_per_value, 8),
+    (_done_per_value, 2),
+    (_per_owner, 8),
+    (_top_owners, 7),
+    (_having, 5),
+    (_never, 4),
+    (_distinct, 4),
+    (_having_children, 5),
+    (_days_compared, 2.5),
+    (_days_between, 1.5),
+    (_by_month, 2),
+    (_product, 3),
+)
 _KINDS: Final = [kind for kind, _ in _ASKED]
 _WEIGHTS: Final = [weight for _, weight in _ASKED]

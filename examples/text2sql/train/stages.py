@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Final, NamedTuple
 
 from examples.text2sql.train.pairs import Pair, draw
-from examples.text2sql.train.schemas import Source
 from hexgen_vllm.text2sql import prompts
 from hexgen_vllm.text2sql.outcome import QueryOutcome
 from hexgen_vllm.text2sql.prompts import ChatPrompt
@@ -137,13 +135,15 @@ def judging(pair: Pair, rng: random.Random) -> Example:
     about_rows = pair.most is not None and rng.random() < 0.5
     statement = _statement(len(pair.outputs), pair.most if about_rows else None)
     right = rows <= (pair.most or 0) if about_rows else columns == len(pair.outputs)
-    prompt = prompts.evaluate(PRODUCT, pair.question, pair.sql, QueryOutcome(names, shown), statement)
+    prompt = prompts.evaluate(
+        PRODUCT, pair.question, pair.sql, QueryOutcome(names, shown), statement
+    )
     reason = f"there are {rows} rows" if about_rows else f"there are {columns} columns"
     return Example(prompt, f"{reason}\nverdict: {'pass' if right else 'fail'}")
 
 
 _SHARES: Final[Mapping[str, float]] = {
-    "keywords": 10, "linking": 20, "writing": 60, "revising": 5, "testing": 2, "judging": 3,
+    "keywords": 7, "linking": 17, "writing": 73, "revising": 1.5, "testing": 0.5, "judging": 1,
 }  # fmt: skip
 
 

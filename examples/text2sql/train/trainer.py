@@ -18,12 +18,13 @@ from examples.text2sql.train.schemas import Source
 from examples.text2sql.train.stages import Example, example
 
 ASKED: Final = Path(__file__).parent.parent / "questions.yaml"
-DEMO_SHARE: Final = 0.6
+DEMO_SHARE: Final = 0.85
 BATCH_TOKENS: Final = 3072
 MOST_TOKENS: Final = 384
 _POOL: Final = 2048
 _RATE: Final = 2e-3
-_WARMUP: Final = 100
+_WARMUP: Final = 50
+_BETWEEN: Final = 100  # batches between two looks at the weights
 
 Sample = tuple[list[int], int]  # tokens, and how many of them are the prompt
 
@@ -149,32 +150,41 @@ def train(
     else:
         tokenizer = AutoTokenizer.from_pretrained(start)
         llama = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-    plain = [one for one in llama.parameters() if one.ndim < 2]
-    decayed = [one for one in llama.parameters() if one.ndim >= 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=rate, betas=(0.9, 0.98), fused=True,
-    )  # fmt: skip
+    optimizers = _optimizers(llama, rate)
     begun, tokens, mean = time.monotonic(), 0, 0.0
     for step, batch in enumerate(_batches(tokenizer, seed), 1):
         share = min(step / _WARMUP, (steps - step + 1) / max(fall, 1), 1.0)
-        for group in optimizer.param_groups:
+        for group in (group for one in optimizers for group in one.param_groups):
             group["lr"] = rate * share
         loss = _loss(llama, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
         tokens += sum(len(sample[0]) for sample in batch)
         mean += (loss.item() - mean) / min(step, 50)
         if step % 50 == 0 or step == steps:
             spent = time.monotonic() - begun
             print(f"step {step}/{steps} loss {mean:.4f} {tokens / spent:.0f} tokens/s "
                   f"{spent:.0f} s", flush=True)  # fmt: skip
-        if step % 250 == 0 or step == steps:
+        if step % _BETWEEN == 0 or step == steps:
             write(out, llama, tokenizer)
         if step == steps:
             return
+
+
+def _optimizers(llama: Any, rate: float) -> list[Any]:
+    """Return Muon for the matrices of the layers and AdamW for the rest."""
+    import torch
+
+    named = list(llama.named_parameters())
+    matrices = [one for name, one in named if one.ndim == 2 and "layers." in name]
+    rest = [one for name, one in named if one.ndim != 2 or "layers." not in name]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
 
 
 def write(out: Path, llama: Any, tokenizer: Any) -> None:

@@ -265,8 +265,8 @@ DEMO: Final = (
                number("capacity", "capacity", (2000, 9000), "largest/biggest", "smallest")),
         _table("stock", "stock entry", "stock entries",
                number("quantity", "quantity/pieces", (0, 120), "largest", "smallest",
-                      whole="pieces of all products lie []/pieces lie []/pieces of all products together lie []/"
-                      "pieces together lie []"),
+                      whole="pieces of all products lie []/pieces lie []/"
+                      "pieces of all products together lie []/pieces together lie []"),
                link("warehouse", "in/in the warehouse in/at", "lie in", "stock/hold"),
                link("product", "of", "are of", "stocked")),
         _table("customer", "customer", "customers", label("name"),
