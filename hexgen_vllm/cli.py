@@ -54,6 +54,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("bench", "router"): ("benchmarks.router.router", "cost of a call through the router"),
     ("bench", "decide"): ("benchmarks.router.decide", "cost of a decision, by engines and calls"),
     ("bench", "soak"): ("benchmarks.router.soak", "the router for long, with leaving and dying"),
+    ("bench", "replicas"): ("benchmarks.router.replicas", "routers that die under load"),
     ("bench", "sim"): ("benchmarks.engine.sim", "time the simulator"),
     ("bench", "mix"): (
         "benchmarks.engine.mix",

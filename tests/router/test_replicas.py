@@ -15,8 +15,8 @@ from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.app import Router
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing.fake_server import FakeSettings
+from hexgen_vllm.testing.redis_server import HINT, RedisServer, program
 from hexgen_vllm.testing.stand import _QUICK, Stand, open_stand
-from tests.router.redis_server import HINT, RedisServer, program
 
 pytestmark = pytest.mark.skipif(program() is None and "CI" not in os.environ, reason=HINT)
 

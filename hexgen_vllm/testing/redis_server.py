@@ -1,4 +1,4 @@
-"""A real Redis or Valkey server for tests, out of the distribution's packages."""
+"""A real Redis or Valkey server for tests and benchmarks, out of the distribution's packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import socket
 import subprocess
 import tempfile
 import time
-from pathlib import Path
 from typing import Final
 
 PASSWORD: Final = "s3cret"
@@ -21,6 +20,13 @@ def program() -> str | None:
     return shutil.which("valkey-server") or shutil.which("redis-server")
 
 
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class RedisServer:
     """A server that wants a password and keeps nothing on disk: ``with RedisServer() as server``.
 
@@ -30,9 +36,7 @@ class RedisServer:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="hexgen-redis-")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://:{PASSWORD}@127.0.0.1:{self.port}/0"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -77,8 +81,3 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
-
-    @property
-    def folder(self) -> Path:
-        """Where it runs."""
-        return Path(self._folder.name)
