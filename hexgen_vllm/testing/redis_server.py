@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -55,7 +54,7 @@ class RedisServer:
         self._process = subprocess.Popen(
             [found, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
              "--appendonly", "no", "--requirepass", PASSWORD],
-            cwd=self._folder.name, stdout=subprocess.DEVNULL, env={"PATH": os.environ["PATH"]},
+            cwd=self._folder.name, stdout=subprocess.DEVNULL, env={},
         )  # fmt: skip
         while True:
             assert self._process.poll() is None, "the server ended"
