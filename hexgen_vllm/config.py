@@ -433,7 +433,7 @@ class EngineOptions:
         choices=("auto", "always", "never"),
     )
     keep_ended_kv: bool = option(
-        True, "with host_kv_gib: keep the KV of ended calls, too, if their workflow may come back"
+        False, "with host_kv_gib: keep the KV of ended calls, too, if their workflow may come back"
     )
     max_priority: int | None = option(
         None,
@@ -565,7 +565,8 @@ class DispatchOptions:
     )
     overload: str = option(
         "off",
-        "protect: new workflows that would be late are refused, others that will be come last",
+        "protect, with policy slack: new workflows that would be late are refused, others that "
+        "will be come last",
         choices=("off", "protect"),
     )
     hopeless_quantile: float = option(

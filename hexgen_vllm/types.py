@@ -2,7 +2,7 @@
 
 Times are seconds on the driver's clock (absolute unless named ``_in_s``), sizes are tokens.
 
-Nobody changes a value once it is made. Those made for every call are not frozen, though: that makes
+No policy changes a value. Those made for every call are not frozen, though: that makes
 them three times as slow to make. And they write their ``__init__`` out: one that ``dataclass``
 makes stays interpreted in compiled code (mypyc), at ten times the price. Compiled, those cannot be
 pickled or copied; ``dataclasses.replace`` is the way.

@@ -82,13 +82,11 @@ class ApiReply:
         content: to be written as JSON.
         path: of the file, ``None`` for JSON.
         size: of the file, bytes.
-        filename: what its client called it.
     """
 
     content: Any = None
     path: Path | None = None
     size: int = 0
-    filename: str = ""
 
 
 class BatchApi:
@@ -183,7 +181,7 @@ class BatchApi:
     async def _content(self, asked: Asked, file_id: str) -> ApiReply:
         found = await self._disk.do(self._disk.store.file, asked.owner.owner, file_id)
         path = self._disk.store.path(found.id)
-        return ApiReply(path=path, size=found.bytes, filename=found.filename)
+        return ApiReply(path=path, size=found.bytes)
 
     async def _delete(self, asked: Asked, file_id: str) -> ApiReply:
         await self._disk.do(self._disk.store.delete_file, asked.owner.owner, file_id)

@@ -20,6 +20,7 @@
     pace           which calls without deadline are left out of a step
     preemption     which running call gives way
     victims        the search for such calls, over the first few that wait
+    returns        when a workflow comes back, and what its KV is worth until then
     retention      whether the KV of a preempted call is kept in host memory
     liveness       when a silent engine is taken for stalled
     scaling        how many engines there should be

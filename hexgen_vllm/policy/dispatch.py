@@ -175,7 +175,7 @@ class PaperScore(Dispatch):
 
         score(e) = (1 - alpha) * beta / t_queue(e) - alpha * T_e
 
-    with t_queue(e) the sum of T_e over calls in flight there. Both ignore batching and the
+    with t_queue(e) the calls in flight there times T_e of this one. Both ignore batching and the
     prefix cache, as published. Engines without measured rates are taken for average.
     """
 

@@ -63,11 +63,6 @@ def latest_start(deadline_s: float, tail_s: float, service_s: float) -> float:
     return deadline_s - tail_s - service_s
 
 
-def slack(latest_start_s: float, now: float) -> float:
-    """Return the seconds left until the latest start; negative when it has passed."""
-    return latest_start_s - now
-
-
 def stage_budget(budget_s: float, service_s: float, tail_s: float) -> float:
     """Return b, the paper's share of ``budget_s`` for a stage before ``tail_s`` of other work."""
     work_s = service_s + tail_s

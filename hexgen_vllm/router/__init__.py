@@ -4,7 +4,9 @@
     app         routes, life cycle, the port for metrics
     routes      the one table of routes; endpoints: those of calls
     relay       one call from its arrival to its end
+    batches     files and batches, in OpenAI's form
     admin       what operators change
+    tuning      proposes and turns knobs from recent traffic
     status/     what the router shows of itself: pages, the overview at /ui
     context     what all of these share
     metrics     what happened, in Prometheus' form
@@ -12,7 +14,10 @@
     engines/    the engines, who of them gets calls, tries on them, discovery
     service     drives policy.coordinator with asyncio and a real clock
     observe/    ledger, logs, traces, recent workflows
-    access      keys, origins, TLS
+    access      keys, origins, TLS; tenants: whose keys they are
+    conventions what other projects call our headers
+    errors      every way in which a call ends
+    options     the command line's; addresses: hosts and ports
     http/       the router's own HTTP server and client; knows nothing of the router
     processes/  several processes that share a port
 

@@ -207,6 +207,8 @@ class Router:
         self._keys, self._cors = Keys(options), Cors(options)
         weights = {**self._keys.weights, **dispatch.tenant_weights}
         self._dispatch = replace(dispatch, tenant_weights=weights)
+        if dispatch.overload == "protect" and dispatch.policy != "slack":
+            _LOG.warning("overload=protect does nothing with policy=%s", dispatch.policy)
         self._options, self._spot = options, spot
         self._shard: Shard | None = None
         self._clock = clock or SystemClock()

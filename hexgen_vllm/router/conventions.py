@@ -65,7 +65,7 @@ class Meaning(enum.Enum):
     KEEP = "how long the KV should stay"
 
 
-class Place(enum.Enum):
+class WordPlace(enum.Enum):
     """Where a word stands."""
 
     HEADER = "header"
@@ -243,7 +243,7 @@ class Word(NamedTuple):
     """
 
     meaning: Meaning
-    place: Place
+    place: WordPlace
     name: str
     form: Form
     of: str
@@ -251,7 +251,7 @@ class Word(NamedTuple):
 
 def _table() -> Iterator[Word]:  # noqa: PLR0915 - a table
     agent, hints = "vllm_xargs.agentic_context.", "nvext.agent_hints."
-    header, body, baggage = Place.HEADER, Place.BODY, Place.BAGGAGE
+    header, body, baggage = WordPlace.HEADER, WordPlace.BODY, WordPlace.BAGGAGE
     for key in ("program_id", "task_id", "session_id"):
         yield Word(Meaning.SESSION, body, agent + key, _ID, "vllm-router")
     yield Word(Meaning.SESSION, body, "agent_hint.session_id", _ID, "vLLM, proposed")
@@ -345,22 +345,22 @@ LEFT: Final[Mapping[str, str]] = {
 SESSION_HEADERS: Final = tuple(
     w.name
     for w in WORDS
-    if w.meaning is Meaning.SESSION and w.place is Place.HEADER and w.name != ANY_VENDOR
+    if w.meaning is Meaning.SESSION and w.place is WordPlace.HEADER and w.name != ANY_VENDOR
 )
 
 
-def _by(place: Place) -> dict[str, list[int]]:
+def _by(place: WordPlace) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for rank, word in enumerate(WORDS):
         if word.place is place:
-            first = word.name.partition(".")[0] if place is Place.BODY else word.name
+            first = word.name.partition(".")[0] if place is WordPlace.BODY else word.name
             found.setdefault(first, []).append(rank)
     return found
 
 
-_HEADERS: Final = _by(Place.HEADER)
-_FIELDS: Final = _by(Place.BODY)
-_BAGGAGE: Final = _by(Place.BAGGAGE)
+_HEADERS: Final = _by(WordPlace.HEADER)
+_FIELDS: Final = _by(WordPlace.BODY)
+_BAGGAGE: Final = _by(WordPlace.BAGGAGE)
 _VENDOR: Final = _HEADERS[ANY_VENDOR]
 _PATHS: Final = tuple(tuple(word.name.split(".")) for word in WORDS)
 

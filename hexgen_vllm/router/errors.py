@@ -34,7 +34,7 @@ _ADDRESS: Final = re.compile(
 )
 _EVENT_DATA: Final = re.compile(rb"(^data: ?)([^\n\r]+)", re.M)
 REASON_HEADER: Final = "x-llm-d-request-dropped-reason"
-"""Reason of a refusal because the router cannot have more connections."""
+"""Has the reason of every refusal."""
 
 
 class Blame(Enum):

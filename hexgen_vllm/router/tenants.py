@@ -179,10 +179,6 @@ class KeyFile(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen
 
     keys: tuple[KeyEntry, ...]
 
-    def weights(self) -> dict[str, float]:
-        """Return the weights of tenants that it gives."""
-        return {one.tenant: one.weight for one in self.keys if one.weight is not None}
-
 
 def digest(key: str) -> bytes:
     """Return what is kept of a key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -54,7 +55,7 @@ class RedisServer:
         self._process = subprocess.Popen(
             [found, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
              "--appendonly", "no", "--requirepass", PASSWORD],
-            cwd=self._folder.name, stdout=subprocess.DEVNULL, env={},
+            cwd=self._folder.name, stdout=subprocess.DEVNULL, env={"PATH": os.environ["PATH"]},
         )  # fmt: skip
         while True:
             assert self._process.poll() is None, "the server ended"

@@ -18,7 +18,6 @@ from hexgen_vllm.policy.urgency import (
     late_key,
     latest_start,
     paper_key,
-    slack,
     stage_budget,
 )
 from hexgen_vllm.types import NO_DEADLINE
@@ -170,8 +169,6 @@ def test_the_first_few_are_those_that_would_come_out(seed: int) -> None:
 def test_each_term_of_the_end_to_end_key() -> None:
     assert latest_start(100.0, 20.0, 5.0) == 75.0
     assert latest_start(NO_DEADLINE, 20.0, 5.0) == NO_DEADLINE
-    assert slack(75.0, 70.0) == 5.0
-    assert slack(75.0, 80.0) == -5.0
 
 
 @pytest.mark.parametrize(

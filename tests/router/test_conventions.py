@@ -15,8 +15,8 @@ from hexgen_vllm.router.conventions import (
     WORDS,
     Foreign,
     Meaning,
-    Place,
     Word,
+    WordPlace,
 )
 
 
@@ -254,10 +254,10 @@ def values(word: Word) -> list[Any]:
 
 
 def said(word: Word, value: Any, headers: dict[str, str], body: dict[str, Any]) -> None:
-    if word.place is Place.HEADER:
+    if word.place is WordPlace.HEADER:
         headers[word.name.replace("*", "cursor")] = str(value)
         return
-    if word.place is Place.BAGGAGE:
+    if word.place is WordPlace.BAGGAGE:
         headers["baggage"] = f"{word.name}={value},{headers.get('baggage', '')}"
         return
     *path, last = word.name.split(".")

@@ -392,7 +392,7 @@ async def test_who_calls_everything_interactive_gains_nothing_over_its_ceiling(
             if claimed:
                 assert stand.context.ledger.clamped["class"] == 6
     assert orders[0] == orders[1]
-    assert orders[0][1:4] == ["h0", "h1", "h2"]
+    assert orders[0][1:4] == ["h", "h", "h"]
 
 
 async def test_no_tenant_teaches_what_to_expect_of_anothers_calls(keys: str) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from typing import Final
@@ -28,6 +27,7 @@ from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, set_sp
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from hexgen_vllm import __version__
+from hexgen_vllm.clock import unix_s
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.errors import Outcome
@@ -137,7 +137,7 @@ class _OtelTrace(CallTrace):
     ) -> None:
         self._tracing, self._tracer, self._came = tracing, tracing.tracer, came
         self._method, self._path = method, path
-        self._began_ns = time.time_ns()
+        self._began_ns = int(unix_s() * 1e9)
         self._context = _PROPAGATOR.extract(came)
         self._made: Span | None = None
         self._queue: Span | None = None

@@ -584,7 +584,6 @@ class Batch:
             self.copied += self.keeper.keep(sequence, self.pool, self.pricing.rates)
         self.pool.drop_keeping(holding, (sequence.computed + started) // size)
         sequence.computed = 0
-        sequence.preemptions += 1
         self.preemptions += 1
         self.pricing.price(sequence, sequence.tokens, sequence.saved_tokens)
 

@@ -82,7 +82,7 @@ class Sequence:
         chunk: prompt tokens it computes in this step.
         number: order of admission.
         holding: its KV blocks.
-        displacements, preemptions: how often it lost its place, for urgency and in all.
+        displacements: how often it lost its place for urgency.
         saved_tokens: tokens whose KV was copied to the host when it was preempted.
         cached_tokens: prompt tokens that the prefix cache served at its first admission.
         first_token_s: when its first token came, ``None`` before.
@@ -110,7 +110,6 @@ class Sequence:
         "most_tokens",
         "number",
         "paused",
-        "preemptions",
         "priority",
         "priority_key",
         "promoted",
@@ -148,7 +147,7 @@ class Sequence:
         self.rank = self.priority = 0
         self.arrived_s = self.key_s = self.latest_start_s = self.queued_start_s = 0.0
         self.computed = self.base = self.chunk = self.number = 0
-        self.displacements = self.preemptions = self.saved_tokens = 0
+        self.displacements = self.saved_tokens = 0
         self.decoding = self.late = self.paused = self.promoted = False
         self.likely_most = self.expected_tokens
         self.tail_prefill_s, self.tail_tokens, self.least_tail_s = self.tail_s, 0, 0.0

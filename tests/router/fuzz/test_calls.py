@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 NAMES = sorted({
     *(wire.header_name(field) for field in wire.FIELDS), "baggage",
-    *(word.name for word in conventions.WORDS if word.place is conventions.Place.HEADER),
+    *(word.name for word in conventions.WORDS if word.place is conventions.WordPlace.HEADER),
     "x-hexgen-unknown", "x-acme-session-id", "x-request-id", "traceparent",
     "tracestate", "x-correlation-id", "x-data-parallel-rank", "authorization", "content-type",
     "accept", "accept-encoding", "cookie", "forwarded", "x-forwarded-for", "te", "connection",
