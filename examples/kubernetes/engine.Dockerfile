@@ -5,6 +5,7 @@ COPY pyproject.toml setup.py README.md LICENSE MANIFEST.in ./
 COPY csrc csrc
 COPY patches patches
 COPY hexgen_vllm hexgen_vllm
+# hadolint ignore=DL3013
 RUN HEXGEN_COMPILE=auto HEXGEN_BUILD_NATIVE=auto pip install --no-cache-dir ".[otel]"
 WORKDIR /
 ENTRYPOINT ["python3", "-m", "hexgen_vllm.serve"]

@@ -10,7 +10,7 @@ RUN HEXGEN_COMPILE=1 HEXGEN_BUILD_NATIVE=0 pip wheel --no-cache-dir --no-deps --
 
 FROM python:3.12-slim
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[dns,k8s,otel]"
+RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[dns,k8s,otel,replicas]"
 USER 10001
 EXPOSE 30000
 ENTRYPOINT ["hexgen-vllm", "router"]

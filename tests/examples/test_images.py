@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+import venv
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -120,3 +124,56 @@ def test_compose_builds_what_there_is_and_asks_for_pages_that_there_are() -> Non
         (asked,) = re.findall(r"http://127.0.0.1:\d+(/\w+)", service["healthcheck"]["test"][-1])
         assert asked in pages
         assert f":{hexgen_vllm.__version__}" in service["image"]
+
+
+def within(root: Path, text: str) -> str:
+    """Return ``text`` with the absolute paths of an image as those of a folder."""
+    return re.sub(r"(?<![\w.])/(src|wheels)\b", rf"{root}/\1", text)
+
+
+@each_file
+def test_every_command_of_an_image_runs(path: Path, tmp_path: Path) -> None:
+    """In an environment of its own, on what is installed here, and without compiling."""
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (site / "here.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    bin_ = tmp_path / "env" / "bin"
+    (bin_ / "pip").write_text(f'#!/bin/sh\nexec {bin_}/python -m pip "$@"\n')
+    (bin_ / "pip").chmod(0o755)
+    env = {
+        "PATH": f"{bin_}:/usr/bin:/bin", "HOME": str(tmp_path), "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }  # fmt: skip
+    ran = 0
+    folder = tmp_path
+    for name, value in instructions(path):
+        if name == "WORKDIR":
+            folder = Path(within(tmp_path, value)) if value != "/" else tmp_path
+            folder.mkdir(exist_ok=True)
+        elif name == "COPY" and "--from" not in value:
+            *sources, to = value.split()
+            for source in sources:
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                copy(ROOT / source, folder / to if to != "./" else folder / source)
+        elif name == "RUN":
+            line = re.sub(r"HEXGEN_(COMPILE|BUILD_NATIVE)=\w+", r"HEXGEN_\1=0", value)
+            line = within(tmp_path, line)
+            done = subprocess.run(
+                ["sh", "-ec", line], cwd=folder, env=env, check=False,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout
+            ran += 1
+    assert ran == sum(name == "RUN" for name, _ in instructions(path)) > 0
+    assert (bin_ / "hexgen-vllm").exists()
+    (entry,) = (yaml.safe_load(value) for name, value in instructions(path) if name == "ENTRYPOINT")
+    if entry[0] == "hexgen-vllm":
+        shown = subprocess.run(
+            [*entry, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+        )
+        assert "--worker-urls" in shown.stdout
+    places = subprocess.run(
+        [bin_ / "python", "-c", "import hexgen_vllm; print(hexgen_vllm.__file__)"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert places.stdout.startswith(str(site)), "it is the package of the image"
