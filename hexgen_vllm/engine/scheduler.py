@@ -321,7 +321,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         """Put waiting calls that cannot be on time any more behind those that can."""
         for name in self._late.late(now) if self._late is not None else ():
             request = self.requests.get(name)
-            if request is None or not request.hexgen.has_deadline or request not in self.waiting:
+            if request is None or not request.hexgen.has_deadline or not self._waits(request):
                 continue
             from_s = self.hexgen_book.late_from_s(request)
             if now <= from_s and self._late is not None:
@@ -332,6 +332,9 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             self.hexgen_book.price(request)
             self._requeue(request)
             self._watch(request)
+
+    def _waits(self, request: Request) -> bool:
+        return request in self.waiting or request in getattr(self, compat.SECOND_QUEUE)
 
     def _promote(self) -> None:
         """Let the loose call that waits longest go first while too few of them run."""

@@ -10,6 +10,7 @@ import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 
+from hexgen_vllm.engine import compat
 from hexgen_vllm.wire import CallMeta
 from tests.engine.nomodel.conftest import Build
 from tests.engine.nomodel.harness import FakeEngine, expected, prompt
@@ -109,6 +110,18 @@ def test_what_cannot_be_on_time_comes_after_what_can(build: Build) -> None:
     off.add("fine", [8] * 8, 30, chat(50, 30))
     off.step()
     assert off.waiting() == ["hopeless", "fine"]
+
+
+def test_a_call_in_the_second_queue_can_become_late(build: Build) -> None:
+    engine = build(max_num_seqs=1)
+    warm(engine)
+    engine.add("running", [5] * 8, 40, chat(90, 40))
+    engine.step()
+    request = engine.add("hopeless", [7] * 8, 30, chat(0.1, 30))
+    engine.scheduler.waiting.remove_request(request)
+    getattr(engine.scheduler, compat.SECOND_QUEUE).add_request(request)
+    engine.step()
+    assert request.hexgen.late
 
 
 def test_assumed_rates_put_nobody_behind(build: Build) -> None:
