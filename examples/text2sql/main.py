@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from examples.text2sql.databases import build_all
+from examples.text2sql import plot
+from examples.text2sql.databases import UNSEEN, build_all
 from examples.text2sql.endpoints import endpoints
 from examples.text2sql.options import Options
 from hexgen_vllm.cluster import ProcessFailed
@@ -25,6 +26,7 @@ from hexgen_vllm.text2sql.report import say
 from hexgen_vllm.text2sql.session import play
 
 FILE: Final = Path(__file__).with_name("questions.yaml")
+UNSEEN_FILE: Final = Path(__file__).with_name("unseen.yaml")
 
 
 async def run(options: Options) -> list[dict[str, Any]]:
@@ -35,9 +37,10 @@ async def run(options: Options) -> list[dict[str, Any]]:
         ProcessFailed: a server that was to be started here did not start.
     """
     out = Path(options.out)
-    file = FILE if options.questions is None else Path(options.questions)
+    file = UNSEEN_FILE if options.unseen else FILE
+    file = file if options.questions is None else Path(options.questions)
     summaries: list[dict[str, Any]] = []
-    with opened(_databases(out / "databases")) as databases:
+    with opened(_databases(out / "databases", options.unseen)) as databases:
         known = load(databases, file)
         count = options.users or len(known)
         rng = random.Random(f"questions/{options.seed}")
@@ -53,6 +56,8 @@ async def run(options: Options) -> list[dict[str, Any]]:
         ):
             summaries.append(played.summary)
             report.write(out / "results.json", summaries, played.visits)
+    if options.compare:
+        plot.draw(summaries, out / "comparison.png")
     return summaries
 
 
@@ -67,9 +72,9 @@ def opened(
         }
 
 
-def _databases(folder: Path) -> Mapping[str, Path]:
+def _databases(folder: Path, unseen: bool) -> Mapping[str, Path]:
     try:
-        return build_all(folder)
+        return build_all(folder, sources=UNSEEN) if unseen else build_all(folder)
     except (OSError, sqlite3.Error) as error:
         said = getattr(error, "strerror", None) or error
         raise ConfigError(f"out: {folder} cannot be written: {said}.") from None
@@ -88,4 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     print(f"\n{report.table(summaries)}\n\n{report.NOTE}\nwrote {Path(options.out)}/results.json")
+    if options.compare:
+        print(f"wrote {Path(options.out)}/comparison.png")
     return int(any(found["failed"] for found in summaries))

@@ -20,10 +20,15 @@ from hexgen_vllm.text2sql.users import Users, Visit
 
 
 class AskedEndpoint(NamedTuple):
-    """A server and what it is called in the report."""
+    """A server and what it is called in the report.
+
+    Attributes:
+        constrain: whether its answers are held to grammars; as the options say by default.
+    """
 
     name: str
     url: str
+    constrain: bool | None = None
 
 
 class Played(NamedTuple):
@@ -82,7 +87,7 @@ async def _visits(
             model=await _served(client, endpoint, model),
             temperature=options.temperature,
             max_tokens=options.max_tokens,
-            constrain=options.constrain,
+            constrain=options.constrain if endpoint.constrain is None else endpoint.constrain,
             seed=options.seed if options.call_seeds else None,
         )
         warmup = f", the first {_warmup(options)} do not count" if _warmup(options) else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import yaml
 
 from examples.text2sql import main as module
 from examples.text2sql.endpoints import local_cluster
-from examples.text2sql.main import FILE, main, run
+from examples.text2sql.main import FILE, UNSEEN_FILE, main, run
 from examples.text2sql.options import Options
 from hexgen_vllm.text2sql.agent import SqlAnswer
 from hexgen_vllm.text2sql.calls import TokenUsage
@@ -21,6 +21,7 @@ from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.options import named_url
 from hexgen_vllm.text2sql.questions import Question
 from hexgen_vllm.text2sql.report import line, summary, table
+from hexgen_vllm.text2sql.session import AskedEndpoint
 from hexgen_vllm.text2sql.users import Visit
 from tests.text2sql.scripted import Scripted, fenced
 
@@ -64,6 +65,38 @@ async def test_a_model_that_knows_the_answers_matches_all_of_them(
     assert (found["execution_match"], found["completed"], found["revisions"]) == (48, 48, 0)
 
 
+async def test_two_databases_are_there_that_no_model_was_trained_on(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    groups = yaml.safe_load(UNSEEN_FILE.read_text())
+    assert groups.keys().isdisjoint(QUESTIONS)
+    gold = {entry["q"]: entry["sql"] for group in groups.values() for entry in group}
+    scripted.answers["generate_candidate"] = lambda body: fenced(
+        gold[body["messages"][1]["content"].rpartition("Question: ")[2]]
+    )
+    options = Options(base_url=(scripted.url,), out=str(tmp_path), rate=1000.0, unseen=True)
+    (found,) = await run(options)
+    assert (found["questions"], found["execution_match"], found["databases"]) == (24, 24, 2)
+    answers = json.loads((tmp_path / "results.json").read_text())["answers"]
+    assert all(answer["row_count"] for answer in answers), "every question has an answer"
+
+
+async def test_an_endpoint_may_hold_answers_to_grammars_where_others_do_not(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def endpoints(_: Options) -> AsyncGenerator[AskedEndpoint, None]:
+        yield AskedEndpoint("free", scripted.url)
+        yield AskedEndpoint("held", scripted.url, constrain=True)
+
+    monkeypatch.setattr(module, "endpoints", endpoints)
+    free, held = await run(Options(compare=True, out=str(tmp_path), users=2, max_rounds=0))
+    bodies = [body for _, _, body in scripted.calls]
+    assert ["structured_outputs" in body for body in bodies] == (
+        [False] * free["calls"] + [True] * held["calls"]
+    )
+    assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
 async def test_other_questions_may_be_asked_and_what_writes_is_refused(
     scripted: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,7 +136,6 @@ async def test_calls_that_fail_make_the_command_fail(scripted: Scripted, tmp_pat
     ("words", "sentence"),
     [
         (["--base-url=nowhere"], "base_url must be URL or NAME=URL, not 'nowhere'."),
-        (["--compare"], "compare needs model, the folder of a model to serve."),
         (["--compare", "--model=/none"], "model must be a folder with compare, and /none is none."),
         (["--questions=/none"], "/none cannot be read: [Errno 2] No such file or directory"),
         (["--deadline-s=0"], "deadline_s must be at least 0.1, not 0."),

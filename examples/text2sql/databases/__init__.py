@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from examples.text2sql.databases import clinic, library, shop
+from examples.text2sql.databases import clinic, library, shop, unseen
 
 Rows = Mapping[str, Iterable[tuple[Any, ...]]]
 
@@ -28,11 +28,16 @@ SOURCES: Final[Mapping[str, Source]] = {
     "clinic": Source(clinic.SCHEMA, clinic.rows),
     "shop": Source(shop.SCHEMA, shop.rows),
 }
+UNSEEN: Final[Mapping[str, Source]] = {
+    "airline": Source(unseen.AIRLINE, unseen.airline),
+    "music": Source(unseen.MUSIC, unseen.music),
+}
+"""What the demo's model has not been trained on."""
 
 
 def build(name: str, path: Path, seed: int = 0) -> Path:
     """Write database ``name`` to ``path``, replacing what is there; return ``path``."""
-    source = SOURCES[name]
+    source = {**SOURCES, **UNSEEN}[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     draft.unlink(missing_ok=True)
@@ -50,9 +55,11 @@ def build(name: str, path: Path, seed: int = 0) -> Path:
     return draft.replace(path)
 
 
-def build_all(folder: Path, seed: int = 0) -> dict[str, Path]:
+def build_all(
+    folder: Path, seed: int = 0, sources: Mapping[str, Source] = SOURCES
+) -> dict[str, Path]:
     """Write all databases into ``folder``; return their files by name."""
-    return {name: build(name, folder / f"{name}.sqlite", seed) for name in SOURCES}
+    return {name: build(name, folder / f"{name}.sqlite", seed) for name in sources}
 
 
 def _insert(connection: sqlite3.Connection, table: str, rows: list[tuple[Any, ...]]) -> None:

@@ -485,7 +485,8 @@ def _which(asked: Asked, table: SaidTable, depth: int = 1) -> str:
 def _shown(asked: Asked, table: SaidTable) -> tuple[str, str]:
     """Return what names a row: column and word."""
     if table.label is None:
-        if all(one.name != table.key for one in asked.source.schema.table(table.name).columns):
+        shown = asked.source.schema.names()[table.name]
+        if table.key not in shown:
             raise NoPairError  # its key has several columns
         return asked.column(table, table.key), asked.pick("id", "number")
     return asked.column(table, table.label), asked.pick(*table.label.said)

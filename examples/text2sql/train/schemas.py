@@ -147,7 +147,7 @@ def _column(table: str, rng: random.Random, free: Callable[[str], str]) -> SaidC
                              "are from {}/come from {}/are in {}")  # fmt: skip
     if kind == "category":
         called = _invented(rng) if rng.random() < 0.15 else rng.choice(said.CATEGORY_NAMES)
-        values = rng.choice(said.GROUPS)
+        values: tuple[str, ...] = rng.choice(said.GROUPS)
         if rng.random() < 0.3:
             values = tuple(rng.sample(said.FIRMS, 4))
         elif rng.random() < 0.2:

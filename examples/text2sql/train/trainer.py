@@ -1,4 +1,4 @@
-"""Training: batches of examples of like length, the loss on answers only."""
+"""Training: the loss on answers only, batches of examples of all stages and lengths."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from examples.text2sql.train.schemas import Source
 from examples.text2sql.train.stages import Example, example
 
 ASKED: Final = Path(__file__).parent.parent / "questions.yaml"
-DEMO_SHARE: Final = 0.85
-BATCH_TOKENS: Final = 3072
+DEMO_SHARE: Final = 0.97
+PART_TOKENS: Final = 768
+PARTS: Final = 4
+"""A batch has so many parts of so many tokens; examples of one part are of like length."""
 MOST_TOKENS: Final = 384
 _POOL: Final = 2048
-_RATE: Final = 2e-3
-_WARMUP: Final = 50
-_BETWEEN: Final = 100  # batches between two looks at the weights
+RATE: Final = 2e-3
+_WARMUP: Final = 20
+_BETWEEN: Final = 50  # batches between two looks at the weights
 
 Sample = tuple[list[int], int]  # tokens, and how many of them are the prompt
 
@@ -94,21 +96,23 @@ def _samples(tokenizer: Any, examples: Iterator[Example]) -> list[Sample]:
     ]
 
 
-def _batches(tokenizer: Any, seed: int) -> Iterator[list[Sample]]:
+def _batches(tokenizer: Any, seed: int) -> Iterator[list[list[Sample]]]:
     rng, examples = random.Random(seed), iter(Examples(seed))
     while True:
-        batches: list[list[Sample]] = []
-        batch: list[Sample] = []
+        parts: list[list[Sample]] = []
+        part: list[Sample] = []
         for sample in sorted(_samples(tokenizer, examples), key=lambda one: len(one[0])):
-            if (len(batch) + 1) * len(sample[0]) > BATCH_TOKENS:
-                batches.append(batch)
-                batch = []
-            batch.append(sample)
-        rng.shuffle(batches)
-        yield from batches
+            if (len(part) + 1) * len(sample[0]) > PART_TOKENS:
+                parts.append(part)
+                part = []
+            part.append(sample)
+        rng.shuffle(parts)
+        for at in range(0, len(parts) - PARTS + 1, PARTS):
+            yield parts[at : at + PARTS]
 
 
 def _loss(llama: Any, batch: list[Sample]) -> Any:
+    """Return the sum of the losses of all tokens of the answers."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -121,11 +125,17 @@ def _loss(llama: Any, batch: list[Sample]) -> Any:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = llama.model(ids, use_cache=False).last_hidden_state
         logits = llama.lm_head(hidden[asked])
-    return cross_entropy(logits.float(), ids.roll(-1, 1)[asked])
+    return cross_entropy(logits.float(), ids.roll(-1, 1)[asked], reduction="sum")
 
 
 def train(
-    out: Path, steps: int, seed: int, start: Path | None = None, rate: float = _RATE, fall: int = 0
+    out: Path,
+    steps: int,
+    seed: int,
+    start: Path | None = None,
+    rate: float = RATE,
+    minutes: float | None = None,
+    fall: float = 0.5,
 ) -> None:
     """Train for ``steps`` and write tokenizer and weights to ``out``, now and then in between.
 
@@ -135,7 +145,8 @@ def train(
         seed: of weights and pairs.
         start: folder of a model to go on with.
         rate: learning rate.
-        fall: last batches, over which the learning rate falls to nothing.
+        minutes: how long to train, instead of ``steps``.
+        fall: last share of the training, over which the learning rate falls to nothing.
     """
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
@@ -153,24 +164,30 @@ def train(
     optimizers = _optimizers(llama, rate)
     begun, tokens, mean = time.monotonic(), 0, 0.0
     for step, batch in enumerate(_batches(tokenizer, seed), 1):
-        share = min(step / _WARMUP, (steps - step + 1) / max(fall, 1), 1.0)
+        done = step / steps if minutes is None else (time.monotonic() - begun) / (60 * minutes)
+        last = done >= 1
+        share = max(min(step / _WARMUP, (1 - done) / fall, 1.0), 0.0)
         for group in (group for one in optimizers for group in one.param_groups):
             group["lr"] = rate * share
-        loss = _loss(llama, batch)
-        loss.backward()
+        answered = sum(len(words) - start for part in batch for words, start in part)
+        total = 0.0
+        for part in batch:
+            loss = _loss(llama, part) / answered
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
         for one in optimizers:
             one.step()
             one.zero_grad()
-        tokens += sum(len(sample[0]) for sample in batch)
-        mean += (loss.item() - mean) / min(step, 50)
-        if step % 50 == 0 or step == steps:
+        tokens += sum(len(words) for part in batch for words, _ in part)
+        mean += (total - mean) / min(step, 25)
+        if step % 25 == 0 or last:
             spent = time.monotonic() - begun
             print(f"step {step}/{steps} loss {mean:.4f} {tokens / spent:.0f} tokens/s "
                   f"{spent:.0f} s", flush=True)  # fmt: skip
-        if step % _BETWEEN == 0 or step == steps:
+        if step % _BETWEEN == 0 or last:
             write(out, llama, tokenizer)
-        if step == steps:
+        if last:
             return
 
 
