@@ -42,6 +42,7 @@ FULL = {
     "router": {
         "discovery": "labels",
         "replicas": 2,
+        "store": {"deploy": True},
         "keysSecret": "keys",
         "options": {"queue-size": 100, "policy": "least_outstanding"},
         "preStopSeconds": 7,

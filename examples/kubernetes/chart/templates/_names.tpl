@@ -11,6 +11,10 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{ printf "%s-router" .Release.Name | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
+{{- define "hexgen.store" -}}
+{{ printf "%s-store" .Release.Name | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
 {{- /* Of a type of engine: the release's name is cut where both together are too long. */}}
 {{- define "hexgen.type" -}}
 {{- $release := .release | trunc (int (sub 51 (len .type))) | trimSuffix "-" }}
@@ -26,6 +30,9 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- $_ := set $options "selector" (list (printf "app.kubernetes.io/instance=%s" .Release.Name) "app.kubernetes.io/component=engine") }}
 {{- $_ := set $options "service-discovery-port" (int .Values.enginePort) }}
 {{- $_ := set $options "service-discovery-namespace" .Release.Namespace }}
+{{- end }}
+{{- if .Values.router.store.deploy }}
+{{- $_ := set $options "replicas" (printf "redis://%s:6379/0" (include "hexgen.store" .)) }}
 {{- end }}
 {{- $own := default dict .Values.router.options }}
 {{- range $taken := list "port" "shutdown-timeout" }}
