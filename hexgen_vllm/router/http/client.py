@@ -7,6 +7,7 @@ the event loop, and the task that serves the call sleeps until the end.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from ssl import SSLContext
@@ -19,6 +20,7 @@ from hexgen_vllm.router.http.errors import (
     CannotConnect,
     ConnectTimeout,
     EngineBroke,
+    NoSuchHost,
     RouterShort,
     is_short,
 )
@@ -524,7 +526,8 @@ class Pool:
         except OSError as error:
             if is_short(error):
                 raise RouterShort(str(error)) from None
-            raise CannotConnect(str(error)) from None
+            unknown = isinstance(error, socket.gaierror)
+            raise (NoSuchHost if unknown else CannotConnect)(str(error)) from None
         self._open.add(connection)
         return connection
 

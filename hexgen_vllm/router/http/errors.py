@@ -26,6 +26,10 @@ class CannotConnect(OSError):  # noqa: N818 - named after what happened
     """Nobody answers at an engine's address."""
 
 
+class NoSuchHost(CannotConnect):
+    """Nobody knows the name of an engine's host."""
+
+
 class ConnectTimeout(CannotConnect):
     """An address takes no connection in time: nobody is there, or somebody who is too busy."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from dataclasses import replace
 from typing import Any
 
@@ -279,3 +280,16 @@ async def test_each_engine_is_told_in_the_words_that_were_said(
     assert found == ({header} if header else set())
     if header and header.endswith("-ms"):
         assert 0 < int(told[header]) <= 30_000
+
+
+async def test_a_host_that_nobody_knows_is_no_engine_that_is_down() -> None:
+    """Who mistyped a name does not look for a process that does not run."""
+    host = "no-such-host.invalid"
+    with pytest.raises(socket.gaierror) as unknown:
+        socket.getaddrinfo(host, 8000)
+    if unknown.value.errno == socket.EAI_AGAIN:
+        pytest.skip("there is no resolver here that would know")
+    url = f"http://{host}:8000"
+    async with open_stand(wait=False, worker_urls=(url,)) as stand:
+        (engine,) = stand.context.fleet.engines.values()
+        await stand.until(lambda: host in engine.why)
