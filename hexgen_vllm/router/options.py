@@ -566,6 +566,13 @@ def _check_replicas(options: RouterOptions) -> None:
     if not usable or parts.scheme not in ("redis", "rediss", "unix"):  # it may hold a password
         raise ConfigError("replicas must be like redis://host:6379/0, rediss:// or unix:///path.")
     _check_installed("replicas", True, "redis", "replicas")
+    from redis.asyncio import Redis
+
+    try:
+        Redis.from_url(options.replicas).connection_pool.make_connection()
+    except (TypeError, ValueError):
+        text = "replicas has something in its path or after '?' that redis-py does not take."
+        raise ConfigError(text) from None
 
 
 def _check_installed(name: str, wanted: bool, module: str, extra: str) -> None:

@@ -224,6 +224,9 @@ class Replicas:
                 if self.problem is None:
                     delay_s = _RETRY_S[0]
                 self._lost(f"{type(error).__name__}: {error}")
+            except Exception as error:  # calls go on without the others, and it is tried again
+                _LOG.exception("replicas: exchange failed")
+                self._lost(type(error).__name__)
             finally:
                 await _closed(store)
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
@@ -387,7 +390,7 @@ class Replicas:
         except msgspec.DecodeError:
             self.unreadable += 1
             return
-        if message.format != _FORMAT:
+        if message.format != _FORMAT or any(min(load) < 0 for load in message.loads.values()):
             self.unreadable += 1
             return
         at_s = message.at_s - self._offset_s

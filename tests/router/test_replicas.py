@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
+from redis.asyncio import Redis
 
 from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.app import Router
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing.fake_server import FakeSettings
-from hexgen_vllm.testing.redis_server import HINT, RedisServer, program
+from hexgen_vllm.testing.redis_server import HINT, PASSWORD, RedisServer, program
 from hexgen_vllm.testing.stand import _QUICK, Stand, open_stand
 
 pytestmark = pytest.mark.skipif(program() is None and "CI" not in os.environ, reason=HINT)
@@ -177,6 +181,68 @@ async def test_a_stalled_store_holds_no_call_up(redis: RedisServer) -> None:
         finally:
             redis.go_on()
         await one.until(lambda: joined(one) and joined(two))
+
+
+async def test_what_is_no_message_does_no_harm(redis: RedisServer) -> None:
+    async with open_pair(redis, FakeSettings()) as (one, two):
+        replicas = one.context.replicas
+        assert replicas is not None
+        async with one.post(headers=said("w")) as answer:
+            await answer.read()
+        await two.until(lambda: elsewhere(two, "w"))
+        store = Redis.from_url(redis.url)
+        try:
+            bad = [[1, "g", 0.0, False, {"engine-0": [-1, 0, 0, 0]}, {}, []], [1], [2], {}, "x"]
+            for one_bad in (b"", b"junk", *(b"01234567" + msgspec.msgpack.encode(b) for b in bad)):
+                await store.publish("hexgen:default:live", one_bad)
+            await store.hset("hexgen:default:w:junk", mapping={"": "junk", "x": "y"})
+            await store.set("hexgen:default:learned", "junk")
+            await one.until(lambda: replicas.unreadable >= 6)
+            redis_kinds = {await store.type(key) for key in await store.keys("*")}
+            assert redis_kinds <= {b"hash", b"string"}
+            for key in await store.keys("hexgen:default:w:w"):
+                assert await store.ttl(key) > 0
+        finally:
+            await store.aclose()
+        urls = tuple(engine.url for engine in one.engines)
+        options = RouterOptions(**{**_QUICK, "worker_urls": urls, "replicas": redis.url})
+        async with Router(options, DispatchOptions(policy="slack")) as router:
+            three = Stand(router, one.engines, one.client)
+            await three.all_ready()
+            await three.until(lambda: joined(three) and elsewhere(three, "w"))
+        assert load(one, 0).elsewhere.calls == 0
+
+
+async def test_the_password_is_in_no_log(
+    redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    wrong = redis.url.replace(PASSWORD, "not-that-one")
+    async with open_stand(FakeSettings(), replicas=wrong) as stand:
+        await stand.until(lambda: "store lost" in caplog.text)
+        async with stand.get("/scheduling/diagnostics") as answer:
+            seen = await answer.text()
+        async with stand.post() as call:
+            assert call.status == 200
+    assert "not-that-one" not in caplog.text + seen
+    assert f"127.0.0.1:{redis.port}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://u:s3cret@h", "redis://", "redis://u:s3cret@h:99999", "redis://u:s3cret@h/0?no=1",
+     "redis://[u:s3cret@h", "unix://"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^replicas ") as caught:
+        RouterOptions(replicas=url)
+    assert PASSWORD not in str(caught.value)
+
+
+def test_fleets_have_names_that_no_key_is_confused_by() -> None:
+    for name in ("", "a:b", "a*", "ü", "x" * 65):
+        with pytest.raises(ConfigError, match="replicas_fleet"):
+            RouterOptions(replicas_fleet=name)
 
 
 async def test_a_router_that_leaves_is_forgotten_at_once(redis: RedisServer) -> None:
