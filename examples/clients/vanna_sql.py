@@ -21,7 +21,7 @@ from vanna.tools import RunSqlTool
 from hexgen_vllm.client import Workflow, http_client
 
 
-class Everyone(UserResolver):  # type: ignore[misc,unused-ignore] - vanna need not be there
+class Everyone(UserResolver):  # type: ignore[misc,unused-ignore]
     """Takes everyone for the same user."""
 
     async def resolve_user(self, request_context: RequestContext) -> User:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
-import time
+import threading
 from typing import Final
 
 PASSWORD: Final = "s3cret"
@@ -55,7 +54,7 @@ class RedisServer:
         self._process = subprocess.Popen(
             [found, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
              "--appendonly", "no", "--requirepass", PASSWORD],
-            cwd=self._folder.name, stdout=subprocess.DEVNULL, env={"PATH": os.environ["PATH"]},
+            cwd=self._folder.name, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         while True:
             assert self._process.poll() is None, "the server ended"
@@ -63,7 +62,7 @@ class RedisServer:
                 socket.create_connection(("127.0.0.1", self.port), 1.0).close()
                 return
             except OSError:
-                time.sleep(0.02)
+                threading.Event().wait(0.02)
 
     def stall(self) -> None:
         """Let it answer nothing until :meth:`go_on`."""

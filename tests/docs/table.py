@@ -127,7 +127,6 @@ NOT_RUN: Final = (
     NotRun(
         "bench soak", "a test soaks for ten seconds", "tests/benchmarks/router/test_router_soak.py"
     ),
-    NotRun("bench replicas", "takes minutes", "tests/benchmarks/router/test_replicas_bench.py"),
     NotRun("hexgen-vllm batch run", "needs an engine", "tests/router/batches/test_command.py"),
     NotRun("bench preempt", "takes two minutes", "parse"),
     NotRun("HEXGEN_FUZZ=12", "takes minutes; a smaller one is in every run", "tests/router/fuzz"),
