@@ -569,7 +569,8 @@ def _check_replicas(options: RouterOptions) -> None:
     from redis.asyncio import Redis
 
     try:
-        Redis.from_url(options.replicas).connection_pool.make_connection()
+        pool: Any = Redis.from_url(options.replicas).connection_pool
+        pool.make_connection()
     except (TypeError, ValueError):
         text = "replicas has something in its path or after '?' that redis-py does not take."
         raise ConfigError(text) from None
