@@ -2,11 +2,12 @@
 
 In seconds; the engine with the lowest score gets the call::
 
-    score  = w * finish + x * n * (own + row)
+    score  = w * min(finish, far) + max(w, 1) * max(finish - far, 0) + x * n * (own + row)
 
     finish = wait + prefill + (output + FIRST) * step      step: one token at n + 1 calls
     own    = p1 * sum over uncached prefix chunks of tokens / (1 + asked / engines)
     row    = (c1 + c2 * (prompt + output / 2)) * output
+    far    = FAR * the earliest finish on any engine
     w      = clip((rho / mean rho) ** c, W_LEAST, W_MOST)
     rho    = (elapsed + mean finish over engines, but for queues + R) / (D - start)
 
@@ -20,6 +21,9 @@ In seconds; the engine with the lowest score gets the call::
 - ``w``: a workflow that is long against its deadline, compared with the others of now, gets more
   of the fast engines. Only ratios matter, so that deadlines that are loose or hopeless for all
   change nothing. Workflows without deadline weigh 1.
+- ``far``: who weighs less waits a little for others. Where one engine is many times as fast as
+  another that would be most of its time, for little that the others gain, and nobody knows that
+  early how long it gets. So what is beyond ``far`` counts in full.
 
 Needs: measured step costs. Starves: nothing; a workflow weighs at least ``W_LEAST``.
 Cost: O(engines * log chunks of the prompt) for bounds of the score, forecasts of those few engines
@@ -44,6 +48,7 @@ FIRST: Final = 1.5
 WINDOW: Final = 1000.0
 W_LEAST: Final = 0.2
 W_MOST: Final = 5.0
+FAR: Final = 3.0
 _RHO_WEIGHT: Final = 0.01  # of the newest call in mean rho
 _MAX_CHUNKS: Final = 50_000
 _LEAST_S: Final = 1e-6
@@ -100,8 +105,10 @@ class MarginalCost(Dispatch):
             delays.append(delay_s)
         if not finishes:
             raise ValueError("no engines to choose from")
-        weight = self._weight(demand, total_s / count, now)
-        bounds = [_BELOW * (weight * f + d) for f, d in zip(finishes, delays, strict=True)]
+        weight, far_s = self._weight(demand, total_s / count, now), FAR * min(finishes)
+        bounds = [
+            _BELOW * (_weighed(f, weight, far_s) + d) for f, d in zip(finishes, delays, strict=True)
+        ]
         best: Choice | None = None
         at = first = bounds.index(min(bounds))
         for i in range(-1, count):
@@ -112,7 +119,7 @@ class MarginalCost(Dispatch):
             waiting = claims.get(engine.engine_id, 0)
             forecast = engine.forecast(demand, cost, waiting, affinity=affinity)
             forecast.finish_in_s += FIRST * engine.token_s(cost)
-            score = weight * forecast.finish_in_s + delays[index]
+            score = _weighed(forecast.finish_in_s, weight, far_s) + delays[index]
             if best is None or score < best.score or (score == best.score and index < at):
                 best, at = Choice(engine, score, "marginal_cost", forecast), index
         assert best is not None
@@ -143,6 +150,12 @@ class MarginalCost(Dispatch):
         # Clipped as a ratio first: a power of what is huge would overflow.
         ratio = min(max(rho / mean, W_LEAST ** (1.0 / c)), W_MOST ** (1.0 / c))
         return float(ratio**c)
+
+
+def _weighed(finish_s: float, weight: float, far_s: float) -> float:
+    if weight >= 1.0 or finish_s <= far_s:
+        return weight * finish_s
+    return weight * far_s + finish_s - far_s
 
 
 class AskedPrefixes:

@@ -272,6 +272,18 @@ def test_a_workflow_that_is_long_against_its_deadline_gets_the_fast_engine() -> 
     assert where(85.0, 0.0) == "slow"
 
 
+@pytest.mark.parametrize(("times", "goes"), [(2.5, "slow"), (10.0, "fast")])
+def test_a_workflow_that_has_time_does_not_go_where_it_takes_many_times_as_long(
+    times: float, goes: str
+) -> None:
+    policy = placement(DispatchOptions(stretch=3.0))
+    fast, slow = engine("fast"), engine("slow", times)
+    weight(policy, demand(deadline_s=10.0))
+    short = demand(output=1000, prompt=40_000, deadline_s=1000.0)  # weighs 0.2
+    fill(fast, 8)  # it adds 120 s to them, and takes itself 31 s there
+    assert chosen(policy, short, fast, slow) == goes
+
+
 @pytest.mark.parametrize("deadline_s", [-1e9, 0.0, 1e-9, 1e18, math.inf])
 def test_the_weight_is_bounded_whatever_the_deadline(deadline_s: float) -> None:
     policy, fast = placement(DispatchOptions()), engine("a")
