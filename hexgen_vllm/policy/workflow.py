@@ -467,7 +467,8 @@ class Workflows:
         self.on_move: Callable[[WorkflowRun], None] | None = None  # of those gone on elsewhere
         self._elsewhere: OrderedDict[str, WorkflowRun] = OrderedDict()
         self._changed: dict[str, set[str]] | None = None  # calls to tell of, by open workflow
-        self._ended: deque[WorkflowPart] = deque(maxlen=_MAX_ENDED)
+        self._ended: deque[WorkflowPart] = deque(maxlen=_MAX_ENDED)  # and those left to others
+        self._over: OrderedDict[str, float] = OrderedDict()  # when those ended that are over
 
     def __len__(self) -> int:
         return len(self._open)
@@ -574,6 +575,8 @@ class Workflows:
         if run is not None:
             self._admitted -= run.admitted
             if self._changed is not None:
+                if not run.lone:
+                    self._remember_over(workflow_id, run.last_seen_s)
                 calls = set(run.calls) if run.lone else self._changed.pop(workflow_id, set())
                 if calls or not run.lone:
                     self._ended.append(_part(run, calls, over=True))
@@ -629,6 +632,7 @@ class Workflows:
         if run is not None and part.over and run.started_s > part.last_seen_s:
             run = None  # the name was used again
         known = run or self._elsewhere.get(part.workflow_id)
+        late = known is None and part.started_s <= self._over.get(part.workflow_id, -math.inf)
         if known is None:
             known = WorkflowRun(part.workflow_id, part.workflow_type, part.started_s)
             known.learned_as = part.learned_as
@@ -638,11 +642,21 @@ class Workflows:
         known.elsewhere_s = max(known.elsewhere_s, min(part.last_seen_s, now))
         if part.over:
             known.over = True
-            self.shapes.learn(known)
+            if not late:
+                self.shapes.learn(known)
+                self._remember_over(part.workflow_id, part.last_seen_s)
+        if run is None and late:
+            return  # its calls taught their lengths, and there is nothing to go on with
         if run is None:
             self._keep_elsewhere(known)
         elif run.in_flight == 0 and (run.over or run.left):
             self._move(run)
+
+    def _remember_over(self, workflow_id: str, at_s: float) -> None:
+        """Note an ending: messages that were under way then begin no workflow."""
+        self._over[workflow_id] = max(at_s, self._over.pop(workflow_id, at_s))
+        if len(self._over) > _MAX_ENDED:
+            self._over.popitem(last=False)
 
     def _touch(self, run: WorkflowRun, call_id: str) -> None:
         if self._changed is not None and not run.lone:
@@ -661,8 +675,9 @@ class Workflows:
         """Leave a workflow to others."""
         del self._open[run.workflow_id]
         self._silent.pop(run.workflow_id, None)
-        if self._changed is not None:
-            self._changed.pop(run.workflow_id, None)
+        changed = None if self._changed is None else self._changed.pop(run.workflow_id, None)
+        if changed and not run.over:
+            self._ended.append(_part(run, changed))  # what ended here, others need to know
         self._admitted -= run.admitted
         run.admitted = False
         self._keep_elsewhere(run)

@@ -80,6 +80,38 @@ def test_one_with_calls_in_flight_stays_until_they_end() -> None:
     assert (len(one), ends) == (0, [])  # it was counted at the other
 
 
+def test_what_ended_before_a_workflow_moved_is_told_yet() -> None:
+    """A call ends here after the next one came elsewhere, and before that was heard here."""
+    one, two = sharing(), sharing()
+    first, second = call("a", 1.0), call("b", 1.1, stage="t")
+    one.arrived(first, 1.0)
+    tell(one, two, 1.0)
+    two.arrived(second, 1.1)
+    one.ended(first, done(77), 1.2)
+    tell(two, one, 1.3, "2")
+    assert len(one) == 0
+    tell(one, two, 1.3)
+    run = two.get("w")
+    assert run is not None
+    assert run.calls["1/a"].output_tokens == 77
+
+
+def test_what_comes_after_the_end_begins_nothing() -> None:
+    one, two = sharing(), sharing()
+    first, second = call("a", 1.0), call("b", 2.0)
+    one.arrived(first, 1.0)
+    tell(one, two, 1.0)
+    two.arrived(second, 2.0)
+    two.ended(second, done(), 2.5)
+    two.finished("w")
+    one.ended(first, done(), 2.4)
+    tell(one, two, 3.0)
+    assert not two.elsewhere
+    assert len(two) == 0
+    again, _ = two.arrived(call("c", 5.0), 5.0)
+    assert (again.started_s, len(again.calls)) == (5.0, 1)
+
+
 def test_all_learn_the_same_from_a_workflow() -> None:
     one, two, alone = sharing(), sharing(), sharing()
     for i, at in enumerate((one, two, one, two)):
