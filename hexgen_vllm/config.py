@@ -433,7 +433,7 @@ class EngineOptions:
         choices=("auto", "always", "never"),
     )
     keep_ended_kv: bool = option(
-        False, "with host_kv_gib: keep the KV of ended calls, too, if their workflow may come back"
+        True, "with host_kv_gib: keep the KV of ended calls, too, if their workflow may come back"
     )
     max_priority: int | None = option(
         None,

@@ -38,8 +38,8 @@ from hexgen_vllm.errors import ConfigError
 
 MODES: Final[Mapping[str, Mapping[str, Any]]] = {
     "recompute": {"host_kv_gib": 0.0},
-    "swap": {"keep_kv": "always", "keep_ended_kv": True},
-    "auto": {"keep_kv": "auto", "keep_ended_kv": True},
+    "swap": {"keep_kv": "always"},
+    "auto": {"keep_kv": "auto"},
 }
 
 

@@ -149,6 +149,7 @@ _METHODS: Final = (
     ("_request_remaining_blocks", ("self", "request")),
     ("_is_blocked_waiting_status", ("status",)),
     ("_free_blocks", ("self", "request")),
+    ("_free_request_blocks", ("self", "request")),
     ("reset_prefix_cache", ("self", "reset_running_requests", "reset_connector")),
 )
 
@@ -212,6 +213,7 @@ _REQUEST: Final = (
     "num_computed_tokens",
     "num_output_placeholders",
     "num_output_tokens",
+    "num_preemptions",
     "num_prompt_tokens",
     "num_stale_output_tokens",
     "num_tokens",
@@ -242,6 +244,7 @@ _ATTRIBUTES: Final = (
     "processed_step_seq",
     "finished_recving_kv_req_ids",
     "failed_recving_kv_req_ids",
+    "_inflight_prefills",
     "kv_cache_config.kv_cache_groups",
     "kv_cache_config.num_blocks",
     "kv_cache_manager.enable_caching",
@@ -366,6 +369,13 @@ def holds_kv(request: Request) -> bool:
 def is_loaded(request: Request) -> bool:
     """Return whether a waiting call was admitted before, for its KV to be loaded."""
     return holds_kv(request) and request.status != RequestStatus.WAITING_FOR_STREAMING_REQ
+
+
+def is_resumed(request: Request) -> bool:
+    """Return whether vLLM will send a waiting call to workers as one that they know."""
+    if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+        return bool(request.num_preemptions)
+    return bool(request.status == RequestStatus.PREEMPTED)
 
 
 def forget_load(scheduler: Any, request: Request) -> None:

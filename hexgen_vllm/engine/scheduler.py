@@ -45,6 +45,7 @@ from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.order import LateWatch, demotes
 from hexgen_vllm.policy.pace import Places, reachable_token_s
 from hexgen_vllm.policy.returns import CallKind
+from hexgen_vllm.types import NO_DEADLINE
 
 logger = logging.getLogger("vllm.hexgen")
 _REKEY_EVERY_STEPS: Final = 64
@@ -247,7 +248,9 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             return
         lone = call.workflow_id == request.request_id
         kind = CallKind(known.workflow_type, known.stage, lone)
-        ended = EndedCall(kind, call.plans, call.workflow_id, call.deadline_s - call.tail_s)
+        # The deadline of a lone call is over with it: it says nothing of one that may follow.
+        latest_start_s = NO_DEADLINE if lone else call.deadline_s - call.tail_s
+        ended = EndedCall(kind, call.plans, call.workflow_id, latest_start_s)
         blocks = self.kv_cache_manager.get_blocks(request.request_id).blocks[0]
         now = self.hexgen_clock()
         self._leaver.ended(request, ended, blocks, self.hexgen_book.rates, now)
@@ -280,7 +283,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             )
 
     def _take_back_loads(self, keeper: SwapPlanner) -> None:
-        """Have calls that were admitted to be loaded reset like running ones, with their blocks.
+        """Have calls that hold blocks while they wait reset like running ones, with their blocks.
 
         vLLM looks at running calls only: the others' blocks would keep the cache from being
         emptied, and what is loaded there is from before the reset.
@@ -293,8 +296,24 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             for request in [r for r in queue if compat.is_loaded(r)]:
                 queue.remove_request(request)
                 compat.forget_load(self, request)
-                request.status = RequestStatus.RUNNING
-                self.running.append(request)
+                if compat.is_resumed(request):
+                    request.status = RequestStatus.RUNNING
+                    self.running.append(request)
+                else:
+                    self._begin_again(request)
+
+    def _begin_again(self, request: Request) -> None:
+        """Have a call that was to be sent to the workers as a new one wait without blocks.
+
+        Preempted, it would be sent as one that the workers know: they know nothing of a call that
+        has found the KV of others, and of a session not its next input.
+        """
+        self._free_request_blocks(request)
+        self._inflight_prefills.discard(request)
+        request.num_computed_tokens = request.num_preemptions = 0
+        request.status = RequestStatus.WAITING
+        self.hexgen_book.price(request)
+        self.waiting.add_request(request)
 
     def _displace(self, now: float) -> list[Request]:
         """Preempt running calls for urgent waiting ones; return them, out of the queue."""

@@ -414,7 +414,6 @@ class SwapPlanner:
         prefix = KeptPrefix(end, call.workflow_id, call.latest_start_s, saves_s, hashes, tail=tail)
         evicted = self.pool.keep(prefix, used, now)
         if evicted is None:
-            self.ledger.refused(tokens, "full")
             return
         self._evicted(evicted)
         ids = tuple(blocks[part.place].block_id for part in parts)

@@ -52,6 +52,11 @@ class Sequence:
     tokens: list[int]
     blocks: list[int]
     computed: int
+    prompt: int
+
+    def write(self, output: list[int]) -> None:
+        """Have ``output`` follow the prompt: all that Model Runner V1 takes of a resumed call."""
+        self.tokens[self.prompt :] = output
 
 
 @dataclass
@@ -95,14 +100,16 @@ class FakeWorker:
         for new in output.scheduled_new_reqs:  # Model Runner V2 sends resumed ones here, too
             tokens = list(getattr(new, "prefill_token_ids", None) or new.prompt_token_ids)
             blocks = list(new.block_ids[0])
-            self.sequences[new.req_id] = Sequence(tokens, blocks, new.num_computed_tokens)
+            prompt = len(new.prompt_token_ids)
+            self.sequences[new.req_id] = Sequence(tokens, blocks, new.num_computed_tokens, prompt)
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             sequence, blocks = self.sequences[request_id], cached.new_block_ids[i]
             if request_id in cached.resumed_req_ids:
                 sequence.blocks = list(blocks[0])
                 if request_id in cached.all_token_ids:
-                    sequence.tokens = list(cached.all_token_ids[request_id])
+                    tokens, written = cached.all_token_ids[request_id], cached.num_output_tokens[i]
+                    sequence.write(tokens[len(tokens) - written :])
             elif blocks is not None:
                 sequence.blocks += blocks[0]
             sequence.computed = cached.num_computed_tokens[i]

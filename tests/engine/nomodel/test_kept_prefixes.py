@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import RequestStatus
 
 from hexgen_vllm import wire
 from hexgen_vllm.config import EngineOptions
@@ -65,19 +67,13 @@ def play(engine: SwapEngine, talks: list[Talk], *, said: bool = True) -> None:
         engine.step()
 
 
-def kept(folder: Path, **options: Any) -> SwapEngine:
-    """Return an engine that keeps the KV of ended calls."""
-    hexgen = {"keep_ended_kv": True} | options.pop("hexgen", {})
-    return SwapEngine(folder, **options, hexgen=hexgen)
-
-
 def wrong(engine: SwapEngine, talks: list[Talk]) -> list[str]:
     return [n for t in talks for n, tokens in t.wanted.items() if engine.tokens[n] != tokens]
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(SETUPS)))
 def test_workflows_go_on_from_what_they_left(folder: Path, name: str, seed: int) -> None:
-    engine = kept(folder, **{"blocks": 40, **SETUPS[name]})
+    engine = SwapEngine(folder, **{"blocks": 40, **SETUPS[name]})
     talks = [Talk(f"w{i}", 100 * seed + i) for i in range(8)]
     play(engine, talks)
     assert wrong(engine, talks) == []
@@ -88,7 +84,7 @@ def test_workflows_go_on_from_what_they_left(folder: Path, name: str, seed: int)
 
 
 def test_wrong_bytes_would_be_noticed(folder: Path) -> None:
-    engine = kept(folder, blocks=40)
+    engine = SwapEngine(folder, blocks=40)
     load = engine.worker.swap.load
 
     def corrupted(loads: Any) -> None:
@@ -108,7 +104,7 @@ def test_wrong_bytes_would_be_noticed(folder: Path) -> None:
 
 
 def test_lone_calls_are_learned(folder: Path) -> None:
-    engine = kept(folder, blocks=40)
+    engine = SwapEngine(folder, blocks=40)
     talks = [Talk(f"w{i}", i) for i in range(8)]
     play(engine, talks, said=False)
     assert wrong(engine, talks) == []
@@ -123,7 +119,7 @@ def test_it_can_be_switched_off(folder: Path, keep: str) -> None:
     play(engine, talks)
     assert wrong(engine, talks) == []
     assert engine.host_kv()["found_tokens"] == 0
-    assert not EngineOptions().keep_ended_kv
+    assert EngineOptions().keep_ended_kv
 
 
 def two(engine: SwapEngine) -> tuple[Talk, Talk]:
@@ -147,7 +143,7 @@ def flush(engine: SwapEngine) -> None:
 
 
 def test_what_others_use_too_stays_when_a_workflow_is_over(folder: Path) -> None:
-    engine = kept(folder, blocks=40)
+    engine = SwapEngine(folder, blocks=40)
     first, second = two(engine)
     before = engine.host_kv()["kept_bytes"]
     first.left = 1
@@ -165,7 +161,7 @@ def test_what_others_use_too_stays_when_a_workflow_is_over(folder: Path) -> None
 
 
 def test_a_block_that_was_not_full_is_used_as_far_as_it_is_the_same(folder: Path) -> None:
-    engine = kept(folder, blocks=40)
+    engine = SwapEngine(folder, blocks=40)
     talk = Talk("a", 3)
     talk.call(engine)
     while engine.busy():
@@ -182,7 +178,7 @@ def test_a_block_that_was_not_full_is_used_as_far_as_it_is_the_same(folder: Path
 
 
 def test_a_reset_forgets_it(folder: Path) -> None:
-    engine = kept(folder, blocks=40)
+    engine = SwapEngine(folder, blocks=40)
     first, _ = two(engine)
     assert engine.scheduler.reset_prefix_cache()
     assert engine.host_kv()["kept_bytes"] == engine.host_kv()["used_bytes"] == 0
@@ -194,7 +190,7 @@ def test_a_reset_forgets_it(folder: Path) -> None:
 
 
 def test_an_aborted_call_leaves_nothing(folder: Path) -> None:
-    engine = kept(folder, blocks=40)
+    engine = SwapEngine(folder, blocks=40)
     talk = Talk("a", 1)
     name = talk.call(engine)
     for _ in range(4):
@@ -223,13 +219,13 @@ def test_an_aborted_call_leaves_nothing(folder: Path) -> None:
 def test_what_follows_is_read_in_the_words_of_others(
     folder: Path, extra: dict[str, Any], plans: Plans
 ) -> None:
-    engine = kept(folder, blocks=40)
+    engine = SwapEngine(folder, blocks=40)
     request = engine.add("r", [1, 2, 3], 5, sampling={"extra_args": extra})
     assert request.hexgen.plans == plans
 
 
 def test_hints_for_the_kv_are_read(folder: Path) -> None:
-    engine = kept(folder, blocks=40)
+    engine = SwapEngine(folder, blocks=40)
     request = engine.add("r", [1, 2, 3], 5)
     action = SimpleNamespace(payload={"kv_retention_ttl_seconds": 60})
     request.kv_hints = SimpleNamespace(actions=[action, SimpleNamespace(payload=None)])
@@ -239,7 +235,7 @@ def test_hints_for_the_kv_are_read(folder: Path) -> None:
 
 def test_hashes_of_smaller_pieces_than_blocks_are_left_alone(folder: Path) -> None:
     """Taken for hashes of blocks, they would name the wrong ones."""
-    engine = kept(folder, blocks=40)
+    engine = SwapEngine(folder, blocks=40)
     talk = Talk("a", 1)
     name = talk.call(engine)
     request = next(iter(engine.scheduler.requests.values()))
@@ -250,3 +246,157 @@ def test_hashes_of_smaller_pieces_than_blocks_are_left_alone(folder: Path) -> No
     while engine.busy():
         engine.step()
     assert engine.host_kv()["kept_bytes"] == 0
+
+
+BESIDE = {name: setup for name, setup in SETUPS.items() if "beside" in name}
+
+
+def finding(folder: Path, **options: Any) -> tuple[SwapEngine, Talk]:
+    """An engine that loads, for a call that no worker has seen, what an ended one left."""
+    engine = SwapEngine(folder, blocks=40, **options)
+    talk = Talk("a", 1)
+    talk.call(engine)
+    engine.run()
+    flush(engine)
+    name = talk.call(engine)
+    while not engine.keeper.loads_under_way():
+        engine.step()
+    assert engine.scheduler.requests[name].status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    return engine, talk
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("done", [False, True])
+def test_a_new_call_that_was_being_loaded_begins_after_a_reset(
+    folder: Path, name: str, done: bool
+) -> None:
+    """Workers have not heard of it: taken for a preempted one, it would be resumed there."""
+    engine, talk = finding(folder, **BESIDE[name])
+    call = engine.scheduler.requests["a.2"]
+    if done:
+        engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        engine.run()
+        engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert (call.status, call.num_computed_tokens) == (RequestStatus.WAITING, 0)
+    assert engine.free_blocks() == engine.setup.blocks - 1
+    engine.run()
+    assert wrong(engine, [talk]) == []
+    engine.assert_clean()
+    assert engine.scheduler.hexgen_stats()["preemptions"]["reset"] == 0
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_the_next_input_of_a_session_outlives_a_reset(folder: Path, async_scheduling: bool) -> None:
+    """It holds KV while it waits to be sent, and was preempted before: workers need its prompt."""
+    engine = SwapEngine(folder, max_num_seqs=1, async_scheduling=async_scheduling)
+    engine.add("session", [7] * 20, 30, resumable=True)
+    engine.steps(8)
+    engine.add("urgent", [3] * 40, 4, wire.CallMeta(workflow_deadline_ms=300.0))
+    while "session" not in engine.ended:
+        engine.step()
+    assert engine.displaced() == 1
+    said = [*[7] * 20, *engine.tokens["session"][:-1], *[9] * 20]
+    engine.add("session", [9] * 20, 10, resumable=True)
+    assert engine.scheduler.requests["session"].num_computed_tokens
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.steps(60)
+    assert engine.tokens["session"][30:] == expected(said, 10)
+    engine.add("session", [2], 1, resumable=False)
+    engine.run()
+    engine.assert_clean()
+
+
+class Lives:
+    """Workflows that come back, and all that may happen to an engine meanwhile."""
+
+    def __init__(self, engine: SwapEngine, seed: int) -> None:
+        self.engine, self.rng = engine, random.Random(seed)
+        self.turns = {f"w{i}": 12 for i in range(8)}
+        self.contexts: dict[str, list[int]] = {flow: [] for flow in self.turns}
+        self.prompts: dict[str, list[int]] = {}  # of calls under way
+        self.counts: dict[str, int] = {}
+        self.before: dict[str, list[int]] = {}  # what they wrote with earlier weights
+        self.resets = {"at once": 0, "keep": 0, "abort": 0}
+        self.caught = 0  # resets while KV was being loaded
+
+    def play(self) -> None:
+        for flow in self.turns:
+            self._call(flow)
+        while self.prompts:
+            self.engine.step()
+            self._take_ended()
+            loads = self.engine.keeper.loads_under_way()
+            if self.rng.random() < (0.1 if loads else 0.02):
+                self.caught += loads
+                self._reset()
+            if self.prompts and self.rng.random() < 0.01:
+                self._abort(self.rng.choice(sorted(self.prompts)))
+            if self.rng.random() < 0.02:
+                self.engine.scheduler.reset_prefix_cache()  # refused while anybody holds KV
+        self.engine.run()
+
+    def _call(self, flow: str) -> None:
+        left = self.turns[flow] = self.turns[flow] - 1
+        context = self.contexts[flow]
+        if len(context) > 350:
+            context.clear()  # as agents do
+        context += [self.rng.randrange(1000) for _ in range(self.rng.randint(10, 50))]
+        name = f"{flow}.{left}"
+        self.prompts[name], self.before[name] = list(context), []
+        self.counts[name] = self.rng.randint(3, 25)
+        deadline = self.rng.choice([None, 300.0, 5000.0, 60_000.0])
+        meta = wire.CallMeta(
+            workflow_id=flow, workflow_type="life", workflow_deadline_ms=deadline, stages_left=left
+        )
+        self.engine.add(name, list(context), self.counts[name], meta)
+
+    def _over(self, name: str) -> None:
+        flow = name.partition(".")[0]
+        del self.prompts[name]
+        if self.turns[flow]:
+            self._call(flow)
+
+    def _take_ended(self) -> None:
+        for name in [n for n in self.prompts if n in self.engine.ended]:
+            before, got = self.before[name], self.engine.tokens[name]
+            weights, left = self.engine.worker.weights, self.counts[name] - len(before)
+            assert got == before + expected([*self.prompts[name], *before], left, weights=weights)
+            self.contexts[name.partition(".")[0]] += got
+            self._over(name)
+
+    def _abort(self, name: str) -> None:
+        self.engine.abort(name)
+        self._over(name)
+
+    def _reset(self) -> None:
+        """Change the weights, as a pause that keeps or aborts what runs does, or without one."""
+        engine, kind = self.engine, min(self.resets, key=lambda kind: self.resets[kind])
+        self.resets[kind] += 1
+        if kind != "at once":
+            states = {"keep": PauseState.PAUSED_ALL, "abort": PauseState.PAUSED_NEW}
+            engine.scheduler.set_pause_state(states[kind])
+            if kind == "abort":
+                engine.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+            engine.run()
+            for name in list(self.prompts) if kind == "abort" else ():
+                self._over(name)
+        assert engine.scheduler.reset_prefix_cache(
+            reset_running_requests=True, reset_connector=True
+        )
+        assert engine.keeper.pool.used == 0
+        engine.worker.weights += 1
+        self.before |= {name: list(engine.tokens[name]) for name in self.prompts}
+        engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+
+
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(SETUPS)))
+def test_lives_with_new_weights_in_between_are_exact(folder: Path, name: str, seed: int) -> None:
+    engine = SwapEngine(folder, **{"blocks": 40, **SETUPS[name]})
+    lives = Lives(engine, seed)
+    lives.play()
+    engine.assert_clean()
+    assert min(lives.resets.values()) > 0
+    assert engine.host_kv()["found_tokens"] > 0
+    if name in BESIDE:
+        assert lives.caught > 3

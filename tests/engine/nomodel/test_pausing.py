@@ -7,6 +7,7 @@ A few calls of each mode are part of every run. For many:
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from pathlib import Path
@@ -14,11 +15,16 @@ from typing import Any
 
 import pytest
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
 
+from hexgen_vllm.engine.scheduler import UrgencyScheduler
+from tests.engine.nomodel.conftest import Build
 from tests.engine.nomodel.harness import FakeEngine, expected, prompt
 from tests.engine.nomodel.swap_harness import SwapEngine
 from tests.engine.nomodel.test_mix import chat, warm
 
+# Up to 0.28, vLLM lets no turn of a session write more than its first one was to.
+TURNS_HAVE_LENGTHS = "max_tokens" in inspect.getsource(Scheduler._update_request_as_session)
 CALLS = int(os.environ.get("PAUSING_CALLS", "60"))
 
 MODES: dict[str, dict[str, Any]] = {
@@ -42,6 +48,7 @@ class Mixture:
         self.shared = prompt(self.rng, 40, 90)
         self.want: dict[str, list[int]] = {}
         self.histories: dict[str, list[int]] = {}
+        self.counts: dict[str, int] = {}  # tokens of a session's first turn
         self.left_out = 0
 
     def play(self, calls: int) -> None:
@@ -90,6 +97,8 @@ class Mixture:
         if len(self.histories.get(name, ())) > 100:
             return  # sessions that wait hold their KV: three long ones would leave no room
         tokens, count = prompt(self.rng, 5, 30), self.rng.randint(2, 30)
+        first = self.counts.setdefault(name, count)
+        count = count if TURNS_HAVE_LENGTHS else first
         history = self.histories.setdefault(name, [])
         history += tokens
         out = expected(history, count)
@@ -132,6 +141,18 @@ def test_tokens_are_those_of_a_lone_run(folder: Path, mode: str, seed: int) -> N
         assert not engine.host_kv()["saved_tokens"]
     elif mode != "swap-by-rates":
         assert engine.host_kv()["saved_tokens"] > 0
+
+
+@pytest.mark.parametrize("scheduler_class", [Scheduler, UrgencyScheduler])
+def test_a_turn_of_a_session_is_as_long_as_stock_vllm_lets_it(
+    build: Build, scheduler_class: type
+) -> None:
+    engine = build(scheduler_class)
+    engine.add("session", [7] * 20, 5, resumable=True)
+    engine.run()
+    engine.add("session", [9] * 20, 12, resumable=True)
+    engine.run()
+    assert len(engine.tokens["session"]) == 5 + (12 if TURNS_HAVE_LENGTHS else 5)
 
 
 def test_who_is_left_out_is_swapped_when_the_cache_runs_short(folder: Path) -> None:

@@ -154,7 +154,8 @@ class Engine:
         assert not self.scheduler.requests
         assert self.leaked_blocks() == 0
         assert self.host_kv()["copies"] == 0
-        assert self.host_kv()["used_bytes"] == 0
+        kept = self.host_kv()
+        assert kept["used_bytes"] == kept["kept_bytes"]
 
     def step_out(self) -> None:
         """Let the worker hear of what ended last."""

@@ -20,7 +20,7 @@ from tests.parity.simulated import simulated
 
 COST = StepCost(c0=0.02, c1=1e-3, c2=1e-6, p0=0.002, p1=1e-4, p2=0.0)
 MODEL = EngineModel("e", COST, max_num_seqs=4, max_num_batched_tokens=256, kv_tokens=16_000)
-FCFS = EngineOptions(order="fcfs", keep_ended_kv=True)
+FCFS = EngineOptions(order="fcfs")
 
 
 def call(name: str, prompt: int, output: int, deadline_s: float = math.inf) -> Sequence:
