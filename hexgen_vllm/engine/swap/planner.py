@@ -300,22 +300,25 @@ class SwapPlanner:
             return 0
         held = Held(tokens, tokens - own, self._block_bytes / self._block_size)
         again, copying = self._again(rates), self._copying(self._leaving(now))
-        tight = len(held_blocks) > self.pool.space.free
+        # What ended calls left may give way to a shared head, copies of others must not.
+        roomy = len(held_blocks) <= self.pool.space.free + len(self.pool.kept)
         by_rates = self._keep == "auto" and leaves_head(held, again, copying)
-        first = shared if tight or by_rates else 0
-        decision = weigh(held, again, copying, self._keep, whole=not first)
-        if not decision.keep:
-            self.ledger.refused(own, decision.reason)
-            return 0
-        saves_s = decision.recompute_s
-        copy = HostCopy(request.request_id, owner, tokens, first, shared, saves_s)
-        return int(tokens) if self._store(copy, held_blocks[first:], now) else 0
+        for first in dict.fromkeys((0, shared) if roomy and not by_rates else (shared,)):
+            decision = weigh(held, again, copying, self._keep, whole=not first)
+            if not decision.keep:
+                self.ledger.refused(own, decision.reason)
+                return 0
+            saves_s = decision.recompute_s
+            copy = HostCopy(request.request_id, owner, tokens, first, shared, saves_s)
+            if self._store(copy, held_blocks[first:], now):
+                return int(tokens)
+        self.ledger.refused(own, "full")
+        return 0
 
     def _store(self, copy: HostCopy, blocks: Sequence[Any], now: float) -> bool:
         tokens = copy.tokens - copy.first_block * self._block_size
         evicted = self.pool.put(copy, len(blocks), now)
         if evicted is None:
-            self.ledger.refused(tokens, "full")
             return False
         self._evicted(evicted)
         ids = tuple(block.block_id for block in blocks)

@@ -248,6 +248,27 @@ def test_hashes_of_smaller_pieces_than_blocks_are_left_alone(folder: Path) -> No
     assert engine.host_kv()["kept_bytes"] == 0
 
 
+def test_a_full_memory_still_has_room_for_a_head_that_others_hold_too(folder: Path) -> None:
+    """What ended calls left fills it sooner or later; that is no reason to copy less."""
+    engine = SwapEngine(folder, max_num_seqs=2, blocks=40, host_blocks=12)
+    for i in range(4):
+        meta = wire.CallMeta(workflow_id=f"w{i}", workflow_deadline_ms=36e6, stages_left=1)
+        engine.add(f"ended {i}", [100 + i] * 60, 4, meta)
+        engine.run()
+    assert engine.keeper.pool.space.free == 0
+    for name in ("one", "other"):
+        engine.add(
+            name, [5] * 96 + [ord(name[1])] * 30, 60, wire.CallMeta(workflow_deadline_ms=30e3)
+        )
+        engine.steps(4)
+    engine.add("urgent", [3] * 40, 12, wire.CallMeta(workflow_deadline_ms=300.0))
+    engine.steps(2)
+    (copy,) = engine.keeper.pool.copies.values()
+    assert (copy.first_block, copy.shared_blocks) == (0, 6)
+    engine.run()
+    engine.assert_clean()
+
+
 BESIDE = {name: setup for name, setup in SETUPS.items() if "beside" in name}
 
 
