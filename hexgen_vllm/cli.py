@@ -51,6 +51,7 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
         "benchmarks.engine.preempt",
         "keep the KV of preempted calls against computing it again",
     ),
+    ("bench", "react"): ("benchmarks.engine.react", "agents of many turns against stock vLLM"),
     ("bench", "router"): ("benchmarks.router.router", "cost of a call through the router"),
     ("bench", "decide"): ("benchmarks.router.decide", "cost of a decision, by engines and calls"),
     ("bench", "soak"): ("benchmarks.router.soak", "the router for long, with leaving and dying"),

@@ -13,6 +13,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from heapq import heappop, heappush
 from time import perf_counter, process_time
 from typing import Any, Final
 
@@ -95,8 +96,13 @@ class Bed:
         self._llm = LLMEngine.from_engine_args(args)
         self._core = self._llm.engine_core.engine_core
         self.scheduler: Any = self._core.scheduler
-        self._now = self.scheduler.hexgen_clock = _clock()
+        self._clock, self._skipped_s = _clock(), 0.0
+        self.scheduler.hexgen_clock = self._now
         self.computed_tokens = 0
+
+    def _now(self) -> float:
+        """Return the time of the engine's work and of thinking that it waited for, seconds."""
+        return self._clock() + self._skipped_s
 
     def close(self) -> None:
         """Stop the engine."""
@@ -113,6 +119,26 @@ class Bed:
         keeper = getattr(self.scheduler, "hexgen_keeper", None)
         return int(leaked + (keeper.pool.used if keeper is not None else 0))
 
+    def simulated(self) -> dict[str, Any] | None:
+        """Return what the simulator needs to know of this engine, ``None`` of stock vLLM."""
+        meter = getattr(self.scheduler, "hexgen_meter", None)
+        cost = meter.fit.cost() if meter is not None else None
+        if cost is None or self.scheduler.hexgen_keeper is None:
+            return None
+        keeper, size = self.scheduler.hexgen_keeper, self.case.block_size
+        kept = keeper.stats()
+        rates = [kept[name] for name in ("save_bytes_per_s", "restore_bytes_per_s") if kept[name]]
+        block_bytes = kept["capacity_bytes"] / keeper.pool.space.capacity
+        return {
+            "cost": cost,
+            "max_num_seqs": self.scheduler.max_num_running_reqs,
+            "max_num_batched_tokens": self.scheduler.max_num_scheduled_tokens,
+            "kv_tokens": (self.scheduler.kv_cache_config.num_blocks - 1) * size,
+            "block_size": size,
+            "kv_copy_tokens_per_s": statistics.fmean(rates) / block_bytes * size if rates else None,
+            "host_kv_tokens": keeper.pool.space.capacity * size,
+        }
+
     # The load.
 
     def lone_s(self) -> float:
@@ -124,21 +150,37 @@ class Bed:
         return self._play(self.case.workflows, self.case.in_flight, lone_s)
 
     def _play(self, workflows: int, in_flight: int, lone_s: float) -> LoadResult:
-        result, begin = LoadResult(), self._now()
+        result, begin, skipped_s = LoadResult(), self._now(), self._skipped_s
         alive: dict[str, Workflow] = {}
+        thinking: list[tuple[float, str]] = []
         todo = iter(range(workflows))
-        while self._admit(alive, in_flight, todo, lone_s):
+        while self._admit(alive, in_flight, todo, lone_s, result, begin):
+            self._come_back(alive, thinking)
             start = self._now()
             outputs = self._step()
             now = self._now()
             result.steps_s.append(now - start)
             for output in outputs:
+                if not output.finished:
+                    continue
                 workflow = alive[output.request_id.rpartition(".")[0]]
-                if output.finished and not self._goes_on(workflow, output, result):
+                written = list(output.outputs[0].token_ids)
+                result.written[output.request_id] = written
+                workflow.context += written
+                if workflow.calls:
+                    heappush(thinking, (now + workflow.thinks.pop(0), workflow.name))
+                else:
                     del alive[workflow.name]
                     result.ended(workflow, now)
-        result.took_s = self._now() - begin
+        result.took_s = self._now() - begin - (self._skipped_s - skipped_s)
         return result
+
+    def _come_back(self, alive: dict[str, Workflow], thinking: list[tuple[float, str]]) -> None:
+        """Send the calls of those who have thought; with nothing else to do, wait for the first."""
+        if thinking and not self._llm.has_unfinished_requests():
+            self._skipped_s += max(thinking[0][0] - self._now(), 0.0)
+        while thinking and thinking[0][0] <= self._now():
+            self._call(alive[heappop(thinking)[1]])
 
     def _step(self) -> Any:
         """Do a step; ``computed_tokens`` counts what is computed in it."""
@@ -156,23 +198,21 @@ class Bed:
             self.scheduler.schedule = schedule
 
     def _admit(
-        self, alive: dict[str, Workflow], in_flight: int, todo: Iterator[int], lone_s: float
+        self,
+        alive: dict[str, Workflow],
+        in_flight: int,
+        todo: Iterator[int],
+        lone_s: float,
+        result: LoadResult,
+        begin: float,
     ) -> bool:
         """Keep as many workflows in flight as wanted; return whether there are any."""
         while len(alive) < in_flight and (number := next(todo, None)) is not None:
             workflow = make_workflow(self.case, number, lone_s, self._now())
             alive[workflow.name] = workflow
+            result.started_s.append(self._now() - begin)
             self._call(workflow)
         return bool(alive)
-
-    def _goes_on(self, workflow: Workflow, output: Any, result: LoadResult) -> bool:
-        written = list(output.outputs[0].token_ids)
-        result.written[output.request_id] = written
-        workflow.context += written
-        if workflow.calls:
-            self._call(workflow)
-            return True
-        return False
 
     def _call(self, workflow: Workflow) -> None:
         prompt, writes = workflow.calls.pop(0)
@@ -295,4 +335,33 @@ def run_mode(
         "urgent_on_time_fraction": round(load.urgent_on_time / urgent, 4),
         "seconds": round(load.took_s, 3),
         "host_kv": stats["host_kv"],
+    }
+
+
+def run_agents(
+    case: Case, mode: str | None, lone_s: float, want: dict[str, list[int]]
+) -> dict[str, Any]:
+    """Return the figures of agents of many turns; ``None`` is stock vLLM.
+
+    ``engine`` is what :mod:`benchmarks.engine.react` simulates one by, ``None`` while unknown.
+    """
+    with bed(case, case.tight_blocks, mode) as engine:
+        engine.lone_s()
+        engine.computed_tokens = 0
+        load = engine.play(lone_s)
+        computed = engine.computed_tokens
+        stats = engine.scheduler.hexgen_stats() if mode is not None else {"host_kv": None}
+        leaked, simulated = engine.leaked_blocks(), engine.simulated()
+    urgent = -(-case.workflows // URGENT_EVERY)
+    return {
+        # Each token that is written is computed once, but for the last one of a call.
+        "prefill_tokens": computed - sum(len(written) - 1 for written in load.written.values()),
+        "on_time_fraction": round(load.on_time / case.workflows, 4),
+        "urgent_on_time_fraction": round(load.urgent_on_time / urgent, 4),
+        "tokens_identical": all(load.written[name] == want[name] for name in want),
+        "leaked_blocks": leaked,
+        "seconds": round(load.took_s, 3),
+        "started_s": load.started_s,
+        "host_kv": stats["host_kv"],
+        "engine": simulated,
     }

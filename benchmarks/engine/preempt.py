@@ -51,21 +51,35 @@ _HEADLINE: Final = (
 _SIZES: Final = ("in_flight", "workflows", "stages", "repeats")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what engine it is, and where figures go."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--model", help="path or name (default: a tiny one, made here)")
     parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
-    parser.add_argument("--in-flight", type=int, default=14, help="workflows at once")
-    parser.add_argument("--workflows", type=int, default=28, help="workflows in all")
-    parser.add_argument("--stages", type=int, default=2, help="calls of a workflow")
+    parser.add_argument("--host-kv-gib", type=float, default=1.0, help="host memory for KV, GiB")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and lengths")
+
+
+def add_lengths(
+    parser: argparse.ArgumentParser, *, prompt: tuple[int, int], output: tuple[int, int]
+) -> None:
+    """Declare the lengths of a call, with these defaults."""
     for name, default, text in (
-        ("--prompt", (60, 240), "new prompt tokens of a call"),
-        ("--output", (100, 240), "output tokens of a call"),
+        ("--prompt", prompt, "new prompt tokens of a call"),
+        ("--output", output, "output tokens of a call"),
     ):
         bounds = ("LEAST", "MOST")
         parser.add_argument(name, type=int, nargs=2, default=default, metavar=bounds, help=text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    add_engine_arguments(parser)
+    parser.add_argument("--in-flight", type=int, default=14, help="workflows at once")
+    parser.add_argument("--workflows", type=int, default=28, help="workflows in all")
+    parser.add_argument("--stages", type=int, default=2, help="calls of a workflow")
+    add_lengths(parser, prompt=(60, 240), output=(100, 240))
     parser.add_argument(
         "--contexts",
         type=int,
@@ -80,14 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="deadline of every third workflow in multiples of a lone one; others have 10 x that",
     )
     parser.add_argument("--repeats", type=int, default=3, help="resumes timed per context")
-    parser.add_argument("--host-kv-gib", type=float, default=1.0, help="host memory for KV, GiB")
     parser.add_argument(
         "--against-vllm",
         action="store_true",
         help="compare with vLLM's own connectors for host memory instead: 1 and 5 calls of a "
         "workflow, three sizes of host memory; half an hour on a CPU",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and lengths")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -100,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
         ConfigError: an argument cannot work, or there is no such device.
         UnsupportedVLLM: vLLM is missing or not supported.
     """
-    _check(args)
+    check(args)
     found = _compare(args) if args.against_vllm else _measure(args)
     print(comparison(found) if args.against_vllm else table(found))
     if args.json is not None:
@@ -110,11 +122,16 @@ def main(args: argparse.Namespace) -> int:
     return 0 if all(m["tokens_identical"] and not m["leaked_blocks"] for m in modes) else 1
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """Check the sizes of a load.
+
+    Raises:
+        ConfigError: one cannot work; the sentence names it.
+    """
     numbers = {name: getattr(args, name) for name in _SIZES} | {
         "prompt": min(args.prompt),
         "output": min(args.output),
-        "contexts": min(args.contexts) - 15,
+        "contexts": min(args.contexts, default=16) - 15,
     }
     for name, number in numbers.items():
         if number < 1:
@@ -129,9 +146,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    bench = _prepared(args)
+    bench = prepared(args)
     with tempfile.TemporaryDirectory() as folder:
-        case = _case(args, bench, Path(folder))
+        case = case_of(args, bench, Path(folder))
         lone_s, want = bench.undisturbed(case)
         modes = {mode: bench.run_mode(case, mode, lone_s, want) for mode in bench.MODES}
     return {
@@ -139,19 +156,19 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "modes": modes,
         "kv_blocks": case.tight_blocks,
         "lone_workflow_s": round(lone_s, 4),
-        **_circumstances(args, bench),
+        **circumstances(args, bench),
     }
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     """Measure ours and vLLM's own with one and five calls of a workflow and less host memory."""
-    bench = _prepared(args)
+    bench = prepared(args)
     in_tree = import_module("benchmarks.engine.in_tree").MODES
     largest = args.host_kv_gib
     sizes = [largest, largest / 8, SMALLEST_MIB / 1024]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        whole = _case(args, bench, Path(folder))
+        whole = case_of(args, bench, Path(folder))
         for stages in (1, 5):
             workflows = max(whole.workflows * whole.stages // stages // 2, whole.in_flight)
             case = replace(whole, stages=stages, workflows=workflows)
@@ -165,7 +182,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
                     row = bench.run_mode(sized, mode, lone_s, want, resume=resume)
                     rows.append({"stages": stages, "host_mib": 1024 * gib, "mode": mode, **row})
                     print(_line(rows[-1]), flush=True)
-    return {**_headline(rows, in_tree), "rows": rows, **_circumstances(args, bench)}
+    return {**_headline(rows, in_tree), "rows": rows, **circumstances(args, bench)}
 
 
 def _headline(rows: Sequence[Mapping[str, Any]], in_tree: Sequence[str]) -> dict[str, Any]:
@@ -215,7 +232,7 @@ def comparison(found: Mapping[str, Any]) -> str:
     return "\n".join([title, *map(_line, found["rows"]), *ends])
 
 
-def _prepared(args: argparse.Namespace) -> Any:
+def prepared(args: argparse.Namespace) -> Any:
     """Set the environment, and return the module that runs engines."""
     for name, value in (_QUIET | (_QUIET_CPU if args.device == "cpu" else _CUDA)).items():
         os.environ.setdefault(name, value)
@@ -227,7 +244,8 @@ def _prepared(args: argparse.Namespace) -> Any:
     return bench
 
 
-def _case(args: argparse.Namespace, bench: Any, folder: Path) -> Any:
+def case_of(args: argparse.Namespace, bench: Any, folder: Path, *, think: bool = False) -> Any:
+    """Return the load that the command line asks for."""
     return bench.Case(
         model=args.model or _tiny_model(folder),
         dtype=args.dtype,
@@ -237,11 +255,13 @@ def _case(args: argparse.Namespace, bench: Any, folder: Path) -> Any:
         host_kv_gib=args.host_kv_gib,
         urgent=args.urgent,
         seed=args.seed,
+        think=think,
         **{name: getattr(args, name) for name in _SIZES},
     )
 
 
-def _circumstances(args: argparse.Namespace, bench: Any) -> dict[str, Any]:
+def circumstances(args: argparse.Namespace, bench: Any) -> dict[str, Any]:
+    """Return what figures depend on."""
     compat = import_module("hexgen_vllm.engine.compat")
     return {
         "environment": {

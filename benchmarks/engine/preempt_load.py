@@ -14,6 +14,8 @@ from typing import Final
 
 URGENT_EVERY: Final = 3
 _PATIENT: Final = 10.0
+_THINK: Final = (-4.405, 4.078)  # mean and deviation of the logarithm
+_LONGEST_THINK_S: Final = 120.0
 _VOCABULARY: Final = (2, 1000)
 
 
@@ -41,6 +43,7 @@ class Case:
         urgent: deadline of urgent workflows, as a multiple of a lone one; others have ten times
             as much.
         block_size: tokens per KV block.
+        think: whether a workflow waits for a tool between its calls.
     """
 
     model: str
@@ -56,6 +59,7 @@ class Case:
     seed: int
     urgent: float
     block_size: int = 32
+    think: bool = False
 
     @property
     def longest(self) -> int:
@@ -66,7 +70,7 @@ class Case:
     def tight_blocks(self) -> int:
         """KV blocks for a fifth of the load, yet for one call of any kind."""
         fifth = self.in_flight * self.longest // (5 * self.block_size)
-        longest = max(self.longest, *self.contexts) + self.block_size
+        longest = max((self.longest, *self.contexts)) + self.block_size
         return max(fifth, -(-longest // self.block_size)) + 1
 
     @property
@@ -74,10 +78,23 @@ class Case:
         """KV blocks for everything at once."""
         return (self.in_flight + 1) * (self.longest // self.block_size + 2)
 
+    def prompt_tokens(self) -> int:
+        """Return the tokens of all prompts together."""
+        found = 0
+        for number in range(self.workflows):
+            context = 0
+            for prompt, writes in make_workflow(self, number, 1.0, 0.0).calls:
+                found += (context := context + len(prompt))
+                context += writes
+        return found
+
 
 @dataclass
 class Workflow:
-    """One workflow: the calls it still makes, and what it has said and read so far."""
+    """One workflow: the calls it still makes, and what it has said and read so far.
+
+    Before each call but the first it thinks for the next of ``thinks``, seconds.
+    """
 
     name: str
     deadline_s: float
@@ -85,6 +102,7 @@ class Workflow:
     stage_s: float
     calls: list[tuple[list[int], int]]
     context: list[int] = field(default_factory=list)
+    thinks: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -96,6 +114,7 @@ class LoadResult:
     on_time: int = 0
     urgent_on_time: int = 0
     took_s: float = 0.0
+    started_s: list[float] = field(default_factory=list)
 
     def ended(self, workflow: Workflow, now: float) -> None:
         """Count a workflow that ended at ``now``."""
@@ -119,5 +138,12 @@ def make_workflow(case: Case, number: int, lone_s: float, now: float) -> Workflo
         (tokens(rng, rng.randint(*case.prompt)), rng.randint(*case.output))
         for _ in range(case.stages)
     ]
-    deadline_s = now + lone_s * case.urgent * (1.0 if urgent else _PATIENT)
-    return Workflow(f"w{number}", deadline_s, urgent, lone_s / case.stages, calls)
+    thinks = [think_s(rng) for _ in calls[1:]] if case.think else [0.0] * (case.stages - 1)
+    deadline_s = now + sum(thinks) + lone_s * case.urgent * (1.0 if urgent else _PATIENT)
+    each_s = lone_s / case.stages
+    return Workflow(f"w{number}", deadline_s, urgent, each_s, calls, thinks=thinks)
+
+
+def think_s(rng: random.Random) -> float:
+    """Return how long a tool takes, seconds: log-normal, 86 % below 1 s, 95 % below 10 s."""
+    return min(rng.lognormvariate(*_THINK), _LONGEST_THINK_S)

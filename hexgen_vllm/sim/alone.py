@@ -73,6 +73,7 @@ class Alone:
         engine: the engine.
         flows: workflows that have begun, in order of arrival.
         marks: written tokens by workflow type, at each moment that was asked for.
+        prefill_tokens: prompt tokens of ended calls that were computed, not found.
 
     Args:
         model: what the engine is.
@@ -106,6 +107,7 @@ class Alone:
         self.engine = SimEngine(model, options or order, stock=stock, fit=fit, noise=noise)
         self.flows: list[Flow] = []
         self.marks: dict[float, dict[str, int]] = {}
+        self.prefill_tokens = 0
         self._ours, self._deadlines, self._rank, self._estimates = (
             not stock, deadlines, rank, estimates,
         )  # fmt: skip
@@ -232,6 +234,7 @@ class Alone:
         self._mean += _MEAN_WEIGHT * (tokens - self._mean)
         flow.served += tokens
         cached = max(sequence.cached_tokens, 0)
+        self.prefill_tokens += spec.prompt_tokens - cached
         result = CallResult(True, spec.prompt_tokens, cached, tokens)
         self._outlooks.ended(call, sequence.expected_tokens, result, now)
         flow.open -= 1

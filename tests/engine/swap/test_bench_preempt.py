@@ -1,16 +1,18 @@
-"""``bench preempt`` on a small load: its figures are there, and they are those of a sane engine."""
+"""``bench preempt`` and ``bench react`` on small loads: the figures of a sane engine are there."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.engine import preempt
+from benchmarks.engine import preempt, preempt_load
 from hexgen_vllm.testing.tiny_model import TinySpec, build
 
 SMALL = [
@@ -22,8 +24,8 @@ SMALL = [
 pytestmark = pytest.mark.timeout(600)
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hexgen_vllm.cli", "bench", "preempt", *arguments]
+def bench(*arguments: str, what: str = "preempt") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hexgen_vllm.cli", "bench", what, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
 
 
@@ -95,3 +97,25 @@ def test_the_comparison_is_with_the_best_of_the_others() -> None:
         "recomputed_over_best_in_tree_16mib": 0.06,
         "resume_ms_2048": 7.5,
     }
+
+
+def test_tools_take_as_long_as_those_of_public_traces() -> None:
+    rng = random.Random(0)
+    times = [preempt_load.think_s(rng) for _ in range(20_000)]
+    for limit_s, share in ((1.0, 0.86), (10.0, 0.95)):
+        assert sum(t < limit_s for t in times) / len(times) == pytest.approx(share, abs=0.01)
+
+
+def test_agents_find_what_their_turns_left(tmp_path: Path) -> None:
+    model = build(tmp_path / "tiny", TinySpec(hidden=64, layers=2))
+    load = ["--in-flight", "6", "--workflows", "6", "--turns", "6", "--output", "6", "12"]
+    done = bench(*load, "--model", str(model), "--json", str(tmp_path / "react.json"), what="react")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "react.json").read_text())
+    for side in (found["modes"], found["simulated"]):
+        assert side["ours"]["prefill_tokens"] < 0.7 * side["stock"]["prefill_tokens"]
+        assert side["ours"]["prefill_tokens"] < 0.7 * side["no host"]["prefill_tokens"]
+        assert side["stock"]["prefill_tokens"] <= found["prompt_tokens"]
+    assert found["prefill_stock_over_ours"] > 1.4
+    assert found["prefill_stock_over_ours_simulated"] > 1.4
+    assert found["on_time_fraction"].keys() == {"stock", "no host", "ours"}
