@@ -110,6 +110,10 @@ class PrefixIndex:
         while self._held > self._capacity and self._tokens:
             self._held -= self._tokens.popitem(last=False)[1]
 
+    def drop(self, key: int) -> None:
+        """Note that the engine holds a chunk no more."""
+        self._held -= self._tokens.pop(key, 0)
+
     def clear(self) -> None:
         """Forget everything (the engine restarted)."""
         self._tokens.clear()

@@ -33,6 +33,7 @@ from hexgen_vllm.router.engines.attempt import Guard
 from hexgen_vllm.router.engines.discovery.discovery import Discovery, DiscoveryMetrics
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.engines.health import Stalls, Watchers
+from hexgen_vllm.router.engines.kv_events import KvEvents
 from hexgen_vllm.router.engines.probe import Probe
 from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.errors import why
@@ -103,6 +104,7 @@ def new_context(
         keep_alives=KeepAlives(options.sse_keep_alive_interval),
         metrics=metrics,
         tracing=open_tracing(options.otlp_traces_endpoint, dispatch.policy),
+        kv_events=KvEvents(fleet, service, ledger.kv_events),
         pool=pool,
         tuning=tuning,
     )
@@ -386,7 +388,8 @@ class Router:
 
     def _all_tasks(self) -> list[asyncio.Task[None]]:
         context = self.context
-        return [*self._tasks, *context.watchers.tasks(), *context.discovery.tasks()]
+        looking = (*context.watchers.tasks(), *context.discovery.tasks())
+        return [*self._tasks, *looking, *context.kv_events.tasks()]
 
     async def __aenter__(self) -> Router:
         """Start."""

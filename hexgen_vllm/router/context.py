@@ -17,6 +17,7 @@ from hexgen_vllm.router.engines.attempt import Guard
 from hexgen_vllm.router.engines.discovery.discovery import Discovery
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.engines.health import Stalls, Watchers
+from hexgen_vllm.router.engines.kv_events import KvEvents
 from hexgen_vllm.router.errors import Outcome, refused
 from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.messages import LateBody, Request
@@ -51,6 +52,7 @@ class Context:
         keep_alives: sends comments to clients that wait for streams.
         metrics: histograms and exposition.
         tracing: begins traces of calls.
+        kv_events: correct what is believed of engines' prefix caches.
         pool: connections to engines for what is no call.
         tuning: tunes placement on recent traffic; ``None`` when it is off.
         replicas: what tells other routers, and hears of them; ``None`` when there are none.
@@ -74,6 +76,7 @@ class Context:
     keep_alives: KeepAlives
     metrics: Metrics
     tracing: Tracing
+    kv_events: KvEvents
     pool: Pool
     tuning: Tuning | None = None
     replicas: Replicas | None = None
@@ -97,6 +100,7 @@ class Context:
         self.fleet.tick(now)
         self.watchers.sweep()
         self.keep_alives.tick(now)
+        self.kv_events.tick()
 
     def check_open(self) -> None:
         """Return if new calls are taken.

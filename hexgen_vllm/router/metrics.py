@@ -436,6 +436,8 @@ class _State(Collector):
         yield counter("migrations", "Streams whose engine failed, by what became of them",
                       ("outcome",),
                       (((what,), n) for what, n in book.migrations.items()))  # fmt: skip
+        yield counter("kv_event_batches", "Batches of KV events, by what became of them",
+                      ("what",), (((what,), n) for what, n in book.kv_events.items()))  # fmt: skip
         yield counter("placements", "Calls placed", ("engine", "reason"), book.placements.items())
         yield counter("overdue_calls", "Calls answered after they were due", (),
                        (((), book.overdue),))  # fmt: skip

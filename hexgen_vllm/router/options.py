@@ -112,6 +112,7 @@ file of options, and what :class:`RouterOptions` lacks is of :class:`DispatchOpt
 _WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
 TOLD: Final = ("llm-d", "dynamo", "priority", "none")
 """In whose words an engine that is not ours may be told when a call is due."""
+_PORTS: Final = ("stats_port", "kv_events", "kv_replay")
 
 
 class Worker(NamedTuple):
@@ -124,12 +125,15 @@ class Worker(NamedTuple):
             was said.
         deadline: in whose words it is told when a call is due, one of :data:`TOLD`; ``None`` if
             that was not said.
+        kv_ports: where on the same host it publishes KV events, and sends them again if that was
+            said; ``None`` if it does not.
     """
 
     name: str
     url: str
     stats_port: int | None = None
     deadline: str | None = None
+    kv_ports: tuple[int, int | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ class RouterOptions:
         "engines, as http://host:port or name=http://host:port; ?stats_port=N after it is the "
         "--hexgen-stats-port of one behind vLLM's Rust server, where that is not its default; "
         "?deadline=llm-d, dynamo, priority or none says in whose words one that is not ours is "
-        "told when a call is due",
+        "told when a call is due; ?kv_events=PORT says where it publishes KV events (ZeroMQ), "
+        "&kv_replay=PORT where it sends them again",
     )
     worker_allowed_hosts: tuple[str, ...] = option(
         (),
@@ -604,18 +609,25 @@ def parse_worker(text: str, default_name: str) -> Worker:
         raise wrong from None
     if not usable or said is None:
         raise wrong
+    _check_installed("kv_events", said[2] is not None, "zmq", "kv-events")
     return Worker(match["name"] or default_name, url, *said)
 
 
-def _said_of(query: str) -> tuple[int | None, str | None] | None:
-    """Return port of telemetry and words for deadlines, ``None`` if anything else is said."""
-    port, words = None, None
+def _said_of(query: str) -> tuple[int | None, str | None, tuple[int, int | None] | None] | None:
+    """Return what a URL says of its engine, as in :class:`Worker`; ``None`` if anything is odd."""
+    ports: dict[str, int] = {}
+    words = None
     for item in query.split("&") if query else ():
         name, _, value = item.partition("=")
-        if name == "stats_port" and port is None and re.fullmatch("[0-9]{1,5}", value):
-            port = int(value)
+        is_port = re.fullmatch("[0-9]{1,5}", value) and 0 < int(value) < 2**16
+        if name in _PORTS and name not in ports and is_port:
+            ports[name] = int(value)
         elif name == "deadline" and words is None and value in TOLD:
             words = value
         else:
             return None
-    return (port, words) if port is None or 0 < port < 2**16 else None
+    if "kv_replay" in ports and "kv_events" not in ports:
+        return None
+    events = ports.get("kv_events")
+    kv_ports = None if events is None else (events, ports.get("kv_replay"))
+    return ports.get("stats_port"), words, kv_ports

@@ -36,6 +36,7 @@ from hexgen_vllm.router.calls.intake import (
     Parsed,
     parsed_aside,
 )
+from hexgen_vllm.router.calls.tokenizer import Tokenizer
 from hexgen_vllm.router.calls.transcript import Transcript, asking
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.endpoints import Endpoint
@@ -81,6 +82,7 @@ class Relay:
         self._asking = asyncio.Semaphore(_ASKING)
         self._engine_key = options.engine_api_key
         self._pool = Pool(options.connect_timeout_secs, access.for_engines(options))
+        self._tokenizer = Tokenizer(self._pool, options.engine_api_key)
 
     @property
     def connections(self) -> int:
@@ -172,6 +174,18 @@ class Relay:
         now = context.clock.now()
         context.metrics.held_s.observe(now - job.began_s)
         job.placed_s = now
+        self._have_tokenized(job, accepted, placement)
+        return await self._tried(job, accepted, placement, now)
+
+    async def _tried(
+        self, job: Job, accepted: Accepted, placement: Placement, now: float
+    ) -> web.StreamResponse:
+        """Send a call where it was placed, and elsewhere as long as that fails and may be done.
+
+        Raises:
+            EngineFailed: the last engine failed.
+        """
+        context, call = self._context, accepted.call
         path, sent = job.request.path_qs, self._first_request(accepted)
         while True:
             job.placement, job.sent_s = placement, now
@@ -299,6 +313,14 @@ class Relay:
         if job.placed:
             return await self._context.service.replace(call.call_id)
         return self._least_busy(job, call)
+
+    def _have_tokenized(self, job: Job, accepted: Accepted, placement: Placement) -> None:
+        """Have a new prompt tokenized where engines tell of their KV blocks."""
+        call, events = accepted.call, self._context.kv_events
+        if job.endpoint.goes_on and events.wants(call.prefix):
+            engine = self._context.fleet.engine(placement.engine_id)
+            tokenize = partial(self._tokenizer.tokens, accepted, engine)
+            events.learn(call.prefix, call.prefix_chunk_tokens, tokenize)
 
     def _first_request(self, accepted: Accepted) -> Accepted:
         """Return what engines are sent: asked for token ids where another one could go on."""

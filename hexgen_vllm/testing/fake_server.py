@@ -166,7 +166,11 @@ class FakeServer:
         await self._note(request)
         if self.fault is not None and self.fault.kind == "status":
             return _status(self.fault)
-        return web.json_response({"count": 3, "tokens": [1, 2, 3], "prompt": "abc"})
+        ids = [1, 2, 3]
+        if self.settings.event_tokens and request.path == "/tokenize":
+            body = json.loads(self.received[-1].body)
+            ids = fake_tokens.prompt_ids(fake_tokens.PATHS["messages" not in body], body)
+        return web.json_response({"count": len(ids), "tokens": ids, "prompt": "abc"})
 
     async def _echo(self, request: web.BaseRequest) -> web.StreamResponse:
         """Say what came, as JSON or, if the query asks for it, as events."""

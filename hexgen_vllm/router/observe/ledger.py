@@ -26,6 +26,9 @@ MIGRATIONS: Final = ("continued", "closed", "impossible", "limit", "late", "no-e
 """What becomes of streams whose engine failed: another one went on; only the last events were
 missing; the call or its engine does not allow it; too often before; the deadline has passed; none
 took it."""
+KV_BATCHES: Final = ("taken", "replayed", "lost", "restart", "bad")
+"""What becomes of batches of KV events: taken in; these had to be asked for again; never came;
+began to count anew, as the engine did; could not be read."""
 GONE: Final = "gone"
 """Stands for all engines that have left, of which there may be any number."""
 ON_TIME: Final = "on-time"
@@ -88,6 +91,7 @@ class Ledger:
         ended: calls that ended, by endpoint and outcome.
         retries: times a call was sent again, by reason.
         migrations: streams whose engine failed, by what became of them, where they may migrate.
+        kv_events: batches of KV events, by what became of them.
         placements: times a call was placed, by engine and the policy's reason.
         overdue: calls answered after they were due.
         clamped: claims of clients beyond their ceiling, by what was claimed.
@@ -98,6 +102,7 @@ class Ledger:
         self.ended: Counter[tuple[str, str]] = Counter()
         self.retries: Counter[str] = Counter()
         self.migrations = Counter(dict.fromkeys(MIGRATIONS, 0))
+        self.kv_events = Counter(dict.fromkeys(KV_BATCHES, 0))
         self.placements: Counter[tuple[str, str]] = Counter()
         self.overdue = 0
         self.clamped = Counter(dict.fromkeys(CLAIMS, 0))
