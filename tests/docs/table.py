@@ -133,6 +133,7 @@ NOT_RUN: Final = (
     NotRun("HEXGEN_FUZZ=12", "takes minutes; a smaller one is in every run", "tests/router/fuzz"),
     NotRun("patch apply", "changes the vLLM that other tests need", "tests/patch/test_command.py"),
     NotRun("patch revert", "changes the vLLM that other tests need", "tests/patch/test_command.py"),
+    NotRun('"enable_kv_cache_events"', "another test does", "tests/e2e/test_kv_events.py"),
     NotRun(
         '"kv_connector":', "needs a vLLM that is patched", "tests/engine/nomodel/test_patched.py"
     ),

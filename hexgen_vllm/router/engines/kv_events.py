@@ -49,7 +49,7 @@ class Feed:
     ) -> None:
         self.blocks = EngineBlocks(prompts)
         self._prompts, self._index, self._counts = prompts, index, counts
-        self._last = -1
+        self._last, self._made_s = -1, 0.0
 
     def missing(self, number: int) -> int | None:
         """Return the first batch that is missing before this one, ``None`` if none is."""
@@ -57,33 +57,33 @@ class Feed:
 
     def take(self, number: int, payload: bytes) -> None:
         """Take in a batch of events; one that came before counts for nothing."""
-        if number <= self._last:
-            if number > 0:
-                return
-            self._counts["restart"] += 1
-            self._forget()
-        if self.missing(number) is not None and self._last >= 0:
-            self._counts["lost"] += number - self._last - 1
-            self.blocks.clear()  # which of them are left is not known; the guess stays
-        self._last = number
         try:
             batch = _DECODER.decode(payload)
-            events = batch[1] if isinstance(batch, list) and len(batch) > 1 else ()
-            for event in events:
-                self._carry_out(self.blocks.take(event))
-        except (ValueError, TypeError):
+            made_s, events = float(batch[0]), list(batch[1])
+        except (ValueError, TypeError, LookupError):
             self._counts["bad"] += 1
             return
+        if number <= self._last:
+            if made_s <= self._made_s:
+                return
+            self._counts["restart"] += 1  # the engine counts from 0 again
+            self.blocks.clear()
+            self._carry_out(Change(cleared=True))
+        elif self.missing(number) is not None and self._last >= 0:
+            self._counts["lost"] += number - self._last - 1
+            self.blocks.clear()  # which of them are left is not known; the guess stays
+        self._last, self._made_s = number, made_s
         self._counts["taken"] += 1
+        for event in events:
+            try:
+                self._carry_out(self.blocks.take(event))
+            except (ValueError, TypeError):
+                self._counts["bad"] += 1
 
     def believe(self, keys: Sequence[int]) -> None:
         """Note which chunks are held of a prompt that was just tokenized."""
         held = [key for key in keys if self._prompts.knows(key) and self.blocks.holds(key)]
         self._carry_out(Change(came=held))
-
-    def _forget(self) -> None:
-        self.blocks.clear()
-        self._carry_out(Change(cleared=True))
 
     def _carry_out(self, change: Change) -> None:
         index = self._index()

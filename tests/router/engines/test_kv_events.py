@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -68,7 +69,7 @@ class Publisher:
 
     async def publish(self, *events: Any, heard: bool = True) -> None:
         """Send a batch, or only keep it as one that got lost on its way."""
-        self._sent.append(msgspec.msgpack.encode([1.0, list(events), 0]))
+        self._sent.append(msgspec.msgpack.encode([time.time(), list(events), 0]))
         number = (len(self._sent) - 1).to_bytes(8, "big")
         if heard:
             await self._pub.send_multipart((b"", number, self._sent[-1]))
