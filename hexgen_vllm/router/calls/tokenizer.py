@@ -15,7 +15,7 @@ from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.http.client import Pool, in_time
 from hexgen_vllm.router.http.messages import aside
 
-PATH: Final = "/tokenize"
+_PATH: Final = "/tokenize"
 _WITHIN_S: Final = 10.0
 _MOST_BYTES: Final = 2**24
 _ENCODER: Final = msgspec.json.Encoder()
@@ -59,7 +59,7 @@ class Tokenizer:
 
     async def _asked(self, accepted: Accepted, engine: Engine) -> Tokens | None:
         body = await aside(_request, accepted.body)
-        url = URL(engine.worker.url + PATH, encoded=True)
+        url = URL(engine.worker.url + _PATH, encoded=True)
         head = (
             f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {url.host_port_subcomponent}\r\n{self._key}"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
