@@ -93,6 +93,7 @@ class Coordinator:
     ) -> list[Decision]:
         """Add an engine, or note that one restarted."""
         self._engines.joined(spec, state)
+        self.engines[spec.engine_id].fitted_s = now
         self._waits_for.clear()
         return self._release(now)
 
@@ -114,9 +115,11 @@ class Coordinator:
         self._waits_for.clear()
         return self._release(now)
 
-    def engine_reported(self, engine_id: str, report: EngineReport) -> None:
-        """Take in telemetry."""
-        self.engines[engine_id].reported(report)
+    def engine_reported(
+        self, engine_id: str, report: EngineReport, now: float | None = None
+    ) -> None:
+        """Take in telemetry; without ``now`` the age of what was fitted is not kept."""
+        self.engines[engine_id].reported(report, now)
 
     def placed_elsewhere(
         self, source: str, loads: Mapping[str, Elsewhere], now: float

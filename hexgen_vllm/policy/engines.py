@@ -141,6 +141,8 @@ class EngineLoad:
         elsewhere: what others have placed on it.
         assigned_s: W_e of the paper, service seconds ever assigned.
         traffic_fit: step cost learned from its answers.
+        fitted_s: when its step cost was last learned, by itself or from its answers; when it
+            joined as long as it never was.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -154,6 +156,7 @@ class EngineLoad:
         self.elsewhere = Elsewhere()
         self.assigned_s = 0.0
         self.traffic_fit = CostFit(min_steps=12)
+        self.fitted_s = 0.0
         self.error: float | None = None
         self.doubted = False
         self._told: tuple[StepCost, float | None] | None = None  # what others learned of it
@@ -212,8 +215,10 @@ class EngineLoad:
             return cost
         return cost.scaled(1.0 / (1.0 + error))
 
-    def reported(self, report: EngineReport) -> None:
+    def reported(self, report: EngineReport, now: float | None = None) -> None:
         """Take in telemetry."""
+        if now is not None and report.cost is not None and report.cost != self.report.cost:
+            self.fitted_s = now
         self.report = report
         share = report.prefill_share
         if share is not None:
@@ -336,6 +341,7 @@ class EngineLoad:
         before = self.traffic_fit.cost()
         self.traffic_fit.observe_call(result.output_tokens, batch, context, uncached, seconds)
         if self.traffic_fit.cost() is not before:
+            self.fitted_s = now
             self._judge()
 
     def speed(self) -> float:

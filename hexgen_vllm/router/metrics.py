@@ -62,6 +62,8 @@ END_SLACK_BOUNDS_S: Final = [
 ]  # fmt: skip
 """Upper bounds of the buckets of the slack of workflows at their end, seconds."""
 _KINDS: Final = ("prompt", "cached", "output")
+USED: Final = ("answered", "failed", *_KINDS)
+"""What is counted of a tenant's calls that ended: calls by outcome, tokens by kind."""
 _NAMES_TENANT: Final = re.compile(rb'[a-z_]+\{(?:[^}]*,)?(?:tenant|type)="')
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -295,6 +297,14 @@ class Usages(Collector):
                       "prompt tokens too", ("model", "kind"),
                       self._sums(1, _KINDS).items())  # fmt: skip
 
+    def by_tenant(self) -> dict[str, dict[str, int]]:
+        """Return by tenant the calls that were answered and that failed, and tokens by kind."""
+        sums = self._sums(0, USED)
+        return {
+            name: {field: sums[name, field] for field in USED}
+            for name in {key[0] for key in self._used}
+        }
+
     def _sums(self, by: int, fields: tuple[str, ...]) -> Counter[tuple[str, str]]:
         """Return fields summed by tenant (0) or model (1)."""
         found: Counter[tuple[str, str]] = Counter()
@@ -465,6 +475,8 @@ class _State(Collector):
              [(e, e.outstanding_tokens()) for e in loads]),
             ("engine_fit_error", "Relative error of the step-cost fit",
              [(e, _fit_error(e)) for e in loads]),
+            ("engine_fit_age_seconds", "Time since anything was learned of the step cost",
+             [(e, self._service.clock.now() - e.fitted_s) for e in loads]),
             ("engine_step_seconds", "Fitted time of a decode step of one sequence",
              [(e, _step_s(e)) for e in loads]),
             ("engine_running", "Sequences in the batch, as the engine says",

@@ -133,7 +133,7 @@ class Service:
 
     def engine_reported(self, engine_id: str, report: EngineReport) -> None:
         """Take in telemetry."""
-        self.coordinator.engine_reported(engine_id, report)
+        self.coordinator.engine_reported(engine_id, report, self.clock.now())
 
     def placed_elsewhere(self, source: str, loads: Mapping[str, Elsewhere]) -> None:
         """Take in what calls others have on the engines, in place of what ``source`` told last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from hexgen_vllm.report.plot import (
     DASHES,
     STYLES,
     draw_attainment,
+    look,
     styles,
+    title,
 )
 from hexgen_vllm.report.table import (
     aligned,
@@ -126,7 +129,7 @@ def test_policies_are_told_apart_without_colour() -> None:
 )
 def test_a_policy_looks_the_same_in_every_plot(names: list[str], tmp_path: Path) -> None:
     found = styles(names)
-    assert {name: STYLES.get(name, 0) for name in names} == found
+    assert {name: STYLES.get(name, 1) for name in names} == found
     assert len(set(found.values())) == len(names)
     draw_attainment([row(name) for name in names], tmp_path / "out.svg")
     drawn = (tmp_path / "out.svg").read_text().lower()
@@ -136,9 +139,56 @@ def test_a_policy_looks_the_same_in_every_plot(names: list[str], tmp_path: Path)
 
 def test_variants_look_like_their_policy_while_they_can() -> None:
     found = styles(["paper a=0.2", "slack", "paper a=0.4", "paper"])
-    assert found == {"paper": 0, "slack": 4, "paper a=0.2": 1, "paper a=0.4": 2}
+    assert found == {"paper": 4, "slack": 0, "paper a=0.2": 1, "paper a=0.4": 2}
     assert styles(["round_robin+fcfs", "paper a=0.1"])["paper a=0.1"] == STYLES["paper"]
-    assert set(styles([f"p{n}" for n in range(9)]).values()) == set(range(7))
+
+
+def test_no_two_of_many_look_alike() -> None:
+    chosen = styles([f"p{n}" for n in range(40)] + ["slack", "paper"])
+    assert len({look(style) for style in chosen.values()}) == 42
+
+
+def drawn(rows: Sequence[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch, path: Path) -> Any:
+    """Return the axes of a plot."""
+    kept: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.pyplot.close", kept.append)
+        draw_attainment(rows, path)
+    (figure,) = kept
+    return figure.axes[0]
+
+
+def test_ours_stands_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ["paper", "slack", "third", "slack protect"]
+    axes = drawn([row(name) for name in names], monkeypatch, tmp_path / "a.png")
+    by_name = {line.get_label(): line for line in axes.lines if line.get_label() in names}
+    ours = [by_name["slack"], by_name["slack protect"]]
+    others = [by_name["paper"], by_name["third"]]
+    assert min(o.get_linewidth() for o in ours) > 1.5 * max(o.get_linewidth() for o in others)
+    assert min(o.get_zorder() for o in ours) > max(o.get_zorder() for o in others)
+    assert axes.get_legend().get_texts()[0].get_text() == "slack"
+
+
+@pytest.mark.parametrize("slowest", [14.0, 400.0])
+def test_the_axis_shows_where_something_happens(
+    slowest: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fast = row("slack", latencies_s=[10.0 + i / 100 for i in range(100)], deadline_s=12.0)
+    slow = row("paper", latencies_s=[10.0 + (slowest - 10) * i / 100 for i in range(100)],
+               deadline_s=12.0)  # fmt: skip
+    axes = drawn([fast, slow], monkeypatch, tmp_path / "a.png")
+    low, high = axes.get_xlim()
+    assert 7.0 <= low <= 10.0, "not from 0, where nobody is"
+    assert 12.0 < high <= 8.5 * 11
+    assert axes.get_xscale() == ("log" if slowest > 100 else "linear")
+    assert len(axes.get_xticks()) >= 3
+
+
+def test_a_title_says_what_how_many_and_which_seeds() -> None:
+    found = title([row("slack", seed) for seed in (3, 1, 2)])
+    for part in (str(row("slack")["workflows"]), "seeds 1, 2, 3", "on time"):
+        assert part in found
+    assert "seeds 1 to 9" in title([row("slack", seed) for seed in range(1, 10)])
 
 
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:

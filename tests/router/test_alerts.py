@@ -69,6 +69,7 @@ class Scene:
         self.age_s = 0.0
         self.engine: dict[str, Any] = dict(SNAPSHOT) | {"recomputed_tokens": 0}
         self.answers = True
+        self.learns = True
 
     def ages_s(self) -> Iterator[tuple[SourceBook, float]]:
         yield self.source, self.age_s
@@ -115,7 +116,9 @@ def well(scene: Scene, i: int) -> None:
     scene.ended(Outcome.ANSWERED, 5)
     scene.workflow(on_time=True)
     for name in scene.fleet.engines:
-        report = EngineReport(cost=COST, fit_error=0.1, kv_usage=0.5)
+        # What is learned goes up and down a little.
+        cost = COST.scaled(1.0 + i % 2 / 100) if scene.learns else COST
+        report = EngineReport(cost=cost, fit_error=0.1, kv_usage=0.5)
         scene.service.engine_reported(name, report)
     scene.engine["recomputed_tokens"] += 100
 
@@ -202,6 +205,17 @@ def reports(**said: Any) -> Callable[[Scene, int], None]:
     return happens
 
 
+def unlearned(scene: Scene, i: int) -> None:
+    """Engines have calls, and what they tell of their rates has not changed, or never came."""
+    scene.learns = False
+    if i == 0:
+        scene.up()
+    for name, load in scene.service.coordinator.engines.items():
+        if not load.in_flight:
+            call = Call(name, f"w {name}", scene.clock.now(), 100, final=True)
+            scene.service.coordinator.call_arrived(call, scene.clock.now())
+
+
 def recomputes(scene: Scene, i: int) -> None:
     scene.engine["recomputed_tokens"] += 240_000
 
@@ -230,6 +244,7 @@ CASES: tuple[tuple[str, Callable[[Scene, int], None]], ...] = (
     ("EnginesFail", ends(Outcome.BUSY)),
     ("RouterDefect", once),
     ("RatesUncertain", reports(fit_error=0.9)),
+    ("RatesStale", unlearned),
     ("KvFull", reports(kv_usage=0.99)),
     ("WorkThrownAway", recomputes),
 )

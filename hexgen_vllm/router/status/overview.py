@@ -26,6 +26,7 @@ from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.metrics import (
     SLACK_BOUNDS_S,
+    USED,
     Margin,
     by_workflow,
     histogram,
@@ -38,6 +39,7 @@ SHOWN_WORKFLOWS: Final = 20
 SHOWN_DECISIONS: Final = 30
 SHOWN_TYPES: Final = 10
 SHOWN_ENDED: Final = 12
+SHOWN_TENANTS: Final = 10
 FRESH_S: Final = 0.5
 _NO_TIME_S: Final = 1e-6  # a fit that says less per prompt token knows nothing of prefill
 _SUMMED: Final = ("max_num_seqs", "kv_tokens", "load")
@@ -83,6 +85,7 @@ class Overview:
             },
             "slack": {"bounds_s": SLACK_BOUNDS_S, "calls": histogram(found)},
             "ended": self._ended(now),
+            "tenants": self._tenants(found, now),
             "recent": [_ended_lately(one, now) for one in metrics.accounts.recent(SHOWN_ENDED)],
             "engines": [
                 self._engine(engine, target)
@@ -133,6 +136,29 @@ class Overview:
             ],
         }
 
+    def _tenants(self, found: list[Margin], now: float) -> list[dict[str, Any]]:
+        """Return what tenants have open, and had; those with most open first, then most tokens."""
+        shown = self._context.metrics.usage.by_tenant()
+        open_now: dict[str, list[Margin]] = {}
+        for one in found:
+            open_now.setdefault(one.entry.demand.call.tenant, []).append(one)
+        rows = []
+        for name in {*shown, *open_now}:
+            mine = open_now.get(name, [])
+            waiting = [one.entry.demand.call.arrived_s for one in mine if one.entry.engine is None]
+            rows.append(
+                {
+                    "tenant": name,
+                    "running": len(mine) - len(waiting),
+                    "held": len(waiting),
+                    "oldest_held_s": round(max(now - min(waiting, default=now), 0.0), 3),
+                    "at_risk": len({m.entry.run.workflow_id for m in mine if m.at_risk}),
+                    **dict.fromkeys(USED, 0),
+                    **shown.get(name, {}),
+                }
+            )
+        return _busiest(rows)
+
     def _engine(self, engine: Engine, target: str) -> dict[str, Any]:
         spec, load = engine.targets[target], self._context.service.coordinator.engines.get(target)
         shown: dict[str, Any] = {
@@ -156,9 +182,19 @@ class Overview:
             "kv_usage": report.kv_usage,
             "preemptions": report.preemptions,
             "fit_error": finite(error),
+            "fit_age_s": round(max(self._context.clock.now() - load.fitted_s, 0.0), 1),
             "step_s": None if cost is None else finite(load.token_s(cost)),
             "prefill_tokens_per_s": None if cost is None or cost.p1 < _NO_TIME_S else 1 / cost.p1,
         }
+
+
+def _busiest(tenants: list[_Json]) -> list[_Json]:
+    """Return the tenants that are shown: with most calls open, then with most tokens so far."""
+    tenants.sort(
+        key=lambda one: (-one["running"] - one["held"], -one["prompt"] - one["output"],
+                         one["tenant"])
+    )  # fmt: skip
+    return tenants[:SHOWN_TENANTS]
 
 
 def finite(value: float | None) -> float | None:
@@ -251,6 +287,7 @@ def total(parts: Sequence[_Json]) -> _Json:
         "slack": {**first["slack"], "calls": [sum(column) for column in zip(*slack, strict=True)]},
         "ended": _ended([part["ended"] for part in parts]),
         "recent": recent[:SHOWN_ENDED],
+        "tenants": _tenants([part["tenants"] for part in parts]),
         "engines": [_engine(one, parts) for one in first["engines"]],
         "decisions": decisions[:SHOWN_DECISIONS],
     }
@@ -277,6 +314,23 @@ def _calls(parts: Sequence[_Json]) -> _Json:
     failed = _sums(part["failed"] for part in parts)
     oldest_s = max(part["oldest_held_s"] for part in parts)
     return {**_sums(parts), "oldest_held_s": oldest_s, "failed": failed}
+
+
+def _tenants(parts: Iterable[Sequence[_Json]]) -> list[_Json]:
+    of: dict[str, list[_Json]] = {}
+    for part in parts:
+        for one in part:
+            of.setdefault(one["tenant"], []).append(one)
+    return _busiest(
+        [
+            {
+                "tenant": name,
+                **_sums(same),
+                "oldest_held_s": max(one["oldest_held_s"] for one in same),
+            }
+            for name, same in of.items()
+        ]
+    )
 
 
 def _ended(parts: Sequence[_Json]) -> _Json:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hexgen_vllm.router.observe.ledger import OUTCOMES, PERIODS
+from hexgen_vllm.router.status import overview
 from hexgen_vllm.testing.fake_server import FakeSettings, Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 from tests.router.browser import Tab, chromium, open_browser
@@ -132,6 +133,7 @@ async def test_the_script_reads_what_the_router_says() -> None:
         ("w", {**shown["workflows"], **shown["workflows"]["shown"][0]}),
         ("e", shown["engines"][0]),
         ("t", shown["ended"]["types"][0]),
+        ("o", shown["tenants"][0]),
         ("d", {**shown, **shown["decisions"][0]}),
     ):
         named = set(re.findall(rf"\b{letter}\.([a-z_]+)", script))
@@ -173,6 +175,26 @@ async def test_the_data_say_how_things_are() -> None:
     assert len(shown["decisions"]) == 4
 
 
+async def test_the_data_say_who_asks_for_what() -> None:
+    async with open_stand(FakeSettings(stats=STATS)) as stand:
+        for tenant, calls in (("acme", 2), ("other", 1)):
+            for _ in range(calls):
+                await answered(stand, said("w", **FINAL, **{"x-hexgen-tenant": tenant}))
+        async with hanging(stand, said("late", 1, **{"x-hexgen-tenant": "third"})):
+            shown = await data(stand)
+    rows = {one["tenant"]: one for one in shown["tenants"]}
+    assert list(rows) == ["third", "acme", "other"], "who has calls open, then who had most"
+    assert [one["answered"] for one in rows.values()] == [0, 2, 1]
+    assert [one["running"] + one["held"] for one in rows.values()] == [1, 0, 0]
+    assert [one["at_risk"] for one in rows.values()] == [1, 0, 0]
+    assert rows["acme"]["output"] == 2 * rows["other"]["output"] > 0
+    assert shown["engines"][0]["fit_age_s"] >= 0.0
+    twice = overview.total([shown, shown])["tenants"]
+    assert [(one["tenant"], one["answered"]) for one in twice] == [
+        ("third", 0), ("acme", 4), ("other", 2),
+    ]  # fmt: skip
+
+
 async def test_engines_that_were_never_up_are_shown() -> None:
     async with open_stand(worker_urls=("http://127.0.0.1:9",), wait=False) as stand:
         shown = await data(stand)
@@ -201,6 +223,8 @@ async def test_a_browser_shows_live_traffic() -> None:
         assert "engine-0" in await text(tab, "engines")
 
         await answered(stand, said("one", **FINAL))
+        await tab.until("document.querySelectorAll('#tenants tr').length === 1")
+        assert "default" in await text(tab, "tenants")
         await tab.until("document.getElementById('ended-on-time').textContent === '1'")
         assert await text(tab, "on-time") == "100.0 %"
         assert await rows(tab, "decisions") == 1

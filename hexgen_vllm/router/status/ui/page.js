@@ -148,7 +148,7 @@ function engineRow(e) {
     num(count(e.calls) + (e.slots ? " / " + count(e.slots) : "")), { share: busy, c: busy > 1 ? "warn" : "" },
     num(count(e.waiting)), num(percent(e.kv_usage)), { share: e.kv_usage, c: e.kv_usage > .95 ? "bad" : e.kv_usage > .85 ? "warn" : "" },
     num(short(e.tokens)), num(known(e.step_s) ? (1000 * e.step_s).toFixed(1) : "–"),
-    num(short(e.prefill_tokens_per_s)), num(percent(e.fit_error)), num(count(e.preemptions)),
+    num(short(e.prefill_tokens_per_s)), { ...num(percent(e.fit_error)), title: known(e.fit_age_s) ? `last learned ${seconds(e.fit_age_s)} ago` : "" }, num(count(e.preemptions)),
   ];
 }
 function riskRow(w) {
@@ -160,6 +160,12 @@ function typeRow(t) {
   const c = share < .9 ? "bad" : share < .99 ? "warn" : "";
   return [t.type, num(count(all)), num(count(t["on-time"])), num(count(t.late)), num(count(t.failed)), num(percent(share), c), { share, c },
     num(seconds(t.took_median_s) + ", " + seconds(t.took_tail_s)), num(seconds(t.ttft_median_s) + ", " + seconds(t.ttft_tail_s))];
+}
+function tenantRow(o, all) {
+  const share = all ? (o.prompt + o.output) / all : null;
+  return [mono(o.tenant), num(count(o.running)), num(count(o.held)), num(o.held ? seconds(o.oldest_held_s) : "–"),
+    num(count(o.at_risk), o.at_risk ? "warn" : ""), num(count(o.answered)), num(count(o.failed), o.failed ? "warn" : ""),
+    num(short(o.prompt)), num(percent(o.prompt ? o.cached / o.prompt : null)), num(short(o.output)), num(percent(share)), { share, c: "" }];
 }
 function decisionRow(d) {
   const slack = known(d.late_s) ? -d.late_s : null;
@@ -225,6 +231,8 @@ function show(d) {
   table("recent", d.recent.map(endedRow), "no-recent");
   d.recent.forEach((r, i) => { $("recent").children[i].onclick = () => choose(r.id).catch(() => {}); });
   table("types", d.ended.types.map(typeRow), "no-types");
+  const tokens = d.tenants.reduce((a, o) => a + o.prompt + o.output, 0);
+  table("tenants", d.tenants.map((o) => tenantRow(o, tokens)), "no-tenants");
   table("decisions", d.decisions.map(decisionRow), "no-decisions");
   const hidden = d.workflows.at_risk - d.workflows.shown.length;
   text($("risks-note"), hidden > 0 ? `and ${count(hidden)} more` : "");
