@@ -174,6 +174,7 @@ class EngineLoad:
         self._left: dict[str, int] = {}  # output tokens to come, by call
         self._left_sum = 0
         self._left_sorted: list[int] = []  # empty: to be sorted anew
+        self._left_beside: Elsewhere | None = None
 
     def serves(self, call: Call) -> bool:
         """Whether the engine takes new calls for the call's model."""
@@ -467,20 +468,26 @@ class EngineLoad:
         position = min(queued, ahead + claims)
         left = self._soonest_ends()
         rounds, index = divmod(position, max(self.slots, 1))
-        mean = self._left_sum / len(left)
+        mean = (self._left_sum + self.elsewhere.output_tokens) / len(left)
         return left[min(index, len(left) - 1)] + rounds * mean
 
     def _soonest_ends(self) -> list[int]:
-        """Return the output tokens to come of the calls here, fewest first; 0 where none is."""
-        if not self._left_sorted:
-            self._left_sorted = sorted(self._left.values()) or [0]
+        """Return the output tokens to come of the calls here, fewest first; 0 where none is.
+
+        Of those of others the sum is known: they count as spread evenly from 0 to twice the mean.
+        """
+        if not self._left_sorted or self._left_beside is not self.elsewhere:
+            self._left_beside = others = self.elsewhere
+            twice, steps = 2 * others.output_tokens, others.calls * (others.calls + 1)
+            spread = [twice * i // steps for i in range(1, others.calls + 1)]
+            self._left_sorted = sorted([*self._left.values(), *spread]) or [0]
         return self._left_sorted
 
     def _delay_s(self, own_prefill_s: float, demand: Demand, cost: StepCost) -> float:
         """Return the time the call adds to all others: its prefill stalls them, its row slows."""
-        others = len(self.in_flight)
+        others = self.calls
         decoding = min(others - len(self._waiting), self.slots)
-        left = self._left_sum / max(others, 1)
+        left = (self._left_sum + self.elsewhere.output_tokens) / max(others, 1)
         row_s = cost.c1 + cost.c2 * demand.call.prompt_tokens
         return own_prefill_s * others + row_s * min(demand.output_tokens, left) * decoding
 

@@ -10,7 +10,7 @@ import pytest
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import Elsewhere
-from hexgen_vllm.policy.workflow import Shapes, WorkflowPart, Workflows
+from hexgen_vllm.policy.workflow import Shapes, WorkflowPart, WorkflowRun, Workflows
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult, EngineSpec, Placement, StepCost
 
 
@@ -221,6 +221,31 @@ def test_an_engine_that_joins_later_has_what_was_told_of_it() -> None:
     one.placed_elsewhere("others", {"e": Elsewhere(2, 10, 200, 50)}, 0.0)
     one.engine_joined(EngineSpec("e", max_num_seqs=2), 0.0)
     assert one.engines["e"].elsewhere.calls == 2
+
+
+def test_calls_of_others_take_time_as_own_ones_do() -> None:
+    """An engine full of other routers' calls is no better than one full of own ones."""
+    cost = StepCost(0.1, 0.0, 0.0, 0.0, 0.001, 0.0)
+    options = DispatchOptions(policy="slack", hold_depth=8)
+    mine, theirs = Coordinator(options), Coordinator(options)
+    for one in (mine, theirs):
+        one.engine_joined(EngineSpec("e", max_num_seqs=4), 0.0)
+        one.engines["e"].told(cost, 0.0)
+    for i in range(4):
+        step = call(f"c{i}", 0.0, f"w{i}", expected_output_tokens=100)
+        assert mine.call_arrived(step, 0.0)
+        mine.call_started(step.call_id, 0.0)
+        mine.call_progressed(step.call_id, 20 * i, 0.0)
+    full = mine.engines["e"]
+    theirs.placed_elsewhere("others", {"e": full.own()}, 0.0)
+    told = theirs.engines["e"]
+    new = theirs._estimates.demand(call("x", 0.0, "x"), WorkflowRun("x", "kind", 0.0), 0)
+    own, other = full.forecast(new, cost), told.forecast(new, cost)
+    assert own.wait_s > 1.0
+    assert other.wait_s == pytest.approx(own.wait_s, rel=0.5)
+    assert other.delay_others_s == pytest.approx(own.delay_others_s, rel=0.01)
+    theirs.placed_elsewhere("others", {"e": Elsewhere(1, 0, 100, 90)}, 1.0)
+    assert told.forecast(new, cost).wait_s == 0.0
 
 
 def test_rates_of_others_hold_until_there_are_own_ones() -> None:
