@@ -469,7 +469,7 @@ class _State(Collector):
         loads = self._service.coordinator.engines.values()
         gauges = (
             ("engine_calls", "Calls in flight", [(e, len(e.in_flight)) for e in loads]),
-            ("engine_calls_elsewhere", "Calls that other routers have there",
+            ("engine_calls_elsewhere", "Calls that other routers or processes have there",
              [(e, e.elsewhere.calls) for e in loads]),
             ("engine_tokens", "Tokens to prefill and to decode",
              [(e, e.outstanding_tokens()) for e in loads]),
