@@ -390,3 +390,21 @@ async def test_all_streams_of_an_engine_that_is_gone_go_on() -> None:
             await stand.all_ready()
         assert stand.context.ledger.migrations["continued"] >= 2
         stand.assert_settled()
+
+
+async def test_an_engine_that_falls_silent_is_left() -> None:
+    """Its connection stays open; the answer is given up, and another engine goes on."""
+    fake, clock = FakeSettings(event_tokens=(1,)), ManualClock()
+    options = {**OPTIONS, "stream_stall_timeout_secs": 20.0}
+    async with open_stand(fake, fake, clock=clock, policy="round_robin", **options) as stand:
+        faults_of(stand).append(Fault("hang", 6))
+        body = stand.body(stream=True, max_tokens=40, temperature=0)
+        call = asyncio.ensure_future(answer(stand, CHAT, body))
+        await stand.until(lambda: sum(engine.steps for engine in stand.engines) >= 6)
+        while not call.done():
+            stand.context.tick()
+            clock.advance(5.0)
+            await asyncio.sleep(0.005)
+        assert read(chunks(await call)) == expected(CHAT, body)
+        assert stand.context.ledger.migrations["continued"] == 1
+        stand.assert_settled()
