@@ -52,7 +52,7 @@ class Estimates:
             run: its workflow, with its deadline.
             ordinal: calls of the same stage that came before it in the workflow.
         """
-        output = self.output_tokens(call)
+        output = self.output_tokens(call, ordinal=ordinal)
         tail = self._tail(call, ordinal, self._options.slack_quantile, output)
         tail_s = self._seconds(tail, call)
         if tail is not NOTHING or (call.resume_s and call.stages_left != 0 and not call.final):
@@ -94,14 +94,25 @@ class Estimates:
         self._fastest[bound] = now, step_s
         return step_s
 
-    def output_tokens(self, call: Call, seen: int = 0, q: float | None = None) -> int:
-        """Return the expected output length of a call that has ``seen`` tokens."""
+    def output_tokens(
+        self, call: Call, seen: int = 0, q: float | None = None, ordinal: int | None = None
+    ) -> int:
+        """Return the expected output length of a call that has ``seen`` tokens.
+
+        Args:
+            call: the call.
+            seen: tokens that it has.
+            q: quantile, else that of the options.
+            ordinal: calls of the same stage before it in the workflow, if that is to count.
+        """
         hint = call.expected_output_tokens
         if hint is not None and hint > seen:
             expected = hint
         else:
             quantile = self._options.length_quantile if q is None else q
-            learned = self._shapes.output_tokens(call.learned_as, call.stage, quantile, seen)
+            learned = self._shapes.output_tokens(
+                call.learned_as, call.stage, quantile, seen, ordinal
+            )
             expected = learned or max(self._options.default_output_tokens, seen + 1)
         most = call.max_output_tokens
         return expected if most is None else max(min(expected, most), 1)

@@ -32,6 +32,8 @@ from hexgen_vllm.types import NO_DEADLINE, OF, Call, CallResult
 _FEW: Final = 16  # up to so many new samples are put in their places one by one
 NOTHING: Final = Tail(0.0, 0.0, 0.0)
 _ENOUGH: Final = 8
+_ORDINALS: Final = 8  # calls of a stage in a workflow whose lengths are learned one by one
+_ENOUGH_LENGTHS: Final = 32
 _MAX_KEYS: Final = 4096
 _MAX_CALLS: Final = 256  # calls of one workflow that teach
 _MAX_ENDED: Final = 4096  # workflows that ended, of which others are to be told
@@ -272,8 +274,12 @@ class Shapes:
             (workflow_type,),
         )
 
-    def learn_output(self, workflow_type: str, stage: str, output_tokens: int) -> None:
-        """Take in the true output length of a call."""
+    def learn_output(
+        self, workflow_type: str, stage: str, output_tokens: int, ordinal: int | None = None
+    ) -> None:
+        """Take in the true output length of a call, and as which of its stage it came."""
+        if ordinal is not None and ordinal < _ORDINALS:
+            self._touch((workflow_type, stage, str(ordinal))).outputs.add(output_tokens)
         for key in ((workflow_type, stage), (workflow_type,)):
             self._touch(key).outputs.add(output_tokens)
 
@@ -286,8 +292,23 @@ class Shapes:
             for key in self._keys(kind, call.stage, call.ordinal):
                 self._touch(key).tails.add(sample)
 
-    def output_tokens(self, workflow_type: str, stage: str, q: float, seen: int = 0) -> int | None:
-        """Return the ``q`` quantile of output length given ``seen`` tokens; ``None`` if unknown."""
+    def output_tokens(
+        self, workflow_type: str, stage: str, q: float, seen: int = 0, ordinal: int | None = None
+    ) -> int | None:
+        """Return the ``q`` quantile of output length given ``seen`` tokens; ``None`` if unknown.
+
+        Args:
+            workflow_type: type of the workflow.
+            stage: stage of the call.
+            q: quantile in [0, 1].
+            seen: tokens that it has.
+            ordinal: calls of this stage that came before it in the workflow; those that came so
+                count alone, once there are enough. Siblings often have prompts of their own kind.
+        """
+        if ordinal is not None and not seen:
+            stats = self._stats.get((workflow_type, stage, str(ordinal)))
+            if stats is not None and len(stats.outputs) >= _ENOUGH_LENGTHS:
+                return stats.outputs.quantile(q)
         for key in ((workflow_type, stage), (workflow_type,)):
             stats = self._stats.get(key)
             if stats is None or not len(stats.outputs):
@@ -547,8 +568,9 @@ class Workflows:
         run.last_seen_s, run.failed = now, not result.ok
         run.final = run.final or call.final
         if result.ok and result.output_tokens is not None:
-            self.shapes.learn_output(call.learned_as, call.stage, result.output_tokens)
             seen = run.calls.get(call.call_id)
+            at = None if seen is None else seen.ordinal
+            self.shapes.learn_output(call.learned_as, call.stage, result.output_tokens, at)
             if seen is not None:
                 seen.ended_s, seen.output_tokens = now, result.output_tokens
                 prompt = result.prompt_tokens or seen.prompt_tokens
@@ -719,7 +741,9 @@ class Workflows:
                 continue
             if told.ended_s is not None:
                 run.attained += told.weight()
-                self.shapes.learn_output(run.learned_as, told.stage, told.output_tokens)
+                self.shapes.learn_output(
+                    run.learned_as, told.stage, told.output_tokens, told.ordinal
+                )
         for name in part.gone:
             run.calls.pop(name, None)
 

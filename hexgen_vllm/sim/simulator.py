@@ -237,7 +237,9 @@ class TruthShapes(Shapes):
     def learn(self, run: WorkflowRun) -> None:
         """Learn nothing."""
 
-    def learn_output(self, workflow_type: str, stage: str, output_tokens: int) -> None:
+    def learn_output(
+        self, workflow_type: str, stage: str, output_tokens: int, ordinal: int | None = None
+    ) -> None:
         """Learn nothing."""
 
     def tail(

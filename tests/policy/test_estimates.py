@@ -342,3 +342,19 @@ def test_a_call_itself_takes_what_engines_with_its_model_take() -> None:
     one = estimates(engine("a", models=("m",)), engine("b", 5.0, models=("n",)))
     demand = one.demand(call(model="n", final=True, expected_output_tokens=10), run(), 0)
     assert one.own_s(demand) == pytest.approx(path_s(10, 0, 5.0))
+
+
+def test_a_call_is_expected_to_be_as_long_as_those_that_came_as_it_does() -> None:
+    made = Shapes()
+    for _ in range(50):
+        for ordinal, tokens in enumerate((700, 50)):
+            made.learn_output("t", "draft", tokens, ordinal)
+    estimates = Estimates(DispatchOptions(), made, {"e": engine()})
+    call = Call("c", "w", 0.0, 100, "t", "draft")
+    run = WorkflowRun("w", "t", 0.0)
+    lengths = [estimates.demand(call, run, ordinal).output_tokens for ordinal in (0, 1)]
+    assert lengths == [700, 50]
+    call.max_output_tokens = 300
+    assert estimates.demand(call, run, 0).output_tokens == 300
+    call.expected_output_tokens = 20
+    assert estimates.demand(call, run, 0).output_tokens == 20

@@ -108,6 +108,39 @@ def test_failed_calls_teach_nothing() -> None:
     assert shapes.output_tokens("t", "revise", 0.5) is None
 
 
+def test_siblings_of_a_stage_have_lengths_of_their_own_once_enough_are_known() -> None:
+    shapes = Shapes()
+    flows = Workflows(shapes)
+
+    def expected(ordinal: int | None, q: float = 0.5) -> int | None:
+        return shapes.output_tokens("t", "draft", q, 0, ordinal)
+
+    for number in range(40):
+        for ordinal, tokens in enumerate((400, 100, 30)):
+            call = Call(f"c{number}.{ordinal}", f"w{number}", 0.0, 10, "t", "draft")
+            flows.arrived(call, 0.0)
+            flows.ended(call, CallResult(ok=True, output_tokens=tokens), 1.0)
+        if number == 5:
+            assert expected(0) == expected(2) == expected(None) == 100, "too few to tell"
+    assert [expected(ordinal) for ordinal in range(4)] == [400, 100, 30, 100]
+    assert expected(None) == 100
+    assert shapes.output_tokens("t", "draft", 0.5, 100, 1) == 400, "longer than any sibling"
+    other = Shapes()
+    other.restore(shapes.export())
+    assert other.output_tokens("t", "draft", 0.5, 0, 2) == 30
+
+
+def test_only_the_first_calls_of_a_stage_have_lengths_of_their_own() -> None:
+    shapes = Shapes()
+    for ordinal in range(1000):
+        for _ in range(40):
+            shapes.learn_output("t", "turn", ordinal, ordinal)
+    assert shapes.output_tokens("t", "turn", 0.5, 0, 3) == 3
+    newest = shapes.output_tokens("t", "turn", 0.5)
+    assert shapes.output_tokens("t", "turn", 0.5, 0, 500) == newest
+    assert len(shapes.export()) < 20
+
+
 def test_output_length_grows_with_what_was_seen() -> None:
     shapes = Shapes()
     for n in [10] * 90 + [100] * 10:
