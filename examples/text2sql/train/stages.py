@@ -143,7 +143,7 @@ def judging(pair: Pair, rng: random.Random) -> Example:
 
 
 _SHARES: Final[Mapping[str, float]] = {
-    "keywords": 7, "linking": 17, "writing": 73, "revising": 1.5, "testing": 0.5, "judging": 1,
+    "keywords": 25, "linking": 24, "writing": 50, "revising": 0.5, "testing": 0.2, "judging": 0.3,
 }  # fmt: skip
 
 
