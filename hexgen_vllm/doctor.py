@@ -33,6 +33,7 @@ EXTRAS: Final = {
     "client": "openai",
     "dns": "dnspython",
     "k8s": "kubernetes-asyncio",
+    "kv-events": "pyzmq",
     "otel": "opentelemetry-exporter-otlp",
     "plot": "matplotlib",
     "ray": "ray",
