@@ -26,7 +26,7 @@ from hexgen_vllm.types import Call, CallResult
 # Labels whose values clients or operators make up; all of them are capped or counted by hand.
 LABELS = {
     "endpoint", "outcome", "reason", "engine", "kind", "le", "type", "tenant", "model",
-    "claim", "outlook", "version", "policy",
+    "claim", "outlook", "version", "policy", "what",
 }  # fmt: skip
 
 
