@@ -4,9 +4,10 @@ python -m examples.other_stacks.order http://127.0.0.1:30000/v1 MODEL --say head
 
 The engine's batch is filled with long calls (``--fill`` is its ``--max-num-seqs``). Then calls
 arrive that have to wait, the one with the most time first. One of the long calls is given up, and
-in its place they run, one at a time. They are printed in the order in which they end. The exit
-code is 0 if that is the order of their deadlines, 1 if not, and 2 if that cannot be said: they did
-not have to wait, or a call failed.
+in its place they run, one at a time. They are printed in the order in which they end. Where this
+program itself is kept waiting it may see several ends at once, so a wrong order is tried again. The
+exit code is 0 if they end in the order of their deadlines, 1 if not, and 2 if that cannot be said:
+they did not have to wait, or a call failed.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from openai.types.chat import ChatCompletionChunk
 DEADLINES_S: Final = (1200, 1100, 1000, 900, 800, 700)
 _LONG_DUE_S: Final = 600
 _LONG_TOKENS: Final = 900
-_SHORT_TOKENS: Final = 16  # enough for this program to tell which of two ended first
+_SHORT_TOKENS: Final = 32  # enough for this program to tell which of two ended first
 _GAP_S: Final = 0.03  # so that calls arrive in the order in which they are sent
 _ARRIVAL_S: Final = 0.3
 _TRIES: Final = 9
+_MISSES: Final = 3  # by chance one order in 720 is right
 
 Said = Mapping[str, Any]
 
@@ -156,11 +158,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.fill < 1:
         parser.error("--fill must be at least 1")
     try:
+        misses = 0
         for _ in range(_TRIES):
             ended = asyncio.run(order(args.base_url, args.model, args.say, args.fill))
-            if ended is not None:
-                return 0 if ended == sorted(ended) else 1
-            print("a call did not have to wait; once more")
+            if ended is None:
+                print("a call did not have to wait; once more")
+            elif ended == sorted(ended):
+                return 0
+            elif (misses := misses + 1) == _MISSES:
+                return 1
+            else:
+                print("not in order; once more")
     except OpenAIError as error:
         print(f"{args.base_url} cannot be used: {error}", file=sys.stderr)
         return 2
