@@ -84,7 +84,9 @@ def check_telemetry(engine: Server, router: Server) -> None:
 
     def fits() -> list[float]:
         shown = router.get("/scheduling/diagnostics").json["engines"]
-        return [one["cost"]["c0"] for one in shown if one["cost_from"] == "telemetry"]
+        return [
+            one["cost"]["c0"] for one in shown if one["cost"] and one["cost_from"] == "telemetry"
+        ]
 
     wait_until(lambda: len(fits()) == 2, router.program)
     first, second = fits()

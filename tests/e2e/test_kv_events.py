@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -83,8 +84,11 @@ async def test_what_an_engine_evicts_and_clears_is_believed_no_more(
     url, events = engine
     async with opened(url + events) as router, aiohttp.ClientSession() as client:
         book, known = router.context.ledger.kv_events, router.context.kv_events.prompts
-        await ask(client, url, "first of all, " * 30)  # past the router, as others do
-        await until(lambda: known.usable)
+        for i in itertools.count():  # past the router, as others do, until it listens
+            await ask(client, url, f"{i}: first of all, " * 30)
+            if known.usable:
+                break
+            await asyncio.sleep(0.1)
         for i in range(2):
             await ask(client, router.url, prompt(i))
         for i in range(2):
@@ -108,7 +112,10 @@ async def test_what_an_engine_evicts_and_clears_is_believed_no_more(
     # A router that starts later has all of it sent again.
     async with opened(url + events) as router, aiohttp.ClientSession() as client:
         feed = router.context.kv_events.feeds["e"]
-        await ask(client, url, prompt(99))
-        await until(lambda: router.context.ledger.kv_events["replayed"] > 3)
+        for i in itertools.count(99):  # what was told before it listened is known by the next
+            await ask(client, url, prompt(i))
+            if router.context.ledger.kv_events["replayed"] > 3:
+                break
+            await asyncio.sleep(0.1)
         assert router.context.ledger.kv_events["lost"] == 0
         assert len(feed.blocks) > 10

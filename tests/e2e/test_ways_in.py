@@ -32,11 +32,17 @@ def calls_with_an_hour(server: Server) -> int:
     return int(server.get("/hexgen/stats").json["slack_counts"][-1])
 
 
+TRIES = 5
+
+
 def check_everything(server: Server) -> None:
     """Check all that a client can see of urgency scheduling."""
-    with server.in_flight(PROMPT, HEADERS):
-        stats = server.get("/hexgen/stats").json
-        assert (stats["running"], stats["waiting"], stats["slack_counts"][-1]) == (1, 0, 1)
+    for _ in range(TRIES):  # it may end before a busy machine asks
+        with server.in_flight(PROMPT, HEADERS):
+            stats = server.get("/hexgen/stats").json
+        if stats["running"]:
+            break
+    assert (stats["running"], stats["waiting"], stats["slack_counts"][-1]) == (1, 0, 1)
     with server.in_flight({**PROMPT, "vllm_xargs": {"hexgen_workflow_deadline_ms": HOUR_MS}}):
         assert calls_with_an_hour(server) == 1
     with server.in_flight(PROMPT):  # without a deadline it has all the slack there is
