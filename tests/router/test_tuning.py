@@ -79,6 +79,20 @@ def test_silence_and_the_clients_word_end_a_workflow() -> None:
     assert recorder.ring.seen == 2
 
 
+def test_a_workflow_at_work_keeps_no_silent_one_from_ending() -> None:
+    recorder = Recorder(Ring(), idle_s=60.0)
+    for name in ("at-work", "silent"):
+        recorder.arrived(call(name, name), 0.0)
+    recorder.ended("silent", OK, 1.0)
+    recorder.tick(61.0)
+    assert recorder.ring.seen == 1
+    recorder.ended("at-work", OK, 100.0)
+    recorder.tick(159.0)
+    assert recorder.ring.seen == 1
+    recorder.tick(160.0)
+    assert recorder.ring.seen == 2
+
+
 def test_a_failed_call_leaves_no_latency() -> None:
     recorder = Recorder(Ring())
     recorder.arrived(call("a"), 0.0)

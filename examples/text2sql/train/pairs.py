@@ -794,8 +794,8 @@ def _done_per_value(asked: Asked, table: SaidTable) -> str:
     return f"{text} {_ranked(asked)}"
 
 
-def _per_owner(asked: Asked, table: SaidTable) -> str:
-    """How many rows, or what average, for each row of another table."""
+def _owners(asked: Asked, table: SaidTable) -> tuple[SaidLink, SaidTable]:
+    """Return another table that rows of ``table`` point at, and how; the query names both."""
     if not table.links:
         raise NoPairError
     link = asked.rng.choice(table.links)
@@ -803,6 +803,12 @@ def _per_owner(asked: Asked, table: SaidTable) -> str:
         raise NoPairError
     owner = asked.table(link.target)
     asked.table(table.name)
+    return link, owner
+
+
+def _per_owner(asked: Asked, table: SaidTable) -> str:
+    """How many rows, or what average, for each row of another table."""
+    link, owner = _owners(asked, table)
     name, word = _shown(asked, owner)
     asked.noun = table.many.split()[-1]
     asked.tail = "\nGROUP BY 1"
@@ -853,13 +859,7 @@ def _per_owner(asked: Asked, table: SaidTable) -> str:
 
 def _top_owners(asked: Asked, table: SaidTable) -> str:
     """Which rows of another table have most rows."""
-    if not table.links:
-        raise NoPairError
-    link = asked.rng.choice(table.links)
-    if link.target == table.name:
-        raise NoPairError
-    owner = asked.table(link.target)
-    asked.table(table.name)
+    link, owner = _owners(asked, table)
     name, word = _shown(asked, owner)
     asked.noun = owner.many.split()[-1]
     down = asked.maybe(0.88)

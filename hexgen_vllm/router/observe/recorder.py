@@ -77,6 +77,7 @@ class Recorder:
         run = self._runs.get(known.call.workflow_id) if known is not None else None
         if known is None or run is None:
             return
+        self._runs.move_to_end(known.call.workflow_id)
         run.last_s, run.open_calls = now, run.open_calls - 1
         if result.ok and result.output_tokens:
             if len(run.calls) <= MAX_CALLS:  # one too many: the ring refuses the workflow
@@ -96,10 +97,13 @@ class Recorder:
 
     def tick(self, now: float) -> None:
         """End workflows that have been silent for long; call it every few seconds."""
-        while self._runs:
-            workflow_id, run = next(iter(self._runs.items()))
-            if run.open_calls or now - run.last_s < self._idle_s:
-                return
+        silent = []
+        for workflow_id, run in self._runs.items():  # in order of what was last heard of them
+            if now - run.last_s < self._idle_s:
+                break
+            if not run.open_calls:
+                silent.append(workflow_id)
+        for workflow_id in silent:
             self._end(workflow_id)
 
     def _end(self, workflow_id: str) -> None:
