@@ -34,7 +34,7 @@ from benchmarks.evaluation.evaluation import (
     tenths,
 )
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.workflow import PREFILL_WEIGHT
+from hexgen_vllm.policy.calls import PREFILL_WEIGHT
 from hexgen_vllm.report import results as files
 from hexgen_vllm.sim.limits import Limits
 from hexgen_vllm.sim.policies import Policy, named

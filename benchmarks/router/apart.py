@@ -22,7 +22,7 @@ from zlib import crc32
 
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import Elsewhere
-from hexgen_vllm.policy.workflow import WorkflowPart
+from hexgen_vllm.policy.exchange import WorkflowPart
 from hexgen_vllm.sim.limits import Limits
 from hexgen_vllm.sim.policies import named
 from hexgen_vllm.sim.scenario import ArrivalOptions, Scenario, WorkloadOptions

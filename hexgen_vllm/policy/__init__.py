@@ -3,7 +3,10 @@
     coordinator    the state machine that joins them; router and simulator drive it
     calls          what the policies hand each other about one call
     claims         what a client's deadline or priority counts for
-    workflow       what comes after a call: remaining critical path, with the retry posterior
+    workflow       a workflow that has begun, and its calls
+    workflows      all that have begun and not ended
+    exchange       what several coordinators tell each other of them
+    shapes         what comes after a call: remaining critical path, with the retry posterior
     estimates      length, tail and due time of a call, as the router sees them
     outlook        the same, as an engine learns it of its own calls
     cost           step cost of an engine, fitted online

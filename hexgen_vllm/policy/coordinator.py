@@ -30,10 +30,13 @@ from hexgen_vllm.policy.claims import credible_deadline_s
 from hexgen_vllm.policy.dispatch import Choice
 from hexgen_vllm.policy.engines import Elsewhere, EngineLoad, Engines
 from hexgen_vllm.policy.estimates import Estimates
+from hexgen_vllm.policy.exchange import WorkflowPart
 from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.policy.protection import OpenCall, Protection
 from hexgen_vllm.policy.queue import HeldCalls
-from hexgen_vllm.policy.workflow import Shapes, WorkflowPart, WorkflowRun, Workflows
+from hexgen_vllm.policy.shapes import Shapes
+from hexgen_vllm.policy.workflow import WorkflowRun
+from hexgen_vllm.policy.workflows import Workflows
 from hexgen_vllm.types import (
     NO_DEADLINE,
     Call,

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.calls import Demand, Tail
+from hexgen_vllm.policy.calls import NOTHING, Demand, Tail
 from hexgen_vllm.policy.claims import due_s
 from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
-from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun
+from hexgen_vllm.policy.shapes import Shapes
+from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost
 
 _LEAST_S: Final = 1e-6

@@ -1,19 +1,20 @@
 """What an engine learns of its own calls: how long they get, and what comes after them.
 
-The same learned shapes as in the router (:mod:`hexgen_vllm.policy.workflow`), per workflow type
+The same learned shapes as in the router (:mod:`hexgen_vllm.policy.shapes`), per workflow type
 and stage, and apart for calls without deadline: a night's batch answers say nothing of the next
 chat answer. Nothing learned counts more than what is said: a client's expected length, a router's
 tail, a limit on the output.
 
-Cost: see :mod:`hexgen_vllm.policy.workflow`; two quantiles a call.
+Cost: see :mod:`hexgen_vllm.policy.shapes`; two quantiles a call.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from hexgen_vllm.policy.calls import Tail
-from hexgen_vllm.policy.workflow import NOTHING, Shapes, Workflows
+from hexgen_vllm.policy.calls import NOTHING, Tail
+from hexgen_vllm.policy.shapes import Shapes
+from hexgen_vllm.policy.workflows import Workflows
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
 
 FIRST_OUTPUT_GUESS: Final = 256

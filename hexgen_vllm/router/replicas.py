@@ -33,7 +33,8 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from hexgen_vllm.policy.engines import Elsewhere
-from hexgen_vllm.policy.workflow import SeenCall, WorkflowPart
+from hexgen_vllm.policy.exchange import WorkflowPart
+from hexgen_vllm.policy.workflow import SeenCall
 from hexgen_vllm.router.observe.families import counter, gauge
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.service import Service

@@ -21,11 +21,12 @@ from typing import Any, Final
 
 from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import HexgenError
-from hexgen_vllm.policy.calls import Tail
+from hexgen_vllm.policy.calls import NOTHING, Tail, path_weight
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.cost import CostFit
 from hexgen_vllm.policy.engines import solo_speed
-from hexgen_vllm.policy.workflow import NOTHING, Shapes, WorkflowRun, path_weight
+from hexgen_vllm.policy.shapes import Shapes
+from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.records import CallRecord, WorkflowRecord
 from hexgen_vllm.sim.engine.engine import SimEngine, StepObserver
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence

@@ -12,7 +12,8 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import InFlight
 from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
 from hexgen_vllm.policy.estimates import Estimates
-from hexgen_vllm.policy.workflow import SeenCall, Shapes, WorkflowRun
+from hexgen_vllm.policy.shapes import Shapes
+from hexgen_vllm.policy.workflow import SeenCall, WorkflowRun
 from hexgen_vllm.types import (
     NO_DEADLINE,
     Call,

@@ -10,7 +10,10 @@ import pytest
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import Elsewhere
-from hexgen_vllm.policy.workflow import Shapes, WorkflowPart, WorkflowRun, Workflows
+from hexgen_vllm.policy.exchange import WorkflowPart
+from hexgen_vllm.policy.shapes import Shapes
+from hexgen_vllm.policy.workflow import WorkflowRun
+from hexgen_vllm.policy.workflows import Workflows
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult, EngineSpec, Placement, StepCost
 
 

@@ -1,4 +1,4 @@
-"""What is kept of workflows and their shapes: weights, counts, bounds, and what is forgotten."""
+"""What is kept of open workflows: counts, bounds, and when they end."""
 
 from __future__ import annotations
 
@@ -7,16 +7,9 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.policy.calls import Tail
-from hexgen_vllm.policy.workflow import (
-    NOTHING,
-    SeenCall,
-    Shapes,
-    WorkflowRun,
-    Workflows,
-    path_weight,
-    tails,
-)
+from hexgen_vllm.policy.calls import NOTHING, Tail
+from hexgen_vllm.policy.shapes import Shapes
+from hexgen_vllm.policy.workflows import Workflows
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult
 
 
@@ -27,125 +20,6 @@ def call(name: str, workflow: str = "w", now: float = 0.0, **more: Any) -> Call:
 
 def done(output: int | None = 100, **more: Any) -> CallResult:
     return CallResult(ok=True, output_tokens=output, **more)
-
-
-def seen(start: float, end: float | None, output: int, uncached: int = 0) -> SeenCall:
-    one = SeenCall("s", 0, start, uncached)
-    one.ended_s, one.uncached_tokens, one.output_tokens = end, uncached, output
-    return one
-
-
-def learned(shapes: Shapes, stage: str, ordinal: int, *outputs: int, type_: str = "t") -> None:
-    """Learn that a call of ``stage`` was followed by one of so many tokens, once for each."""
-    for output in outputs:
-        run = WorkflowRun("w", type_, 0.0)
-        first, last = seen(0.0, 1.0, 1), seen(1.0, 2.0, output, 7)
-        first.stage, first.ordinal, last.stage = stage, ordinal, "last"
-        run.calls = {"a": first, "b": last}
-        shapes.learn(run)
-
-
-# Weights and paths
-
-
-def test_work_is_weighed_in_output_tokens() -> None:
-    assert seen(0.0, 1.0, 30, 500).weight() == pytest.approx(2.0 + 30 + 5.0)
-    assert path_weight(Tail(3.0, 500.0, 30.0)) == pytest.approx(3 * 2.0 + 30 + 5.0)
-
-
-@pytest.mark.parametrize(
-    ("light", "heavy"),
-    [
-        (seen(1.0, 2.0, 100), seen(1.0, 2.0, 101)),
-        (seen(1.0, 2.0, 100, 300), seen(1.0, 2.0, 104)),
-        (seen(1.0, 2.0, 104), seen(1.0, 2.0, 100, 600)),
-    ],
-)
-def test_the_heavier_of_two_chains_counts(light: SeenCall, heavy: SeenCall) -> None:
-    first = seen(0.0, 1.0, 1)
-    wanted = Tail(1, heavy.uncached_tokens, heavy.output_tokens)
-    for calls in ([first, light, heavy], [heavy, first, light]):
-        assert tails(calls)[calls.index(first)] == wanted
-
-
-def test_two_calls_can_weigh_more_than_a_long_one() -> None:
-    first, long = seen(0.0, 1.0, 1), seen(1.0, 9.0, 100)
-    chain = [seen(1.0, 2.0, 50), seen(2.0, 3.0, 49)]
-    assert tails([first, long, *chain])[0] == Tail(2, 0, 99)
-
-
-def test_a_call_comes_after_another_that_had_ended_when_it_came() -> None:
-    before, at_once, beside = seen(0.0, 1.0, 1), seen(1.0, 2.0, 5), seen(0.999, 2.0, 90)
-    assert tails([before, at_once, beside])[0] == Tail(1, 0, 5)
-    assert tails([seen(0.0, None, 1), seen(5.0, 6.0, 5)])[0] == NOTHING, "it has not ended"
-
-
-# Shapes
-
-
-def test_lengths_are_those_of_the_stage_or_else_of_the_type() -> None:
-    shapes = Shapes()
-    for n in (10, 20, 30):
-        shapes.learn_output("t", "s", n)
-    shapes.learn_output("t", "other", 1000)
-    assert shapes.output_tokens("t", "s", 0.5) == 20
-    assert shapes.output_tokens("t", "unseen", 0.99) == 1000
-    assert shapes.output_tokens("u", "s", 0.5) is None
-    assert shapes.output_tokens("t", "s", 0.0, seen=30) == 45, "longer than any: half as much again"
-    assert shapes.output_tokens("t", "other", 0.0, seen=1000) == 1500
-    assert isinstance(shapes.output_tokens("t", "s", 0.0, seen=30), int)
-    assert shapes.output_tokens("t", "s", 1.0) == 30
-    assert shapes.output_tokens("t", "s", 1.0, seen=10) == 30
-    short = Shapes()
-    short.learn_output("t", "s", 1)
-    assert short.output_tokens("t", "s", 0.5, seen=1) == 2
-    assert shapes.known_stages() == {"t": {"s": 3, "other": 1}}
-    assert Shapes().known_stages() == {}
-
-
-def test_paths_back_off_while_evidence_is_thin() -> None:
-    shapes = Shapes()
-    learned(shapes, "s", 0, *[10] * 8)
-    learned(shapes, "s", 1, *[20] * 7)
-    learned(shapes, "z", 0, *[40] * 3)
-    assert shapes.tail("t", "s", 0, 0.99) == Tail(1, 7, 10), "eight are enough"
-    assert shapes.tail("t", "s", 1, 0.99) == Tail(1, 7, 20)
-    assert shapes.tail("t", "s", 1, 0.0) == Tail(1, 7, 10), "seven are not: of the stage"
-    assert shapes.tail("t", "z", 0, 0.99) == Tail(1, 7, 40)
-    assert shapes.tail("t", "z", 0, 0.0) == NOTHING, "of the type, with the last calls"
-    assert shapes.tail("t", "s", 0, 0.5, stages_left=0) == NOTHING
-    assert shapes.tail("t", "s", 0, 0.5, stages_left=1) == Tail(1, 7, 10)
-    few = Shapes()
-    learned(few, "s", 0, 10)
-    assert few.tail("t", "s", 0, 0.99) == Tail(1, 7, 10), "thin evidence is better than none"
-    assert few.tail("u", "s", 0, 0.99) == NOTHING
-
-
-def test_keys_are_bounded_and_the_longest_unused_goes_first() -> None:
-    shapes = Shapes(max_keys=5)  # one for each stage, and the type's
-    for stage in ("a", "b", "c", "d"):
-        shapes.learn_output("t", stage, 1)
-    shapes.learn_output("t", "a", 2)  # used again
-    assert set(shapes.known_stages()["t"]) == {"a", "b", "c", "d"}
-    shapes.learn_output("t", "e", 1)
-    assert set(shapes.known_stages()["t"]) == {"a", "c", "d", "e"}
-    shapes.learn_output("t", "f", 1)
-    assert set(shapes.known_stages()["t"]) == {"a", "d", "e", "f"}
-
-
-def test_paths_are_ordered_by_their_work_and_not_by_their_calls() -> None:
-    shapes = Shapes()
-    for ends in ([(1.0, 2.0, 10), (2.0, 3.0, 10), (3.0, 4.0, 10)], [(1.0, 2.0, 500)]) * 4:
-        run = WorkflowRun("w", "t", 0.0)
-        run.calls = {str(i): seen(*one) for i, one in enumerate([(0.0, 1.0, 1), *ends])}
-        for i, one in enumerate(run.calls.values()):
-            one.ordinal = i
-        shapes.learn(run)
-    assert shapes.tail("t", "s", 0, 0.0) == Tail(3, 0, 30)
-    assert shapes.tail("t", "s", 0, 1.0) == Tail(1, 0, 500)
-
-
-# Workflows
 
 
 def test_a_workflow_begins_with_its_first_call() -> None:
@@ -287,3 +161,17 @@ def test_lengths_are_learned_under_the_name_by_which_they_are_asked_for() -> Non
         flows.arrived(one, 0.0)
         flows.ended(one, done(7), 1.0)
     assert shapes.output_tokens("other", other.stage, 0.5) == 7
+
+
+def test_every_ending_is_told() -> None:
+    """With whether the last call was answered, and when it ended."""
+    workflows = Workflows(Shapes(), idle_s=10.0)
+    told: list[tuple[str, bool, float]] = []
+    workflows.on_end = lambda run: told.append((run.workflow_id, run.failed, run.last_seen_s))
+    for name, final, ok in (("a", True, True), ("b", True, False), ("c", False, True)):
+        call = Call(name, name, arrived_s=0.0, prompt_tokens=1, final=final)
+        workflows.arrived(call, 0.0)
+        workflows.ended(call, CallResult(ok=ok, output_tokens=1 if ok else None), 2.0)
+    assert told == [("a", False, 2.0), ("b", True, 2.0)]
+    workflows.expire(13.0)
+    assert told[2:] == [("c", False, 2.0)]

@@ -7,8 +7,10 @@ import random
 
 import pytest
 
-from hexgen_vllm.policy.calls import Tail
-from hexgen_vllm.policy.workflow import NOTHING, SeenCall, Shapes, Window, Workflows, tails
+from hexgen_vllm.policy.calls import NOTHING, Tail, path_weight
+from hexgen_vllm.policy.shapes import Shapes, Window, tails
+from hexgen_vllm.policy.workflow import SeenCall, WorkflowRun
+from hexgen_vllm.policy.workflows import Workflows
 from hexgen_vllm.types import Call, CallResult
 
 
@@ -152,37 +154,6 @@ def test_output_length_grows_with_what_was_seen() -> None:
     assert longer > 100
 
 
-def test_silent_workflows_expire_and_busy_ones_do_not() -> None:
-    flows = Workflows(Shapes(), idle_s=10.0)
-    idle, busy = Call("a", "idle", 0.0, 1), Call("b", "busy", 0.0, 1)
-    for call in (idle, busy):
-        flows.arrived(call, 0.0)
-    flows.ended(idle, CallResult(ok=True, output_tokens=1), 1.0)
-    assert flows.expire(5.0) == []
-    assert [r.workflow_id for r in flows.expire(20.0)] == ["idle"]
-    assert len(flows) == 1
-
-
-def test_open_workflows_are_bounded() -> None:
-    flows = Workflows(Shapes(), max_open=10)
-    for i in range(50):
-        flows.arrived(Call(f"c{i}", f"w{i}", float(i), 1), float(i))
-        flows.expire(float(i))
-    assert len(flows) == 10
-
-
-def test_a_huge_workflow_teaches_a_bounded_part() -> None:
-    flows = Workflows(Shapes())
-    now = 0.0
-    for i in range(2000):
-        call = Call(f"c{i}", "w", now, 1, final=i == 1999)
-        run, _ = flows.arrived(call, now)
-        now += 1
-        flows.ended(call, CallResult(ok=True, output_tokens=1), now)
-        assert len(run.calls) <= 256
-    assert len(flows) == 0
-
-
 @pytest.mark.parametrize("size", [5, 50])
 @pytest.mark.parametrize("unread", [1, 4, 40])
 def test_window_quantiles_match_a_sorted_list(size: int, unread: int) -> None:
@@ -201,20 +172,6 @@ def test_window_quantiles_match_a_sorted_list(size: int, unread: int) -> None:
         above = sorted(v for v in kept if v > floor)
         want = above[min(int(q * len(above)), len(above) - 1)] if above else None
         assert window.above(floor, q) == want
-
-
-def test_every_ending_is_told() -> None:
-    """With whether the last call was answered, and when it ended."""
-    workflows = Workflows(Shapes(), idle_s=10.0)
-    told: list[tuple[str, bool, float]] = []
-    workflows.on_end = lambda run: told.append((run.workflow_id, run.failed, run.last_seen_s))
-    for name, final, ok in (("a", True, True), ("b", True, False), ("c", False, True)):
-        call = Call(name, name, arrived_s=0.0, prompt_tokens=1, final=final)
-        workflows.arrived(call, 0.0)
-        workflows.ended(call, CallResult(ok=ok, output_tokens=1 if ok else None), 2.0)
-    assert told == [("a", False, 2.0), ("b", True, 2.0)]
-    workflows.expire(13.0)
-    assert told[2:] == [("c", False, 2.0)]
 
 
 def test_who_makes_types_up_takes_no_place_of_another_tenant() -> None:
@@ -269,3 +226,113 @@ def test_nothing_of_broken_shapes_is_taken_in(broken: object) -> None:
     with pytest.raises(ValueError, match="not"):
         shapes.restore([good, broken])
     assert shapes.output_tokens("a", "s", 0.5) is None
+
+
+def step(start: float, end: float | None, output: int, uncached: int = 0) -> SeenCall:
+    one = SeenCall("s", 0, start, uncached)
+    one.ended_s, one.uncached_tokens, one.output_tokens = end, uncached, output
+    return one
+
+
+def learned(shapes: Shapes, stage: str, ordinal: int, *outputs: int, type_: str = "t") -> None:
+    """Learn that a call of ``stage`` was followed by one of so many tokens, once for each."""
+    for output in outputs:
+        run = WorkflowRun("w", type_, 0.0)
+        first, last = step(0.0, 1.0, 1), step(1.0, 2.0, output, 7)
+        first.stage, first.ordinal, last.stage = stage, ordinal, "last"
+        run.calls = {"a": first, "b": last}
+        shapes.learn(run)
+
+
+def test_work_is_weighed_in_output_tokens() -> None:
+    assert step(0.0, 1.0, 30, 500).weight() == pytest.approx(2.0 + 30 + 5.0)
+    assert path_weight(Tail(3.0, 500.0, 30.0)) == pytest.approx(3 * 2.0 + 30 + 5.0)
+
+
+@pytest.mark.parametrize(
+    ("light", "heavy"),
+    [
+        (step(1.0, 2.0, 100), step(1.0, 2.0, 101)),
+        (step(1.0, 2.0, 100, 300), step(1.0, 2.0, 104)),
+        (step(1.0, 2.0, 104), step(1.0, 2.0, 100, 600)),
+    ],
+)
+def test_the_heavier_of_two_chains_counts(light: SeenCall, heavy: SeenCall) -> None:
+    first = step(0.0, 1.0, 1)
+    wanted = Tail(1, heavy.uncached_tokens, heavy.output_tokens)
+    for calls in ([first, light, heavy], [heavy, first, light]):
+        assert tails(calls)[calls.index(first)] == wanted
+
+
+def test_two_calls_can_weigh_more_than_a_long_one() -> None:
+    first, long = step(0.0, 1.0, 1), step(1.0, 9.0, 100)
+    chain = [step(1.0, 2.0, 50), step(2.0, 3.0, 49)]
+    assert tails([first, long, *chain])[0] == Tail(2, 0, 99)
+
+
+def test_a_call_comes_after_another_that_had_ended_when_it_came() -> None:
+    before, at_once, beside = step(0.0, 1.0, 1), step(1.0, 2.0, 5), step(0.999, 2.0, 90)
+    assert tails([before, at_once, beside])[0] == Tail(1, 0, 5)
+    assert tails([step(0.0, None, 1), step(5.0, 6.0, 5)])[0] == NOTHING, "it has not ended"
+
+
+def test_lengths_are_those_of_the_stage_or_else_of_the_type() -> None:
+    shapes = Shapes()
+    for n in (10, 20, 30):
+        shapes.learn_output("t", "s", n)
+    shapes.learn_output("t", "other", 1000)
+    assert shapes.output_tokens("t", "s", 0.5) == 20
+    assert shapes.output_tokens("t", "unseen", 0.99) == 1000
+    assert shapes.output_tokens("u", "s", 0.5) is None
+    assert shapes.output_tokens("t", "s", 0.0, seen=30) == 45, "longer than any: half as much again"
+    assert shapes.output_tokens("t", "other", 0.0, seen=1000) == 1500
+    assert isinstance(shapes.output_tokens("t", "s", 0.0, seen=30), int)
+    assert shapes.output_tokens("t", "s", 1.0) == 30
+    assert shapes.output_tokens("t", "s", 1.0, seen=10) == 30
+    short = Shapes()
+    short.learn_output("t", "s", 1)
+    assert short.output_tokens("t", "s", 0.5, seen=1) == 2
+    assert shapes.known_stages() == {"t": {"s": 3, "other": 1}}
+    assert Shapes().known_stages() == {}
+
+
+def test_paths_back_off_while_evidence_is_thin() -> None:
+    shapes = Shapes()
+    learned(shapes, "s", 0, *[10] * 8)
+    learned(shapes, "s", 1, *[20] * 7)
+    learned(shapes, "z", 0, *[40] * 3)
+    assert shapes.tail("t", "s", 0, 0.99) == Tail(1, 7, 10), "eight are enough"
+    assert shapes.tail("t", "s", 1, 0.99) == Tail(1, 7, 20)
+    assert shapes.tail("t", "s", 1, 0.0) == Tail(1, 7, 10), "seven are not: of the stage"
+    assert shapes.tail("t", "z", 0, 0.99) == Tail(1, 7, 40)
+    assert shapes.tail("t", "z", 0, 0.0) == NOTHING, "of the type, with the last calls"
+    assert shapes.tail("t", "s", 0, 0.5, stages_left=0) == NOTHING
+    assert shapes.tail("t", "s", 0, 0.5, stages_left=1) == Tail(1, 7, 10)
+    few = Shapes()
+    learned(few, "s", 0, 10)
+    assert few.tail("t", "s", 0, 0.99) == Tail(1, 7, 10), "thin evidence is better than none"
+    assert few.tail("u", "s", 0, 0.99) == NOTHING
+
+
+def test_keys_are_bounded_and_the_longest_unused_goes_first() -> None:
+    shapes = Shapes(max_keys=5)  # one for each stage, and the type's
+    for stage in ("a", "b", "c", "d"):
+        shapes.learn_output("t", stage, 1)
+    shapes.learn_output("t", "a", 2)  # used again
+    assert set(shapes.known_stages()["t"]) == {"a", "b", "c", "d"}
+    shapes.learn_output("t", "e", 1)
+    assert set(shapes.known_stages()["t"]) == {"a", "c", "d", "e"}
+    shapes.learn_output("t", "f", 1)
+    assert set(shapes.known_stages()["t"]) == {"a", "d", "e", "f"}
+
+
+def test_paths_are_ordered_by_their_work_and_not_by_their_calls() -> None:
+    shapes = Shapes()
+    for ends in ([(1.0, 2.0, 10), (2.0, 3.0, 10), (3.0, 4.0, 10)], [(1.0, 2.0, 500)]) * 4:
+        run = WorkflowRun("w", "t", 0.0)
+        run.calls = {str(i): step(*one) for i, one in enumerate([(0.0, 1.0, 1), *ends])}
+        for i, one in enumerate(run.calls.values()):
+            one.ordinal = i
+        shapes.learn(run)
+    assert shapes.tail("t", "s", 0, 0.0) == Tail(3, 0, 30)
+    assert shapes.tail("t", "s", 0, 1.0) == Tail(1, 0, 500)
