@@ -172,13 +172,13 @@ def play(
     for flow in alone.flows:
         if mix.from_s <= flow.started_s and flow.deadline_s <= mix.to_s:
             counted.setdefault(flow.spec.type, []).append(flow.on_time)
-    batch = alone.engine.batch
+    pacer = alone.engine.scheduler.pacer
     return Outcome(
         {kind: 100 * fmean(on) for kind, on in sorted(counted.items())},
         100 * fmean([one for on in counted.values() for one in on]) if counted else 0.0,
         rate(alone.marks, BATCH, mix.from_s, mix.to_s),
-        batch.preemptions,
-        0 if batch.pacer is None else batch.pacer.control.given_up,
+        alone.engine.batch.preemptions,
+        0 if pacer is None else pacer.control.given_up,
         alone.flows,
     )
 

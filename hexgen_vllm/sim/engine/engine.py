@@ -1,4 +1,4 @@
-"""A vLLM V1 engine in virtual time: :class:`Batch` decides what steps compute, this when.
+"""A vLLM V1 engine in virtual time: :class:`Scheduler` decides what steps compute, this when.
 
 Steps in which nothing changes but the length of every call are not simulated one by one: such a
 stretch lasts until the first call ends, blocks run short, a waiting call may turn urgent, or a
@@ -21,7 +21,8 @@ from typing import Final, Protocol
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.policy.cost import CostFit
-from hexgen_vllm.sim.engine.scheduler import Batch
+from hexgen_vllm.sim.engine.batch import Batch
+from hexgen_vllm.sim.engine.scheduler import Scheduler
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.types import EngineReport
 
@@ -44,6 +45,7 @@ class SimEngine:
     Attributes:
         model: what it is.
         batch: its calls.
+        scheduler: what decides about them.
         end_s: when its present steps end; ``inf`` while it is idle.
         start_s: when they began.
         steps: their number; 0 while it is idle.
@@ -71,6 +73,7 @@ class SimEngine:
         self.model, self._stock, self._observer = model, stock, observer
         self._fit, self._noise = fit, noise
         self.batch = Batch(model, options, stock=stock, fit=fit)
+        self.scheduler = Scheduler(self.batch)
         self.slowdown = 1.0
         self.end_s = _NEVER
         self.steps = 0
@@ -92,7 +95,7 @@ class SimEngine:
         if ahead and self.steps and self._steps_by(now) == self.steps:
             self._late.append((sequence, now))
             return
-        self.batch.add(sequence, now)
+        self.scheduler.add(sequence, now)
         if not self.steps:
             self._begin(now)
         elif self.steps > 1 and self._may_matter(sequence):
@@ -119,7 +122,7 @@ class SimEngine:
             )
         if batch.pricing.stepped(steps, took_s, self._prefill_s):
             batch.rekey_waiting()
-        ended = batch.end(steps, now)
+        ended = self.scheduler.end(steps, now)
         self._begin(now)
         return ended
 
@@ -153,13 +156,13 @@ class SimEngine:
             self._let_in()
         if not (batch.running or batch.queued):
             return
-        plan = batch.schedule(now)
+        plan = self.scheduler.schedule(now)
         while not plan.runs:
             if not batch.queued:
                 return
             if not plan.single:
                 raise HexgenError(f"engine {self.model.engine_id} cannot go on")
-            plan = batch.schedule(now)
+            plan = self.scheduler.schedule(now)
         self._launch(now)
         self.steps = 1 if plan.single or self._late else self._stretch(now)
         if self._noise is not None:
@@ -175,7 +178,7 @@ class SimEngine:
     def _let_in(self) -> None:
         """Queue calls that could not be in the step that was just scheduled."""
         for sequence, arrived_s in self._late:
-            self.batch.add(sequence, arrived_s)
+            self.scheduler.add(sequence, arrived_s)
         self._late.clear()
 
     def _launch(self, now: float) -> None:
@@ -213,18 +216,19 @@ class SimEngine:
     def _stretch(self, now: float) -> int:
         """Return how many steps will be as this one."""
         batch, clock = self.batch, self.batch.clock
+        displacer, pacer = self.scheduler.displacer, self.scheduler.pacer
         steps = clock.steps_to_end()
         if steps > 1:
             steps = 1 + clock.steps_within(batch.pool.free, 1, steps - 1)
-        if steps > 1 and batch.queued and batch.displacer is not None:
-            again_s, most = batch.displacer.look_again(now)
+        if steps > 1 and batch.queued and displacer is not None:
+            again_s, most = displacer.look_again(now)
             if most is not None:
                 steps = max(1, min(steps, most))
             elif again_s < _NEVER:
                 self.steps = steps
                 steps = self._steps_by(again_s)
-        if steps > 1 and batch.pacer is not None:
-            steps = max(1, min(steps, batch.pacer.steps_left()))
+        if steps > 1 and pacer is not None:
+            steps = max(1, min(steps, pacer.steps_left()))
         return steps
 
     def _took_s(self, steps: int) -> float:
@@ -246,4 +250,4 @@ class SimEngine:
         batch = self.batch
         if len(batch.running) < self.model.max_num_seqs:
             return batch.queued == 1 or batch.waiting.peek() is sequence
-        return batch.displacer is not None and batch.waiting.peek() is sequence
+        return not self._stock and batch.waiting.peek() is sequence

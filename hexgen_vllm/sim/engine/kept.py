@@ -1,4 +1,7 @@
-"""KV of ended calls in host memory, in virtual time: the live engine's rule, by runs of blocks.
+"""KV in the host memory of a simulated engine: of preempted calls, and of ended ones.
+
+Both by the live engine's rules. Of preempted calls whole sequences are kept; of ended ones, runs of
+blocks.
 
 Blocks are known by the runs that prompts are made of (:class:`Link`). Whether they are copied, for
 how likely they are wanted again, and what gives way are decided by what decides in the live engine
@@ -10,19 +13,57 @@ from __future__ import annotations
 
 from typing import Final
 
+from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.retention import (
     CopyRates,
+    Held,
     RecomputeRates,
+    Retention,
     StoredCopy,
     choose_evictions,
     pays_to_keep,
+    weigh,
 )
 from hexgen_vllm.policy.returns import UNSAID, CallKind, End, Plans, Returns
-from hexgen_vllm.sim.engine.prefix_cache import Link
+from hexgen_vllm.sim.engine.prefix_cache import BlockPool, Link
+from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 
 _KIND: Final = CallKind("default", "default")
 _GOES_ON: Final = Plans(follows=True)
+
+
+class Keeper:
+    """Decides about one engine's preempted calls.
+
+    Args:
+        tokens_per_s: KV copied each way.
+        keep: ``auto``, ``always`` or ``never``.
+        block_size: tokens of a KV block.
+    """
+
+    def __init__(self, tokens_per_s: float, keep: str, block_size: int) -> None:
+        self._rate, self._keep, self._block_size = tokens_per_s, keep, block_size
+        self._copy = CopyRates(tokens_per_s, tokens_per_s)
+
+    def keep(self, sequence: Sequence, pool: BlockPool, rates: ServiceRates) -> int:
+        """Let a call that is preempted keep its KV if that pays; return the tokens to copy."""
+        tokens = sequence.computed
+        blocks = max(-(-tokens // self._block_size), 1)
+        own = tokens * pool.exclusive(sequence.holding, blocks, ()).held // blocks
+        if not self.weigh(tokens, tokens - own, rates).keep:
+            return 0
+        sequence.saved_tokens = tokens
+        return own
+
+    def weigh(self, tokens: int, shared: int, rates: ServiceRates) -> Retention:
+        """Return what becomes of ``tokens`` tokens of KV, ``shared`` of them held by others."""
+        again = RecomputeRates(rates.prefill_token_s, rates.prefill_context_s)
+        return weigh(Held(tokens, shared, 1.0), again, self._copy, self._keep)
+
+    def seconds(self, tokens: int) -> float:
+        """Return the time of copying ``tokens`` tokens one way."""
+        return tokens / self._rate
 
 
 class KeptRun:
@@ -150,3 +191,17 @@ class KeptRuns:
             run = self._runs.pop(keys[i])
             self._free += run.end - run.first
         return True
+
+
+def keeper_of(model: EngineModel, options: EngineOptions) -> Keeper | None:
+    """Return the keeper of an engine, ``None`` where KV is always computed again."""
+    rate = model.kv_copy_tokens_per_s
+    return None if rate is None else Keeper(rate, options.keep_kv, model.block_size)
+
+
+def kept_of(model: EngineModel, options: EngineOptions) -> KeptRuns | None:
+    """Return the host memory of an engine for ended calls, ``None`` where none is kept."""
+    rate, blocks = model.kv_copy_tokens_per_s, model.host_kv_tokens // model.block_size
+    if rate is None or not blocks or not (options.keep_ended_kv and model.prefix_caching):
+        return None
+    return KeptRuns(blocks, model.block_size, rate, options.keep_kv)

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as TypingSequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from hexgen_vllm.policy.preemption import RunningView
 from hexgen_vllm.policy.victims import VictimSearch, ending, running_view
+from hexgen_vllm.sim.engine.batch import Batch
 from hexgen_vllm.sim.engine.prefix_cache import Hit, Link
 from hexgen_vllm.sim.engine.sequence import Sequence
-
-if TYPE_CHECKING:
-    from hexgen_vllm.sim.engine.scheduler import Batch
 
 _KEY: Final = attrgetter("rank", "key_s")
 

@@ -7,7 +7,7 @@ clock.
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.pace import (
@@ -18,10 +18,8 @@ from hexgen_vllm.policy.pace import (
     Places,
     TightCall,
 )
+from hexgen_vllm.sim.engine.batch import Batch
 from hexgen_vllm.sim.engine.sequence import Sequence
-
-if TYPE_CHECKING:
-    from hexgen_vllm.sim.engine.scheduler import Batch
 
 _ORDER: Final = attrgetter("rank", "key_s")
 
@@ -62,12 +60,12 @@ class Pacer:
             oldest.promoted = True
             batch.rekey(oldest)
 
-    def pace(self, now: float) -> list[Sequence]:
-        """Leave out loose calls or take them in again; return those preempted for their KV."""
+    def pace(self, now: float) -> None:
+        """Leave out loose calls or take them in again."""
         batch = self._batch
         step, members = batch.clock.steps, (len(batch.running), batch.queued)
         if step < self._next_step and members == self._members and self._some_run():
-            return []
+            return
         waiting = batch.waiting.first(MOST_WAITING) if batch.queued else []
         tight = [s for s in batch.running if s.has_deadline]
         for sequence in tight:
@@ -81,7 +79,7 @@ class Pacer:
         self._mixed = bool(known and tight and (loose or len(waiting) < batch.queued))
         if not self._mixed or cost is None:
             self._release(loose)
-            return []
+            return
         best = min(s.rank for s in tight)
         free = [s for s in loose if s.rank >= best]
         free.sort(key=_ORDER)
@@ -106,7 +104,6 @@ class Pacer:
             wanted = sum(s.tokens - s.computed for s in tight if not s.decoding)
             tokens = batch.clock.size + wanted + max(plan.prefill_tokens, 1)
             batch.step_tokens = min(batch.step_tokens, tokens)
-        return []
 
     def _some_run(self) -> bool:
         """Return whether a running call is not left out: one may have been demoted since."""
