@@ -121,7 +121,7 @@ types: env
 	$(PY) -m mypy
 
 check: lint types
-	$(PY) -m pytest -q -m "$(NO_ENGINE)" $(CHECKED)
+	$(PY) -m pytest -q -n 2 -m "$(NO_ENGINE)" $(CHECKED)
 
 format: env
 	$(PY) -m ruff format .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,7 @@ def below(name: str, parent: str) -> bool:
     return parent in ("", name) or name.startswith(parent + ".")
 
 
+@cache
 def modules() -> list[Module]:
     found = []
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
@@ -105,9 +107,14 @@ def modules() -> list[Module]:
     return found
 
 
+@cache
+def tree(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def imports(module: Module) -> Iterator[str]:
     """Yield the absolute dotted name of everything that ``module`` imports."""
-    for node in ast.walk(ast.parse(module.source)):
+    for node in ast.walk(tree(module.source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -138,10 +145,10 @@ def texts(node: ast.expr) -> Iterator[str]:
 
 def violations(module: Module) -> list[str]:
     """Return one line per import of ``module`` that breaks a rule."""
-    found = []
+    found, named = [], list(imports(module))
     for title, rule in RULES.items():
-        for name in imports(module):
-            if module.within(rule.where) and breaks(rule, module, name):
+        for name in named if module.within(rule.where) else ():
+            if breaks(rule, module, name):
                 found.append(f"{module.name or PACKAGE} imports {name}: {title}")
     return found
 
@@ -239,8 +246,8 @@ def test_relative_imports_are_resolved_from_packages_too() -> None:
 
 def test_each_name_of_a_class_means_one_thing() -> None:
     found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
+    for module in modules():
+        for node in tree(module.source).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+                found.setdefault(node.name, []).append(module.name)
     assert {name: where for name, where in found.items() if len(where) > 1} == {}

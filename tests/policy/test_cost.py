@@ -137,6 +137,7 @@ def gap_on(fit: CostFit, cost: StepCost, shapes: list[StepShape]) -> float:
     return max(abs(seconds(found, s) / seconds(cost, s) - 1.0) for s in shapes)
 
 
+@pytest.mark.slow
 def test_stays_right_over_a_million_steps() -> None:
     fit = CostFit()
     some = observations(random_shape, 25_000)

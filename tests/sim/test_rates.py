@@ -70,6 +70,7 @@ def gap(fit: CostFit, cost: StepCost) -> float:
     return abs(found.step_s(4, 8_000) / cost.step_s(4, 8_000) - 1.0)
 
 
+@pytest.mark.slow
 def test_fitted_rates_are_as_good_as_true_ones_over_a_day() -> None:
     """11 hours of two engines; the one that does most learns from 15,000 steps and more."""
     models = fleet("A100", "L40S", slower=28.0)

@@ -67,7 +67,7 @@ def test_it_proposes_a_configuration_that_simulator_and_router_take(
 
 def test_equal_tunings_are_equal(fleet: Path, recent: Path, tmp_path: Path) -> None:
     files = [tmp_path / "1.json", tmp_path / "2.json"]
-    argv = ["tune", f"--fleet={fleet}", f"--trace={recent}", "--budget=12", *FAST]
+    argv = ["tune", f"--fleet={fleet}", f"--trace={recent}", "--budget=6", *FAST]
     for path in files:
         assert main([*argv, f"--json={path}"]) == 0
     assert files[0].read_bytes() == files[1].read_bytes()

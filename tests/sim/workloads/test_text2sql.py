@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from functools import cache
 from itertools import pairwise
 from statistics import fmean
 
@@ -87,6 +88,7 @@ def test_totals_per_workflow_match_the_traces(retries: str) -> None:
     assert 0.46 <= template / sum(f.prompt_tokens for f in flows) <= 0.58
 
 
+@cache
 def rounds(retries: str) -> Counter[int]:
     flows = text2sql(2200, seed=7, options=Text2SqlOptions(retries=retries))
     return Counter(sum(c.stage == "revise" for c in f.calls()) for f in flows)
