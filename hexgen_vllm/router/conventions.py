@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
@@ -41,6 +43,9 @@ _TTL: Final = re.compile(r"([0-9]{1,6})(s|m|h)")
 _TTL_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _USUAL_TTL_S: Final = 300.0
 _MOST_BAGGAGE: Final = 8192  # bytes, as W3C has it
+_MOST_BLOCKS: Final = 16  # looked at; Anthropic takes four
+_CACHE_CONTROL: Final = b'"cache_control"'
+_VALUE: Final = re.compile(rb"[ \t\r\n]{0,100}:[ \t\r\n]{0,100}(\{[^{}]{0,200}\})")
 
 
 class Meaning(enum.Enum):
@@ -70,6 +75,7 @@ class WordPlace(enum.Enum):
 
     HEADER = "header"
     BODY = "body"
+    BLOCK = "anywhere in the body"  # of a prompt: a content block, a message, a tool
     BAGGAGE = "baggage"  # a key of the W3C header of that name
 
 
@@ -325,6 +331,7 @@ def _table() -> Iterator[Word]:  # noqa: PLR0915 - a table
     control = Form('`{"type": "ephemeral", "ttl": "5m"}`', _cache_control)
     yield Word(Meaning.KEEP, body, "cache_control", control, "Anthropic")
     yield Word(Meaning.KEEP, body, "nvext.cache_control", control, "NeMo Agent Toolkit")
+    yield Word(Meaning.KEEP, WordPlace.BLOCK, "cache_control", control, "Anthropic, LiteLLM")
 
 
 WORDS: Final = tuple(_table())
@@ -361,6 +368,7 @@ def _by(place: WordPlace) -> dict[str, list[int]]:
 _HEADERS: Final = _by(WordPlace.HEADER)
 _FIELDS: Final = _by(WordPlace.BODY)
 _BAGGAGE: Final = _by(WordPlace.BAGGAGE)
+(_BLOCK,) = _by(WordPlace.BLOCK)["cache_control"]
 _VENDOR: Final = _HEADERS[ANY_VENDOR]
 _PATHS: Final = tuple(tuple(word.name.split(".")) for word in WORDS)
 
@@ -371,8 +379,14 @@ def agentic_context(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return context if isinstance(context, dict) else {}
 
 
-def read(headers: Mapping[str, str], body: Mapping[str, Any]) -> Foreign:
-    """Read every convention from ``headers`` (by lower-case name) and a decoded ``body``."""
+def read(headers: Mapping[str, str], body: Mapping[str, Any], raw: bytes = b"") -> Foreign:
+    """Read every convention.
+
+    Args:
+        headers: by lower-case name.
+        body: decoded; what is long or deep may lack.
+        raw: its bytes, where it has a prompt whose parts may say something.
+    """
     found: list[tuple[int, object]]
     found = [(rank, value) for name, value in headers.items() for rank in _ranks(name)]
     if not _FIELDS.keys().isdisjoint(body):
@@ -380,6 +394,8 @@ def read(headers: Mapping[str, str], body: Mapping[str, Any]) -> Foreign:
         found += [(rank, _at(body, _PATHS[rank])) for rank in ranks]
     if "baggage" in headers:
         found += _in_baggage(headers["baggage"])
+    if _CACHE_CONTROL in raw:
+        found += [(_BLOCK, value) for value in _longest(raw)]
     if not found:
         return _NOTHING
     said: dict[Meaning, Any] = {}
@@ -408,6 +424,25 @@ def _at(body: Mapping[str, Any], path: tuple[str, ...]) -> object:
     for name in path:
         found = found.get(name) if isinstance(found, dict) else None
     return found
+
+
+def _longest(raw: bytes) -> list[object]:
+    """Return what blocks of a prompt say of its KV, the longest time first.
+
+    A body may have megabytes of blocks: its bytes are searched, and few places looked at. In a
+    string the quotes of the name would be escaped, so that what is found is a name.
+    """
+    found: list[object] = []
+    at = -1
+    for _ in range(_MOST_BLOCKS):
+        at = raw.find(_CACHE_CONTROL, at + 1)
+        if at < 0:
+            break
+        value = _VALUE.match(raw, at + len(_CACHE_CONTROL))
+        if value is not None:
+            with suppress(ValueError):
+                found.append(json.loads(value[1]))
+    return sorted(found, key=lambda one: _cache_control(one) or 0.0, reverse=True)
 
 
 def _in_baggage(text: str) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -22,7 +23,8 @@ from hexgen_vllm.router.conventions import (
 
 def read(headers: dict[str, str] | None = None, body: dict[str, Any] | None = None) -> Foreign:
     lower = {name.lower(): value for name, value in (headers or {}).items()}
-    return conventions.read(lower, body or {})
+    raw = json.dumps(body or {}, default=str).encode()
+    return conventions.read(lower, body or {}, raw)
 
 
 def agent(**fields: Any) -> dict[str, Any]:
@@ -260,6 +262,9 @@ def said(word: Word, value: Any, headers: dict[str, str], body: dict[str, Any]) 
     if word.place is WordPlace.BAGGAGE:
         headers["baggage"] = f"{word.name}={value},{headers.get('baggage', '')}"
         return
+    if word.place is WordPlace.BLOCK:
+        body["messages"] = [{"content": [{"type": "text", "text": "x", word.name: value}]}]
+        return
     *path, last = word.name.split(".")
     for name in path:
         body = body.setdefault(name, {})
@@ -296,6 +301,46 @@ def test_the_order_of_the_table_settles_conflicts(meaning: Meaning) -> None:
                     said(above, mine, *both)
                     ours, whole = read(*alone), read(*both)
                     assert whole == ours._replace(batch=whole.batch), (above.name, below.name)
+
+
+def marked(ttl: str | None = "5m", **fields: Any) -> dict[str, Any]:
+    control = {"type": "ephemeral"} if ttl is None else {"type": "ephemeral", "ttl": ttl}
+    return {"type": "text", "text": "x", "cache_control": control, **fields}
+
+
+BLOCKS: list[tuple[dict[str, Any], float | None]] = [
+    ({"messages": [{"role": "user", "content": [marked()]}]}, 300.0),
+    ({"messages": [{"role": "user", "content": [marked(None)]}]}, 300.0),
+    ({"messages": [{"role": "tool", "content": "x", "cache_control": marked()["cache_control"]}]},
+     300.0),
+    ({"system": [marked("1h")], "messages": [{"role": "user", "content": [marked()]}]}, 3600.0),
+    ({"system": [marked()], "messages": [{"role": "user", "content": [marked("1h")]}]}, 3600.0),
+    ({"tools": [{"name": "t", "input_schema": {}, **marked("1h")}]}, 3600.0),
+    ({"input": [{"role": "user", "content": [marked("1h")]}]}, 3600.0),
+    ({"messages": [{"content": [marked(cache_control={"ttl": "1h", "type": "ephemeral"})]}]},
+     3600.0),
+    # Said by nobody: text that shows it, a schema with such a name, values that mean nothing.
+    ({"messages": [{"role": "user", "content": json.dumps(marked())}]}, None),
+    ({"tools": [{"input_schema": {"cache_control": {"type": "object"}}}]}, None),
+    ({"messages": [{"content": [marked(cache_control=None), marked(cache_control="5m")]}]}, None),
+    ({"messages": [{"content": [marked(cache_control={"type": {"type": "ephemeral"}})]}]}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "keep_s"), BLOCKS)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_marks_on_parts_of_a_prompt(
+    body: dict[str, Any], keep_s: float | None, indent: int | None
+) -> None:
+    raw = json.dumps(body, indent=indent).encode()
+    assert conventions.read({}, body, raw).keep_s == keep_s
+
+
+def test_of_many_marks_few_are_looked_at() -> None:
+    many = {"messages": [{"content": [marked()] * 1000 + [marked("1h")]}]}
+    assert conventions.read({}, many, json.dumps(many).encode()).keep_s == 300.0
+    broken = b'{"cache_control" ' * 100_000
+    assert conventions.read({}, {}, broken) == Foreign()
 
 
 def test_engines_read_an_agentic_context_as_the_router_does() -> None:

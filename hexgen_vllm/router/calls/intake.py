@@ -280,7 +280,7 @@ class Intake:
         body = _read_body(endpoint, names, raw) if parsed is None else parsed.body
         model = _model(body, default_model)
         said = _said(names, body)
-        foreign = conventions.read(names, body)
+        foreign = conventions.read(names, body, raw if endpoint.generates else b"")
         if parsed is None:
             prompt = read_prompt(body, endpoint.prompt_fields)
             kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw

@@ -56,6 +56,16 @@ def test_all_our_headers_arrive() -> None:
     assert (call.final, call.tenant, call.model) == (True, "acme", "m")
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "keep_s"), [(CHAT, 3600.0), (MESSAGES, 3600.0), (EMBEDDINGS, None)]
+)
+def test_a_mark_on_a_part_of_the_prompt_keeps_its_kv(endpoint: Any, keep_s: float | None) -> None:
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    body = {"messages": [{"role": "user", "content": [part]}]}
+    assert read(body, endpoint=endpoint).keep_s == keep_s
+    assert read(body, ours(keep_ms="2000"), endpoint).keep_s == 2.0
+
+
 def test_the_body_says_the_same_and_headers_win() -> None:
     xargs = {"hexgen_workflow_id": "body", "hexgen_stage": "s", "other": 1}
     call = read({"vllm_xargs": xargs}, ours(workflow_id="header")).call
