@@ -245,6 +245,18 @@ async def test_a_browser_shows_live_traffic() -> None:
             stand.router.url + "/ui/data",
         }
 
+        await tab.js("document.querySelector('#recent tr').click()")
+        await tab.until("document.querySelectorAll('#account-calls > div').length === 1")
+        for width in (320, 400):
+            await tab.do(
+                "Emulation.setDeviceMetricsOverride",
+                width=width, height=800, deviceScaleFactor=1, mobile=True,
+            )  # fmt: skip
+            assert await tab.js("document.documentElement.scrollWidth") == width
+            box = "document.getElementById('account-calls').parentElement"
+            assert await tab.js(f"{box}.scrollWidth === {box}.clientWidth")
+        assert tab.problems == []
+
 
 @needs_browser
 @pytest.mark.slow
