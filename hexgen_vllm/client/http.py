@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 from hexgen_vllm import wire
 from hexgen_vllm.client import scope as scopes
@@ -29,6 +29,10 @@ from hexgen_vllm.client.finish import finish_url
 from hexgen_vllm.client.scope import Scope, Via
 from hexgen_vllm.client.workflow import Workflow
 from hexgen_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import anthropic
+    import openai
 
 SDKS: Final = ("openai", "anthropic")
 _ID: Final = wire.header_name("workflow_id")
@@ -41,6 +45,21 @@ _ENDPOINTS: Final = {
     "/messages": "chat", "/embeddings": "embedding", "/rerank": "rerank", "/score": "score",
 }  # fmt: skip
 _HASHED_CHARS: Final = 200  # of instructions: what follows is often about the one question
+
+
+@overload
+def http_client(
+    workflow: Workflow[Any] | None = None,
+    *,
+    sdk: Literal["openai"] | None = None,
+    **options: Any,
+) -> openai.DefaultHttpxClient: ...
+
+
+@overload
+def http_client(
+    workflow: Workflow[Any] | None = None, *, sdk: Literal["anthropic"], **options: Any
+) -> anthropic.DefaultHttpxClient: ...
 
 
 def http_client(
@@ -58,6 +77,21 @@ def http_client(
         ConfigError: there is no such package, or ``workflow`` is none.
     """
     return _client("DefaultHttpxClient", "Client", _Stamp(workflow), sdk, options)
+
+
+@overload
+def async_http_client(
+    workflow: Workflow[Any] | None = None,
+    *,
+    sdk: Literal["openai"] | None = None,
+    **options: Any,
+) -> openai.DefaultAsyncHttpxClient: ...
+
+
+@overload
+def async_http_client(
+    workflow: Workflow[Any] | None = None, *, sdk: Literal["anthropic"], **options: Any
+) -> anthropic.DefaultAsyncHttpxClient: ...
 
 
 def async_http_client(

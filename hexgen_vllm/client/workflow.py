@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from dataclasses import replace
-from typing import Any, Final, Generic, TypeVar, cast, overload
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast, overload
 
 from hexgen_vllm import wire
 from hexgen_vllm.client import retries
@@ -16,7 +16,36 @@ from hexgen_vllm.client.stage import StageClient
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.errors import ConfigError
 
-ClientT = TypeVar("ClientT")
+
+class _Chats(Protocol):
+    @property
+    def chat(self) -> Any: ...
+
+
+class _Completes(Protocol):
+    @property
+    def completions(self) -> Any: ...
+
+
+class _Responds(Protocol):
+    @property
+    def responses(self) -> Any: ...
+
+
+class _Messages(Protocol):
+    @property
+    def messages(self) -> Any: ...
+
+
+class _Embeds(Protocol):
+    @property
+    def embeddings(self) -> Any: ...
+
+
+ClientT = TypeVar(
+    "ClientT", bound=_Chats | _Completes | _Responds | _Messages | _Embeds | StageClient
+)
+"""A client of an SDK; :class:`StageClient` where a workflow has none."""
 WorkflowT = TypeVar("WorkflowT", bound="Workflow[Any]")
 
 LATE: Final = ("send", "raise")
@@ -52,14 +81,14 @@ class Workflow(Generic[ClientT]):
 
     @overload
     def __init__(
-        self: Workflow[Any],
+        self: Workflow[StageClient],
         client: None = None,
         *,
         deadline_s: float | None = None,
         type: str | None = None,
         workflow_id: str | None = None,
         tenant: str | None = None,
-        late: str = "send",
+        late: Literal["send", "raise"] = "send",
         clock: Clock | None = None,
     ) -> None: ...
 
@@ -72,7 +101,7 @@ class Workflow(Generic[ClientT]):
         type: str | None = None,
         workflow_id: str | None = None,
         tenant: str | None = None,
-        late: str = "send",
+        late: Literal["send", "raise"] = "send",
         clock: Clock | None = None,
     ) -> None: ...
 
@@ -84,7 +113,7 @@ class Workflow(Generic[ClientT]):
         type: str | None = None,
         workflow_id: str | None = None,
         tenant: str | None = None,
-        late: str = "send",
+        late: Literal["send", "raise"] = "send",
         clock: Clock | None = None,
     ) -> None:
         if deadline_s is not None and not 0 < deadline_s < math.inf:

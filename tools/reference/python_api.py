@@ -60,7 +60,7 @@ def definition(module: str, name: str) -> tuple[str, Definition]:
     """
     if module == "hexgen_vllm" and name in hexgen_vllm._HOMES:
         return definition(hexgen_vllm._HOMES[name], name)
-    for node in tree(module).body:
+    for node in reversed(tree(module).body):  # the last one counts, after overloads
         if isinstance(node, Definition) and node.name == name:
             return module, node
         if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
@@ -91,7 +91,7 @@ def _spelled(method: Definition) -> str:
 def _arguments(node: Definition) -> str:
     if isinstance(node, ast.ClassDef):
         made = [m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"]
-        return _arguments(made[0]) if made else ""
+        return _arguments(made[-1]) if made else ""
     found = node.args
     plain = [*found.posonlyargs, *found.args]
     needed: list[ast.expr | None] = [None] * (len(plain) - len(found.defaults))
