@@ -11,19 +11,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from examples.text2sql import plot
 from examples.text2sql.databases import UNSEEN, build_all
 from examples.text2sql.endpoints import endpoints
 from examples.text2sql.options import Options
 from hexgen_vllm.cluster import ProcessFailed
 from hexgen_vllm.config import add_arguments, given
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.report.plot import check_plot, draw_attainment
 from hexgen_vllm.text2sql import report
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.outcome import QueryLimits
 from hexgen_vllm.text2sql.questions import drawn, load
 from hexgen_vllm.text2sql.report import say
-from hexgen_vllm.text2sql.session import play
+from hexgen_vllm.text2sql.session import Played, play
 
 FILE: Final = Path(__file__).with_name("questions.yaml")
 UNSEEN_FILE: Final = Path(__file__).with_name("unseen.yaml")
@@ -37,9 +37,12 @@ async def run(options: Options) -> list[dict[str, Any]]:
         ProcessFailed: a server that was to be started here did not start.
     """
     out = Path(options.out)
+    if options.compare:
+        check_plot(out / "comparison.png")
     file = UNSEEN_FILE if options.unseen else FILE
     file = file if options.questions is None else Path(options.questions)
     summaries: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
     with opened(_databases(out / "databases", options.unseen)) as databases:
         known = load(databases, file)
         count = options.users or len(known)
@@ -55,10 +58,24 @@ async def run(options: Options) -> list[dict[str, Any]]:
             model,
         ):
             summaries.append(played.summary)
+            curves.append(_curve(played))
             report.write(out / "results.json", summaries, played.visits)
     if options.compare:
-        plot.draw(summaries, out / "comparison.png")
+        draw_attainment(curves, out / "comparison.png")
     return summaries
+
+
+def _curve(played: Played) -> dict[str, Any]:
+    """Return what a plot needs of a run: when answers came, and how many were right."""
+    found = played.summary
+    right = found["execution_match"] / found["questions"]
+    return {
+        "policy": f"{found['policy']} ({right:.0%} right)",
+        "latencies_s": [one.latency_s if one.served else None for one in played.visits],
+        "deadline_s": found["deadline_s"],
+        "rate": found["rate"],
+        "workflows": found["questions"],
+    }
 
 
 @contextmanager
