@@ -10,7 +10,8 @@ scheduler and model runner, ``hexgen_vllm.serve``, the router, HTTP and streamin
 | ``round_robin+fcfs`` | in turn | stock vLLM |
 | ``least_outstanding+fcfs`` | fewest calls in flight | stock vLLM |
 | ``paper`` | the paper's score | the paper's urgency |
-| ``slack`` | earliest predicted finish | latest start, displacement |
+| ``slack`` | least marginal cost | latest start, displacement |
+| ``least_outstanding+edf``, ``sticky+edf``, ``wlcaff+edf`` | that rule | stock vLLM by priority |
 | ``vllm_router`` | vllm-router, where it is installed | stock vLLM |
 | ``vllm_router_program`` | the same with its program scheduling | stock vLLM |
 
@@ -68,6 +69,7 @@ class Contender(NamedTuple):
 _PACE: Final = "hexgen_vllm.testing.pace"
 FLEETS: Final = {
     "stock": DemoFleet("fcfs", f"{_PACE}.PacedScheduler", None),
+    "stock by priority": DemoFleet("priority", f"{_PACE}.PacedScheduler", None),
     "paper": DemoFleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "paper"),
     "slack": DemoFleet("hexgen", f"{_PACE}.PacedUrgencyScheduler", "slack"),
     # Without the middleware vLLM refuses what vllm-router's clients have to send.
@@ -83,8 +85,13 @@ CONTENDERS: Final = {
     "least_outstanding+fcfs": Contender("stock", "least_outstanding"),
     "paper": Contender("paper", "paper"),
     "slack": Contender("slack", "slack"),
+    **{
+        f"{rule}+edf": Contender("stock by priority", rule)
+        for rule in ("least_outstanding", "sticky", "wlcaff")
+    },
     **{mode: Contender("behind vllm-router") for mode in peer.MODES},
 }
+SHOWN: Final = ("round_robin+fcfs", "least_outstanding+fcfs", "paper", "slack")
 DEVICES: Final[dict[str, dict[str, float]]] = {
     "fast": {"prefill_tokens_per_s": 6000, "step_ms": 12, "per_sequence_ms": 0.3},
     "slow": {"prefill_tokens_per_s": 2000, "step_ms": 36, "per_sequence_ms": 0.9},
@@ -114,8 +121,8 @@ class DemoOptions:
     )
     seeds: tuple[str, ...] = option(("0",), "one run of every policy for each seed")
     policies: tuple[str, ...] = option(
-        tuple(name for name in CONTENDERS if name not in peer.MODES),
-        "what to compare",
+        SHOWN,
+        f"what to compare: {', '.join(CONTENDERS)}",
         renamed=RENAMED,
     )
     vllm_router: str = option("vllm-router", "the program behind policies vllm_router*")

@@ -11,7 +11,15 @@ import pytest
 from hexgen_vllm import demo
 from hexgen_vllm.bench import peer
 from hexgen_vllm.cluster import ProcessFailed
-from hexgen_vllm.demo import CONTENDERS, FLEETS, DemoOptions, engine_entry, live_config
+from hexgen_vllm.cluster.commands import engine_command
+from hexgen_vllm.demo import (
+    CONTENDERS,
+    FLEETS,
+    DemoOptions,
+    engine_entry,
+    live_config,
+    router_entry,
+)
 from hexgen_vllm.errors import ConfigError
 
 
@@ -51,6 +59,14 @@ def test_vllm_router_is_not_among_the_policies_unless_asked_for() -> None:
     assert peer.MODES.keys().isdisjoint(DemoOptions().policies)
     with pytest.raises(ConfigError, match="vllm_router must be a program, not 'no-such-program'"):
         DemoOptions(policies=("vllm_router",), vllm_router="no-such-program")
+
+
+def test_simple_rules_are_played_on_stock_engines_that_go_by_deadline() -> None:
+    for rule in ("least_outstanding", "sticky", "wlcaff"):
+        contender = CONTENDERS[f"{rule}+edf"]
+        entry = engine_entry(DemoOptions(), FLEETS[contender.fleet], "slow")
+        assert contender.placement == router_entry(DemoOptions(), rule).policy == rule
+        assert "--scheduling-policy=priority" in engine_command(entry, 1)
 
 
 def test_program_scheduling_is_what_tells_the_modes_apart() -> None:

@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any, Final
 
 from benchmarks.evaluation.evaluation import OURS
-from hexgen_vllm.bench.peer import MODES
 from hexgen_vllm.report.table import markdown, seconds
 
 Row = Mapping[str, Any]
@@ -64,8 +63,8 @@ def section(rows: Sequence[Row], simulated: Sequence[Row] = ()) -> str:
     )
     ratios = [
         f"{name} needs {value:.2f}× the deadline of {OURS}"
-        for name in MODES
-        if (value := ratio(rows, name)) is not None
+        for name in dict.fromkeys(row["policy"] for row in rows)
+        if name != OURS and (value := ratio(rows, name)) is not None
     ]
     said = f"{'; '.join(ratios)} (mean over seeds).\n" if ratios else ""
     return f"## Live\n\n{text}\n\n{markdown(heads, lines)}\n{said}"

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.demo import CONTENDERS
+from hexgen_vllm.bench import peer
+from hexgen_vllm.demo import SHOWN
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.report.plot import (
     COLOURS,
@@ -122,7 +123,7 @@ def test_policies_are_told_apart_without_colour() -> None:
     [
         ["paper", "round_robin+fcfs", "least_outstanding+fcfs", "least_outstanding+edf", "slack"],
         ["round_robin+fcfs", "least_outstanding+fcfs", "paper", "slack"],
-        list(CONTENDERS),
+        [*SHOWN, *peer.MODES],
         ["slack", "another"],
     ],
     ids=["evaluation", "demo", "demo beside vllm-router", "own"],

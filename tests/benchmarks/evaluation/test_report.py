@@ -20,6 +20,7 @@ from benchmarks.evaluation.evaluation import (
     behind,
     queue_grows,
     summary,
+    surely,
     tenths,
 )
 from benchmarks.evaluation.report_runs import (
@@ -52,7 +53,8 @@ def run(
 ) -> dict[str, Any]:
     base = {"scenario": "s", "policy": policy, "load": at, "seed": 1, "grows": False}
     figures = {"min_deadline_95_s": deadline, "min_deadline_99_s": deadline, "p50_s": deadline}
-    return {**base, **figures, "share_on_time": on_time, "longest_tenth": on_time, **more}
+    shares = {"share_on_time": on_time, "longest_tenth": on_time}
+    return {**base, **figures, **shares, "latencies_s": [], **more}
 
 
 def margin(*rows: dict[str, Any]) -> float | None:
@@ -90,6 +92,38 @@ def test_what_is_above_capacity_is_compared_by_share_with_capped_rivals() -> Non
     assert found["summary"]["overload_vs_best_capped"] == pytest.approx(1.1)
     assert found["summary"]["best_rival_md95"] == pytest.approx(1.0)
     assert found["summary"]["cells_lost_pct"] == 0.0
+
+
+def test_the_luckiest_rival_of_a_cell_is_not_the_one_that_anybody_would_have_chosen() -> None:
+    """Two rivals as good as ours on the whole, each with a lucky half."""
+    rows = [run(OURS, 10.0, latencies_s=[10.0] * 80)]
+    rows += [run("a", 10.0, latencies_s=[*[5.0] * 40, *[20.0] * 40])]
+    rows += [run("b", 10.0, latencies_s=[*[20.0] * 40, *[5.0] * 40])]
+    rows += [run("c", 1.0, latencies_s=[1.0] * 80, grows=True)]
+    assert Results(rows).apart(AT_95) == pytest.approx(2.0)
+    assert summary(Results(rows))["summary"]["best_rival_md95_chosen_apart"] == pytest.approx(2.0)
+    assert Results([run(OURS, 10.0, latencies_s=[10.0] * 80)]).apart(AT_95) is None
+
+
+def test_one_rival_for_all_cells_is_the_best_of_means() -> None:
+    rows = [run(OURS, 50.0, 0.8), run("a", 40.0, 0.8), run("b", 60.0, 0.6)]
+    rows += [run(OURS, 50.0, 0.8, seed=2), run("a", 90.0, 0.2, seed=2), run("b", 60.0, 0.6, seed=2)]
+    found = summary(Results(rows))["summary"]
+    assert found["best_rival_md95_one_rival"] == pytest.approx(1.2)
+    assert found["longest_tenth_vs_best_rival"] == pytest.approx(0.8 / 0.7)
+    assert found["longest_tenth_vs_best_rival_one_rival"] == pytest.approx(0.8 / 0.6)
+
+
+def test_a_cell_is_lost_beyond_noise_only_where_most_draws_say_so() -> None:
+    rng = random.Random(1)
+    ours = [rng.expovariate(0.1) for _ in range(300)]
+    assert surely([0.8 * v for v in ours], ours, 0.95) == -1
+    assert surely([1.2 * v for v in ours], ours, 0.95) == 1
+    other = [rng.expovariate(0.1) for _ in range(300)]
+    assert surely(other, ours, 0.95) == surely(ours, ours, 0.95) == 0
+    rows = [run(OURS, 50.0, latencies_s=ours), run("a", 40.0, latencies_s=[v / 2 for v in ours])]
+    found = summary(Results(rows))["summary"]
+    assert (found["cells_lost_beyond_noise_pct"], found["cells_won_beyond_noise_pct"]) == (100, 0)
 
 
 def test_behind_lists_cells_with_fewer_on_time_where_a_rival_has_half() -> None:
