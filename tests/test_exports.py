@@ -17,7 +17,7 @@ HEAVY = ("vllm", "torch", "triton", "transformers", "aiohttp", "numpy", "openai"
 def in_new_process(code: str) -> Any:
     """Run ``code`` in a fresh interpreter and return the JSON value that it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

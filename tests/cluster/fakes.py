@@ -30,14 +30,14 @@ def fake_cluster(log_dir: Path, *engines: EngineEntry, **more: Any) -> ClusterSp
 
 def ask(url: str) -> dict[str, Any]:
     """Return what a fake server says of itself."""
-    with urllib.request.urlopen(f"{url}/", timeout=5) as response:
+    with urllib.request.urlopen(f"{url}/", timeout=60) as response:
         return dict(json.load(response))
 
 
 def make_die(url: str) -> None:
     """Have a fake server die with code 7."""
     with contextlib.suppress(OSError, http.client.HTTPException):
-        urllib.request.urlopen(urllib.request.Request(f"{url}/die", b""), timeout=5)
+        urllib.request.urlopen(urllib.request.Request(f"{url}/die", b""), timeout=60)
 
 
 def is_alive(pid: int) -> bool:

@@ -262,6 +262,6 @@ def _host(argv: Sequence[str]) -> list[str]:
 
 def _answers(port: int, path: str) -> bool:
     url = f"http://127.0.0.1:{port}{path}"
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10) as answer:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=60) as answer:
         return bool(answer.status == 200)
     return False

@@ -25,6 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+from tests.e2e.programs import ANSWER_S
+
 PRELOADED = (
     "vllm.entrypoints.cli.main",
     "vllm.entrypoints.cli.serve",
@@ -54,7 +56,7 @@ class Forked:
             self._code = self._server.ask({"poll": self.pid})["code"]
         return self._code
 
-    def wait(self, timeout_s: float = 60.0) -> int:
+    def wait(self, timeout_s: float = ANSWER_S) -> int:
         """Wait for the end and return the exit code."""
         deadline = time.monotonic() + timeout_s
         while (code := self.poll()) is None:

@@ -16,7 +16,7 @@ import pytest
 from tests.e2e.forkserver import Forked, ForkServer
 from tests.e2e.programs import Server, Spawned, free_port, small_engine
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 SMALL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # on a CPU: one process less
 COUNT = 40
 

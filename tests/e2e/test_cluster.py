@@ -12,7 +12,7 @@ import yaml
 from tests.cluster.fakes import is_alive
 from tests.e2e.programs import Server, Spawned, small_engine, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def cluster_file(tmp_path: Path, model: str) -> Path:

@@ -12,9 +12,9 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.e2e.forkserver import ForkServer
-from tests.e2e.programs import Server, Spawned, free_port, small_engine, wait_until
+from tests.e2e.programs import ANSWER_S, Server, Spawned, free_port, small_engine, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CALLS = 24
 DONE = re.compile(
@@ -54,7 +54,7 @@ def ask(router: Server, n: int) -> str:
     """Send a call, and return what it was placed on."""
     body = b'{"model": "tiny", "prompt": "SELECT %d", "max_tokens": 40, "ignore_eos": true}' % n
     call = Request(f"{router.url}/v1/completions", body, {"content-type": "application/json"})
-    with urlopen(call, timeout=60) as answer:
+    with urlopen(call, timeout=ANSWER_S) as answer:
         answer.read()
         return str(answer.headers["x-hexgen-engine"])
 

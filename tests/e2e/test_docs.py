@@ -15,7 +15,7 @@ from tests.docs.runner import PageRun, Stand
 from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Server, Spawned, free_port, small_engine
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 RUN = [page for page in PAGES if any(b.language not in ("text", "json") for b in blocks(page))]
 

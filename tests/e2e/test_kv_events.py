@@ -22,7 +22,7 @@ from hexgen_vllm.types import Call
 from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Server, free_port, small_engine
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

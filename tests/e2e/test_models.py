@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.e2e.forkserver import ForkServer
-from tests.e2e.programs import Server, Spawned, free_port, small_engine, wait_until
+from tests.e2e.programs import ANSWER_S, Server, Spawned, free_port, small_engine, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 RANK = 8
@@ -84,7 +84,7 @@ def ask(router: Server, model: str) -> tuple[str, str]:
     body = {"model": model, "prompt": "SELECT", "max_tokens": 12, "temperature": 0}
     data = json.dumps({**body, "ignore_eos": True}).encode()
     call = Request(f"{router.url}/v1/completions", data, {"content-type": "application/json"})
-    with urlopen(call, timeout=60) as answer:
+    with urlopen(call, timeout=ANSWER_S) as answer:
         text = json.loads(answer.read())["choices"][0]["text"]
         return str(answer.headers["x-hexgen-engine"]), str(text)
 

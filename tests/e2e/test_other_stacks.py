@@ -15,7 +15,7 @@ from examples.other_stacks import order
 from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Program, Server, Spawned, free_port, small_engine, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Only with the second one does a stock engine say how many calls it runs at once.
 ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_SERVER_DEV_MODE": "1"}

@@ -20,7 +20,7 @@ from tests.cluster.fakes import is_alive
 from tests.cluster.ray.raylets import ENVIRONMENT, Raylets
 from tests.e2e.programs import Server, Spawned, free_port, small_engine, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 LONG = {"model": "tiny", "prompt": "SELECT", "max_tokens": 300, "ignore_eos": True, "stream": True}
 PACED = (  # steps that mostly sleep leave the cores to engines that start

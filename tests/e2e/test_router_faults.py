@@ -26,7 +26,7 @@ from tests.e2e.fault_proxy import Fault, FaultProxy
 from tests.e2e.forkserver import Forked, ForkServer
 from tests.e2e.programs import START_S, Server, Spawned, free_port, small_engine
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMALL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 QUICK = [
@@ -369,14 +369,20 @@ async def test_flapping(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
 async def test_sigterm_of_the_router_under_load(
     engines: list[Engine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with opened(engines, tmp_path, "--shutdown-timeout=60") as site:
-        running = asyncio.ensure_future(site.load(8, tokens=200))
-        await asyncio.sleep(0.3)
-        pid = site.router.program._process.pid  # type: ignore[attr-defined]
-        os.kill(pid, signal.SIGTERM)
-        while site.router.is_healthy():
-            await asyncio.sleep(0.01)
-        late = await site.call()
+    """One engine is held, so that calls are under way until the late one has its answer."""
+    patient = ("--health-check-timeout-secs=60", "--engine-stall-secs=60",
+               "--lost-stream-timeout-secs=60", "--shutdown-timeout=60")  # fmt: skip
+    async with opened(engines, tmp_path, *patient) as site:
+        engines[0].signal(signal.SIGSTOP)
+        try:
+            running = asyncio.ensure_future(site.load(8, tokens=200))
+            await site.busy(0)
+            os.kill(site.router.program.pid, signal.SIGTERM)
+            while await asyncio.to_thread(site.router.is_healthy):
+                await asyncio.sleep(0.01)
+            late = await site.call()
+        finally:
+            engines[0].signal(signal.SIGCONT)
         assert late == "503 rejected-shutting-down"
         outcomes = Counter(await running)
         assert outcomes == {"answered": 8}
@@ -385,12 +391,13 @@ async def test_sigterm_of_the_router_under_load(
 
 
 async def test_all_engines_down_and_back(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.engines[0].signal(signal.SIGSTOP)  # so that it has calls when it dies
     running = asyncio.ensure_future(site.load(6, tokens=800))
-    await asyncio.sleep(0.3)
+    await site.busy(0)
     for engine in site.engines:
         engine.kill()
     outcomes = Counter(await running)
-    ended = outcomes.pop("answered", 0)  # before they died, on a machine that was late to kill them
+    ended = outcomes.pop("answered", 0)  # at the other, on a machine that was late to kill it
     assert set(outcomes) <= {"event engine-lost", "502 engine-lost", "503 rejected-no-endpoints"}
     assert ended < 6
     refused = Counter(await site.load(4))

@@ -26,7 +26,7 @@ from hexgen_vllm.sim import against
 from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Server, Spawned, free_port
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PACE = {"fast": (0.0123, 1 / 6000), "slow": (0.0369, 1 / 2000)}
 """Seconds of a decode step of one call, and of a prompt token, that the engines are paced to."""

@@ -14,7 +14,7 @@ from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Server, free_port, small_engine
 from tests.router.engines.discovery.dns_server import dns_server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SERVICE = "_http._tcp.engines.llm"
 PACED = (  # so that the stream is still open when the engine is found to be gone

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.forkserver import ForkServer
 from tests.e2e.programs import Server, Spawned, free_port, small_engine, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CALLS = 12
 CALL = {"model": "tiny", "prompt": "SELECT", "max_tokens": 40, "ignore_eos": True}

@@ -21,7 +21,7 @@ FREE, HELD = 31, 26
 """Right answers of the trained model, of 48: some fewer than docs/text2sql.md says."""
 WRITES = ("DELETE FROM loan", "SELECT 1; DROP TABLE loan", "UPDATE loan SET id = 0")
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def server() -> Iterator[StatsServer]:
 
 
 def get(server: StatsServer, path: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=60) as answer:
         text: str = answer.read().decode()
         return text
 
@@ -88,7 +88,7 @@ def test_beyond_this_machine_it_wants_the_key(
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "k")
     server = StatsServer(lambda: SNAPSHOT, 0, host=host)
-    client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         client.request("GET", "/hexgen/stats", headers={"Authorization": shown})
         answer = client.getresponse()

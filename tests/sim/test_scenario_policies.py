@@ -37,7 +37,7 @@ def test_stock_engines_take_no_order_from_us(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_demoted_calls_that_age_while_they_are_left_out_go_on(tmp_path: Path) -> None:
     path = tmp_path / "overload.yaml"
     path.write_text(

@@ -17,7 +17,7 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "replicas.md").read_text(
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(program() is None and "CI" not in os.environ, reason=HINT)
 async def test_nothing_is_lost_when_routers_and_their_store_die() -> None:
     parser = argparse.ArgumentParser()

@@ -140,7 +140,7 @@ def devices(pid: int) -> str:
 def states(port: int) -> dict[str, str]:
     """Return how the engines stand in the router, if it answers."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/workers", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/workers", timeout=60) as answer:
             workers = json.load(answer)["workers"]
     except OSError:
         return {}

@@ -69,7 +69,7 @@ async def test_one_that_dies_while_it_leaves_is_not() -> None:
     await scene.replica.ready
     scene.replica.leaving = True
     scene.ray.ends.set_result("died with exit code 1")
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 60)
     assert (scene.ray.starts, scene.replica.url) == (1, None)
     assert scene.heard == ["a serves", "a is lost"]
 

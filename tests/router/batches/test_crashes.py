@@ -19,7 +19,7 @@ from hexgen_vllm.cluster.processes import free_ports
 from hexgen_vllm.testing.stand import CHAT
 from tests.router.batches.test_batches import jsonl, line
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 Program = asyncio.subprocess.Process
 
 

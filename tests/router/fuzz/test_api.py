@@ -64,7 +64,7 @@ def test_answers_are_as_described(live: Live, operation: schemathesis.APIOperati
         if not keeps_the_engine(case):
             return
         base = f"http://127.0.0.1:{live.router.port}"
-        answer = case.call(base_url=base, headers={"Authorization": f"Bearer {KEY}"}, timeout=10)
+        answer = case.call(base_url=base, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
         case.validate_response(answer, checks=CHECKS)
 
     every()

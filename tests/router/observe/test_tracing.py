@@ -235,7 +235,7 @@ async def test_spans_reach_a_receiver(monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = f"http://127.0.0.1:{port}/v1/traces"
     async with open_stand(otlp_traces_endpoint=endpoint) as stand:
         await ask(stand, SAID)
-    await asyncio.wait_for(runner.cleanup(), 10)
+    await asyncio.wait_for(runner.cleanup(), 60)
     sent = ExportTraceServiceRequest.FromString(bodies[0])
     (resource,) = sent.resource_spans
     service = {one.key: one.value.string_value for one in resource.resource.attributes}
