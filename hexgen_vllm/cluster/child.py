@@ -62,6 +62,7 @@ def run(parent: int, command: list[str]) -> int:
     signal.signal(signal.SIGALRM, lambda number, frame: os.killpg(0, signal.SIGKILL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     status = os.waitpid(program, 0)[1]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that comes now does not change that status
     if os.getppid() != parent:  # nor to clear up after it
         os.killpg(0, signal.SIGKILL)
     return status

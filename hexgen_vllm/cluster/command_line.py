@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from hexgen_vllm import signals
 from hexgen_vllm.cluster.file import load
 from hexgen_vllm.cluster.processes import ProcessFailed
 from hexgen_vllm.cluster.spec import ClusterSpec
@@ -82,37 +82,29 @@ async def run(cluster: Running) -> int:
     Raises:
         ConfigError: what it is to be made of cannot be had.
     """
-    stopped = _stop_signals(cluster)
-    running = asyncio.ensure_future(_start_and_watch(cluster))
-    try:
-        await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if not running.done():
-            running.cancel()
-            await asyncio.wait({running})
-            return 0
-        running.result()
-        return 0
-    except ProcessFailed as error:
-        print(f"{PROG}: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        await cluster.stop()
+    stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-
-def _stop_signals(cluster: Running) -> asyncio.Future[None]:
-    """Return a future that the first SIGINT or SIGTERM completes; the second kills."""
-    loop = asyncio.get_running_loop()
-    stopped: asyncio.Future[None] = loop.create_future()
-
-    def stop() -> None:
+    def on_signal() -> None:
         if stopped.done():
             cluster.kill()
         else:
             stopped.set_result(None)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
-    return stopped
+    with signals.handled(on_signal):
+        running = asyncio.ensure_future(_start_and_watch(cluster))
+        try:
+            await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                running.cancel()
+                await asyncio.wait({running})
+                return 0
+            running.result()
+            return 0
+        except ProcessFailed as error:
+            print(f"{PROG}: {error}", file=sys.stderr, flush=True)
+            return 1
+        finally:
+            await cluster.stop()
 
 
 async def _start_and_watch(cluster: Running) -> None:

@@ -25,7 +25,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from hexgen_vllm import config, descriptors, policy_file
+from hexgen_vllm import config, descriptors, policy_file, signals
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router.http.errors import why
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 
 _LOG = logging.getLogger(__name__)
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 Values = dict[str, Any]
 
 
@@ -154,6 +153,8 @@ def serve_one(options: RouterOptions, dispatch: DispatchOptions, spot: Spot) -> 
     """Be one of several router processes until SIGTERM, or until their parent is gone."""
     import uvloop
 
+    # A terminal sends it to every process; the parent passes it on, so it would count twice.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logs.set_up(options.log_level, options.log_format)
     loop = uvloop.new_event_loop()
     try:
@@ -196,17 +197,11 @@ async def _serve(
     def on_signal() -> None:
         (now if stop.is_set() else stop).set()
 
-    loop = asyncio.get_running_loop()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, on_signal)
     parent = multiprocessing.parent_process()
     if spot is not None and parent is not None:
-        loop.add_reader(parent.sentinel, stop.set)
-    try:
+        asyncio.get_running_loop().add_reader(parent.sentinel, stop.set)
+    with signals.handled(on_signal, signals.ENDING if spot is None else (signal.SIGTERM,)):
         await _run_until(stop, now, Router(options, dispatch, spot=spot))
-    finally:
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
 
 
 async def _run_until(stop: asyncio.Event, now: asyncio.Event, router: Router) -> None:

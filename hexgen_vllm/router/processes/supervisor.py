@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
-import signal
 import socket
 import tempfile
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 from typing import Any, Final
 
+from hexgen_vllm import signals
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router.http.errors import why
@@ -20,7 +20,6 @@ from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.processes.spot import Spot
 
 _LOG = logging.getLogger(__name__)
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _LOOK_S: Final = 0.1
 _PAUSE_S: Final = 1.0  # before a process is started again
 CANNOT_START: Final = 3
@@ -49,10 +48,8 @@ class Processes:
         Raises:
             ConfigError: the address cannot be had, or a process could not start.
         """
-        loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self._on_signal)
         with (
+            signals.handled(self._on_signal),
             tempfile.TemporaryDirectory(prefix="hexgen-router-") as folder,
             self._reserved() as held,
         ):

@@ -257,14 +257,18 @@ def _runs(pid: int) -> bool:
         return False
 
 
-async def test_sigterm_finishes_what_every_process_has_accepted() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_finishes_what_every_process_has_accepted(number: signal.Signals) -> None:
     async with FakeServer(FakeSettings(step_s=0.01)) as engine, started(engine.url) as router:
         streams = [
             await router.post(f"w{i}", max_tokens=60, stream=True).__aenter__() for i in range(6)
         ]
         for stream in streams:
             await stream.content.readline()
-        router.parent.send_signal(signal.SIGTERM)
+        if number is signal.SIGINT:  # Ctrl-C at a terminal is for all of them
+            for pid in router.children():
+                os.kill(pid, number)
+        router.parent.send_signal(number)
         for stream in streams:
             assert (await stream.read()).endswith(b"data: [DONE]\n\n")
         assert await router.parent.wait() == 0
