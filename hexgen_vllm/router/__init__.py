@@ -15,7 +15,7 @@
     service     drives policy.coordinator with asyncio and a real clock
     observe/    ledger, logs, traces, recent workflows
     access      keys, origins, TLS; tenants: whose keys they are
-    conventions what other projects call our headers
+    foreign     what a request says in words of other projects; words: which those are
     errors      every way in which a call ends
     options     the command line's; addresses: hosts and ports
     http/       the router's own HTTP server and client; knows nothing of the router

@@ -34,12 +34,12 @@ from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.policy.claims import Ceiling
 from hexgen_vllm.router import errors
 from hexgen_vllm.router.context import Context
-from hexgen_vllm.router.conventions import CLASSES
 from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT, Request
 from hexgen_vllm.router.http.server import Handle, Server
 from hexgen_vllm.router.observe.families import counter, gauge
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.tenants import DEFAULT_TENANT, Client
+from hexgen_vllm.router.words import CLASSES
 
 _PIECE_BYTES: Final = 2**18
 _MOST_UNKNOWN: Final = 256  # calls in flight where engines do not say what they can run

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from hexgen_vllm import wire
-from hexgen_vllm.router import conventions
+from hexgen_vllm.router import words
 from hexgen_vllm.router.routes import public
 from hexgen_vllm.router.status import pages
 from tools.reference.markdown import code, table
@@ -65,9 +65,9 @@ def _headers() -> str:
 def _words() -> str:
     read = [
         (word.meaning.value, word.place.value, code(word.name), word.form.text, word.of)
-        for word in conventions.WORDS
+        for word in words.WORDS
     ]
-    left = [(code(name), why) for name, why in conventions.LEFT.items()]
+    left = [(code(name), why) for name, why in words.LEFT.items()]
     return (
         "Read where none of our own names says the same. Of the words with one meaning the first "
         "of this table that can be read counts, but of timeouts the shortest; a deadline goes "

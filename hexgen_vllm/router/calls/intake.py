@@ -18,7 +18,7 @@ import msgspec
 from hexgen_vllm import wire
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.policy.claims import MAX_PRIORITY
-from hexgen_vllm.router import conventions
+from hexgen_vllm.router import foreign as others
 from hexgen_vllm.router.calls.prompt import (
     Prompt,
     TokenRatios,
@@ -26,8 +26,8 @@ from hexgen_vllm.router.calls.prompt import (
     read_prompt,
 )
 from hexgen_vllm.router.calls.transcript import Terms, terms_of
-from hexgen_vllm.router.conventions import Foreign
 from hexgen_vllm.router.endpoints import Endpoint
+from hexgen_vllm.router.foreign import Foreign
 from hexgen_vllm.router.http.messages import LARGE_BYTES, HeaderMap, Pairs, aside
 from hexgen_vllm.router.tenants import ANYBODY, Client
 from hexgen_vllm.types import LONE, NO_DEADLINE, Call
@@ -245,7 +245,7 @@ class Intake:
         """
         parsed = await parsed_aside(endpoint, names, raw)
         body = _read_body(endpoint, names, raw) if parsed is None else parsed.body
-        own, foreign = _said(names, body).workflow_id, conventions.read(names, body)
+        own, foreign = _said(names, body).workflow_id, others.read(names, body)
         # All of a tree belong to one process.
         return foreign.root_id or foreign.parent_id or own or foreign.session_id
 
@@ -280,7 +280,7 @@ class Intake:
         body = _read_body(endpoint, names, raw) if parsed is None else parsed.body
         model = _model(body, default_model)
         said = _said(names, body)
-        foreign = conventions.read(names, body, raw if endpoint.generates else b"")
+        foreign = others.read(names, body, raw if endpoint.generates else b"")
         if parsed is None:
             prompt = read_prompt(body, endpoint.prompt_fields)
             kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw
@@ -326,7 +326,7 @@ class Intake:
         Raises:
             BadRequest: one of our headers has a bad value.
         """
-        return wire.from_headers(names).tenant or conventions.read(names, {}).tenant
+        return wire.from_headers(names).tenant or others.read(names, {}).tenant
 
     def _call(
         self,

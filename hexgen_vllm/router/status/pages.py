@@ -19,13 +19,13 @@ from aiohttp import web
 from hexgen_vllm import __version__, wire
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router.context import Context
-from hexgen_vllm.router.conventions import as_id
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.route import PAGE_PATH, Access, Route, Topic
 from hexgen_vllm.router.status.demand import DemandCollector
 from hexgen_vllm.router.status.overview import Overview, UiPage, worker_view
 from hexgen_vllm.router.tuning import SearchFailed, fleet_text
+from hexgen_vllm.router.words import as_id
 
 _OBJECT: Final[_Json] = {"type": "object"}
 _NUMBER: Final[_Json] = {"type": "number", "exclusiveMinimum": 0}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexgen_vllm import wire
-from hexgen_vllm.router import conventions
+from hexgen_vllm.router import words
 from hexgen_vllm.router.endpoints import ENDPOINTS
 from tests.router.fuzz.budget import budget
 from tests.router.fuzz.live import CHAT, Answer, Live
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 NAMES = sorted({
     *(wire.header_name(field) for field in wire.FIELDS), "baggage",
-    *(word.name for word in conventions.WORDS if word.place is conventions.WordPlace.HEADER),
+    *(word.name for word in words.WORDS if word.place is words.WordPlace.HEADER),
     "x-hexgen-unknown", "x-acme-session-id", "x-request-id", "traceparent",
     "tracestate", "x-correlation-id", "x-data-parallel-rank", "authorization", "content-type",
     "accept", "accept-encoding", "cookie", "forwarded", "x-forwarded-for", "te", "connection",
@@ -41,7 +41,7 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
-AGENT = [word.name.rpartition(".")[2] for word in conventions.WORDS if "agentic" in word.name]
+AGENT = [word.name.rpartition(".")[2] for word in words.WORDS if "agentic" in word.name]
 FIELDS = st.sampled_from((
     "model", "messages", "prompt", "input", "system", "instructions", "tools", "max_tokens",
     "max_completion_tokens", "max_output_tokens", "stream", "stream_options", "n", "priority",

@@ -9,22 +9,30 @@ from typing import Any
 import pytest
 
 from hexgen_vllm import wire
-from hexgen_vllm.router import conventions
-from hexgen_vllm.router.conventions import (
+from hexgen_vllm.router import foreign
+from hexgen_vllm.router.foreign import Foreign
+from hexgen_vllm.router.words import (
+    ANY_VENDOR,
     LEFT,
-    SESSION_HEADERS,
     WORDS,
-    Foreign,
     Meaning,
     Word,
     WordPlace,
+    as_id,
 )
+
+SESSION_HEADERS = [
+    word.name
+    for word in WORDS
+    if word.meaning is Meaning.SESSION and word.place is WordPlace.HEADER
+    if word.name != ANY_VENDOR
+]
 
 
 def read(headers: dict[str, str] | None = None, body: dict[str, Any] | None = None) -> Foreign:
     lower = {name.lower(): value for name, value in (headers or {}).items()}
     raw = json.dumps(body or {}, default=str).encode()
-    return conventions.read(lower, body or {}, raw)
+    return foreign.read(lower, body or {}, raw)
 
 
 def agent(**fields: Any) -> dict[str, Any]:
@@ -202,7 +210,7 @@ SAMPLES: list[tuple[dict[str, str], dict[str, Any], Foreign]] = [
     (
         {},
         agent(program_id="c", parent_program_id="a b", blocks_parent="true"),
-        Foreign(session_id="c", parent_id=conventions.as_id("a b")),
+        Foreign(session_id="c", parent_id=as_id("a b")),
     ),
     (
         {},
@@ -220,7 +228,7 @@ SAMPLES: list[tuple[dict[str, str], dict[str, Any], Foreign]] = [
     (
         {"baggage": "a=1, gen_ai.conversation.id = c%201;p=2 ,gen_ai.agent.name=planner"},
         {},
-        Foreign(session_id=conventions.as_id("c 1"), agent="planner"),
+        Foreign(session_id=as_id("c 1"), agent="planner"),
     ),
     (
         {"baggage": "session.id=b,hexgen.tenant=acme", "x-session-id": "h"},
@@ -333,14 +341,14 @@ def test_marks_on_parts_of_a_prompt(
     body: dict[str, Any], keep_s: float | None, indent: int | None
 ) -> None:
     raw = json.dumps(body, indent=indent).encode()
-    assert conventions.read({}, body, raw).keep_s == keep_s
+    assert foreign.read({}, body, raw).keep_s == keep_s
 
 
 def test_of_many_marks_few_are_looked_at() -> None:
     many = {"messages": [{"content": [marked()] * 1000 + [marked("1h")]}]}
-    assert conventions.read({}, many, json.dumps(many).encode()).keep_s == 300.0
+    assert foreign.read({}, many, json.dumps(many).encode()).keep_s == 300.0
     broken = b'{"cache_control" ' * 100_000
-    assert conventions.read({}, {}, broken) == Foreign()
+    assert foreign.read({}, {}, broken) == Foreign()
 
 
 def test_engines_read_an_agentic_context_as_the_router_does() -> None:
