@@ -42,7 +42,7 @@ COMPILED_FOLDERS = (
     "router/calls", "router/engines", "router/http", "router/observe",
 )  # fmt: skip
 COMPILED_FILES = (
-    "clock", "types", "wire", "sim/simulator",
+    "clock", "keys", "types", "wire", "sim/simulator",
     "router/access", "router/app", "router/context", "router/endpoints", "router/errors",
     "router/relay", "router/service",
 )  # fmt: skip

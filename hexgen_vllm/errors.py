@@ -9,6 +9,10 @@ HexgenError
 
 from __future__ import annotations
 
+from typing import Any, Final
+
+_KINDS: Final = {401: "authentication_error", 429: "rate_limit_error"}
+
 
 class HexgenError(Exception):
     """Base of every error this package raises on purpose."""
@@ -61,3 +65,11 @@ class Refused(HexgenError):  # noqa: N818 - an answer, not a defect
 
 class UnsupportedVLLM(HexgenError, RuntimeError):  # noqa: N818
     """The installed vLLM is outside the supported range or lacks a seam we need."""
+
+
+def error_object(
+    message: str, status: int, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return the OpenAI error object of an answer with that HTTP status."""
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

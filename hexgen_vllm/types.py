@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import enum
 import math
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +22,16 @@ OF: Final = " of "
 """Between the name of a thing and the tenant to whom it belongs; neither has blanks."""
 LONE: Final = "lone "
 """How the id of a workflow begins that is one call without a workflow; no client can send it."""
+SLACK_BOUNDS_S: Final = (-60.0, -10.0, -5.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the buckets in which calls are counted by slack; one more has the rest."""
+
+
+def slack_counts(slacks_s: Iterable[float]) -> list[int]:
+    """Return how many calls have a slack in each bucket of :data:`SLACK_BOUNDS_S`, then above."""
+    counts = [0] * (len(SLACK_BOUNDS_S) + 1)
+    for slack_s in slacks_s:
+        counts[bisect_left(SLACK_BOUNDS_S, slack_s)] += 1
+    return counts
 
 
 @dataclass(init=False, slots=True, unsafe_hash=True)

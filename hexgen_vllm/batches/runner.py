@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 import sqlite3
@@ -32,6 +33,8 @@ from hexgen_vllm.batches.lines import (
 )
 from hexgen_vllm.batches.store import Answered, BatchJob, Disk
 from hexgen_vllm.clock import SystemClock, unix_s
+from hexgen_vllm.errors import error_object
+from hexgen_vllm.tasks import woken
 
 _LOG = logging.getLogger(__name__)
 _CLOCK: Final = SystemClock()
@@ -298,7 +301,7 @@ class Runner:
                     await self._look()
                 except (OSError, sqlite3.Error) as error:
                     _LOG.error("batches cannot be read: %s", error)
-                await self._rest()
+                await woken(self._woken, _LOOK_S)
         finally:
             tasks = [*self._works.values(), *helpers]
             for task in tasks:
@@ -306,15 +309,6 @@ class Runner:
             await asyncio.wait(tasks, timeout=_CLOSE_S)
             if self.leads and self._dies_with:  # it ends in order: no request is to blame
                 await self._disk.do(self._disk.store.forget_begun)
-
-    async def _rest(self) -> None:
-        """Wait for a while, or until woken; ``wait_for`` could lose a cancellation meanwhile."""
-        woken = asyncio.ensure_future(self._woken.wait())
-        try:
-            await asyncio.wait((woken,), timeout=_LOOK_S)
-        finally:
-            woken.cancel()
-        self._woken.clear()
 
     async def _tick(self) -> None:
         while True:
@@ -558,10 +552,9 @@ class Runner:
 
 
 _NO_MORE: Final = object()
-_BROKEN: Final = (
-    b'{"error":{"message":"The connection broke off.","type":"server_error","param":null,'
-    b'"code":"connection_lost"}}'
-)
+_BROKEN: Final = json.dumps(
+    error_object("The connection broke off.", 500, code="connection_lost")
+).encode()
 
 
 class _Wrong:

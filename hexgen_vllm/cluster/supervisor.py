@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -17,6 +17,7 @@ from hexgen_vllm.cluster import commands
 from hexgen_vllm.cluster.processes import Process, free_ports, keep, wait_healthy
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.tasks import together
 
 ROUTER_EXIT_S: Final = 3.0
 """What a router gets on top of the grace, all of which it gives to calls in flight."""
@@ -133,7 +134,7 @@ class Cluster(Running):
         """
         self._session = aiohttp.ClientSession()
         waits = [self._start_engine(entry) for entry in self.spec.engines]
-        await all_or_first_error(waits)
+        await together(waits)
         if self.spec.router is not None:
             await self.replace_router(self.spec.router)
 
@@ -187,7 +188,7 @@ class Cluster(Running):
         """
         if not self.processes:  # only servers of others: there is nobody to watch
             await asyncio.Event().wait()
-        await all_or_first_error(self._keep(process) for process in self.processes)
+        await together(self._keep(process) for process in self.processes)
 
     async def _keep(self, process: Process) -> None:
         if self.spec.restart:
@@ -220,14 +221,3 @@ def base_url(host: str, port: int) -> str:
     """Return the URL of a server that listens on ``host``; one that listens on all is local."""
     reached = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
-
-
-async def all_or_first_error(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run ``jobs`` until all are done or one fails; the others are cancelled then."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

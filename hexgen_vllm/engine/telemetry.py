@@ -8,13 +8,10 @@ overlapping steps.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Final
 
-from hexgen_vllm.engine.requests import CallState
 from hexgen_vllm.engine.server.middleware import exposition
 from hexgen_vllm.policy.cost import (
     CostFit,
@@ -22,19 +19,15 @@ from hexgen_vllm.policy.cost import (
     StepShape,
     is_sampled,
 )
+from hexgen_vllm.types import SLACK_BOUNDS_S, slack_counts
 
 __all__ = [
-    "SLACK_BOUNDS_S",
     "Counters",
     "StepMeter",
     "exposition",
-    "slack_histogram",
     "snapshot",
     "step_shape",
 ]
-
-SLACK_BOUNDS_S: Final = (-60.0, -10.0, -5.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the slack buckets; one more bucket holds the rest."""
 
 _WEIGHT: Final = 0.05
 _DECAY: Final = 0.99
@@ -175,14 +168,6 @@ class Counters:
         self.recomputed_tokens = 0
 
 
-def slack_histogram(calls: Iterable[CallState], now: float) -> list[int]:
-    """Return how many calls have a slack in each bucket of :data:`SLACK_BOUNDS_S`, then above."""
-    counts = [0] * (len(SLACK_BOUNDS_S) + 1)
-    for call in calls:
-        counts[bisect_left(SLACK_BOUNDS_S, call.latest_start_s - now)] += 1
-    return counts
-
-
 def snapshot(scheduler: Any, now: float) -> dict[str, Any]:
     """Return the telemetry of an :class:`UrgencyScheduler` as plain JSON values.
 
@@ -215,5 +200,5 @@ def snapshot(scheduler: Any, now: float) -> dict[str, Any]:
         "length_error": scheduler.hexgen_book.outlooks.error,
         "prefill_share": meter.prefill_share(),
         "slack_bounds_s": list(SLACK_BOUNDS_S),
-        "slack_counts": slack_histogram(calls, now),
+        "slack_counts": slack_counts(call.latest_start_s - now for call in calls),
     }

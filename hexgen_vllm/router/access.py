@@ -14,6 +14,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.keys import bearer, digest
 from hexgen_vllm.policy.claims import MAX_PRIORITY, Ceiling
 from hexgen_vllm.router import errors
 from hexgen_vllm.router.http.messages import Request
@@ -24,7 +25,6 @@ from hexgen_vllm.router.tenants import (
     ANYBODY,
     DEFAULT_TENANT,
     Client,
-    digest,
     read_keys,
 )
 
@@ -82,8 +82,7 @@ class Cors:
 class Keys:
     """Checks keys, and says whose they are.
 
-    Only digests of keys are kept, and looked up by digest: how long that takes tells nothing of a
-    key that came close.
+    Only digests of keys are kept, and looked up.
 
     Attributes:
         wanted: whether clients need a key.
@@ -176,10 +175,8 @@ def _ceiling(options: RouterOptions, max_priority: int) -> Ceiling:
 
 def shown_keys(names: Mapping[str, str]) -> list[str]:
     """Return the keys that a request shows, from its headers by lower-case name."""
-    scheme, _, key = names.get("authorization", "").strip().partition(" ")
-    shown = [key.strip()] if scheme.lower() == "bearer" else []
-    other = names.get(KEY_HEADER, "").strip()
-    return [key for key in (*shown, other) if key]
+    shown = bearer(names.get("authorization", "")), names.get(KEY_HEADER, "").strip()
+    return [key for key in shown if key]
 
 
 def _no_key(text: str) -> web.Response:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from aiohttp import web
 
-from hexgen_vllm.errors import BadRequest, HexgenError, Refused
+from hexgen_vllm.errors import BadRequest, HexgenError, Refused, error_object
 from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SERVER, Request
 
 
@@ -186,18 +186,6 @@ def refused(outcome: Outcome, message: str | None = None, *, retry_after_s: floa
     ending = outcome.ending
     text = ending.message if message is None else message
     return Refused(text, reason=outcome.value, status=ending.status, retry_after_s=retry_after_s)
-
-
-def _kind(status: int) -> str:
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-
-
-def error_object(
-    message: str, status: int, *, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """Return the OpenAI error object."""
-    return {"error": {"message": message, "type": _kind(status), "param": param, "code": code}}
 
 
 def error_response(

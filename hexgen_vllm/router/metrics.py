@@ -40,10 +40,8 @@ from hexgen_vllm.router.observe.families import PREFIX, counter, gauge
 from hexgen_vllm.router.observe.ledger import OTHER, BoundedNames, Ledger, Outcomes
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.tune.online import EVENTS, OnlineTuner
-from hexgen_vllm.types import Call, CallResult
+from hexgen_vllm.types import SLACK_BOUNDS_S, Call, CallResult, slack_counts
 
-SLACK_BOUNDS_S: Final = (-60.0, -10.0, -5.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the slack buckets, seconds; one more bucket holds the rest."""
 RISKY_SHARE: Final = 0.1
 """A workflow with less slack than this share of its budget is at risk."""
 BOUNDS_S: Final = [
@@ -114,14 +112,6 @@ def by_workflow(found: Iterable[Margin]) -> list[Margin]:
     return sorted(worst.values(), key=lambda one: one.slack_s)
 
 
-def histogram(found: Iterable[Margin]) -> list[int]:
-    """Return how many calls fall into each bucket of :data:`SLACK_BOUNDS_S`."""
-    counts = [0] * (len(SLACK_BOUNDS_S) + 1)
-    for one in found:
-        counts[bisect_left(SLACK_BOUNDS_S, one.slack_s)] += 1
-    return counts
-
-
 class Pressure(Collector):
     """Reads open calls."""
 
@@ -133,7 +123,7 @@ class Pressure(Collector):
         coordinator, now = self._service.coordinator, self._service.clock.now()
         found = list(margins(coordinator, now))
         bounds = [*(f"{bound:g}" for bound in SLACK_BOUNDS_S), "+Inf"]
-        counts = accumulate(histogram(found))
+        counts = accumulate(slack_counts(one.slack_s for one in found))
         yield gauge("slack_calls", "Open calls with at most le seconds of slack", ("le",),
                     (((b,), n) for b, n in zip(bounds, counts, strict=True)))  # fmt: skip
         risky = [one for one in by_workflow(found) if one.at_risk]

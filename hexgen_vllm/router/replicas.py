@@ -23,7 +23,7 @@ import logging
 import math
 import random
 import secrets
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -38,6 +38,7 @@ from hexgen_vllm.policy.workflow import SeenCall
 from hexgen_vllm.router.observe.families import counter, gauge
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.service import Service
+from hexgen_vllm.tasks import together
 from hexgen_vllm.types import StepCost
 
 INTERVAL_S: Final = 0.025
@@ -246,7 +247,8 @@ class Replicas:
         async with store.pubsub() as pubsub:
             await pubsub.subscribe(self._channel)
             self._workflows.share()
-            await _first_failure(self._listen(pubsub), self._publish(store), self._catch_up(store))
+            parts = self._listen(pubsub), self._publish(store), self._catch_up(store)
+            await together(parts)
 
     async def _compare_clocks(self, store: Any) -> None:
         best_s = math.inf
@@ -550,14 +552,3 @@ def _error() -> type[Exception]:
 async def _closed(store: Any) -> None:
     with contextlib.suppress(OSError, asyncio.TimeoutError, _error()):
         await store.aclose()
-
-
-async def _first_failure(*parts: Awaitable[None]) -> None:
-    """Run ``parts`` together; when one fails, end the others and raise that."""
-    tasks = [asyncio.ensure_future(part) for part in parts]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

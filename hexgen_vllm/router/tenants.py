@@ -24,7 +24,6 @@ when there is one. Without keys everybody is in one trust domain: tenants are wh
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable
@@ -36,8 +35,9 @@ import msgspec
 
 from hexgen_vllm import wire
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.keys import digest
 from hexgen_vllm.policy.claims import MAX_PRIORITY, Ceiling
-from hexgen_vllm.router.conventions import CLASSES, as_id
+from hexgen_vllm.router.words import CLASSES, as_id
 from hexgen_vllm.types import OF
 from hexgen_vllm.yaml_files import (
     Key,
@@ -178,11 +178,6 @@ class KeyFile(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen
     """
 
     keys: tuple[KeyEntry, ...]
-
-
-def digest(key: str) -> bytes:
-    """Return what is kept of a key."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def read_keys(path: Path) -> KeyFile:

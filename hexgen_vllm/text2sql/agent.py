@@ -10,7 +10,8 @@ from openai import AsyncOpenAI, OpenAIError
 
 from hexgen_vllm.client import Workflow
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.text2sql.calls import Caller, Sampling, TokenUsage, together
+from hexgen_vllm.tasks import together
+from hexgen_vllm.text2sql.calls import Caller, Sampling, TokenUsage
 from hexgen_vllm.text2sql.candidates import CandidateQuery, QueryWriter
 from hexgen_vllm.text2sql.choosing import agreed, choose
 from hexgen_vllm.text2sql.database import Database

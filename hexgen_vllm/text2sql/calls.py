@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import zlib
-from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
 
@@ -14,8 +11,6 @@ from hexgen_vllm.client import Workflow
 from hexgen_vllm.text2sql.grammar import Grammar
 from hexgen_vllm.text2sql.prompts import ChatPrompt
 from hexgen_vllm.text2sql.replies import without_thought
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,14 +104,3 @@ class Caller:
     def _seed(self, where: str) -> dict[str, int]:
         seed = self._sampling.seed
         return {} if seed is None else {"seed": zlib.crc32(f"{seed}/{where}".encode())}
-
-
-async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run ``jobs`` at once and return their results; when one fails, none of them goes on."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hexgen_vllm.tasks import together
 from hexgen_vllm.text2sql import grammar, prompts, replies
-from hexgen_vllm.text2sql.calls import Caller, together
+from hexgen_vllm.text2sql.calls import Caller
 from hexgen_vllm.text2sql.candidates import CandidateQuery
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.matching import same_rows

@@ -31,6 +31,7 @@ from hexgen_vllm.cluster import commands
 from hexgen_vllm.cluster.processes import Process, free_ports, keep, wait_healthy
 from hexgen_vllm.cluster.spec import ClusterSpec, RouterEntry
 from hexgen_vllm.cluster.supervisor import ROUTER_EXIT_S, base_url
+from hexgen_vllm.tasks import woken
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=20.0)
 _GONE: Final = 404
@@ -177,12 +178,9 @@ class Roster:
     async def keep(self) -> None:
         """Keep the router informed until cancelled."""
         while True:
-            self._changed.clear()
             with contextlib.suppress(RouterAway):
                 await self.compare()
-            wait = asyncio.ensure_future(self._changed.wait())
-            await asyncio.wait({wait}, timeout=INTERVAL_S)
-            wait.cancel()
+            await woken(self._changed, INTERVAL_S)
 
     async def compare(self) -> None:
         """Tell the router what it has wrong.

@@ -19,8 +19,9 @@ from hexgen_vllm.cluster.ray.engines import EngineGroup, Replica
 from hexgen_vllm.cluster.ray.nodes import Library
 from hexgen_vllm.cluster.ray.router import Roster, RouterClient, RouterProcess, Unlisted
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry
-from hexgen_vllm.cluster.supervisor import Running, all_or_first_error
+from hexgen_vllm.cluster.supervisor import Running
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.tasks import together
 
 _LOOK_S: Final = 0.2
 _NODES_S: Final = 1.0
@@ -105,7 +106,7 @@ class RayCluster(Running):
             group.resize(group.entry.placement.min_replicas, lambda name: 0)
         waits = [_done(r.ready) for group in self._groups for r in group.staying]
         others = [self._healthy(entry) for entry in self.spec.engines if entry.url is not None]
-        await all_or_first_error([*waits, *others])
+        await together([*waits, *others])
         while not self._roster.settled:
             await asyncio.sleep(_LOOK_S)
         if client is not None and self._options.autoscale and self._bounds_differ():

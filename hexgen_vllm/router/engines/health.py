@@ -37,6 +37,7 @@ from hexgen_vllm.router.engines.telemetry import Telemetry
 from hexgen_vllm.router.errors import Outcome
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.router.service import Service
+from hexgen_vllm.tasks import woken
 from hexgen_vllm.types import EngineKind, EngineReport, EngineState
 
 _LOG = logging.getLogger(__name__)
@@ -170,21 +171,12 @@ class Watcher:
         A cancellation that meets a timeout in a library can get lost.
         """
         while self._is_there():
-            self._wake.clear()
             try:
                 delay_s = await self.turn()
             except Exception:  # whatever it was, an engine must not go unwatched
                 _LOG.exception("watching failed engine=%s", self._engine.name)
                 delay_s = _DOWN_INTERVAL_S
-            await self._sleep(delay_s)
-
-    async def _sleep(self, seconds: float) -> None:
-        """Wait until ``seconds`` have passed or somebody suspects the engine."""
-        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
-        try:
-            await self._wake.wait()
-        finally:
-            timer.cancel()
+            await woken(self._wake, delay_s)
 
     async def turn(self) -> float:
         """Do what is due; return the seconds until the next turn."""

@@ -25,15 +25,13 @@ from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.http.messages import Request
 from hexgen_vllm.router.metrics import (
-    SLACK_BOUNDS_S,
     USED,
     Margin,
     by_workflow,
-    histogram,
     margins,
 )
 from hexgen_vllm.router.observe.ledger import PERIOD_S, PERIODS
-from hexgen_vllm.types import Decision, EngineState, Placement
+from hexgen_vllm.types import SLACK_BOUNDS_S, Decision, EngineState, Placement, slack_counts
 
 SHOWN_WORKFLOWS: Final = 20
 SHOWN_DECISIONS: Final = 30
@@ -83,7 +81,10 @@ class Overview:
                 "demoted": sum(one.entry.run.background for one in worst),
                 "shown": [_workflow(one, now) for one in risky[:SHOWN_WORKFLOWS]],
             },
-            "slack": {"bounds_s": SLACK_BOUNDS_S, "calls": histogram(found)},
+            "slack": {
+                "bounds_s": SLACK_BOUNDS_S,
+                "calls": slack_counts(one.slack_s for one in found),
+            },
             "ended": self._ended(now),
             "tenants": self._tenants(found, now),
             "recent": [_ended_lately(one, now) for one in metrics.accounts.recent(SHOWN_ENDED)],
