@@ -154,7 +154,7 @@ demo: env
 # The model is examples/text2sql/model, made by `python -m examples.text2sql.train`.
 agent-demo: env
 	$(PY) -m examples.text2sql.hostile
-	$(PY) -m examples.text2sql --compare --users 96 --rate 2.5 --warmup 4 --deadline-s 5 \
+	$(PY) -m examples.text2sql --compare --users 96 --rate 2 --warmup 4 --deadline-s 5 \
 	  --max-rounds 2 --max-tokens 200 --same-effort --out out/agent
 
 # An instruct model of 135M weights, served by our engine: 93 MB of package, 540 MB of weights.

@@ -139,9 +139,15 @@ class DemoOptions:
             peer.find(self.vllm_router)
 
 
-def engine_entry(options: DemoOptions, fleet: DemoFleet, device: str) -> EngineEntry:
-    """Return the engine of ``fleet`` that emulates ``device``."""
-    additional: dict[str, Any] = {"hexgen_pace": DEVICES[device]}
+def engine_entry(
+    options: DemoOptions, fleet: DemoFleet, device: str, slower: float = 1.0
+) -> EngineEntry:
+    """Return the engine of ``fleet`` that emulates ``device``, so many times slower."""
+    pace = {
+        name: value / slower if name.endswith("_per_s") else value * slower
+        for name, value in DEVICES[device].items()
+    }
+    additional: dict[str, Any] = {"hexgen_pace": pace}
     if fleet.order is not None:
         additional["hexgen"] = {"order": fleet.order, "default_deadline_s": options.deadline_s}
     return EngineEntry(

@@ -97,10 +97,11 @@ def styles(policies: Sequence[str]) -> dict[str, int]:
     It is its own, or that of the policy it is a variant of (``paper a=0.2`` of ``paper``), or
     the first one left if another has that. No two of 49 look alike (:func:`look`).
     """
+    owns = {name: STYLES.get(name, STYLES.get(name.partition(" ")[0], -1)) for name in policies}
     chosen: dict[str, int] = {}
-    for policy in sorted(policies, key=lambda name: name not in STYLES):
+    for policy in sorted(policies, key=lambda name: (name not in STYLES, owns[name] < 0)):
         free = (n for n in itertools.count() if n not in chosen.values())
-        own = STYLES.get(policy, STYLES.get(policy.partition(" ")[0], -1))
+        own = owns[policy]
         taken = own < 0 or own in chosen.values()
         chosen[policy] = next(free) if taken else own
     return chosen

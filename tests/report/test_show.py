@@ -142,6 +142,7 @@ def test_variants_look_like_their_policy_while_they_can() -> None:
     found = styles(["paper a=0.2", "slack", "paper a=0.4", "paper"])
     assert found == {"paper": 4, "slack": 0, "paper a=0.2": 1, "paper a=0.4": 2}
     assert styles(["round_robin+fcfs", "paper a=0.1"])["paper a=0.1"] == STYLES["paper"]
+    assert styles(["another", "slack (73% right)"]) == {"slack (73% right)": 0, "another": 1}
 
 
 def test_no_two_of_many_look_alike() -> None:
