@@ -543,6 +543,11 @@ class DispatchOptions:
         least=-1,
         tuned=Tuned(0, 16, ("slack",)),
     )
+    kv_transfer_rate: float = option(
+        50_000.0,
+        "tokens per second of KV that reach an engine of role decode, until it has shown it",
+        least=1.0,
+    )
     default_deadline_s: float = option(
         60.0, "deadline of workflows that bring none, seconds", least=1e-3
     )

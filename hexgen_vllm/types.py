@@ -64,6 +64,7 @@ class Call:
             in none. It is ``workflow_id`` where those above wait for it.
         resume_s: hint of the client: seconds from its end to the next call of the workflow; 0 if
             none is expected.
+        whole: one engine must compute both its prompt and its answer.
     """
 
     call_id: str
@@ -88,6 +89,7 @@ class Call:
     taught_by: str
     root: str | None
     resume_s: float | None
+    whole: bool
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -114,7 +116,9 @@ class Call:
         taught_by: str = "",
         root: str | None = None,
         resume_s: float | None = None,
+        whole: bool = False,
     ) -> None:
+        self.whole = whole
         self.engine, self.taught_by = engine, taught_by
         self.root, self.resume_s = root, resume_s
         self.call_id, self.workflow_id, self.arrived_s = call_id, workflow_id, arrived_s
@@ -140,6 +144,14 @@ class EngineKind(enum.Enum):
     FCFS = "fcfs"  # stock vLLM: takes nothing
 
 
+class Role(enum.Enum):
+    """What part of a call an engine is there for."""
+
+    BOTH = "both"
+    PREFILL = "prefill"  # computes prompts, for others to answer
+    DECODE = "decode"  # goes on from KV that others computed
+
+
 class EngineState(enum.Enum):
     """Whether an engine gets new calls."""
 
@@ -162,6 +174,7 @@ class EngineSpec:
         max_num_batched_tokens: tokens of a step, ``None`` when unknown.
         max_model_len: tokens of the longest prompt with its output, ``None`` when unknown.
         speed: relative speed for rules that weigh by it, ``None`` to go by what is measured.
+        role: what part of a call it is there for.
     """
 
     engine_id: str
@@ -172,6 +185,7 @@ class EngineSpec:
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     speed: float | None = None
+    role: Role = Role.BOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +276,7 @@ class Placement:
         priority_key: what stock engines with priorities are told, the smallest first; ``None`` for
             ``due_s``.
         decode_s: predicted seconds from its first token to its last.
+        prefill: where its prompt is computed first, if another engine is to do that.
     """
 
     call_id: str
@@ -277,6 +292,7 @@ class Placement:
     background: bool
     priority_key: float | None
     decode_s: float
+    prefill: Placement | None
 
     def __init__(  # noqa: PLR0913 - one for each attribute
         self,
@@ -294,7 +310,9 @@ class Placement:
         background: bool = False,
         priority_key: float | None = None,
         decode_s: float = 0.0,
+        prefill: Placement | None = None,
     ) -> None:
+        self.prefill = prefill
         self.call_id, self.engine_id, self.reason = call_id, engine_id, reason
         self.priority_key, self.decode_s = priority_key, decode_s
         self.score, self.finish_s, self.due_s = score, finish_s, due_s

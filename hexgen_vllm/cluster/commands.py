@@ -64,7 +64,7 @@ def router_command(
     listen = [f"--host={entry.host}", f"--port={port}", f"--policy={entry.policy}"]
     known = {"shutdown_timeout": drain_s, **stock_scheduling(engine for engine, _ in engines)}
     given = {name.replace("-", "_"): value for name, value in entry.options.items()}
-    workers = [f"{engine.name}={url}" for engine, url in engines]
+    workers = [f"{engine.name}={engine.worker_url(url)}" for engine, url in engines]
     return [
         *_python(ROUTER_MODULE),
         *listen,

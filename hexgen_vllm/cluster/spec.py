@@ -19,7 +19,9 @@ from hexgen_vllm.config import (
     with_current_names,
 )
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.types import Role
 
+ROLES: Final = tuple(role.value for role in Role)
 SCHEDULERS: Final = ("hexgen", "fcfs", "priority")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _OF_VLLM: Final = ("model", "args", "scheduler", "hexgen")
@@ -45,6 +47,7 @@ class EngineEntry:
     args: tuple[str, ...] = option((), "arguments of vllm serve")
     scheduler: str = option("hexgen", "what orders waiting calls", choices=SCHEDULERS)
     hexgen: Mapping[str, Any] = option({}, "options of the hexgen scheduler")
+    role: str = option("both", "what part of a call it is there for", choices=ROLES)
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(0, "port to listen on, 0 for a free one", least=0, most=65535)
     url: str | None = option(None, "a server that already runs; nothing is started")
@@ -59,6 +62,10 @@ class EngineEntry:
     def placement(self) -> RayPlacement:
         """Where Ray puts it, and how many of it."""
         return from_mapping(RayPlacement, self.ray, where="ray key")
+
+    def worker_url(self, url: str) -> str:
+        """Return what the router is told of an engine of it that serves at ``url``."""
+        return url if self.role == Role.BOTH.value else f"{url}?role={self.role}"
 
     def replicas(self) -> tuple[str, ...]:
         """Return the names of the engines that Ray may make of it: one has the entry's own."""

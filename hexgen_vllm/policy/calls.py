@@ -39,6 +39,45 @@ def path_weight(tail: Tail) -> float:
 
 
 @dataclass(init=False, slots=True)
+class Handover:
+    """The prompt of a call, were a prefill engine to compute it now.
+
+    Attributes:
+        engine_id: the prefill engine.
+        ready_s: seconds from now until the KV is there.
+        uncached_tokens: prompt tokens that it has to compute.
+        token_delay_s: price of each of them: the seconds it adds to the other calls there, as the
+            policy weighs those.
+        externality: that weight.
+        token_s: seconds in which the KV of a token reaches an engine that has not shown it.
+    """
+
+    engine_id: str
+    ready_s: float
+    uncached_tokens: int
+    token_delay_s: float
+    externality: float
+    token_s: float
+
+    def __init__(
+        self,
+        engine_id: str,
+        ready_s: float,
+        uncached_tokens: int,
+        token_delay_s: float,
+        externality: float,
+        token_s: float,
+    ) -> None:
+        self.engine_id, self.ready_s, self.uncached_tokens = engine_id, ready_s, uncached_tokens
+        self.token_delay_s, self.externality, self.token_s = token_delay_s, externality, token_s
+
+    @property
+    def price_s(self) -> float:
+        """The seconds until it is there, and those that it adds to others."""
+        return self.ready_s + self.token_delay_s * self.uncached_tokens
+
+
+@dataclass(init=False, slots=True)
 class Forecast:
     """What placing a call on an engine now would mean, all in seconds from now.
 
@@ -49,6 +88,8 @@ class Forecast:
         delay_others_s: sum over the other calls there of the time it adds to them.
         uncached_tokens: prompt tokens that need prefill.
         finish_in_s: from now until its last token.
+        arrives_s: until the KV of its prompt is there from a prefill engine, ``None`` where it is
+            computed here. Then ``prefill_s`` is what that takes beyond ``wait_s``.
     """
 
     wait_s: float
@@ -57,6 +98,7 @@ class Forecast:
     delay_others_s: float
     uncached_tokens: int
     finish_in_s: float
+    arrives_s: float | None
 
     def __init__(
         self,
@@ -65,7 +107,9 @@ class Forecast:
         decode_s: float,
         delay_others_s: float,
         uncached_tokens: int,
+        arrives_s: float | None = None,
     ) -> None:
+        self.arrives_s = arrives_s
         self.wait_s, self.prefill_s, self.decode_s = wait_s, prefill_s, decode_s
         self.delay_others_s, self.uncached_tokens = delay_others_s, uncached_tokens
         self.finish_in_s = wait_s + prefill_s + decode_s
@@ -83,6 +127,7 @@ class Demand:
         due_s: D - R, when it must end; ``inf`` without deadline. Where D is no credible claim,
             or the call came after D - R, it is later (:mod:`hexgen_vllm.policy.claims`).
         started_s: when its workflow began.
+        handover: the best prefill engine for its prompt now, ``None`` where there is none.
     """
 
     call: Call
@@ -91,6 +136,7 @@ class Demand:
     tail_s: float
     due_s: float
     started_s: float
+    handover: Handover | None
 
     def __init__(
         self,
@@ -100,9 +146,11 @@ class Demand:
         tail_s: float,
         due_s: float,
         started_s: float,
+        handover: Handover | None = None,
     ) -> None:
         self.call, self.output_tokens, self.deadline_s = call, output_tokens, deadline_s
         self.tail_s, self.due_s, self.started_s = tail_s, due_s, started_s
+        self.handover = handover
 
     @property
     def tokens(self) -> int:
@@ -122,12 +170,15 @@ class InFlight:
     batch: int  # calls on the engine when it was placed, itself included
     starts_s: float | None  # when its first token is predicted, if it will not be seen
     longer: int | None  # output tokens expected since it outran the placement's estimate
+    moved_tokens: int  # prompt tokens whose KV comes from a prefill engine
+    moved_s: float | None  # when that engine had them computed
 
     def __init__(self, call: Call, placement: Placement, placed_s: float, batch: int = 1) -> None:
         self.call, self.placement = call, placement
         self.placed_s, self.batch = placed_s, batch
         self.first_token_s = self.starts_s = self.longer = None
-        self.output_tokens = 0
+        self.output_tokens = self.moved_tokens = 0
+        self.moved_s = None
 
     @property
     def started(self) -> bool:

@@ -5,7 +5,7 @@ asyncio and real time, the simulator with a heap and virtual time.
 
     call_arrived ──► workflow context ──► demand (length, tail, due) ──► held, in order of due
                                                                           │ room on an engine
-                     call_started, call_progressed, call_finished ◄── Placement
+      call_prefilled, call_started, call_progressed, call_finished ◄── Placement
 
 Calls wait here, not in the engines, once the engines are full (``hold_depth``): the later a call
 is bound to an engine, the better both are known. Baseline policies bind at once.
@@ -20,15 +20,16 @@ much later.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy import overload
 from hexgen_vllm.policy.calls import InFlight
 from hexgen_vllm.policy.claims import credible_deadline_s
+from hexgen_vllm.policy.disaggregation import handover
 from hexgen_vllm.policy.dispatch import Choice
-from hexgen_vllm.policy.engines import Elsewhere, EngineLoad, Engines
+from hexgen_vllm.policy.engines import UNMEASURED, Elsewhere, EngineLoad, Engines
 from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.exchange import WorkflowPart
 from hexgen_vllm.policy.placements import placement
@@ -188,13 +189,37 @@ class Coordinator:
             flight.longer = self._estimates.output_tokens(flight.call, seen=output_tokens)
         found[0].progressed(flight)
 
+    def call_prefilled(self, call_id: str, result: CallResult, now: float) -> list[Decision]:
+        """Note that a prefill engine is done with the prompt of a call.
+
+        If it was not ``ok``, the engine that the call is placed on computes the prompt itself.
+        """
+        entry = self._open.get(call_id)
+        if entry is None or entry.engine is None or entry.prefiller is None:
+            return []
+        prefiller, entry.prefiller = entry.prefiller, None
+        half, flight = prefiller.removed(call_id), entry.engine.in_flight.get(call_id)
+        if half is not None and result.ok:
+            prefiller.learn(half, result, now)
+        if flight is not None and result.ok:
+            flight.moved_s = now
+        elif flight is not None:
+            entry.engine.takes_prompt(flight)
+        return self._release(now)
+
     def call_bounced(self, call_id: str, now: float) -> list[Decision]:
-        """Place a call elsewhere: its engine failed, and another one is to answer it or go on."""
+        """Place a call elsewhere: its engine failed, and another one is to answer it or go on.
+
+        The engine that failed is the one that computes its prompt, if one does that now.
+        """
         entry = self._open.get(call_id)
         if entry is None or entry.engine is None:
             return []
         flight = entry.engine.removed(call_id)
-        failed = frozenset((entry.engine.engine_id,))
+        failed = frozenset(((entry.prefiller or entry.engine).engine_id,))
+        if entry.prefiller is not None:
+            entry.prefiller.removed(call_id)
+            entry.prefiller = None
         if flight is not None and flight.started:
             entry.moved, entry.refused_by = True, failed  # others may be back since they failed
         else:
@@ -211,6 +236,8 @@ class Coordinator:
         self._waits_for.pop(call_id, None)
         if entry.engine is not None:
             flight = entry.engine.removed(call_id)
+            if entry.prefiller is not None:
+                entry.prefiller.removed(call_id)
             self._settle(entry, result)
             if flight is not None and result.ok and not entry.moved:
                 entry.engine.learn(flight, result, now)
@@ -296,7 +323,7 @@ class Coordinator:
                 if not self._reachable(entry):
                     decisions.append(self._refused(entry, overload.no_endpoints(call_id), now))
                 continue
-            choice = self._dispatch.choose(entry.demand, candidates, claims, now)
+            choice = self._chosen(entry, candidates, claims, now)
             if not choice.engine.room(depth):
                 self._waits_for[call_id] = choice.engine
                 claims[choice.engine.engine_id] = claims.get(choice.engine.engine_id, 0) + 1
@@ -322,7 +349,7 @@ class Coordinator:
         candidates = self._candidates(entry)
         if not candidates or not self._any_room():
             return None
-        choice = self._dispatch.choose(entry.demand, candidates, {}, now)
+        choice = self._chosen(entry, candidates, {}, now)
         if not choice.engine.room(self.options.hold_depth):
             return None
         if self._shares is not None:
@@ -343,7 +370,19 @@ class Coordinator:
         candidates = self._candidates(entry) or self._reachable(entry)
         if not candidates:
             return self._refused(entry, overload.no_endpoints(entry.demand.call.call_id), now)
-        return self._placed(entry, self._dispatch.choose(entry.demand, candidates, {}, now), now)
+        return self._placed(entry, self._chosen(entry, candidates, {}, now), now)
+
+    def _chosen(
+        self,
+        entry: OpenCall,
+        candidates: Sequence[EngineLoad],
+        claims: Mapping[str, int],
+        now: float,
+    ) -> Choice:
+        demand = entry.demand
+        prefillers = self._engines.prefillers(demand.call, entry.refused_by)
+        demand.handover = handover(demand, prefillers, self.options) if prefillers else None
+        return self._dispatch.choose(demand, candidates, claims, now)
 
     def _any_room(self) -> bool:
         return self._engines.any_room(self.options.hold_depth)
@@ -351,6 +390,9 @@ class Coordinator:
     def _placed(self, entry: OpenCall, choice: Choice, now: float) -> Placement:
         demand, engine, forecast = entry.demand, choice.engine, choice.forecast
         cached = engine.prefixes.match(demand.call)
+        decode_s = self._estimates.own_s(demand) if forecast is None else forecast.decode_s
+        prefill = self._prefill(entry, choice, cached, decode_s, now)
+        uncached = max(demand.call.prompt_tokens - cached, 1)
         placement = Placement(
             call_id=demand.call.call_id,
             engine_id=engine.engine_id,
@@ -361,10 +403,11 @@ class Coordinator:
             deadline_s=demand.deadline_s,
             tail_s=demand.tail_s,
             expected_output_tokens=demand.output_tokens,
-            uncached_tokens=max(demand.call.prompt_tokens - cached, 1),
+            uncached_tokens=uncached if prefill is None else 1,
             background=entry.run.background,
             priority_key=self._priority_key(entry),
-            decode_s=self._estimates.own_s(demand) if forecast is None else forecast.decode_s,
+            decode_s=decode_s,
+            prefill=prefill,
         )
         self._dispatch.placed(demand, choice, now)
         entry.run.begun = True
@@ -372,10 +415,45 @@ class Coordinator:
         flight = InFlight(demand.call, placement, now, batch=engine.calls + 1)
         if not demand.call.streamed:
             flight.starts_s = now + choice.first_token_in_s(demand)
+        if prefill is not None:
+            flight.moved_tokens = uncached
+            entry.prefiller = prefiller = self.engines[prefill.engine_id]
+            half = InFlight(demand.call, prefill, now, batch=prefiller.calls + 1)
+            prefiller.placed(half)
         engine.placed(flight)
         entry.engine = engine
         self.log.append((now, placement))
         return placement
+
+    def _prefill(
+        self, entry: OpenCall, choice: Choice, cached: int, decode_s: float, now: float
+    ) -> Placement | None:
+        """Return where the prompt of a call is computed, ``None`` if by the engine chosen."""
+        demand, engine, forecast = entry.demand, choice.engine, choice.forecast
+        found = demand.handover
+        if found is None:
+            return None
+        if forecast is not None:
+            arrives_s = forecast.arrives_s
+        else:
+            arrives_s = engine.arrives_s(demand, engine.cost() or UNMEASURED, cached)
+        if arrives_s is None:
+            return None
+        after_s = arrives_s - found.ready_s + decode_s
+        return Placement(
+            call_id=demand.call.call_id,
+            engine_id=found.engine_id,
+            reason="prefill",
+            score=found.price_s,
+            finish_s=now + found.ready_s,
+            due_s=demand.due_s - after_s,
+            deadline_s=demand.deadline_s,
+            tail_s=demand.tail_s + after_s,
+            expected_output_tokens=1,
+            uncached_tokens=found.uncached_tokens,
+            background=entry.run.background,
+            priority_key=self._priority_key(entry),
+        )
 
     def _settle(self, entry: OpenCall, result: CallResult) -> None:
         """Charge a tenant what its call took beyond what was expected, or give back the rest."""

@@ -10,10 +10,11 @@ ahead of it, then decodes in a batch whose steps prefill chunks of other calls l
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from heapq import heappop, heappush
+from statistics import median
 from typing import Final, NamedTuple
 
 from hexgen_vllm.policy.calls import (
@@ -33,6 +34,7 @@ from hexgen_vllm.types import (
     EngineReport,
     EngineSpec,
     EngineState,
+    Role,
     StepCost,
 )
 
@@ -45,6 +47,8 @@ _MAX_SHARE: Final = 0.8
 _SHARE_WEIGHT: Final = 0.05  # least, of the newest report in the share of prefill
 _DEFAULT_SLOTS: Final = 256
 _MAX_MODELS: Final = 256
+_LEAST_MOVED: Final = 64  # tokens; fixed times outweigh what less takes
+_ENOUGH_MOVED: Final = 4  # calls
 
 
 class Elsewhere(NamedTuple):
@@ -120,6 +124,25 @@ class PrefixIndex:
         self._held = 0
 
 
+class TransferRate:
+    """Seconds in which the KV of a token reaches an engine, the median of late."""
+
+    def __init__(self) -> None:
+        self._seen: deque[float] = deque(maxlen=32)
+        self._median_s: float | None = None
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """Take in that the KV of so many tokens took so long."""
+        if tokens >= _LEAST_MOVED:
+            self._seen.append(max(seconds, 0.0) / tokens)
+            if len(self._seen) >= _ENOUGH_MOVED:
+                self._median_s = median(self._seen)
+
+    def token_s(self, otherwise_s: float) -> float:
+        """Return what was measured, ``otherwise_s`` until then."""
+        return otherwise_s if self._median_s is None else self._median_s
+
+
 def solo_speed(cost: StepCost) -> float:
     """Return usual calls of text-to-SQL per second, one at a time, that ``cost`` allows."""
     return 1.0 / (cost.prefill_s(_USUAL_PROMPT) + _USUAL_OUTPUT * cost.step_s(1))
@@ -143,6 +166,7 @@ class EngineLoad:
         traffic_fit: step cost learned from its answers.
         fitted_s: when its step cost was last learned, by itself or from its answers; when it
             joined as long as it never was.
+        transfer: how fast KV comes here from prefill engines.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -157,6 +181,7 @@ class EngineLoad:
         self.assigned_s = 0.0
         self.traffic_fit = CostFit(min_steps=12)
         self.fitted_s = 0.0
+        self.transfer = TransferRate()
         self.error: float | None = None
         self.doubted = False
         self._told: tuple[StepCost, float | None] | None = None  # what others learned of it
@@ -196,7 +221,16 @@ class EngineLoad:
         return call.engine is None or call.engine == self.engine_id.partition("@")[0]
 
     def has(self, model: str) -> bool:
-        """Whether it serves a model."""
+        """Whether it answers calls of a model."""
+        return self.answers and self.computes(model)
+
+    @property
+    def answers(self) -> bool:
+        """Whether it does more than compute prompts."""
+        return self.spec.role is not Role.PREFILL
+
+    def computes(self, model: str) -> bool:
+        """Whether it has a model."""
         return not self.spec.models or model in self.spec.models
 
     def cost(self) -> StepCost | None:
@@ -293,6 +327,11 @@ class EngineLoad:
 
     def started(self, entry: InFlight) -> None:
         """Account for the first token of a call: its prefill is done."""
+        moved_s, first_s = entry.moved_s, entry.first_token_s
+        # With more calls than slots it may have waited for one.
+        if moved_s is not None and first_s is not None and self.calls <= self.slots:
+            step_s = 0.0 if self._cost is None else self.token_s(self._cost)
+            self.transfer.learn(entry.moved_tokens, first_s - moved_s - step_s)
         self._unanswered -= 1
         self._prefilled(entry.call.call_id)
         self.progressed(entry)
@@ -306,6 +345,14 @@ class EngineLoad:
         entry = self._waiting.pop(call_id, None)
         if entry is not None:
             self._queued_prefill -= entry.placement.uncached_tokens
+
+    def takes_prompt(self, entry: InFlight) -> None:
+        """Account for a prompt that was to come from a prefill engine and has to be computed."""
+        tokens = entry.moved_tokens
+        if entry.call.call_id in self._waiting and tokens:
+            entry.placement = replace(entry.placement, uncached_tokens=tokens, prefill=None)
+            self._queued_prefill += tokens - 1
+        entry.moved_tokens = 0
 
     def progressed(self, entry: InFlight) -> None:
         """Account for what a call has written, or is expected to write, since it was told last."""
@@ -339,6 +386,8 @@ class EngineLoad:
             uncached = max(prompt - result.cached_tokens, 1)
         context = prompt + result.output_tokens / 2
         seconds = now - entry.placed_s
+        if entry.moved_s is not None:
+            seconds = now - entry.moved_s - entry.moved_tokens * self.transfer.token_s(0.0)
         before = self.traffic_fit.cost()
         self.traffic_fit.observe_call(result.output_tokens, batch, context, uncached, seconds)
         if self.traffic_fit.cost() is not before:
@@ -413,10 +462,35 @@ class EngineLoad:
             extra_steps: that it takes besides one for each output token.
         """
         steps = demand.output_tokens + extra_steps
+        arrives_s = None if demand.handover is None else self.arrives_s(demand, cost, cached)
+        wait = 0.0
         if len(self.in_flight) + self.elsewhere.calls + claims >= self.slots:
-            steps += self._soonest_ends()[0]
+            wait = self._soonest_ends()[0]
+        if arrives_s is not None:
+            return max(arrives_s, wait * self.token_s(cost)) + steps * self.token_s(cost)
         uncached = max(demand.call.prompt_tokens - cached, 1)
-        return cost.prefill_s(uncached, cached) + steps * self.token_s(cost)
+        return cost.prefill_s(uncached, cached) + (steps + wait) * self.token_s(cost)
+
+    def arrives_s(self, demand: Demand, cost: StepCost, cached: int) -> float | None:
+        """Return the seconds until the KV of a prompt is here, were it computed elsewhere.
+
+        Args:
+            demand: the call.
+            cost: the engine's step cost.
+            cached: tokens of its prompt that are here.
+
+        Returns:
+            ``None`` where the engine had better compute it itself, by the rule of
+            :mod:`~hexgen_vllm.policy.disaggregation`.
+        """
+        handover = demand.handover
+        if handover is None or self.spec.role is not Role.DECODE:
+            return None
+        uncached = max(demand.call.prompt_tokens - cached, 1)
+        move_s = uncached * self.transfer.token_s(handover.token_s)
+        own_s = cost.prefill_s(uncached, cached)
+        own_s += handover.externality * self.calls * cost.p1 * uncached
+        return handover.ready_s + move_s if handover.price_s + move_s < own_s else None
 
     def forecast(
         self, demand: Demand, cost: StepCost, claims: int = 0, *, affinity: bool = True
@@ -440,6 +514,17 @@ class EngineLoad:
         own_prefill = cost.prefill_s(uncached, cached)
         queued = len(self.in_flight) + self.elsewhere.calls + claims - self.slots
         wait_tokens = self._slot_wait_tokens(queued, ahead, claims) if queued >= 0 else 0.0
+        arrives_s = None if demand.handover is None else self.arrives_s(demand, cost, cached)
+        if arrives_s is not None:
+            wait_s = wait_tokens * step
+            return Forecast(
+                wait_s=wait_s,
+                prefill_s=max(arrives_s - wait_s, 0.0),
+                decode_s=demand.output_tokens * step,
+                delay_others_s=self._delay_s(0.0, demand, cost),
+                uncached_tokens=1,
+                arrives_s=arrives_s,
+            )
         return Forecast(
             wait_s=wait_tokens * step,
             prefill_s=cost.prefill_s(prefill_ahead) + own_prefill if ahead else own_prefill,
@@ -502,7 +587,8 @@ class Engines:
     def __init__(self) -> None:
         self.loads: dict[str, EngineLoad] = {}
         self._elsewhere: dict[str, Mapping[str, Elsewhere]] = {}  # by who told, by engine
-        self._by_name: list[EngineLoad] = []
+        self._by_name: list[EngineLoad] = []  # that answer
+        self._prefillers: list[EngineLoad] = []
         self._lengths_differ = self._models_differ = False
         self._by_model: dict[str, list[EngineLoad]] = {}  # that take calls; as long as that holds
 
@@ -533,7 +619,7 @@ class Engines:
     def told(self, source: str, loads: Mapping[str, Elsewhere]) -> None:
         """Note what others have placed, in place of all that ``source`` told before."""
         self._elsewhere[source] = loads
-        for engine in self._by_name:
+        for engine in self.loads.values():
             self._add_up(engine)
 
     def _add_up(self, engine: EngineLoad) -> None:
@@ -566,6 +652,19 @@ class Engines:
         if not self._lengths_differ:
             return found
         return [e for e in found if _fits(e.spec, call)] or found
+
+    def prefillers(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
+        """Return the engines that may compute the prompt of ``call`` for others."""
+        if not self._prefillers or call.whole or call.engine is not None:
+            return []
+        return [
+            e
+            for e in self._prefillers
+            if e.open
+            and e.computes(call.model)
+            and e.engine_id not in refused_by
+            and _fits(e.spec, call)
+        ]
 
     def reachable(self, call: Call, refused_by: frozenset[str]) -> list[EngineLoad]:
         """Return the engines that get ``call`` now, or once the call they are tried with ends."""
@@ -604,11 +703,13 @@ class Engines:
 
     def presume(self, now: float) -> None:
         """Take calls for started whose first token is due and will not be seen."""
-        for engine in self._by_name:
+        for engine in self.loads.values():
             engine.presume(now)
 
     def _sort(self) -> None:
-        self._by_name = [self.loads[name] for name in sorted(self.loads)]
+        engines = [self.loads[name] for name in sorted(self.loads)]
+        self._by_name = [e for e in engines if e.answers]
+        self._prefillers = [e for e in engines if not e.answers]
         self._lengths_differ = len({e.spec.max_model_len for e in self._by_name}) > 1
         self._models_differ = len({e.spec.models for e in self._by_name}) > 1
         self._by_model.clear()

@@ -12,7 +12,7 @@ from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, StepCost
+from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, Role, StepCost
 
 _LEAST_S: Final = 1e-6
 _FASTEST_S: Final = 1.0  # seconds for which the fastest step counts as known
@@ -36,8 +36,9 @@ class Estimates:
         self, options: DispatchOptions, shapes: Shapes, engines: Mapping[str, EngineLoad]
     ) -> None:
         self._options, self._shapes, self._engines = options, shapes, engines
-        # By model: when it was found, engines, and their decode and prefill rates, summed.
-        self._rates: dict[str, tuple[float, int, float, float]] = {}
+        # By model: when it was found, engines that answer and their decode rates, engines that
+        # compute prompts and their prefill rates, summed.
+        self._rates: dict[str, tuple[float, int, float, int, float]] = {}
         # By model: when it was found, and the fastest engine's step with one call in it.
         self._fastest: dict[tuple[str, str | None], tuple[float, float]] = {}
 
@@ -204,7 +205,7 @@ class Estimates:
 
     def _ready(self, model: str | None = None) -> list[EngineLoad]:
         """Return the engines at work that have ``model``, or any."""
-        ready = [e for e in self._engines.values() if e.state in _AT_WORK]
+        ready = [e for e in self._engines.values() if e.state in _AT_WORK and e.answers]
         return ready if model is None else [e for e in ready if e.has(model)]
 
     def _seconds(self, tail: Tail, call: Call) -> float:
@@ -222,21 +223,29 @@ class Estimates:
             if len(self._rates) >= _MAX_FASTEST:
                 self._rates.clear()
             self._rates[model] = known
-        _, n, decode_rate, prefill_rate = known
+        _, n, decode_rate, prefills, prefill_rate = known
         if not n:
             return 0.0
-        return tail.output_tokens * n / decode_rate + tail.prefill_tokens * n / prefill_rate
+        prefill_s = tail.prefill_tokens * prefills / prefill_rate
+        return tail.output_tokens * n / decode_rate + prefill_s
 
-    def _pace(self, model: str) -> tuple[int, float, float]:
-        """Return the engines at work that have ``model``, their decode and prefill rates."""
+    def _pace(self, model: str) -> tuple[int, float, int, float]:
+        """Return the engines at work that have ``model`` and answer, and their decode rates.
+
+        Then those that compute prompts, and their prefill rates: engines for decode only where
+        there are no others.
+        """
         decode_rate = prefill_rate = 0.0
-        ready = self._ready(model)
+        able = [e for e in self._engines.values() if e.state in _AT_WORK and e.computes(model)]
+        ready = [e for e in able if e.answers]
         for engine in ready:
             cost = engine.cost() or UNMEASURED
             batch = min(engine.slots, len(engine.in_flight) + 1)
             decode_rate += 1.0 / max(cost.step_s(batch), _LEAST_S)
-            prefill_rate += 1.0 / max(cost.p1, 1e-9)
-        return len(ready), decode_rate, prefill_rate
+        prefills = [e for e in able if e.spec.role is not Role.DECODE] or able
+        for engine in prefills:
+            prefill_rate += 1.0 / max((engine.cost() or UNMEASURED).p1, 1e-9)
+        return len(ready), decode_rate, len(prefills), prefill_rate
 
 
 def _alone_s(cost: StepCost, tail: Tail, output: int, uncached: int) -> float:

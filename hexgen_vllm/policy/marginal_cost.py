@@ -18,6 +18,8 @@ In seconds; the engine with the lowest score gets the call::
 - ``own``: a prefix that the fleet asks for often is an investment that its users share: the call
   that brings it to an engine is charged its part of the others' wait. ``asked`` counts the recent
   calls with the chunk, decayed over ``WINDOW`` calls; ``finish`` has the whole prefill.
+- A prompt that a prefill engine computes: ``finish`` is by way of that, ``own`` counts there
+  (:mod:`hexgen_vllm.policy.disaggregation`).
 - ``w``: a workflow that is long against its deadline, compared with the others of now, gets more
   of the fast engines. Only ratios matter, so that deadlines that are loose or hopeless for all
   change nothing. Workflows without deadline weigh 1.
@@ -41,7 +43,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand
 from hexgen_vllm.policy.dispatch import Choice, Dispatch, costs
 from hexgen_vllm.policy.engines import EngineLoad
-from hexgen_vllm.types import Call
+from hexgen_vllm.types import Call, StepCost
 
 FIRST: Final = 1.5
 """Steps of a call besides its output tokens: it joins within a step, and hears of the last."""
@@ -105,6 +107,7 @@ class MarginalCost(Dispatch):
             delays.append(delay_s)
         if not finishes:
             raise ValueError("no engines to choose from")
+        self._hand_over(demand, engines, known, delays)
         weight, far_s = self._weight(demand, total_s / count, now), FAR * min(finishes)
         bounds = [
             _BELOW * (_weighed(f, weight, far_s) + d) for f, d in zip(finishes, delays, strict=True)
@@ -124,6 +127,27 @@ class MarginalCost(Dispatch):
                 best, at = Choice(engine, score, "marginal_cost", forecast), index
         assert best is not None
         return best
+
+    def _hand_over(
+        self,
+        demand: Demand,
+        engines: Sequence[EngineLoad],
+        known: Sequence[StepCost],
+        delays: list[float],
+    ) -> None:
+        """Set the delays of engines to which the KV of the prompt would come from another."""
+        handover = demand.handover
+        if handover is None:
+            return
+        call, output = demand.call, demand.output_tokens
+        context = call.prompt_tokens + output / 2
+        shared = self._asked.shared(call, handover.uncached_tokens, len(engines))
+        for index, (engine, cost) in enumerate(zip(engines, known, strict=True)):
+            cached = engine.prefixes.match(call) if self._options.prefix_affinity else 0
+            if engine.arrives_s(demand, cost, cached) is not None:
+                row_s = (cost.c1 + cost.c2 * context) * output
+                delays[index] = handover.externality * engine.calls * row_s
+                delays[index] += handover.token_delay_s * shared
 
     def placed(self, demand: Demand, choice: Choice, now: float) -> None:
         """Count what was asked for, and how long workflows are against their deadlines."""

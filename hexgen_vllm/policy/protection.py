@@ -24,6 +24,7 @@ class OpenCall:
         run: its workflow.
         hopeless_after_s: when its workflow cannot be on time any more.
         engine: where it was placed.
+        prefiller: which engine is computing its prompt for that one, ``None`` if none is.
         refused_by: engines that failed since the last one that began to answer it.
         moved: one had begun to answer it, so that its end says nothing of how fast the last one is.
     """
@@ -32,13 +33,14 @@ class OpenCall:
     run: WorkflowRun
     hopeless_after_s: float
     engine: EngineLoad | None
+    prefiller: EngineLoad | None
     refused_by: frozenset[str]
     moved: bool
 
     def __init__(self, demand: Demand, run: WorkflowRun) -> None:
         self.demand, self.run = demand, run
         self.hopeless_after_s = NO_DEADLINE
-        self.engine = None
+        self.engine = self.prefiller = None
         self.refused_by = frozenset()
         self.moved = False
 

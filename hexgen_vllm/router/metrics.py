@@ -436,6 +436,9 @@ class _State(Collector):
         yield counter("migrations", "Streams whose engine failed, by what became of them",
                       ("outcome",),
                       (((what,), n) for what, n in book.migrations.items()))  # fmt: skip
+        yield counter("prefills", "Prompts at prefill engines, by what became of them",
+                      ("outcome",),
+                      (((what,), n) for what, n in book.prefills.items()))  # fmt: skip
         yield counter("kv_event_batches", "Batches of KV events, by what became of them",
                       ("what",), (((what,), n) for what, n in book.kv_events.items()))  # fmt: skip
         yield counter("placements", "Calls placed", ("engine", "reason"), book.placements.items())

@@ -34,6 +34,7 @@ from hexgen_vllm.router.addresses import (
 )
 from hexgen_vllm.router.tenants import read_keys
 from hexgen_vllm.tune.online import OnlineOptions
+from hexgen_vllm.types import Role
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "placement": (
         "policy", "default_deadline_s", "hold_depth", "prefix_affinity", "externality", "stretch",
         "length_quantile", "slack_quantile", "default_output_tokens", "priority_by", "alpha",
-        "paper_form", "beta", "affinity_tokens",
+        "paper_form", "beta", "affinity_tokens", "kv_transfer_rate",
     ),
     "keys and TLS": (
         "api_key", "api_keys", "admin_api_key", "engine_api_key", "max_priority",
@@ -112,6 +113,7 @@ file of options, and what :class:`RouterOptions` lacks is of :class:`DispatchOpt
 _WORKER: Final = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64})=)?(?P<url>https?://.+)")
 TOLD: Final = ("llm-d", "dynamo", "priority", "none")
 """In whose words an engine that is not ours may be told when a call is due."""
+_ROLES: Final = tuple(role.value for role in Role)
 _PORTS: Final = ("stats_port", "kv_events", "kv_replay")
 
 
@@ -125,6 +127,7 @@ class Worker(NamedTuple):
             was said.
         deadline: in whose words it is told when a call is due, one of :data:`TOLD`; ``None`` if
             that was not said.
+        role: what part of a call it is there for.
         kv_ports: where on the same host it publishes KV events, and sends them again if that was
             said; ``None`` if it does not.
     """
@@ -134,6 +137,7 @@ class Worker(NamedTuple):
     stats_port: int | None = None
     deadline: str | None = None
     kv_ports: tuple[int, int | None] | None = None
+    role: Role = Role.BOTH
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,8 @@ class RouterOptions:
         "--hexgen-stats-port of one behind vLLM's Rust server, where that is not its default; "
         "?deadline=llm-d, dynamo, priority or none says in whose words one that is not ours is "
         "told when a call is due; ?kv_events=PORT says where it publishes KV events (ZeroMQ), "
-        "&kv_replay=PORT where it sends them again",
+        "&kv_replay=PORT where it sends them again; ?role=prefill or decode that it computes "
+        "prompts for others to answer, or goes on from prompts of others",
     )
     worker_allowed_hosts: tuple[str, ...] = option(
         (),
@@ -599,24 +604,24 @@ def parse_worker(text: str, default_name: str) -> Worker:
     if match is None:
         raise wrong
     url, _, more = match["url"].partition("?")
-    said = _said_of(more)
-    url = url.rstrip("/")
+    worker = _said_of(Worker(match["name"] or default_name, url.rstrip("/")), more)
     try:
         parts = urlsplit(url)
         usable = bool(parts.hostname) and parts.port != 0 and not parts.fragment
         usable = usable and text.isprintable() and " " not in url
     except ValueError:
         raise wrong from None
-    if not usable or said is None:
+    if not usable or worker is None:
         raise wrong
-    _check_installed("kv_events", said[2] is not None, "zmq", "kv-events")
-    return Worker(match["name"] or default_name, url, *said)
+    _check_installed("kv_events", worker.kv_ports is not None, "zmq", "kv-events")
+    return worker
 
 
-def _said_of(query: str) -> tuple[int | None, str | None, tuple[int, int | None] | None] | None:
-    """Return what a URL says of its engine, as in :class:`Worker`; ``None`` if anything is odd."""
+def _said_of(worker: Worker, query: str) -> Worker | None:
+    """Return an engine with what its URL says of it; ``None`` if anything is odd."""
     ports: dict[str, int] = {}
-    words = None
+    words: str | None = None
+    role: Role | None = None
     for item in query.split("&") if query else ():
         name, _, value = item.partition("=")
         is_port = re.fullmatch("[0-9]{1,5}", value) and 0 < int(value) < 2**16
@@ -624,10 +629,17 @@ def _said_of(query: str) -> tuple[int | None, str | None, tuple[int, int | None]
             ports[name] = int(value)
         elif name == "deadline" and words is None and value in TOLD:
             words = value
+        elif name == "role" and role is None and value in _ROLES:
+            role = Role(value)
         else:
             return None
     if "kv_replay" in ports and "kv_events" not in ports:
         return None
     events = ports.get("kv_events")
     kv_ports = None if events is None else (events, ports.get("kv_replay"))
-    return ports.get("stats_port"), words, kv_ports
+    return worker._replace(
+        stats_port=ports.get("stats_port"),
+        deadline=words,
+        kv_ports=kv_ports,
+        role=role or Role.BOTH,
+    )

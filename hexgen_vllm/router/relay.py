@@ -3,7 +3,10 @@
 What costs an engine little, or is no call at all, goes past the policy to the least busy engine
 that serves its model, but is relayed, watched and counted alike.
 
-    place ──► try an engine ──► nothing sent to the client yet ──► elsewhere, while allowed
+    place ──► prompt at a prefill engine, where one engine is to compute it and another to answer
+                  │
+                  ▼
+              try an engine ──► nothing sent to the client yet ──► elsewhere, while allowed
                   │
                   └──► first bytes relayed ──► it breaks ──► another goes on, where that is allowed
                                                   │
@@ -19,7 +22,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from aiohttp import web
 from yarl import URL
@@ -28,8 +31,8 @@ from hexgen_vllm.errors import BadRequest, HexgenError, Refused
 from hexgen_vllm.router import access, errors
 from hexgen_vllm.router.access import KEY_HEADER
 from hexgen_vllm.router.calls import headers as outbound
-from hexgen_vllm.router.calls import stored
-from hexgen_vllm.router.calls.answer import StreamPass, whole_pass
+from hexgen_vllm.router.calls import prefill, stored
+from hexgen_vllm.router.calls.answer import MAX_WHOLE_BYTES, StreamPass, whole_pass
 from hexgen_vllm.router.calls.call import Job, call_ended
 from hexgen_vllm.router.calls.intake import (
     Accepted,
@@ -43,7 +46,7 @@ from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.engines.attempt import Attempt
 from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.engines.ranks import RANK_HEADER, rank_of
-from hexgen_vllm.router.engines.watch import Usage
+from hexgen_vllm.router.engines.watch import TAIL_BYTES, Usage, find_usage
 from hexgen_vllm.router.errors import (
     ClientGone,
     EngineFailed,
@@ -53,7 +56,7 @@ from hexgen_vllm.router.errors import (
 from hexgen_vllm.router.http.client import Answer, Pool, in_time
 from hexgen_vllm.router.http.errors import CannotConnect, RouterShort
 from hexgen_vllm.router.http.messages import LARGE_BYTES, SENT, Request, aside
-from hexgen_vllm.types import Call, EngineKind, Placement
+from hexgen_vllm.types import Call, CallResult, EngineKind, Placement
 
 _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))
 # How vLLM's API server says that the process behind it has died.
@@ -194,7 +197,11 @@ class Relay:
             if sent is not accepted and accepted.terms is not None and not job.sent:
                 job.transcript = Transcript(accepted.terms, chat=job.endpoint.name == "chat")
             try:
-                return await self._try(job, sent, path, placement, now)
+                ready = sent
+                if placement.prefill is not None:
+                    placement, ready = await self._prefilled(job, sent, path, placement)
+                    now = context.clock.now()
+                return await self._try(job, ready, path, placement, now)
             except EngineFailed as failure:
                 job.trace.try_failed(failure.reason)
                 seen = job.transcript if job.sent else None
@@ -372,6 +379,77 @@ class Relay:
             job.request_id,
         )
 
+    async def _prefilled(
+        self, job: Job, accepted: Accepted, path: str, placement: Placement
+    ) -> tuple[Placement, Accepted]:
+        """Have the prompt of a call computed; return where it goes then, and as which request.
+
+        A prefill engine that fails costs a retry. Without one the engine that answers computes the
+        prompt itself, as it does where the first one declines.
+
+        Raises:
+            EngineFailed: the router stops.
+        """
+        context, call_id, failed = self._context, accepted.call.call_id, CallResult(ok=False)
+        while placement.prefill is not None:
+            try:
+                answer = await self._prefill(job, accepted, path, placement.prefill)
+            except EngineFailed as failure:
+                context.ledger.prefills["failed"] += 1
+                job.trace.try_failed(failure.reason)
+                if failure.reason is Outcome.SHUTTING_DOWN:
+                    raise
+                if not context.retries.allows(job.tries):
+                    context.service.prefilled(call_id, failed)
+                    break
+                context.ledger.retries[failure.reason] += 1
+                job.tries += 1
+                job.placement = placement = await context.service.replace(call_id)
+                continue
+            if answer is None:
+                context.ledger.prefills["declined"] += 1
+                context.service.prefilled(call_id, failed)
+                break
+            context.ledger.prefills["done"] += 1
+            usage = find_usage(answer[-TAIL_BYTES:])
+            result = CallResult(True, usage.prompt_tokens, usage.cached_tokens, 1)
+            context.service.prefilled(call_id, result)
+            body = await _written(prefill.second_request, accepted.body, answer)
+            return placement, accepted.with_body(body)
+        return placement, accepted
+
+    async def _prefill(
+        self, job: Job, accepted: Accepted, path: str, half: Placement
+    ) -> bytes | None:
+        """Return a prefill engine's answer, ``None`` where it is not for it to compute the prompt.
+
+        Raises:
+            EngineFailed: the engine failed.
+        """
+        context, target = self._context, half.engine_id
+        first = await _written(prefill.first_request, accepted.body)
+        if first is None:
+            return None
+        engine = context.fleet.engine(target)
+        outcome, sent = Outcome.CLIENT_GONE, accepted.with_body(first)
+        attempt = Attempt(context.guard, job.request, target, engine.name, engine.host_port)
+        try:
+            with attempt:
+                now = context.clock.now()
+                answer = attempt.answer = await self._send(job, sent, path, half, engine, now)
+                if answer.status in _ELSEWHERE:
+                    raise _refused_by_engine(answer, await _said(answer), attempt.address)
+                said = await answer.body(MAX_WHOLE_BYTES)
+            outcome = Outcome.ANSWERED if answer.status == 200 else Outcome.BAD_REQUEST
+            return said if answer.status == 200 else None
+        except EngineFailed as failure:
+            outcome = failure.reason
+            raise
+        finally:
+            context.fleet.tried(engine, target, outcome)
+            if attempt.answer is not None:
+                attempt.answer.close()
+
     async def _try(
         self, job: Job, accepted: Accepted, path: str, placement: Placement, now: float
     ) -> web.StreamResponse:
@@ -543,6 +621,14 @@ class Relay:
         if accepted is not None and result.prompt_tokens and not accepted.prompt.ids:
             model, chars = accepted.call.model, accepted.prompt.chars
             self._context.ratios.learn(model, chars, result.prompt_tokens)
+
+
+_Written = TypeVar("_Written")
+
+
+async def _written(make: Callable[..., _Written], body: bytes, *more: bytes) -> _Written:
+    """Return another body made of ``body``, which may be long."""
+    return await aside(make, body, *more) if len(body) > LARGE_BYTES else make(body, *more)
 
 
 async def _body_for(accepted: Accepted, placement: Placement, now: float) -> bytes:

@@ -85,6 +85,11 @@ class Service:
         bounced = self.coordinator.call_bounced(call_id, self.clock.now())
         return await self._decided(call_id, self._carry_out(bounced, call_id))
 
+    def prefilled(self, call_id: str, result: CallResult) -> None:
+        """Note that a prefill engine is done with the prompt of a call, well or not."""
+        now = self.clock.now()
+        self._carry_out(self.coordinator.call_prefilled(call_id, result, now))
+
     def started(self, call_id: str) -> None:
         """Note the first token of a call."""
         self.coordinator.call_started(call_id, self.clock.now())
@@ -172,6 +177,9 @@ class Service:
         for decision in decisions:
             if isinstance(decision, Placement):
                 self._ledger.placements[decision.engine_id, decision.reason] += 1
+                if decision.prefill is not None:
+                    half = decision.prefill
+                    self._ledger.placements[half.engine_id, half.reason] += 1
                 if self._recorder is not None:
                     self._recorder.placed(decision)
             if decision.call_id == asks:

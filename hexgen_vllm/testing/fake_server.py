@@ -251,6 +251,10 @@ class FakeServer:
                 events = fake_tokens.events(work.path, body, name, sizes)
             return await self._pieces(request, events, fault, kind)
         whole = fake_answers.body(work)
+        params = body.get("kv_transfer_params") or {}
+        if params.get("do_remote_decode") and self.settings.kv_transfer_params is not None:
+            told = {"kv_transfer_params": self.settings.kv_transfer_params}
+            whole = json.dumps({**json.loads(whole), **told}).encode()
         await asyncio.sleep(self.settings.step_s * work.output_tokens)
         half = len(whole) // 2
         kind = {"Content-Type": "application/json", "Content-Length": str(len(whole))}

@@ -52,6 +52,8 @@ class FakeSettings:
         rust: whether the server says that it is vLLM's in Rust, which has no ``/hexgen/stats``.
         event_tokens: tokens of each event of a stream, over and over; streams of chats and
             completions then say what depends on all tokens before, and token ids if asked.
+        kv_transfer_params: what its answers say of KV that another engine is to get, where a
+            request asks for that.
         echoes: other paths, which answer any method with what they were sent.
         policy: what ``/server_info`` says of the scheduling policy; ``None`` hides it.
     """
@@ -70,6 +72,7 @@ class FakeSettings:
     policy: str | None = None
     rust: bool = False
     event_tokens: tuple[int, ...] = ()
+    kv_transfer_params: dict[str, Any] | None = None
     echoes: tuple[str, ...] = ()
 
     @property

@@ -9,7 +9,7 @@ async with open_stand(FakeSettings(), FakeSettings(step_s=0.01), policy="slack")
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,7 +22,7 @@ from hexgen_vllm.router.app import Router
 from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings, Received
-from hexgen_vllm.types import EngineState
+from hexgen_vllm.types import EngineState, Role
 
 CHAT: Final = "/v1/chat/completions"
 BODIES: Final[dict[str, dict[str, Any]]] = {
@@ -102,6 +102,7 @@ async def open_stand(
     dispatch: dict[str, Any] | None = None,
     clock: Clock | None = None,
     wait: bool = True,
+    roles: Sequence[Role] = (),
     **options: Any,
 ) -> AsyncIterator[Stand]:
     """Start engines (one stock engine by default), a router and a client.
@@ -112,12 +113,17 @@ async def open_stand(
         dispatch: other ``DispatchOptions``.
         clock: the router's.
         wait: wait until every engine has joined.
+        roles: of the engines, if not all are for both.
         options: ``RouterOptions``.
     """
     async with AsyncExitStack() as stack:
         fakes = [FakeServer(one) for one in settings or (FakeSettings(),)]
         engines = [await stack.enter_async_context(fake) for fake in fakes]
-        given = {**_QUICK, "worker_urls": tuple(engine.url for engine in engines), **options}
+        urls = [engine.url for engine in engines]
+        if roles:
+            said = zip(urls, roles, strict=True)
+            urls = [f"{url}?role={role.value}" for url, role in said]
+        given = {**_QUICK, "worker_urls": tuple(urls), **options}
         placing = DispatchOptions(policy=policy, **(dispatch or {}))
         router = Router(RouterOptions(**given), placing, clock)
         await stack.enter_async_context(router)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 
 from hexgen_vllm.cluster import EngineEntry, RouterEntry
 from hexgen_vllm.cluster.commands import engine_command, engine_env, flags, router_command
+from hexgen_vllm.errors import ConfigError
 
 
 def test_options_become_flags() -> None:
@@ -92,3 +94,15 @@ def test_options_of_the_file_win_over_what_the_cluster_knows() -> None:
     assert "--stock-scheduling=auto" in words
     assert "--shutdown-timeout=1" in words
     assert len([word for word in words if word.startswith("--shutdown")]) == 1
+
+
+def test_the_router_is_told_of_roles() -> None:
+    engines = [replace(OURS, name=role, role=role) for role in ("prefill", "decode", "both")]
+    assert router(RouterEntry(), *engines)[-4:] == [
+        "--worker-urls",
+        "prefill=http://prefill?role=prefill",
+        "decode=http://decode?role=decode",
+        "both=http://both",
+    ]
+    with pytest.raises(ConfigError, match="role must be one of both, prefill, decode"):
+        replace(OURS, role="Prefill")

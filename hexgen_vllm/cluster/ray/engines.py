@@ -143,7 +143,7 @@ class Replica:
             return "did not start"
         self.url, self.start_s = started.url, self._clock.now() - began_s
         self._report(f"engine {self.name}: healthy at {self.url}")
-        self._listener.serving(self.name, self.url)
+        self._listener.serving(self.name, self._entry.worker_url(self.url))
         if not self.ready.done():
             self.ready.set_result(None)
         return str(await self._actor.wait.remote())
@@ -264,7 +264,7 @@ class EngineGroup:
         assert replica.url is not None
         self._undecided.pop(name).cancel()
         replica.leaving = False
-        self._roster.stay(name, replica.url)
+        self._roster.stay(name, self.entry.worker_url(replica.url))
         self._report(f"engine {name}: stays after all")
 
     def _add(self, name: str) -> None:

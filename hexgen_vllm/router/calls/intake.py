@@ -19,6 +19,7 @@ from hexgen_vllm import wire
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.policy.claims import MAX_PRIORITY
 from hexgen_vllm.router import foreign as others
+from hexgen_vllm.router.calls.prefill import can_part
 from hexgen_vllm.router.calls.prompt import (
     Prompt,
     TokenRatios,
@@ -374,6 +375,7 @@ class Intake:
             deadline_asked=self._asks(said, foreign),
             root=None if top is None else top.root,
             resume_s=resume_s,
+            whole=not can_part(endpoint, body),
         )
 
     def _asks(self, said: wire.CallMeta, foreign: Foreign) -> bool:

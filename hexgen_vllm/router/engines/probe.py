@@ -182,7 +182,7 @@ class Probe:
         by_rank = self._told_apart(readings)
         specs = (
             EngineSpec(target, models, kind, one.max_num_seqs, one.kv_tokens,
-                       one.max_num_batched_tokens, most)
+                       one.max_num_batched_tokens, most, role=worker.role)
             for target, one in zip(targets_of(worker.name, len(by_rank)), by_rank, strict=True)
         )  # fmt: skip
         return Found(tuple(specs), cards, True)

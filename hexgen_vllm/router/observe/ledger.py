@@ -26,6 +26,10 @@ MIGRATIONS: Final = ("continued", "closed", "impossible", "limit", "late", "no-e
 """What becomes of streams whose engine failed: another one went on; only the last events were
 missing; the call or its engine does not allow it; too often before; the deadline has passed; none
 took it."""
+PREFILLS: Final = ("done", "failed", "declined")
+"""What becomes of prompts at prefill engines: ``declined`` where the engine or the request itself
+would not have it so, and the call's own engine computes the prompt."""
+
 KV_BATCHES: Final = ("taken", "replayed", "lost", "restart", "bad")
 """What becomes of batches of KV events: taken in; these had to be asked for again; never came;
 began to count anew, as the engine did; could not be read."""
@@ -91,6 +95,7 @@ class Ledger:
         ended: calls that ended, by endpoint and outcome.
         retries: times a call was sent again, by reason.
         migrations: streams whose engine failed, by what became of them, where they may migrate.
+        prefills: prompts at prefill engines, by what became of them.
         kv_events: batches of KV events, by what became of them.
         placements: times a call was placed, by engine and the policy's reason.
         overdue: calls answered after they were due.
@@ -102,6 +107,7 @@ class Ledger:
         self.ended: Counter[tuple[str, str]] = Counter()
         self.retries: Counter[str] = Counter()
         self.migrations = Counter(dict.fromkeys(MIGRATIONS, 0))
+        self.prefills = Counter(dict.fromkeys(PREFILLS, 0))
         self.kv_events = Counter(dict.fromkeys(KV_BATCHES, 0))
         self.placements: Counter[tuple[str, str]] = Counter()
         self.overdue = 0
