@@ -130,6 +130,7 @@ class Policy:
         engine: order and displacement in the engines.
         kind: what the engines are.
         oracle: estimates are the truth.
+        roles: engines have the roles that the fleet gives them; otherwise all do both.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Policy:
     engine: EngineOptions
     kind: EngineKind = EngineKind.HEXGEN
     oracle: bool = False
+    roles: bool = True
 
     @property
     def learns_rates(self) -> bool:

@@ -50,7 +50,7 @@ _SECTIONS: Final[dict[str, type[Any]]] = {
     "simulation": SimOptions,
 }
 KEYS: Final = ("fleet", *_SECTIONS, "policies", "seeds")
-_POLICY_KEYS: Final = ("policy", "name", "dispatch", "engine")
+_POLICY_KEYS: Final = ("policy", "name", "dispatch", "engine", "roles")
 _ENTRY_KEYS: Final = ("name", "count", "cost")
 _ENGINE_KEYS: Final = tuple(f.name for f in fields(EngineModel) if f.metadata)
 _COSTS: Final = tuple(f.name for f in fields(StepCost))
@@ -196,7 +196,8 @@ def _policy(source: Located, path: Key) -> Policy:
         dispatch = source.options(DispatchOptions, (*path, "dispatch"))
     if "engine" in given:
         engine = source.options(EngineOptions, (*path, "engine"))
-    made = source.built(path, lambda: named(policy, dispatch, engine))
+    roles = source.typed(bool, (*path, "roles")) if "roles" in given else True
+    made = source.built(path, lambda: replace(named(policy, dispatch, engine), roles=roles))
     if engine is not None and "order" in given["engine"]:
         if made.kind is not EngineKind.HEXGEN:
             raise source.error((*path, "engine", "order"), f"{policy} has an order of its own.")

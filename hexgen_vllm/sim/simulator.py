@@ -44,6 +44,7 @@ from hexgen_vllm.types import (
     EngineKind,
     EngineSpec,
     Placement,
+    Role,
 )
 
 # What happens first when times are equal: an engine ends its step before a call reaches it, as in
@@ -145,13 +146,25 @@ class _Graph:
 
 @dataclass(slots=True)
 class SimCall:
-    """A call between its arrival at the router and its end; ``index`` is its place in a graph."""
+    """A call between its arrival at the router and its end.
+
+    Attributes:
+        workflow: that it is part of.
+        spec: what it is.
+        sent_s: when it came to the router.
+        engine: where it is.
+        index: its place in a graph.
+        rest: where it goes when ``engine`` has computed its prompt, if another is to answer.
+        cached_tokens: prompt tokens that the engine which computed its prompt had, in that case.
+    """
 
     workflow: WorkflowState
     spec: CallSpec
     sent_s: float
     engine: SimEngine | None = None
     index: int = 0
+    rest: Placement | None = None
+    cached_tokens: int | None = None
 
 
 class SimRecorder:
@@ -189,7 +202,8 @@ class SimRecorder:
     def answered(self, call: SimCall, sequence: Sequence, now: float) -> None:
         """Note that a call was answered."""
         self.prompt_tokens += sequence.prompt_tokens
-        self.cached_tokens += sequence.cached_tokens
+        cached = call.cached_tokens
+        self.cached_tokens += sequence.cached_tokens if cached is None else cached
         if self._keep_calls:
             first_s = sequence.first_token_s
             ttft_s = None if first_s is None else first_s - call.sent_s
@@ -306,6 +320,9 @@ class SimOptions:
         "step costs that policies and engines of ours know: fitted to the engines' own steps, as "
         "live, or true; the paper's policy, oracle and fixed speeds are always true",
         choices=("fitted", "true"),
+    )
+    kv_transfer_rate: float = option(
+        50_000.0, "tokens per second of KV that reach an engine of role decode", least=1.0
     )
     step_noise: float = option(
         0.03, "spread of step times around their cost, as a share of it", least=0.0, most=0.5
@@ -426,6 +443,7 @@ class Simulation:
             max_num_seqs=model.max_num_seqs,
             kv_tokens=model.kv_tokens,
             speed=solo_speed(model.cost),
+            role=Role(model.role) if self._policy.roles else Role.BOTH,
         )
 
     # Workflows
@@ -521,17 +539,40 @@ class Simulation:
 
     def _dispatch(self, placement: Placement, now: float) -> None:
         pending = self._pending[placement.call_id]
-        pending.engine = engine = self.engines[placement.engine_id]
-        spec = pending.spec
-        sequence = Sequence(
-            placement,
-            spec.prompt_tokens,
-            spec.output_tokens,
-            chain=links(spec.layers, engine.model.block_size),
-            tag=pending,
-        )
+        first = placement.prefill
+        pending.rest = None if first is None else placement
+        pending.cached_tokens = None
+        output = pending.spec.output_tokens if first is None else 1
+        sequence = self._sequence(pending, first or placement, output)
         at = now + self._options.router_latency_s
         self._loop.at(at, DELIVERY, self._deliver, sequence)
+
+    def _sequence(
+        self, pending: SimCall, placement: Placement, output_tokens: int, loaded_tokens: int = 0
+    ) -> Sequence:
+        """Return a call as the engine gets it that it is placed on."""
+        pending.engine = engine = self.engines[placement.engine_id]
+        return Sequence(
+            placement,
+            pending.spec.prompt_tokens,
+            output_tokens,
+            chain=links(pending.spec.layers, engine.model.block_size),
+            tag=pending,
+            loaded_tokens=loaded_tokens,
+        )
+
+    def _hand_over(self, sequence: Sequence, placement: Placement, now: float) -> None:
+        """Move the KV of a prompt that has been computed to the engine that answers."""
+        pending, prompt = sequence.tag, sequence.prompt_tokens
+        pending.rest, pending.cached_tokens = None, sequence.cached_tokens
+        result = CallResult(True, prompt, sequence.cached_tokens, 1)
+        self._carry_out(self.coordinator.call_prefilled(sequence.call_id, result, now), now)
+        rest = self._sequence(pending, placement, pending.spec.output_tokens, prompt - 1)
+        pool, size = pending.engine.batch.pool, pending.engine.model.block_size
+        there = pool.lookup(rest.holding.chain, (prompt - 1) // size).blocks * size
+        took_s = (prompt - there) / self._options.kv_transfer_rate
+        at = now + took_s + self._options.router_latency_s
+        self._loop.at(at, DELIVERY, self._deliver, rest)
 
     def _deliver(self, now: float, sequence: Sequence) -> None:
         engine = sequence.tag.engine
@@ -571,9 +612,13 @@ class Simulation:
         if engine.end_s < math.inf:
             self._loop.at(engine.end_s, STEP_END, self._step_ended, engine)
         for sequence in started:
-            self.coordinator.call_started(sequence.call_id, now)
+            if sequence.tag.rest is None:
+                self.coordinator.call_started(sequence.call_id, now)
         for sequence in finished:
-            self._answered(sequence, now)
+            if sequence.tag.rest is None:
+                self._answered(sequence, now)
+            else:
+                self._hand_over(sequence, sequence.tag.rest, now)
 
     def _answered(self, sequence: Sequence, now: float) -> None:
         pending = self._pending.pop(sequence.call_id)

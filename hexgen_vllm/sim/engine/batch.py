@@ -203,12 +203,14 @@ class Batch:
             if sequence.cached_tokens < 0:
                 kept.came(chain, blocks, self._now)
             there = kept.found(chain, blocks, (sequence.tokens - 1) // size) * size
+        loaded, sequence.loaded_tokens = sequence.loaded_tokens, 0
         if sequence.cached_tokens < 0:
-            sequence.cached_tokens = there
-            self.pricing.admitted(sequence.prompt_tokens, there)
+            sequence.cached_tokens = max(there, loaded)
+            self.pricing.admitted(sequence.prompt_tokens, sequence.cached_tokens)
         sequence.computed = max(there, min(sequence.saved_tokens, sequence.tokens - 1))
         sequence.saved_tokens = 0
         self.copied += sequence.computed - cached
+        sequence.computed = max(sequence.computed, loaded)
 
     def end_prefill(self, sequence: Sequence, now: float, started: list[Sequence]) -> None:
         """Give a call the token that ends its prefill; add it to ``started`` if it is its first."""

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from hexgen_vllm.config import check, option
 from hexgen_vllm.sim.engine.prefix_cache import Holding, Link
-from hexgen_vllm.types import NO_DEADLINE, Placement, StepCost
+from hexgen_vllm.types import NO_DEADLINE, Placement, Role, StepCost
 
 NO_LIMIT: Final = 1 << 30
 
@@ -19,6 +19,11 @@ class EngineModel:
     engine_id: str
     cost: StepCost
     device: str = option("", "name of the device")
+    role: str = option(
+        Role.BOTH.value,
+        "what part of a call it is there for; loads and deadlines are those of engines for both",
+        choices=tuple(role.value for role in Role),
+    )
     max_num_seqs: int = option(256, "sequences in a batch", least=1)
     max_num_batched_tokens: int = option(2048, "tokens in a step", least=1)
     kv_tokens: int = option(400_000, "tokens that the KV cache holds", least=1)
@@ -83,6 +88,7 @@ class Sequence:
         number: order of admission.
         holding: its KV blocks.
         displacements: how often it lost its place for urgency.
+        loaded_tokens: prompt tokens whose KV has come from another engine when it is admitted.
         saved_tokens: tokens whose KV was copied to the host when it was preempted.
         cached_tokens: prompt tokens that the prefix cache served at its first admission.
         first_token_s: when its first token came, ``None`` before.
@@ -107,6 +113,7 @@ class Sequence:
         "latest_start_s",
         "least_tail_s",
         "likely_most",
+        "loaded_tokens",
         "most_tokens",
         "number",
         "paused",
@@ -134,7 +141,9 @@ class Sequence:
         *,
         chain: tuple[Link, ...] = (),
         tag: Any = None,
+        loaded_tokens: int = 0,
     ) -> None:
+        self.loaded_tokens = loaded_tokens
         self.call_id, self.tag = placement.call_id, tag
         self.prompt_tokens = self.tokens = prompt_tokens
         self.total_tokens = prompt_tokens + output_tokens
