@@ -24,6 +24,10 @@ from hexgen_vllm.policy.cost import trusted_cost
 from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
 from hexgen_vllm.types import StepCost
 
+Loads = Sequence[EngineLoad]
+"""Engines that can serve a call, not empty, sorted by name."""
+Claims = Mapping[str, int]
+"""Per engine, more urgent calls that wait for it outside."""
 OPTIMISM: Final = 0.9
 _DELAY_WEIGHT: Final = 0.12
 
@@ -63,19 +67,13 @@ class Dispatch:
 
     holds: bool = False
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine for ``demand``.
 
         Args:
             demand: the call and its estimates.
-            engines: engines that can serve it, not empty, sorted by name.
-            claims: per engine, more urgent calls that wait for it outside; may be ignored.
+            engines: those that can serve it.
+            claims: how many wait for each; may be ignored.
             now: the present moment, for slack.
         """
         raise NotImplementedError
@@ -127,13 +125,7 @@ class RoundRobin(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         self._turn = 0
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the next engine."""
         engine = engines[self._turn % len(engines)]
         self._turn += 1
@@ -149,13 +141,7 @@ class LeastOutstanding(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         self._turn = 0
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the least loaded engine by call count."""
         least = min(len(e.in_flight) for e in engines)
         level = [e for e in engines if len(e.in_flight) == least]
@@ -186,13 +172,7 @@ class PaperScore(Dispatch):
         """Take other knobs from now on."""
         self._options = options
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the highest score."""
         solo = [e.solo_s(demand, c) for e, c in zip(engines, costs(engines), strict=True)]
         score = self._paper if self._options.paper_form == "paper" else self._code
@@ -236,13 +216,7 @@ class EarliestFinish(Dispatch):
         self._options = options
         self.holds = True
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the lowest score."""
         best: Choice | None = None
         for engine, cost in zip(engines, costs(engines), strict=True):

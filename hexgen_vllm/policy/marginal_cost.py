@@ -36,12 +36,11 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand
-from hexgen_vllm.policy.dispatch import Choice, Dispatch, costs
+from hexgen_vllm.policy.dispatch import Choice, Claims, Dispatch, Loads, costs
 from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.types import Call, StepCost
 
@@ -71,13 +70,7 @@ class MarginalCost(Dispatch):
         self._mean_rho = 0.0
         self._rho = 0.0  # of the call chosen for last
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the lowest score.
 
         Every engine gets a lower bound of its score; those whose bound is above the best score

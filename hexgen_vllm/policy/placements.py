@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 from hexgen_vllm.config import DispatchOptions
@@ -11,13 +11,14 @@ from hexgen_vllm.policy import rivals
 from hexgen_vllm.policy.calls import Demand
 from hexgen_vllm.policy.dispatch import (
     Choice,
+    Claims,
     Dispatch,
     EarliestFinish,
     LeastOutstanding,
+    Loads,
     PaperScore,
     RoundRobin,
 )
-from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.policy.marginal_cost import MarginalCost
 
 Placer = Callable[[DispatchOptions], Any]
@@ -77,13 +78,7 @@ class OutsidePolicy(Dispatch):
         self._placed = getattr(policy, "placed", None)
         self.holds = bool(getattr(policy, "holds", False))
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return what the policy returns.
 
         Raises:

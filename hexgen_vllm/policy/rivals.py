@@ -18,13 +18,13 @@ measure once. Rules that weigh by speed get the truth in the simulator.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand
-from hexgen_vllm.policy.dispatch import Choice, Dispatch
+from hexgen_vllm.policy.dispatch import Choice, Claims, Dispatch, Loads
 from hexgen_vllm.policy.engines import EngineLoad
 
 _BLOCK_TOKENS: Final = 16
@@ -54,13 +54,7 @@ class WeightedRoundRobin(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         self._credit: dict[str, float] = {}
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine that is owed most."""
         credit, total, best = self._credit, 0.0, engines[0]
         for engine in engines:
@@ -79,13 +73,7 @@ class WeightedLeast(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         pass
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the fewest calls for its speed."""
         engine = least_weighted(engines)
         return Choice(engine, -(engine.calls + 1) / engine.speed(), "fewest_calls")
@@ -97,13 +85,7 @@ class PowerOfTwo(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         self._draw = Random(0)
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the less loaded of two."""
         drawn = self._draw.sample(list(engines), min(2, len(engines)))
         best = drawn[0]
@@ -123,13 +105,7 @@ class Sticky(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         self._home: OrderedDict[str, str] = OrderedDict()
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the workflow's engine."""
         home = self._home.get(demand.call.workflow_id)
         for engine in engines:
@@ -155,13 +131,7 @@ class WlcAff(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         self._tokens = options.affinity_tokens
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the lowest sum for its speed."""
         best, least = engines[0], float("inf")
         for engine in engines:
@@ -186,13 +156,7 @@ class LlmD(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         self._turn = 0
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the highest weighted score."""
         queues = [engine.report.waiting or 0 for engine in engines]
         low, high = min(queues), max(queues)
@@ -223,13 +187,7 @@ class CacheAware(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         self._sent: dict[str, int] = {}
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine by load or by prefix."""
         calls = [engine.calls for engine in engines]
         low, high = min(calls), max(calls)
@@ -258,13 +216,7 @@ class Dynamo(Dispatch):
     def __init__(self, options: DispatchOptions) -> None:
         pass
 
-    def choose(
-        self,
-        demand: Demand,
-        engines: Sequence[EngineLoad],
-        claims: Mapping[str, int],
-        now: float,
-    ) -> Choice:
+    def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the lowest cost."""
         prompt = demand.call.prompt_tokens
         best, least = engines[0], float("inf")
