@@ -6,10 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import anthropic
 import httpx
 import httpx2
-import openai
 import pytest
 
 from hexgen_vllm.client import (
@@ -22,7 +20,7 @@ from hexgen_vllm.client import (
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.testing import ManualClock
 
-from .recorder import Recorder
+from .recorder import Recorder, anthropic, openai
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 MESSAGE = {**CHAT, "max_tokens": 8}

@@ -7,24 +7,23 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from openai import AsyncOpenAI, OpenAI
 
 from hexgen_vllm.client import DeadlineExceeded, Workflow
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.testing import ManualClock
 
-from .recorder import Recorder
+from .recorder import Recorder, openai
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.fixture
-async def client(server: Recorder) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(api_key="k", base_url=server.url, max_retries=0) as opened:
+async def client(server: Recorder) -> AsyncIterator[Any]:
+    async with openai.AsyncOpenAI(api_key="k", base_url=server.url, max_retries=0) as opened:
         yield opened
 
 
-async def test_every_call_carries_the_workflow(server: Recorder, client: AsyncOpenAI) -> None:
+async def test_every_call_carries_the_workflow(server: Recorder, client: Any) -> None:
     clock = ManualClock()
     async with Workflow(client, deadline_s=30, type="text2sql", tenant="gold", clock=clock) as flow:
         answer = await flow.stage("revise").chat.completions.create(**CHAT)
@@ -39,7 +38,7 @@ async def test_every_call_carries_the_workflow(server: Recorder, client: AsyncOp
 
 
 async def test_the_deadline_sent_is_what_remains_at_each_call(
-    server: Recorder, client: AsyncOpenAI
+    server: Recorder, client: Any
 ) -> None:
     clock = ManualClock()
     async with Workflow(client, deadline_s=30, clock=clock) as flow:
@@ -52,7 +51,7 @@ async def test_the_deadline_sent_is_what_remains_at_each_call(
     assert sent == ["30000.000", "17500.000"]
 
 
-async def test_hints_are_sent_with_their_stage_only(server: Recorder, client: AsyncOpenAI) -> None:
+async def test_hints_are_sent_with_their_stage_only(server: Recorder, client: Any) -> None:
     async with Workflow(client) as flow:
         hinted = flow.stage("a", expected_output_tokens=64, stages_left=3, final=False)
         await hinted.chat.completions.create(**CHAT)
@@ -64,9 +63,7 @@ async def test_hints_are_sent_with_their_stage_only(server: Recorder, client: As
     assert set(second) == {"workflow-id", "stage"}
 
 
-async def test_all_endpoints_and_raw_and_streaming_answers(
-    server: Recorder, client: AsyncOpenAI
-) -> None:
+async def test_all_endpoints_and_raw_and_streaming_answers(server: Recorder, client: Any) -> None:
     async with Workflow(client) as flow:
         llm = flow.stage("s")
         await llm.completions.create(model="m", prompt="p")
@@ -88,9 +85,7 @@ async def test_all_endpoints_and_raw_and_streaming_answers(
     assert all(headers["stage"] == "s" for headers in server.headers)
 
 
-async def test_headers_of_the_caller_are_kept_and_win(
-    server: Recorder, client: AsyncOpenAI
-) -> None:
+async def test_headers_of_the_caller_are_kept_and_win(server: Recorder, client: Any) -> None:
     async with Workflow(client) as flow:
         await flow.stage("a").chat.completions.create(
             **CHAT, extra_headers={"x-hexgen-stage": "other", "x-hexgen-tenant": "t"}
@@ -98,7 +93,7 @@ async def test_headers_of_the_caller_are_kept_and_win(
     assert (server.last["stage"], server.last["tenant"]) == ("other", "t")
 
 
-async def test_parallel_stages_share_the_workflow(server: Recorder, client: AsyncOpenAI) -> None:
+async def test_parallel_stages_share_the_workflow(server: Recorder, client: Any) -> None:
     async with Workflow(client) as flow:
         await asyncio.gather(
             *(flow.stage(f"s{k}").chat.completions.create(**CHAT) for k in range(8))
@@ -107,9 +102,7 @@ async def test_parallel_stages_share_the_workflow(server: Recorder, client: Asyn
     assert {h["stage"] for h in server.headers} == {f"s{k}" for k in range(8)}
 
 
-async def test_workflows_side_by_side_do_not_see_each_other(
-    server: Recorder, client: AsyncOpenAI
-) -> None:
+async def test_workflows_side_by_side_do_not_see_each_other(server: Recorder, client: Any) -> None:
     async def one(name: str) -> str:
         async with Workflow(client, type=name) as flow:
             await asyncio.sleep(0)
@@ -125,7 +118,7 @@ async def test_workflows_side_by_side_do_not_see_each_other(
 
 @pytest.mark.parametrize(("inner_s", "left"), [(10, "10000.000"), (100, "30000.000")])
 async def test_a_nested_workflow_is_a_part_with_the_tighter_deadline(
-    server: Recorder, client: AsyncOpenAI, inner_s: float, left: str
+    server: Recorder, client: Any, inner_s: float, left: str
 ) -> None:
     async def helper() -> None:
         async with Workflow(client, deadline_s=inner_s) as part:
@@ -142,7 +135,7 @@ async def test_a_nested_workflow_is_a_part_with_the_tighter_deadline(
 
 
 async def test_an_id_of_its_own_makes_a_nested_workflow_separate(
-    server: Recorder, client: AsyncOpenAI
+    server: Recorder, client: Any
 ) -> None:
     async with Workflow(client, deadline_s=30, type="t", clock=ManualClock()):
         async with Workflow(client, deadline_s=60, workflow_id="other") as apart:
@@ -157,7 +150,7 @@ async def test_an_id_of_its_own_makes_a_nested_workflow_separate(
 
 
 async def test_stages_entered_as_a_context_enclose_what_is_opened_inside(
-    server: Recorder, client: AsyncOpenAI
+    server: Recorder, client: Any
 ) -> None:
     async with Workflow(client) as flow:
         async with flow.stage("answer") as llm:
@@ -171,7 +164,7 @@ async def test_stages_entered_as_a_context_enclose_what_is_opened_inside(
 
 @pytest.mark.parametrize("final", [True, False])
 async def test_leaving_ends_the_workflow_unless_the_last_call_did(
-    server: Recorder, client: AsyncOpenAI, final: bool
+    server: Recorder, client: Any, final: bool
 ) -> None:
     async with Workflow(client) as flow:
         await flow.stage("a").chat.completions.create(**CHAT)
@@ -181,7 +174,7 @@ async def test_leaving_ends_the_workflow_unless_the_last_call_did(
 
 
 async def test_a_call_after_the_final_one_opens_the_end_again(
-    server: Recorder, client: AsyncOpenAI
+    server: Recorder, client: Any
 ) -> None:
     async with Workflow(client) as flow:
         await flow.stage("a", final=True).chat.completions.create(**CHAT)
@@ -189,15 +182,13 @@ async def test_a_call_after_the_final_one_opens_the_end_again(
     assert server.finished == [flow.id]
 
 
-async def test_a_workflow_without_calls_ends_silently(
-    server: Recorder, client: AsyncOpenAI
-) -> None:
+async def test_a_workflow_without_calls_ends_silently(server: Recorder, client: Any) -> None:
     async with Workflow(client):
         pass
     assert server.finished == []
 
 
-async def test_a_workflow_ends_when_its_body_fails(server: Recorder, client: AsyncOpenAI) -> None:
+async def test_a_workflow_ends_when_its_body_fails(server: Recorder, client: Any) -> None:
     flow = Workflow(client)
 
     async def body() -> None:
@@ -211,9 +202,7 @@ async def test_a_workflow_ends_when_its_body_fails(server: Recorder, client: Asy
 
 
 @pytest.mark.parametrize("tenant", ["acme", None])
-async def test_the_end_names_the_tenant(
-    server: Recorder, client: AsyncOpenAI, tenant: str | None
-) -> None:
+async def test_the_end_names_the_tenant(server: Recorder, client: Any, tenant: str | None) -> None:
     async with Workflow(client, tenant=tenant) as flow:
         await flow.stage("a").chat.completions.create(**CHAT)
     assert (server.finished, server.tenants) == ([flow.id], [tenant])
@@ -221,7 +210,7 @@ async def test_the_end_names_the_tenant(
 
 @pytest.mark.parametrize("status", [404, 500])
 async def test_servers_that_cannot_end_workflows_do_no_harm(
-    server: Recorder, client: AsyncOpenAI, status: int
+    server: Recorder, client: Any, status: int
 ) -> None:
     server.finish_status = status
     async with Workflow(client) as flow:
@@ -229,9 +218,7 @@ async def test_servers_that_cannot_end_workflows_do_no_harm(
     assert server.finished == [flow.id]
 
 
-async def test_late_calls_are_sent_with_one_millisecond(
-    server: Recorder, client: AsyncOpenAI
-) -> None:
+async def test_late_calls_are_sent_with_one_millisecond(server: Recorder, client: Any) -> None:
     clock = ManualClock()
     async with Workflow(client, deadline_s=1, clock=clock) as flow:
         clock.advance(9)
@@ -241,7 +228,7 @@ async def test_late_calls_are_sent_with_one_millisecond(
 
 
 async def test_late_calls_can_be_refused_before_they_are_sent(
-    server: Recorder, client: AsyncOpenAI
+    server: Recorder, client: Any
 ) -> None:
     clock = ManualClock()
     async with Workflow(client, deadline_s=1, late="raise", clock=clock) as flow:
@@ -255,7 +242,7 @@ async def test_late_calls_can_be_refused_before_they_are_sent(
 async def test_the_synchronous_client_does_the_same(server: Recorder) -> None:
     def play() -> str:
         with (
-            OpenAI(api_key="k", base_url=server.url, max_retries=0) as client,
+            openai.OpenAI(api_key="k", base_url=server.url, max_retries=0) as client,
             Workflow(client, deadline_s=30, type="t", clock=ManualClock()) as flow,
         ):
             flow.stage("a").chat.completions.create(**CHAT)
@@ -271,13 +258,13 @@ async def test_the_synchronous_client_does_the_same(server: Recorder) -> None:
 
 
 async def test_a_synchronous_client_may_be_left_asynchronously(server: Recorder) -> None:
-    with OpenAI(api_key="k", base_url=server.url, max_retries=0) as client:
+    with openai.OpenAI(api_key="k", base_url=server.url, max_retries=0) as client:
         async with Workflow(client) as flow:
             await asyncio.to_thread(flow.stage("a").chat.completions.create, **CHAT)
     assert server.finished == [flow.id]
 
 
-async def test_headers_serve_any_other_library(client: AsyncOpenAI) -> None:
+async def test_headers_serve_any_other_library(client: Any) -> None:
     async with Workflow(client, deadline_s=2, workflow_id="w", clock=ManualClock()) as flow:
         assert flow.headers("a", final=True) == {
             "x-hexgen-workflow-id": "w",
@@ -337,12 +324,12 @@ def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], field: str
     ],
 )
 def test_bad_stages_are_refused_before_any_call(arguments: dict[str, Any], field: str) -> None:
-    with Workflow(OpenAI(api_key="k")) as flow, pytest.raises(ConfigError, match=field):
+    with Workflow(openai.OpenAI(api_key="k")) as flow, pytest.raises(ConfigError, match=field):
         flow.stage(**arguments)
 
 
 def test_a_workflow_is_entered_before_use_and_once() -> None:
-    flow = Workflow(OpenAI(api_key="k"))
+    flow = Workflow(openai.OpenAI(api_key="k"))
     with pytest.raises(ConfigError, match="must be entered"):
         flow.stage("a")
     with flow, pytest.raises(ConfigError, match="only once"):
