@@ -13,6 +13,8 @@ from fastapi.routing import APIRoute
 
 from hexgen_vllm.router.routes import manages
 
+pytestmark = pytest.mark.engine
+
 # Packages of vLLM whose routes are for who runs an engine; what an engine says of itself is the
 # router's own to say.
 MANAGING = (".serve.dev.", ".rl.", ".serve.elastic_ep.", ".serve.profile.", ".fault_tolerance.")
