@@ -18,7 +18,6 @@ they add to steps that run anyway; batch cannot get more than the rest of its be
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import tempfile
@@ -29,6 +28,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from benchmarks.engine.alone import Alone, Flow, Rank, rate
 from benchmarks.engine.mix_plot import draw
 from benchmarks.engine.mix_scenarios import (
     BATCH,
@@ -43,9 +43,9 @@ from benchmarks.engine.mix_scenarios import (
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.outlook import Outlook
+from hexgen_vllm.report import results as files
 from hexgen_vllm.report.plot import check_plot
 from hexgen_vllm.report.summary import percentile
-from hexgen_vllm.sim.alone import Alone, Flow, Rank, rate
 from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 
 _PLACES: Final = {256: (256, 128, 64, 32), 32: (32, 16, 8)}
@@ -121,8 +121,7 @@ def main(args: argparse.Namespace) -> int:
     if args.plot is not None:
         draw({name: found for name, found in results.items() if _has_points(found)}, args.plot)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        files.write(args.json, results)
     return 0
 
 
@@ -148,10 +147,10 @@ def play(
         specs: the workflows.
         options: ours; ``None`` is stock vLLM.
         rank: stock vLLM's priorities.
-        estimates: see :class:`hexgen_vllm.sim.alone.Alone`.
+        estimates: see :class:`benchmarks.engine.alone.Alone`.
         slots: calls in a full batch, if not the engine's.
         copies: KV of preempted calls goes to host memory where that pays.
-        keep_turns: see :class:`hexgen_vllm.sim.alone.Alone`.
+        keep_turns: see :class:`benchmarks.engine.alone.Alone`.
     """
     model = replace(
         mix.engine,

@@ -13,7 +13,6 @@ computes in one thread, and its own time is what counts, for deadlines as well.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.report import results as files
 
 _QUIET: Final = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -116,8 +116,7 @@ def main(args: argparse.Namespace) -> int:
     found = _compare(args) if args.against_vllm else _measure(args)
     print(comparison(found) if args.against_vllm else table(found))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        files.write(args.json, found)
     modes = found["rows"] if args.against_vllm else list(found["modes"].values())
     return 0 if all(m["tokens_identical"] and not m["leaked_blocks"] for m in modes) else 1
 

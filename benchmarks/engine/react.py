@@ -12,7 +12,6 @@ Beside it the simulator plays the same agents, on an engine of the step cost tha
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.engine import preempt
+from benchmarks.engine.alone import Alone
 from benchmarks.engine.preempt_load import Case, Workflow, make_workflow
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.alone import Alone
+from hexgen_vllm.report import results as files
 from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.workloads.workload import CallSpec, Layer, WorkflowSpec, workflow_stream
 
@@ -62,8 +62,7 @@ def main(args: argparse.Namespace) -> int:
     found = _measure(args)
     print(table(found))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        files.write(args.json, found)
     rows = found["modes"].values()
     return 0 if all(r["tokens_identical"] and not r["leaked_blocks"] for r in rows) else 1
 

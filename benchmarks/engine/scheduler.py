@@ -8,7 +8,6 @@ also keeps an order. Both do the same work on the same calls, in turns.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from importlib import import_module
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.report import results as files
 
 _SIZES: Final = (100, 1_000, 10_000)
 _STOCK: Final = ("priority", "fcfs")
@@ -56,8 +56,7 @@ def main(args: argparse.Namespace) -> int:
     results = _measure(args)
     print(table(results))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report(results), indent=2) + "\n")
+        files.write(args.json, report(results))
     return 0
 
 

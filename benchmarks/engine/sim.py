@@ -12,7 +12,6 @@ Three figures, each on the reference fleet of four engines with text-to-SQL work
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -77,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     figures["peak_rss_mib"] = round(peak_rss_mib(args.memory_workflows))
     print(f"peak memory of {args.memory_workflows:,} workflows: {figures['peak_rss_mib']:,} MiB")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        results.write(args.json, figures)
     return 0
 
 

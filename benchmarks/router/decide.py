@@ -9,7 +9,6 @@ is the dearest state there is: every event could place somebody, and none does.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -80,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             figures[policy] = worst
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        results.write(args.json, figures)
     return 0
 
 

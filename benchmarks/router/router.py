@@ -10,7 +10,6 @@ Figures are of this machine; leave it alone while they are taken.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 from collections.abc import AsyncIterator, Sequence
@@ -25,6 +24,8 @@ from benchmarks.router.router_engine import FastEngine
 from benchmarks.router.router_load import Client
 from benchmarks.router.router_measure import Amounts
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.report import results as files
+from hexgen_vllm.report.summary import percentile
 
 _ENGINES: Final = 2
 _DIRECT: Final = "direct"
@@ -66,8 +67,7 @@ def main(args: argparse.Namespace) -> int:
     found = report(measured, None if peer is None else sides.peer_version(peer))
     print(table(found))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        files.write(args.json, found)
     return int(found["lost_events"] > 0)
 
 
@@ -111,7 +111,7 @@ async def _first_bytes(client: Client, amounts: Amounts) -> dict[str, float]:
     for clients in (1, amounts.clients):
         times = await measure.first_byte_ms(client, amounts, clients)
         for share in (50, 99):
-            figures[f"ttft_p{share}_ms_{clients}"] = measure.percentile(times, share / 100.0)
+            figures[f"ttft_p{share}_ms_{clients}"] = percentile(times, share / 100.0)
     return figures
 
 

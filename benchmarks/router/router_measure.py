@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -142,13 +141,6 @@ async def first_byte_ms(client: Client, amounts: Amounts, clients: int) -> list[
         many = await asyncio.gather(*(one(i) for i in range(clients)))
         calls = [call for some in many for call in some]
     return [1000.0 * (call.first_s - call.sent_s) for call in calls if call.status == 200]
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the nearest-rank percentile of ``values``, ``nan`` for none."""
-    if not values:
-        return math.nan
-    return sorted(values)[min(math.ceil(share * len(values)), len(values)) - 1]
 
 
 class _Pulling(Client):

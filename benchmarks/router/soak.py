@@ -30,6 +30,7 @@ from benchmarks.router.router_engine import FastEngine
 from benchmarks.router.router_load import STAGES, Call, Client
 from benchmarks.router.soak_router import STALL_S
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.report import results as files
 
 _ENGINES: Final = 3
 _SETTLE_S: Final = 15.0
@@ -91,8 +92,7 @@ def main(args: argparse.Namespace) -> int:
     found["wrong"] = wrong = verdict(found, args.max_growth_mib)
     print(text(found))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        files.write(args.json, found)
     return int(bool(wrong))
 
 

@@ -32,6 +32,7 @@ from hexgen_vllm.client import async_http_client
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.config import DispatchOptions, add_arguments, check, given, option
 from hexgen_vllm.errors import HexgenError
+from hexgen_vllm.report import results as files
 from hexgen_vllm.report.table import aligned
 from hexgen_vllm.router.app import Router
 from hexgen_vllm.router.options import RouterOptions
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(options.out)
     with suppress(FileExistsError):
         out.parent.mkdir(parents=True)
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    files.write(out, found)
     print(f"{table(found)}\n\nwrote {out}")
     return 0
 

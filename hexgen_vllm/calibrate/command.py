@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import uuid
 from dataclasses import asdict, dataclass
@@ -113,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
     found = asyncio.run(calibrate(args.url, options))
     print(calibration_text(found))
     if args.json:
-        args.json.write_text(json.dumps(found.row(), indent=1) + "\n", encoding="utf-8")
+        results.write(args.json, found.row())
     if args.fleet:
         entry.write(args.fleet, found.fleet_entry, found.call_latency_s)
     return 0

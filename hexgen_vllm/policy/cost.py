@@ -44,8 +44,9 @@ from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.calls import Tail
 from hexgen_vllm.types import StepCost
 
-# Coefficients of a nominal device: a mid-range one with a 70B model. Only their proportions
-# matter, and only for what was not measured: everything is scaled to what was.
+# Coefficients of a nominal device: a mid-range one with a 70B model (published latencies of an
+# L40S). Only their proportions matter, and only for what was not measured: everything is scaled to
+# what was.
 _C0, _C1, _C2, _P0, _P1, _P2 = 0.04, 2e-4, 1e-8, 2e-3, 1 / 2200, 1e-9
 _RIDGE: Final = 1e-4  # rho, in squared relative errors
 _PRIOR_RIDGE: Final = 1e-6
@@ -97,6 +98,8 @@ _PRIOR: Final[tuple[float, ...]] = (
     1.0,
     0.0,
 )  # g: fixed and quadratic cost of prefill are none
+UNMEASURED: Final = StepCost(*(c * g for c, g in zip(_NOMINAL, _PRIOR, strict=True)))
+"""What a device is taken for as long as none was measured: only relative load matters then."""
 # Where the products lie in the sums: those of steps without prefill first.
 _AT: Final[tuple[tuple[int, ...], ...]] = (
     (0, 1, 2, 9, 10, 11),

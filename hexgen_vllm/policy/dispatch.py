@@ -20,8 +20,8 @@ from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand, Forecast
-from hexgen_vllm.policy.cost import trusted_cost
-from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
+from hexgen_vllm.policy.cost import UNMEASURED, trusted_cost
+from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.types import StepCost
 
 Loads = Sequence[EngineLoad]
@@ -57,6 +57,9 @@ class Choice:
 class Dispatch:
     """A placement policy. It may keep counters; it never reads a clock.
 
+    Args:
+        options: its knobs.
+
     The coordinator calls :meth:`choose`, several times for a call that finds no room, and
     :meth:`placed` once when the call is sent.
 
@@ -66,6 +69,9 @@ class Dispatch:
     """
 
     holds: bool = False
+
+    def __init__(self, options: DispatchOptions) -> None:
+        self._options = options
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine for ``demand``.
@@ -83,6 +89,7 @@ class Dispatch:
 
     def retuned(self, options: DispatchOptions) -> None:
         """Take other knobs from now on; what was learned stays."""
+        self._options = options
 
 
 def assumed_cost(engines: Sequence[EngineLoad]) -> StepCost:
@@ -123,6 +130,7 @@ class RoundRobin(Dispatch):
     """Engines in turn, as a plain load balancer does."""
 
     def __init__(self, options: DispatchOptions) -> None:
+        super().__init__(options)
         self._turn = 0
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
@@ -139,6 +147,7 @@ class LeastOutstanding(Dispatch):
     """
 
     def __init__(self, options: DispatchOptions) -> None:
+        super().__init__(options)
         self._turn = 0
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
@@ -164,13 +173,6 @@ class PaperScore(Dispatch):
     with t_queue(e) the calls in flight there times T_e of this one. Both ignore batching and the
     prefix cache, as published. Engines without measured rates are taken for average.
     """
-
-    def __init__(self, options: DispatchOptions) -> None:
-        self._options = options
-
-    def retuned(self, options: DispatchOptions) -> None:
-        """Take other knobs from now on."""
-        self._options = options
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the highest score."""
@@ -213,7 +215,7 @@ class EarliestFinish(Dispatch):
     """
 
     def __init__(self, options: DispatchOptions) -> None:
-        self._options = options
+        super().__init__(options)
         self.holds = True
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:

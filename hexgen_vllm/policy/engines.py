@@ -23,6 +23,7 @@ from hexgen_vllm.policy.calls import (
     InFlight,
 )
 from hexgen_vllm.policy.cost import (
+    UNMEASURED,
     CostFit,
     trust,
     trusted_cost,
@@ -38,9 +39,6 @@ from hexgen_vllm.types import (
     StepCost,
 )
 
-# Used where no engine has been measured: then only relative load matters, not these seconds.
-# Rates of a mid-range device with a 70B model (published batch-1 latencies of an L40S).
-UNMEASURED: Final = StepCost(c0=0.04, c1=2e-4, c2=1e-8, p0=0.0, p1=1 / 2200, p2=0.0)
 _USUAL_PROMPT: Final = 2500
 _USUAL_OUTPUT: Final = 110
 _MAX_SHARE: Final = 0.8

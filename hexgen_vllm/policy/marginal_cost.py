@@ -64,8 +64,8 @@ class MarginalCost(Dispatch):
     """
 
     def __init__(self, options: DispatchOptions) -> None:
+        super().__init__(options)
         self.holds = True
-        self._options = options
         self._asked = AskedPrefixes()
         self._mean_rho = 0.0
         self._rho = 0.0  # of the call chosen for last
@@ -148,10 +148,6 @@ class MarginalCost(Dispatch):
         if self._rho > 0.0:
             before = self._mean_rho or self._rho
             self._mean_rho = before + _RHO_WEIGHT * (self._rho - before)
-
-    def retuned(self, options: DispatchOptions) -> None:
-        """Take other x and c from now on."""
-        self._options = options
 
     def _weight(self, demand: Demand, finish_s: float, now: float) -> float:
         self._rho = 0.0

@@ -63,7 +63,7 @@ def placement(options: DispatchOptions) -> Dispatch:
     made = _outside.get(options.policy)
     if made is None:
         raise HexgenError(f"policy {options.policy} was not loaded.")
-    return OutsidePolicy(made(options))
+    return OutsidePolicy(made(options), options)
 
 
 class OutsidePolicy(Dispatch):
@@ -71,9 +71,11 @@ class OutsidePolicy(Dispatch):
 
     Args:
         policy: may return an engine or a :class:`Choice`.
+        options: its knobs, for now.
     """
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Any, options: DispatchOptions) -> None:
+        super().__init__(options)
         self._choose = policy.choose
         self._placed = getattr(policy, "placed", None)
         self.holds = bool(getattr(policy, "holds", False))

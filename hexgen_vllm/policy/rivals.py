@@ -52,6 +52,7 @@ class WeightedRoundRobin(Dispatch):
     """Smooth weighted round robin, as in nginx (``ngx_http_upstream_round_robin``)."""
 
     def __init__(self, options: DispatchOptions) -> None:
+        super().__init__(options)
         self._credit: dict[str, float] = {}
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
@@ -70,9 +71,6 @@ class WeightedRoundRobin(Dispatch):
 class WeightedLeast(Dispatch):
     """Weighted least connections, as in LVS, HAProxy and Envoy."""
 
-    def __init__(self, options: DispatchOptions) -> None:
-        pass
-
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the fewest calls for its speed."""
         engine = least_weighted(engines)
@@ -83,6 +81,7 @@ class PowerOfTwo(Dispatch):
     """Two engines drawn at random, the one with fewer outstanding tokens (Ray Serve LLM)."""
 
     def __init__(self, options: DispatchOptions) -> None:
+        super().__init__(options)
         self._draw = Random(0)
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
@@ -103,6 +102,7 @@ class Sticky(Dispatch):
     """
 
     def __init__(self, options: DispatchOptions) -> None:
+        super().__init__(options)
         self._home: OrderedDict[str, str] = OrderedDict()
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
@@ -129,6 +129,7 @@ class WlcAff(Dispatch):
     """
 
     def __init__(self, options: DispatchOptions) -> None:
+        super().__init__(options)
         self._tokens = options.affinity_tokens
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
@@ -154,6 +155,7 @@ class LlmD(Dispatch):
     KV: Final = 2.0
 
     def __init__(self, options: DispatchOptions) -> None:
+        super().__init__(options)
         self._turn = 0
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
@@ -185,6 +187,7 @@ class CacheAware(Dispatch):
     RELATIVE: Final = 1.5
 
     def __init__(self, options: DispatchOptions) -> None:
+        super().__init__(options)
         self._sent: dict[str, int] = {}
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
@@ -212,9 +215,6 @@ class Dynamo(Dispatch):
     cost = prefill blocks to compute, queued ones included + blocks active after it; the lowest
     wins.
     """
-
-    def __init__(self, options: DispatchOptions) -> None:
-        pass
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the lowest cost."""

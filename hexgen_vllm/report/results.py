@@ -1,11 +1,11 @@
-"""Result files: a JSON list with one object per run."""
+"""Result files: of most commands a JSON list with one object per run."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write ``rows`` to ``path``; whoever reads it meanwhile sees the old or the new file."""
+def write(path: Path, content: object) -> None:
+    """Write ``content`` to ``path``; whoever reads it meanwhile sees the old or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
 
 

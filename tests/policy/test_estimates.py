@@ -10,7 +10,8 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import InFlight
-from hexgen_vllm.policy.engines import UNMEASURED, EngineLoad
+from hexgen_vllm.policy.cost import UNMEASURED
+from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import SeenCall, WorkflowRun

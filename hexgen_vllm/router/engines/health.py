@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.engines import UNMEASURED
+from hexgen_vllm.policy.cost import UNMEASURED
 from hexgen_vllm.policy.liveness import Silence, borne_s, deaf_is_down
 from hexgen_vllm.router.engines.attempt import Attempt, Guard
 from hexgen_vllm.router.engines.fleet import Engine, Fleet

@@ -11,7 +11,6 @@ import pytest
 from benchmarks.router import (
     router,
     router_engine,
-    router_measure,
     router_sides,
 )
 from benchmarks.router.router_load import PROGRAM, Call
@@ -68,12 +67,6 @@ def test_each_router_is_told_of_workflows_in_its_own_way() -> None:
     assert agent == {
         "agentic_context": {"program_id": "w1", "task_id": "w1", "deadline_seconds": 60}
     }
-
-
-def test_percentiles_are_by_nearest_rank() -> None:
-    values = list(map(float, range(1, 101)))
-    assert [router_measure.percentile(values, share) for share in (0.5, 0.99, 1.0)] == [50, 99, 100]
-    assert router_measure.percentile([3.0], 0.5) == 3.0
 
 
 def test_ratios_are_of_medians() -> None:
