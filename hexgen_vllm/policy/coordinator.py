@@ -27,9 +27,10 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy import overload
 from hexgen_vllm.policy.calls import InFlight
 from hexgen_vllm.policy.claims import credible_deadline_s
+from hexgen_vllm.policy.cost import UNMEASURED
 from hexgen_vllm.policy.disaggregation import handover
 from hexgen_vllm.policy.dispatch import Choice
-from hexgen_vllm.policy.engines import UNMEASURED, Elsewhere, EngineLoad, Engines
+from hexgen_vllm.policy.engines import Elsewhere, EngineLoad, Engines
 from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.exchange import WorkflowPart
 from hexgen_vllm.policy.placements import placement

@@ -36,12 +36,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand
 from hexgen_vllm.policy.dispatch import Choice, Claims, Dispatch, Loads, costs
-from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.types import Call, StepCost
 
 FIRST: Final = 1.5
@@ -124,7 +124,7 @@ class MarginalCost(Dispatch):
     def _hand_over(
         self,
         demand: Demand,
-        engines: Sequence[EngineLoad],
+        engines: Loads,
         known: Sequence[StepCost],
         delays: list[float],
     ) -> None:
