@@ -21,7 +21,6 @@ from hexgen_vllm.engine.compat import PauseState, Request
 from hexgen_vllm.engine.request_queue import BY_KEY
 from hexgen_vllm.engine.requests import CallBook
 from hexgen_vllm.engine.telemetry import StepMeter
-from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.pace import (
     EVERY_STEPS,
     MOST_WAITING,
@@ -30,6 +29,7 @@ from hexgen_vllm.policy.pace import (
     PaceControl,
     TightCall,
 )
+from hexgen_vllm.policy.service_rates import output_left
 from hexgen_vllm.types import StepCost
 
 _LEAST_STEPS: Final = 2  # between two plans, however calls come and go

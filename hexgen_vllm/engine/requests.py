@@ -19,10 +19,10 @@ from typing import Any, Final
 from hexgen_vllm import wire
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine.compat import Request
-from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.order import late_from_s, price
 from hexgen_vllm.policy.outlook import Outlooks, without_deadline
 from hexgen_vllm.policy.returns import UNSAID, Plans
+from hexgen_vllm.policy.service_rates import ServiceRates
 from hexgen_vllm.types import LONE, NO_DEADLINE, Call, CallResult
 
 logger = logging.getLogger("vllm.hexgen")

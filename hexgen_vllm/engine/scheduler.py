@@ -41,10 +41,10 @@ from hexgen_vllm.engine.stats_server import StatsServer
 from hexgen_vllm.engine.swap.planner import EndedCall, SwapPlanner
 from hexgen_vllm.engine.swap.setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
-from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.order import LateWatch, demotes
 from hexgen_vllm.policy.pace import Places, reachable_token_s
 from hexgen_vllm.policy.returns import CallKind
+from hexgen_vllm.policy.service_rates import ServiceRates
 from hexgen_vllm.types import NO_DEADLINE
 
 logger = logging.getLogger("vllm.hexgen")

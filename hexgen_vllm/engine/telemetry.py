@@ -13,12 +13,8 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from hexgen_vllm.engine.server.middleware import exposition
-from hexgen_vllm.policy.cost import (
-    CostFit,
-    ServiceRates,
-    StepShape,
-    is_sampled,
-)
+from hexgen_vllm.policy.cost import CostFit, StepShape, is_sampled
+from hexgen_vllm.policy.service_rates import ServiceRates
 from hexgen_vllm.types import SLACK_BOUNDS_S, slack_counts
 
 __all__ = [

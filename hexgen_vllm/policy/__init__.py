@@ -10,6 +10,7 @@
     estimates      length, tail and due time of a call, as the router sees them
     outlook        the same, as an engine learns it of its own calls
     cost           step cost of an engine, fitted online
+    service_rates  the time that a call takes on an engine
     engines        what each engine is doing, and what one more call would mean there
     placements     every placement policy by name
     dispatch       what a placement is; the simple ones and the paper's

@@ -31,7 +31,7 @@ from heapq import heapify, heappop, heappush
 from typing import Final, Generic, Protocol, TypeVar
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.cost import ServiceRates, output_left
+from hexgen_vllm.policy.service_rates import ServiceRates, output_left
 from hexgen_vllm.policy.urgency import (
     BATCH_S,
     LAST_RANK,

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.cost import ServiceRates, output_left
 from hexgen_vllm.policy.preemption import (
     Candidate,
     RunningView,
@@ -28,6 +27,7 @@ from hexgen_vllm.policy.preemption import (
     urgent,
     wait_for_room,
 )
+from hexgen_vllm.policy.service_rates import ServiceRates, output_left
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.cost import ServiceRates, output_left
+from hexgen_vllm.policy.service_rates import ServiceRates, output_left
 from hexgen_vllm.types import StepCost
 
 pytestmark = pytest.mark.engine

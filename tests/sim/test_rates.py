@@ -19,8 +19,8 @@ from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.cost import CostFit
 from hexgen_vllm.report import plot
 from hexgen_vllm.report.summary import percentile
-from hexgen_vllm.sim.engine.cost import Pricing
 from hexgen_vllm.sim.engine.engine import SimEngine
+from hexgen_vllm.sim.engine.pricing import Pricing
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.sim.limits import limits
 from hexgen_vllm.sim.policies import engine_on, named

@@ -39,7 +39,7 @@ from hexgen_vllm.engine.swap.pool import HostPool, RecordSpace
 from hexgen_vllm.engine.swap.worker import Copier, SwapWorker, make_copier
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.kernels import BlockLayout
-from hexgen_vllm.policy.cost import ServiceRates
+from hexgen_vllm.policy.service_rates import ServiceRates
 
 HOOK: Final = "update_state_before_preempt"
 WRITTEN_BEFORE_SAVES: Final = ("new_block_ids_to_zero", "kv_cache_block_copies")

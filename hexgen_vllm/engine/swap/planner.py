@@ -40,7 +40,6 @@ from hexgen_vllm.engine.swap.pool import (
     Owner,
     TailKey,
 )
-from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.retention import (
     ASSUMED_BYTES_PER_S,
     BESIDE_FROM_S,
@@ -52,6 +51,7 @@ from hexgen_vllm.policy.retention import (
     weigh,
 )
 from hexgen_vllm.policy.returns import CallKind, End, Plans
+from hexgen_vllm.policy.service_rates import ServiceRates
 
 _DECAY: Final = 0.9
 _WEIGHT: Final = 0.1

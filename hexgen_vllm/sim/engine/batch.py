@@ -15,9 +15,10 @@ from typing import Final
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.cost import CostFit
 from hexgen_vllm.policy.order import LateWatch, demotes
-from hexgen_vllm.sim.engine.cost import DecodeClock, Pricing
+from hexgen_vllm.sim.engine.decode_clock import DecodeClock
 from hexgen_vllm.sim.engine.kept import keeper_of, kept_of
 from hexgen_vllm.sim.engine.prefix_cache import BlockPool
+from hexgen_vllm.sim.engine.pricing import Pricing
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 from hexgen_vllm.sim.engine.waiting_queue import ArrivalQueue, KeyQueue, WaitingQueue
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Final
 
 from hexgen_vllm.config import EngineOptions
-from hexgen_vllm.policy.cost import ServiceRates
 from hexgen_vllm.policy.retention import (
     CopyRates,
     Held,
@@ -26,6 +25,7 @@ from hexgen_vllm.policy.retention import (
     weigh,
 )
 from hexgen_vllm.policy.returns import UNSAID, CallKind, End, Plans, Returns
+from hexgen_vllm.policy.service_rates import ServiceRates
 from hexgen_vllm.sim.engine.prefix_cache import BlockPool, Link
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
 

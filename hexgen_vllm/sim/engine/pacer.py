@@ -9,7 +9,6 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Final
 
-from hexgen_vllm.policy.cost import output_left
 from hexgen_vllm.policy.pace import (
     EVERY_STEPS,
     MOST_WAITING,
@@ -18,6 +17,7 @@ from hexgen_vllm.policy.pace import (
     Places,
     TightCall,
 )
+from hexgen_vllm.policy.service_rates import output_left
 from hexgen_vllm.sim.engine.batch import Batch
 from hexgen_vllm.sim.engine.sequence import Sequence
 

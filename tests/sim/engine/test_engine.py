@@ -10,7 +10,7 @@ import pytest
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.sim.engine.cost import MARK_TOKENS, DecodeClock
+from hexgen_vllm.sim.engine.decode_clock import MARK_TOKENS, DecodeClock
 from hexgen_vllm.sim.engine.engine import SimEngine
 from hexgen_vllm.sim.engine.prefix_cache import Link
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
