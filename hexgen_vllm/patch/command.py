@@ -11,7 +11,8 @@ from hexgen_vllm.patch.tree import ABSENT, APPLIED, FOREIGN, Tree
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("action", choices=("status", "apply", "revert"))
+    actions = ("status", "apply", "revert")
+    parser.add_argument("action", choices=actions, metavar=f"{{{','.join(actions)}}}")
     parser.add_argument(
         "--vllm",
         type=Path,

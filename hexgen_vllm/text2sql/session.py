@@ -108,8 +108,10 @@ async def _served(client: AsyncOpenAI, endpoint: AskedEndpoint, wanted: str | No
     try:
         served = [model.id for model in (await client.models.list()).data]
     except (OpenAIError, ValueError) as error:
-        said = " ".join(str(error).split())[:200].rstrip(".")
-        raise ConfigError(f"{endpoint.url} cannot be used: {said}.") from None
+        why = f"{error} {error.__cause__ or ''}"  # a lost connection has its cause, not its text
+        said = " ".join(why.split())[:200].rstrip(".")
+        text = f"{endpoint.url} cannot be used: {said}. Another is named by --base-url."
+        raise ConfigError(text) from None
     if not served or wanted not in (None, *served):
         names = ", ".join(served) or "none"
         raise ConfigError(f"{endpoint.url} does not serve {wanted or 'any model'}, but {names}.")

@@ -122,7 +122,7 @@ async def test_the_schema_is_shown_without_a_model(
         (["--database={shop}", "--questions=/none"], "/none cannot be read: [Errno 2] No such"),
         (["--database={shop}", "--ask", "x", "--base-url=nowhere"], "base_url must be URL or NAME"),
         (["--database={shop}", "--ask", "x", "--base-url=http://127.0.0.1:9/v1"],
-         "http://127.0.0.1:9/v1 cannot be used: Connection error"),
+         "http://127.0.0.1:9/v1 cannot be used: Connection error. All connection attempts"),
         (["--database={shop}", "--ask", "x", "--query-rows=0"], "query_rows must be at least 1"),
         (["--database=postgresql://a@127.0.0.1:9/x", "--ask", "x"],
          "database: postgresql://a@127.0.0.1:9/x cannot be used: "),
