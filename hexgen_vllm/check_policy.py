@@ -20,7 +20,8 @@ from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.policy_file import is_policy_file, load
-from hexgen_vllm.sim.policies import NAMES, fleet, named
+from hexgen_vllm.sim.fleets import fleet
+from hexgen_vllm.sim.policies import NAMES, named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
 from hexgen_vllm.sim.workloads.text2sql import text2sql
 from hexgen_vllm.sim.workloads.workload import timed

@@ -23,8 +23,9 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.report import results
 from hexgen_vllm.report.summary import percentile
+from hexgen_vllm.sim.fleets import fleet
 from hexgen_vllm.sim.limits import limits
-from hexgen_vllm.sim.policies import Policy, fleet, named
+from hexgen_vllm.sim.policies import Policy, named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
 from hexgen_vllm.sim.workloads.text2sql import text2sql
 from hexgen_vllm.sim.workloads.workload import (

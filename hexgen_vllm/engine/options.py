@@ -1,3 +1,5 @@
+"""The options of our scheduler, as vLLM's configuration has them."""
+
 from __future__ import annotations
 
 from importlib import import_module

@@ -25,14 +25,8 @@ from typing import Any, Final
 
 from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.sim.engine.sequence import EngineModel
-from hexgen_vllm.sim.policies import (
-    DEVICES,
-    FLEETS,
-    Policy,
-    engine_on,
-    fleet,
-    named,
-)
+from hexgen_vllm.sim.fleets import DEVICES, FLEETS, engine_on, fleet
+from hexgen_vllm.sim.policies import Policy, named
 from hexgen_vllm.sim.scenario import (
     ArrivalOptions,
     DeadlineOptions,

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from hexgen_vllm.config import DispatchOptions, EngineOptions
-from hexgen_vllm.sim.policies import Policy, fleet, named
+from hexgen_vllm.sim.fleets import fleet
+from hexgen_vllm.sim.policies import Policy, named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
 from hexgen_vllm.sim.workloads.text2sql import text2sql
 from hexgen_vllm.sim.workloads.trace import read_trace

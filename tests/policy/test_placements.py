@@ -17,7 +17,8 @@ from hexgen_vllm.policy.engines import EngineLoad, solo_speed
 from hexgen_vllm.policy.marginal_cost import FIRST, AskedPrefixes
 from hexgen_vllm.policy.placements import PLACEMENTS, placement, register
 from hexgen_vllm.policy_file import load
-from hexgen_vllm.sim.policies import fleet, named
+from hexgen_vllm.sim.fleets import fleet
+from hexgen_vllm.sim.policies import named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
 from hexgen_vllm.sim.workloads.text2sql import text2sql
 from hexgen_vllm.sim.workloads.workload import timed

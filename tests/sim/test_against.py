@@ -12,7 +12,7 @@ from hexgen_vllm.bench.scenario import LiveConfig
 from hexgen_vllm.cli import main
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim import against
-from hexgen_vllm.sim.policies import fleet
+from hexgen_vllm.sim.fleets import fleet
 from hexgen_vllm.sim.results import row, simulate
 from hexgen_vllm.sim.scenario import ScenarioRun
 

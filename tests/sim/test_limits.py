@@ -9,13 +9,9 @@ import pytest
 
 from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.sim.engine.sequence import EngineModel
+from hexgen_vllm.sim.fleets import DEVICES, FLEETS, fleet
 from hexgen_vllm.sim.limits import Work, capacity, limits, maximise, solo_s, uncached_tokens
-from hexgen_vllm.sim.policies import (
-    DEVICES,
-    FLEETS,
-    fleet,
-    named,
-)
+from hexgen_vllm.sim.policies import named
 from hexgen_vllm.sim.simulator import Simulation
 from hexgen_vllm.sim.workloads.text2sql import text2sql
 from hexgen_vllm.sim.workloads.workload import (

@@ -22,8 +22,9 @@ from hexgen_vllm.report.summary import percentile
 from hexgen_vllm.sim.engine.engine import SimEngine
 from hexgen_vllm.sim.engine.pricing import Pricing
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
+from hexgen_vllm.sim.fleets import engine_on
 from hexgen_vllm.sim.limits import limits
-from hexgen_vllm.sim.policies import engine_on, named
+from hexgen_vllm.sim.policies import named
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.sim.simulator import SimOptions, Simulation, engine_of
 from hexgen_vllm.sim.workloads.text2sql import text2sql

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.router.apart import Apart, Several
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.sim.policies import fleet, named
+from hexgen_vllm.sim.fleets import fleet
+from hexgen_vllm.sim.policies import named
 from hexgen_vllm.sim.scenario import ArrivalOptions, Scenario, WorkloadOptions
 from hexgen_vllm.sim.simulator import Simulation
 

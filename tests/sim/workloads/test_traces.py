@@ -12,8 +12,8 @@ import pytest
 
 from hexgen_vllm.cli import main
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.sim.fleets import fleet
 from hexgen_vllm.sim.limits import limits, uncontended
-from hexgen_vllm.sim.policies import fleet
 from hexgen_vllm.sim.workloads.traces.agents import moment
 from hexgen_vllm.sim.workloads.traces.formats import WRITERS, TraceSource
 from hexgen_vllm.sim.workloads.traces.lines import Row
