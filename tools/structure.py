@@ -3,7 +3,7 @@
     python -m tools.structure [--list]
 
 Size: modules and lines below ``hexgen_vllm/``. Circles: sets of modules, and of files and folders
-beside each other, that reach each other by imports; those for types do not count, late ones do.
+beside each other, that reach each other by imports; late ones and those for types count.
 The way of one call: files of the package that take part in it, and calls from a function in one
 file to a function in another; of a call with a JSON answer through a running router, and of a
 workflow's call in the simulator (the mean of one workflow's calls).
@@ -35,25 +35,15 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
     return found
 
 
-def imports(tree: ast.AST) -> Iterator[ast.ImportFrom | ast.Import]:
-    """Yield the imports of a module, also those in functions, but none that are for types only."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        if isinstance(node, (ast.ImportFrom, ast.Import)):
-            yield node
-        yield from imports(node)
-
-
 def graph(found: Mapping[str, Path]) -> Graph:
     """Return which module of the package imports which."""
     edges = {}
     for name, path in found.items():
         reached = set()
-        for node in imports(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 reached |= {alias.name for alias in node.names}
-            elif node.module is not None:
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
                 for alias in node.names:
                     full = f"{node.module}.{alias.name}"
                     reached.add(full if full in found else node.module)
