@@ -4,9 +4,9 @@
 
 Size: modules and lines below ``hexgen_vllm/``. Circles: sets of modules, and of files and folders
 beside each other, that reach each other by imports; late ones and those for types count.
-The way of one call: files of the package that take part in it, and calls from a function in one
-file to a function in another; of a call with a JSON answer through a running router, and of a
-workflow's call in the simulator (the mean of one workflow's calls).
+The way of one call: folders and files of the package that take part in it, and calls from a
+function in one file to a function in another; of a call with a JSON answer through a running
+router, and of a workflow's call in the simulator (the mean of one workflow's calls).
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ class Way:
     files: set[str] = field(default_factory=set)
     moves: int = 0
 
+    @property
+    def rooms(self) -> int:
+        """Folders that took part."""
+        return len({Path(file).parent for file in self.files})
+
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         """Take one event of :func:`sys.setprofile`."""
         if event != "call" or (file := own_file(frame)) is None:
@@ -192,8 +197,10 @@ def main() -> int:
     print(f"lines                          {lines:6}")
     print(f"circles of modules             {len(inner):6}  ({sum(map(len, inner))} modules)")
     print(f"circles of folders             {len(outer):6}  ({sum(map(len, outer))} folders)")
+    print(f"JSON call: folders             {called.rooms:6}")
     print(f"JSON call: files               {len(called.files):6}")
     print(f"JSON call: moves               {called.moves:6}")
+    print(f"simulated workflow: folders    {simulated.rooms:6}")
     print(f"simulated workflow: files      {len(simulated.files):6}")
     print(f"simulated call: moves          {simulated.moves / calls:6.0f}")
     if args.list:
