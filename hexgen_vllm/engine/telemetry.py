@@ -12,18 +12,9 @@ from collections import deque
 from dataclasses import asdict
 from typing import Any, Final
 
-from hexgen_vllm.engine.server.middleware import exposition
 from hexgen_vllm.policy.cost import CostFit, StepShape, is_sampled
 from hexgen_vllm.policy.service_rates import ServiceRates
 from hexgen_vllm.types import SLACK_BOUNDS_S, slack_counts
-
-__all__ = [
-    "Counters",
-    "StepMeter",
-    "exposition",
-    "snapshot",
-    "step_shape",
-]
 
 _WEIGHT: Final = 0.05
 _DECAY: Final = 0.99

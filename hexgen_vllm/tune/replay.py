@@ -14,11 +14,9 @@ from hexgen_vllm.sim.workloads.trace import read_trace, resample
 from hexgen_vllm.sim.workloads.traces.formats import AUTO, TraceSource
 from hexgen_vllm.sim.workloads.traces.model import TraceWorkflow
 from hexgen_vllm.sim.workloads.traces.played import reservoir
-from hexgen_vllm.sim.workloads.traces.recorded import groups, traced
+from hexgen_vllm.sim.workloads.traces.recorded import traced
 from hexgen_vllm.sim.workloads.traces.specs import compact, specs_of
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec, generator, renamed
-
-__all__ = ["Generated", "Recent", "from_recorded", "groups", "read"]
 
 _MOST: Final = 5_000  # workflows that are remembered of a long trace
 

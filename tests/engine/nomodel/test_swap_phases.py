@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from hexgen_vllm.engine.telemetry import exposition
+from hexgen_vllm.engine.server.middleware import exposition
 from hexgen_vllm.wire import CallMeta
 from tests.engine.nomodel.harness import expected
 from tests.engine.nomodel.swap_harness import SwapEngine
