@@ -76,16 +76,9 @@ def test_the_command_takes_live_results(tmp_path: Path) -> None:
         "deadline: {scale: 2.0}\n"
         "seeds: [1]\n"
     )
-    words = [
-        "bench",
-        "report",
-        "--quick",
-        "--scenarios",
-        str(folder),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    words += ["--work", str(tmp_path / "work"), "--no-plots", "--live", str(live)]
+    words = ["bench", "report", "--quick", "--workflows", "6", "--scenarios", str(folder)]
+    words += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    words += ["--no-plots", "--live", str(live)]
     assert cli.main(words) == 0
     summary = json.loads((tmp_path / "out/evaluation.json").read_text())["summary"]
     assert summary[KEY] == least_margin(LIVE) == pytest.approx(1.25)
