@@ -7,8 +7,9 @@ import random
 
 import pytest
 
+from hexgen_vllm.engine.swap.ledger import Bandwidth
 from hexgen_vllm.engine.swap.messages import Save
-from hexgen_vllm.engine.swap.planner import Bandwidth, SwapPlanner
+from hexgen_vllm.engine.swap.planner import SwapPlanner
 from hexgen_vllm.engine.swap.pool import HostPool, RecordSpace
 
 RATE = 24e9
