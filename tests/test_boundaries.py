@@ -7,6 +7,9 @@ wall time in one file.
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -251,3 +254,26 @@ def test_each_name_of_a_class_means_one_thing() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found.setdefault(node.name, []).append(module.name)
     assert {name: where for name, where in found.items() if len(where) > 1} == {}
+
+
+HEAVY = {"anthropic", "matplotlib", "openai", "torch", "transformers", "vllm"}
+COLLECT = """
+import sys, pytest
+pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "-m", *sys.argv[1:]])
+print("loaded:", *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.slow
+def test_collecting_what_make_check_runs_loads_nothing_heavy() -> None:
+    said = dict(re.findall(r"^(\w+) := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    words = [said["NO_ENGINE"], *said["CHECKED"].split()]
+    run = subprocess.run(
+        [sys.executable, "-c", COLLECT, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert " tests collected" in run.stdout, run.stdout + run.stderr
+    assert set(run.stdout.split()) & HEAVY == set()
