@@ -461,7 +461,7 @@ class EngineLoad:
         """
         steps = demand.output_tokens + extra_steps
         arrives_s = None if demand.handover is None else self.arrives_s(demand, cost, cached)
-        wait = 0.0
+        wait = 0
         if len(self.in_flight) + self.elsewhere.calls + claims >= self.slots:
             wait = self._soonest_ends()[0]
         if arrives_s is not None:

@@ -298,7 +298,7 @@ class Loopback:
         if limit and taken >= _seats(limit):
             return False
         found = context.service.coordinator.engines.values()
-        return not found or taken < sum(_seats(one.slots) for one in found)
+        return not found or taken < sum(_seats(one.slots) for one in found if one.answers)
 
     def most(self) -> int:
         """Return how many calls may be in flight at most."""
@@ -306,7 +306,7 @@ class Loopback:
         if wanted:
             return wanted
         found = self._context.service.coordinator.engines.values()
-        return sum(_seats(one.slots) for one in found) or _MOST_UNKNOWN
+        return sum(_seats(one.slots) for one in found if one.answers) or _MOST_UNKNOWN
 
     async def close(self) -> None:
         """Close all connections."""

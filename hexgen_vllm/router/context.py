@@ -85,7 +85,7 @@ class Context:
     @property
     def ready(self) -> bool:
         """Whether a call that comes now would be served."""
-        return not self.draining and bool(self.fleet.ready())
+        return not self.draining and any(engine.answers for engine in self.fleet.ready())
 
     def suspect(self, engine: str) -> None:
         """Have an engine's health checked now."""

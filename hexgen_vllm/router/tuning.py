@@ -35,6 +35,7 @@ from hexgen_vllm.tune.online import (
 )
 from hexgen_vllm.tune.recent import RecentWorkflow, Ring
 from hexgen_vllm.tune.traffic import Live, blocks, live_loss, traffic
+from hexgen_vllm.types import Role
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S: Final = 5.0
@@ -179,6 +180,7 @@ def fleet_text(engines: Sequence[EngineLoad]) -> str:
             "max_num_seqs": spec.max_num_seqs,
             "max_num_batched_tokens": spec.max_num_batched_tokens,
             "kv_tokens": spec.kv_tokens,
+            "role": None if spec.role is Role.BOTH else spec.role.value,
         }
         known = {name: value for name, value in limits.items() if value is not None}
         entries.append({"name": engine.engine_id, "cost": asdict(cost), **known})

@@ -105,6 +105,8 @@ NOT_RUN: Final = (
     NotRun(". .venv/bin/activate", "the tests run in that environment", "make"),
     NotRun("pip install", "tests of packaging build and install it", "tests/test_packaging.py"),
     NotRun("--tensor-parallel-size 4", "needs four GPUs", "engine"),
+    NotRun("NixlConnector", "needs NIXL and GPUs", "engine"),
+    NotRun("ExampleConnector", "another test does", "tests/e2e/test_disaggregation.py"),
     NotRun("--backend ray", "another test does, with more engines", "parse"),
     NotRun("ray start", "needs a port of its own and several machines", "tests/e2e/test_ray.py"),
     NotRun("tools.fetch_traces", "needs the Internet", "tests/test_fetch_traces.py"),

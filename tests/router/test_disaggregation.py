@@ -272,3 +272,41 @@ def test_a_role_stands_in_the_url() -> None:
     for odd in ("role=", "role=Prefill", "role=decode&role=decode", "role=none"):
         with pytest.raises(ConfigError, match="worker_urls"):
             parse_worker(f"http://h:1?{odd}", "x")
+
+
+async def test_prefill_engines_alone_make_no_router_ready() -> None:
+    slow = replace(ANSWERS, step_s=60.0)
+    async with opened(NIXL, slow, roles=(Role.PREFILL, Role.DECODE)) as stand:
+        async with stand.get("/readiness") as answer:
+            assert answer.status == 200
+        async with stand.get("/workers") as answer:
+            workers = (await answer.json())["workers"]
+        assert [one["role"] for one in workers] == ["prefill", "decode"]
+        # What goes past the policy goes to who answers, too, however busy that is.
+        task = asyncio.create_task(ask(stand))
+        await stand.until(lambda: stand.engines[1].running)
+        found = stand.context.fleet.least_busy("tiny")
+        assert found is not None
+        assert found.name == "engine-1"
+        await stand.engines[1].stop()
+        await stand.until(lambda: not stand.context.fleet.engines["engine-1"].up)
+        assert (await task)[0] >= 500
+        async with stand.get("/readiness") as answer:
+            assert answer.status == 503
+        assert (await ask(stand))[0] == 503
+        stand.assert_settled()
+
+
+async def test_the_last_engine_that_answers_is_not_taken_out_for_errors() -> None:
+    async with opened(roles=(Role.PREFILL, Role.DECODE), cb_failure_threshold=2) as stand:
+        stand.engines[1].fault = Fault("status", status=500)
+        for _ in range(4):
+            assert (await ask(stand))[0] >= 500
+        stand.engines[1].fault = None
+        assert (await ask(stand))[0] == 200
+        # A prefill engine is: the others do without.
+        stand.engines[0].fault = Fault("status", status=500)
+        for _ in range(4):
+            assert (await ask(stand))[0] == 200
+        assert stand.context.fleet.engines["engine-0"].why == "too many of its calls failed"
+        stand.assert_settled()

@@ -28,7 +28,7 @@ from hexgen_vllm.router.errors import (
 )
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.router.service import Service
-from hexgen_vllm.types import EngineKind, EngineSpec, EngineState
+from hexgen_vllm.types import EngineKind, EngineSpec, EngineState, Role
 
 _MOST_ADDRESSES: Final = 64  # that are remembered
 _TAKES_CALLS: Final = (EngineState.READY, EngineState.TRIAL)
@@ -80,6 +80,11 @@ class Engine:
     def name(self) -> str:
         """What clients may know it by."""
         return self.worker.name
+
+    @property
+    def answers(self) -> bool:
+        """Whether it does more than compute prompts for others."""
+        return self.worker.role is not Role.PREFILL
 
     @property
     def spec(self) -> EngineSpec | None:
@@ -193,6 +198,8 @@ class Fleet:
     def least_busy(self, model: str, without: Collection[str] = ()) -> Engine | None:
         """Return the engine with the fewest calls of those that get calls and serve ``model``.
 
+        Engines that are there for prompts only come last.
+
         Args:
             model: name of a model.
             without: names of engines that are not asked.
@@ -207,7 +214,10 @@ class Fleet:
         ]
         return min(
             known,
-            key=lambda e: sum(len(loads[t].in_flight) for t in e.targets if t in loads),
+            key=lambda e: (
+                not e.answers,
+                sum(len(loads[t].in_flight) for t in e.targets if t in loads),
+            ),
             default=None,
         )
 
@@ -328,6 +338,7 @@ class Fleet:
         return any(
             other is not engine
             and other.takes_calls
+            and (other.answers or not engine.answers)
             and other.failing_since_s is None
             and (engine.spec is None or other.serves_all_of(engine.spec.models))
             and not any(silent_s > limit_s for silent_s in other.silent.values())
@@ -351,7 +362,10 @@ class Fleet:
 
     def _others(self, engine: Engine) -> bool:
         """Whether calls would find another engine: the last one is not taken out for errors."""
-        return any(e is not engine and e.takes_calls for e in self.engines.values())
+        return any(
+            e is not engine and e.takes_calls and (e.answers or not engine.answers)
+            for e in self.engines.values()
+        )
 
     def _settle(self, engine: Engine, why: str = "") -> None:
         """Act upon the present standing of an engine; ``why`` it gets no calls."""

@@ -423,6 +423,7 @@ def target_view(context: Context, engine: Engine, target: str) -> dict[str, Any]
         "name": target,
         "state": engine.state.value,
         "is_healthy": engine.state is not EngineState.DOWN,
+        "role": engine.worker.role.value,
         "reason": engine.why,
         "kind": None if spec is None else spec.kind.value,
         "models": sorted(spec.models) if spec is not None else [],

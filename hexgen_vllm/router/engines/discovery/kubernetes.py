@@ -31,6 +31,7 @@ from hexgen_vllm.router.engines.discovery.members import (
     SourceBook,
 )
 from hexgen_vllm.router.options import RouterOptions, Worker
+from hexgen_vllm.types import Role
 
 GONE: Final = "gone"
 FORBIDDEN: Final = "forbidden"
@@ -42,6 +43,9 @@ PORT: Final = "hexgen-vllm/port"
 """Annotation of a pod whose engine listens on another port than the rest."""
 STATS_PORT: Final = "hexgen-vllm/stats-port"
 """Annotation of a pod whose engine process gives its telemetry itself, at no usual port."""
+ROLE: Final = "hexgen-vllm/role"
+"""Annotation of a pod whose engine is for prefill or decode only; else llm-d's label says so."""
+_LLM_D_ROLE: Final = "llm-d.ai/role"
 _LOG = logging.getLogger(__name__)
 _LEAST_PAUSE_S: Final = 0.2
 _MOST_PAUSE_S: Final = 15.0
@@ -244,7 +248,14 @@ def worker_in_pod(pod: Pod, default_port: int, *, qualified: bool) -> Worker | N
     name = str(meta.get("name", ""))
     full = f"{meta.get('namespace', '')}.{name}" if qualified else name
     stats_port = _port(meta, None, STATS_PORT)
-    return Worker(short_name(full), Address(host, port).url, stats_port) if name else None
+    if not name:
+        return None
+    return Worker(short_name(full), Address(host, port).url, stats_port, role=_role(meta))
+
+
+def _role(meta: Pod) -> Role:
+    said = _part(meta, "annotations").get(ROLE) or _part(meta, "labels").get(_LLM_D_ROLE)
+    return next((role for role in Role if role.value == said), Role.BOTH)
 
 
 def wrong_port(pod: Pod) -> bool:

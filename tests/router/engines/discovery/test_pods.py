@@ -19,7 +19,7 @@ from hexgen_vllm.router.main import run
 from hexgen_vllm.router.options import Worker
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import Stand, open_stand
-from hexgen_vllm.types import EngineState
+from hexgen_vllm.types import EngineState, Role
 from tests.router.engines.discovery.api_server import ApiServer, api_server, pod
 
 SELECTED: dict[str, Any] = {
@@ -249,6 +249,18 @@ def test_a_missing_kubeconfig_ends_the_router(capsys: pytest.CaptureFixture[str]
         (pod("a"), Worker("a", "http://127.0.0.1:8000")),
         (pod("a", 9), Worker("a", "http://127.0.0.1:9")),
         (pod("a", status={"podIP": "fd00::1"}), Worker("a", "http://[fd00::1]:8000")),
+        (
+            pod("a", metadata={"annotations": {"hexgen-vllm/role": "decode"}}),
+            Worker("a", "http://127.0.0.1:8000", role=Role.DECODE),
+        ),
+        (
+            pod("a", metadata={"labels": {"llm-d.ai/role": "prefill"}}),
+            Worker("a", "http://127.0.0.1:8000", role=Role.PREFILL),
+        ),
+        (
+            pod("a", metadata={"labels": {"llm-d.ai/role": "prefill-decode"}}),
+            Worker("a", "http://127.0.0.1:8000"),
+        ),
         (pod("a", "http"), None),
         (pod("a", 65536), None),
         (pod("a", status={"podIP": ""}), None),
