@@ -15,7 +15,8 @@ from typing import Any, Final, NamedTuple
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused, error_object
-from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SERVER, Request
+from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SERVER
+from hexgen_vllm.router.http.server import Request
 
 
 class ClientGone(Exception):  # noqa: N818 - not a defect
