@@ -38,8 +38,9 @@ from typing import Any, Final
 import aiohttp
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.ports import free_ports
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
-from hexgen_vllm.testing.redis_server import HINT, RedisServer, free_port, program
+from hexgen_vllm.testing.redis_server import HINT, RedisServer, program
 
 _STAGES: Final = ("plan", "draft", "check", "answer")
 _DEADLINE_S: Final = 30.0
@@ -100,7 +101,7 @@ class Router:
     """A router process."""
 
     def __init__(self, engines: list[str], store: str) -> None:
-        self.port, self._store = free_port(), store
+        self.port, self._store = free_ports("127.0.0.1", 1)[0], store
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [
             sys.executable, "-m", "hexgen_vllm.router", "--port", str(self.port),
@@ -373,7 +374,7 @@ def _start_nginx(stack: AsyncExitStack, routers: list[Router]) -> str:
     if found is None:
         raise ConfigError("bench replicas: no nginx here.")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen-nginx-")))
-    port, file = free_port(), folder / "nginx.conf"
+    port, file = free_ports("127.0.0.1", 1)[0], folder / "nginx.conf"
     servers = "\n    ".join(f"server 127.0.0.1:{r.port} fail_timeout=1s;" for r in routers)
     file.write_text(NGINX.format(folder=folder, servers=servers, port=port))
     process = subprocess.Popen([found, "-c", str(file), "-p", str(folder), "-g", "user root;"])

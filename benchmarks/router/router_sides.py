@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import IO, Final
 import hexgen_vllm
 from benchmarks.router.router_load import PROGRAM
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.ports import free_ports
 
 OURS: Final = "hexgen"
 ROUND_ROBIN: Final = "vllm_router_round_robin"
@@ -128,7 +128,7 @@ def compiled() -> bool:
 
 def start(name: str, engines: Sequence[str], core: int, peer: Sequence[str] | None) -> Side:
     """Start the router ``name`` before ``engines`` on ``core``."""
-    port, folder = _free_port(), None
+    (port, metrics_port), folder = free_ports("127.0.0.1", 2), None
     if name == OURS:
         folder = Path(hexgen_vllm.__file__).parents[1]  # to measure this copy and no other
         command = [
@@ -140,7 +140,7 @@ def start(name: str, engines: Sequence[str], core: int, peer: Sequence[str] | No
         policy = [] if mode else ["--policy", "round_robin"]
         command = [
             *(peer or ()), "--host", "127.0.0.1", "--port", str(port), *mode, *policy,
-            "--prometheus-port", str(_free_port()), "--log-level", "warning",
+            "--prometheus-port", str(metrics_port), "--log-level", "warning",
             "--worker-urls", *engines,
         ]  # fmt: skip
     log = tempfile.NamedTemporaryFile(prefix=f"{name}-", suffix=".log")  # noqa: SIM115 - its own
@@ -152,9 +152,3 @@ def start(name: str, engines: Sequence[str], core: int, peer: Sequence[str] | No
     finally:
         os.sched_setaffinity(0, before)
     return Side(name, port, process, log)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])

@@ -18,7 +18,7 @@ import logging
 import random
 import sqlite3
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
 from hexgen_vllm.batches.lines import (
@@ -76,6 +76,16 @@ class LineAnswer(NamedTuple):
     body: bytes
     request_id: str
     retry_after_s: float | None = None
+
+    @classmethod
+    def of(
+        cls, status: int, headers: Mapping[bytes, bytes], body: bytes, request_id: str
+    ) -> LineAnswer:
+        """Return an answer with these headers, by lower-case name, to a request of that id."""
+        wait = headers.get(b"retry-after", b"").decode("latin-1")
+        said = headers.get(b"x-request-id", b"").decode("latin-1")
+        seconds = float(wait) if wait.isdecimal() and len(wait) < 6 else None
+        return cls(status, body, said or request_id, seconds)
 
 
 class BatchSender(Protocol):

@@ -10,9 +10,10 @@ from typing import Final
 
 import aiohttp
 
-from hexgen_vllm.cluster.processes import Process, free_ports, wait_healthy
+from hexgen_vllm.cluster.processes import Process, wait_healthy
 from hexgen_vllm.cluster.supervisor import base_url
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.ports import free_ports
 
 _HOST: Final = "127.0.0.1"
 _START_S: Final = 60.0

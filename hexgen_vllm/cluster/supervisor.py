@@ -14,9 +14,10 @@ import aiohttp
 
 from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.cluster import commands
-from hexgen_vllm.cluster.processes import Process, free_ports, keep, wait_healthy
+from hexgen_vllm.cluster.processes import Process, keep, wait_healthy
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.ports import free_ports
 from hexgen_vllm.tasks import together
 
 ROUTER_EXIT_S: Final = 3.0

@@ -14,7 +14,6 @@ them, register again.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any, Final
@@ -28,6 +27,7 @@ from hexgen_vllm.router.calls.intake import fields
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.engines.probe import Found, Unreachable
+from hexgen_vllm.router.http.messages import json_response
 from hexgen_vllm.router.http.server import Request
 from hexgen_vllm.router.options import Worker, parse_worker
 from hexgen_vllm.router.status.overview import worker_view
@@ -49,12 +49,12 @@ class Admin:
         """Take in the engine that the body describes."""
         said = _texts(await fields(await read_body(request)))
         engine = await self._add(said, request)
-        return _json(worker_view(self._context, engine), 201)
+        return json_response(worker_view(self._context, engine), 201)
 
     async def add_worker(self, request: Request) -> web.StreamResponse:
         """Take in the engine that the query names, by vllm-router's convention."""
         engine = await self._add(_texts(dict(request.query)), request)
-        return _json(worker_view(self._context, engine))
+        return json_response(worker_view(self._context, engine))
 
     async def remove_worker(self, request: Request) -> web.StreamResponse:
         """Drain and forget the engine whose URL the query names."""
@@ -67,7 +67,7 @@ class Admin:
     async def list_workers(self, request: Request) -> web.StreamResponse:
         """List the engines' URLs, by vllm-router's convention."""
         engines = self._context.fleet.engines.values()
-        return _json({"urls": [engine.worker.url for engine in engines]})
+        return json_response({"urls": [engine.worker.url for engine in engines]})
 
     async def drain(self, request: Request) -> web.StreamResponse:
         """Give the engine no new calls."""
@@ -84,7 +84,7 @@ class Admin:
     def _drained(self, request: Request, draining: bool) -> web.StreamResponse:
         engine = self._named(request)
         self._context.fleet.drain(engine.name, draining)
-        return _json(worker_view(self._context, engine))
+        return json_response(worker_view(self._context, engine))
 
     def _removed(self, engine: Engine, request: Request) -> web.StreamResponse:
         context, forced = self._context, request.query.get("force", "").lower() in ("true", "1")
@@ -93,7 +93,9 @@ class Admin:
         if forced and engine.name in context.fleet.engines:
             context.watchers.remove(engine.name)
         gone = engine.name not in context.fleet.engines
-        return _json({**worker_view(context, engine), "removed": gone}, 200 if gone else 202)
+        return json_response(
+            {**worker_view(context, engine), "removed": gone}, 200 if gone else 202
+        )
 
     def _named(self, request: Request) -> Engine:
         engine = self._context.fleet.engines.get(request.params["name"])
@@ -160,8 +162,3 @@ def _same(one: str, other: str) -> bool:
         return URL(one.rstrip("/")) == URL(other.rstrip("/"))
     except ValueError:
         return False
-
-
-def _json(content: Any, status: int = 200) -> web.Response:
-    body = json.dumps(content).encode()
-    return web.Response(status=status, body=body, content_type="application/json")

@@ -402,10 +402,5 @@ class _Wire(asyncio.Transport):
         """Note the end of the answer."""
         if self.answer.done():
             return
-        wait = self._said.get(b"retry-after", b"").decode("latin-1")
-        said = self._said.get(REQUEST_ID_HEADER.encode(), b"").decode("latin-1")
-        status = self._parser.get_status_code()
-        seconds = float(wait) if wait.isdecimal() and len(wait) < 6 else None
-        self.answer.set_result(
-            LineAnswer(status, b"".join(self._pieces), said or self._request_id, seconds)
-        )
+        status, body = self._parser.get_status_code(), b"".join(self._pieces)
+        self.answer.set_result(LineAnswer.of(status, self._said, body, self._request_id))

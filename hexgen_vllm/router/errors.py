@@ -15,7 +15,12 @@ from typing import Any, Final, NamedTuple
 from aiohttp import web
 
 from hexgen_vllm.errors import BadRequest, HexgenError, Refused, error_object
-from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SERVER
+from hexgen_vllm.router.http.messages import (
+    REQUEST_ID_HEADER,
+    SERVER,
+    json_object,
+    json_response,
+)
 from hexgen_vllm.router.http.server import Request
 
 
@@ -198,9 +203,8 @@ def error_response(
     headers: dict[str, str] | None = None,
 ) -> web.Response:
     """Return an answer with an OpenAI error object."""
-    body = json.dumps(error_object(message, status, param=param, code=code)).encode()
-    shown = {"Content-Type": "application/json", "Server": SERVER, **(headers or {})}
-    return web.Response(status=status, body=body, headers=shown)
+    content = error_object(message, status, param=param, code=code)
+    return json_response(content, status, {"Server": SERVER, **(headers or {})})
 
 
 def from_error(error: HexgenError, request_id: str | None) -> web.Response:
@@ -231,7 +235,7 @@ def error_event(error: EngineFailed, path: str) -> bytes:
 
 def as_event(body: bytes, path: str) -> bytes:
     """Return the answer ``body``, JSON, as the only event of a stream of the endpoint ``path``."""
-    content = _decoded(body)
+    content = json_object(body)
     if "error" in content and path in ("/v1/messages", "/v1/responses"):
         return f"event: error\ndata: {json.dumps({'type': 'error', **content})}\n\n".encode()
     return b"data: %b\n\n" % json.dumps(content).encode()
@@ -311,7 +315,7 @@ def _told_data(found: re.Match[bytes], address: str) -> bytes:
         return found.group()
     _LOG.warning("engine failed engine_url=%s said=%r", address, clue(data))
     content = _with_message(error, None, code if type(code) is int else 500)
-    kind = _decoded(data).get("type")
+    kind = json_object(data).get("type")
     if kind is not None:
         content = {"type": kind, **content}
     return head + json.dumps(content).encode()
@@ -319,7 +323,7 @@ def _told_data(found: re.Match[bytes], address: str) -> bytes:
 
 def _error_in(body: bytes) -> dict[str, Any] | None:
     """Return the error in an error object of any vLLM, ``None`` if ``body`` is none."""
-    found = _decoded(body)
+    found = json_object(body)
     error = found.get("error")
     if isinstance(error, dict):
         return error
@@ -327,14 +331,6 @@ def _error_in(body: bytes) -> dict[str, Any] | None:
         return {}
     old = found.get("object") == "error" and isinstance(found.get("message"), str)
     return found if old else None
-
-
-def _decoded(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _tells(body: bytes, address: str) -> bool:

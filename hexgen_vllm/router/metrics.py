@@ -6,8 +6,8 @@ endpoints, engines and reason words, and of the names that clients choose (workf
 models) so many as :class:`~hexgen_vllm.router.observe.ledger.BoundedNames` tells apart; never
 workflows or requests.
 
-So are the time that open calls have to spare, and what waits. Histograms of times are cheap to add
-to: a call adds to three of them.
+The time that open calls have to spare, and what waits, is worked out when it is asked for, too. To
+histograms of times a call adds three values.
 """
 
 from __future__ import annotations

@@ -557,12 +557,12 @@ class Relay:
         return await whole_pass(job, attempt, answer, head, clock)
 
     def _learn_response(self, job: Job, engine: str, answer: bytes) -> None:
-        self._note_stored(job, engine, stored.told(answer))
+        self._note_stored(job, engine, stored.told(answer, stored.RESPONSE_ID))
         if job.accepted is not None:
             self._note_stored(job, engine, job.accepted.conversation)
 
     def _learn_conversation(self, job: Job, engine: str, answer: bytes) -> None:
-        self._note_stored(job, engine, stored.conversation_told(answer))
+        self._note_stored(job, engine, stored.told(answer, stored.CONVERSATION_ID))
 
     def _note_stored(self, job: Job, engine: str, name: str | None) -> None:
         if name is not None:

@@ -10,6 +10,8 @@ import tempfile
 import threading
 from typing import Final
 
+from hexgen_vllm.ports import free_ports
+
 PASSWORD: Final = "s3cret"
 HINT: Final = "no Redis here: the distribution's package redis-server or valkey-server has it"
 
@@ -17,13 +19,6 @@ HINT: Final = "no Redis here: the distribution's package redis-server or valkey-
 def program() -> str | None:
     """Return the server's program, ``None`` if there is none."""
     return shutil.which("valkey-server") or shutil.which("redis-server")
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class RedisServer:
@@ -35,7 +30,7 @@ class RedisServer:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="hexgen-redis-")
-        self.port = free_port()
+        (self.port,) = free_ports("127.0.0.1", 1)
         self.url = f"redis://:{PASSWORD}@127.0.0.1:{self.port}/0"
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hexgen_vllm.cluster import child
-from hexgen_vllm.cluster.processes import free_ports
+from hexgen_vllm.ports import free_ports
 from tests.cluster.fakes import SERVER, ask, is_alive
 
 FILE = str(Path(child.__file__))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from hexgen_vllm.cluster.processes import free_ports
+from hexgen_vllm.ports import free_ports
 
 START_S = 300.0
 """Time for a real server to start on a busy machine; only a hang is meant to meet it."""

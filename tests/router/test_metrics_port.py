@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hexgen_vllm.cluster.processes import free_ports
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.ports import free_ports
 from hexgen_vllm.testing.stand import CHAT, open_stand
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hexgen_vllm.cluster.processes import free_ports
+from hexgen_vllm.ports import free_ports
 from hexgen_vllm.router.route import Access, Route, Topic
 from hexgen_vllm.router.routes import ROUTES, public
 from hexgen_vllm.testing.stand import Stand, open_stand

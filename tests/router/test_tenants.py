@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm.cluster.processes import free_ports
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.claims import Ceiling
 from hexgen_vllm.policy.workflow import WorkflowRun
+from hexgen_vllm.ports import free_ports
 from hexgen_vllm.router.metrics import without_tenants
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.tenants import read_keys

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+
+from hexgen_vllm.ports import free_ports
 
 PASSWORD: Final = "s3cret"
 HINT: Final = "no PostgreSQL here: the distribution's package postgresql has it"
@@ -45,7 +46,7 @@ def _running(folder: Path) -> Iterator[str]:
     if os.getuid() == 0:
         user = next(name for name in ("postgres", "nobody") if _exists(name))
         shutil.chown(folder, user)
-    data, port = folder / "data", _free_port()
+    data, (port,) = folder / "data", free_ports("127.0.0.1", 1)
     (folder / "password").write_text(PASSWORD)
     (folder / "password").chmod(0o644)
 
@@ -76,9 +77,3 @@ def _exists(user: str) -> bool:
     except KeyError:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

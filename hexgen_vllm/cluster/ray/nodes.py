@@ -24,11 +24,12 @@ from typing import Any, Final, NamedTuple
 import aiohttp
 
 from hexgen_vllm.cluster import commands
-from hexgen_vllm.cluster.processes import Process, ProcessFailed, free_ports, wait_healthy
+from hexgen_vllm.cluster.processes import Process, ProcessFailed, wait_healthy
 from hexgen_vllm.cluster.ray_options import RayOptions, RayPlacement
 from hexgen_vllm.cluster.spec import EngineEntry
 from hexgen_vllm.cluster.supervisor import base_url
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.ports import free_ports
 
 _ACCELERATOR: Final = "accelerator_type:"
 _SLIVER: Final = 0.001  # what Ray itself asks for of an accelerator's type

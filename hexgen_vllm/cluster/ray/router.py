@@ -28,9 +28,10 @@ import aiohttp
 
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.cluster import commands
-from hexgen_vllm.cluster.processes import Process, free_ports, keep, wait_healthy
+from hexgen_vllm.cluster.processes import Process, keep, wait_healthy
 from hexgen_vllm.cluster.spec import ClusterSpec, RouterEntry
 from hexgen_vllm.cluster.supervisor import ROUTER_EXIT_S, base_url
+from hexgen_vllm.ports import free_ports
 from hexgen_vllm.tasks import woken
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=20.0)

@@ -219,10 +219,7 @@ class _Call:
 
     def answer(self, request_id: str) -> LineAnswer:
         """Return the answer."""
-        wait = self._said.get(b"retry-after", b"").decode("latin-1")
-        seconds = float(wait) if wait.isdecimal() and len(wait) < 6 else None
-        said = self._said.get(b"x-request-id", b"").decode("latin-1")
-        return LineAnswer(self.status, b"".join(self._pieces), said or request_id, seconds)
+        return LineAnswer.of(self.status, self._said, b"".join(self._pieces), request_id)
 
 
 async def _pieces(receive: _Receive) -> AsyncIterator[bytes]:

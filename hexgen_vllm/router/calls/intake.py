@@ -123,22 +123,7 @@ class Accepted:
 
     def with_body(self, body: bytes) -> Accepted:
         """Return it with another body for the engine."""
-        return Accepted(
-            self.call,
-            self.pairs,
-            body,
-            self.prompt,
-            self.session_id,
-            self.service_class,
-            said=self.said,
-            clamped=self.clamped,
-            follows=self.follows,
-            conversation=self.conversation,
-            agent=self.agent,
-            keep_s=self.keep_s,
-            last=self.last,
-            terms=self.terms,
-        )
+        return replace(self, body=body)
 
 
 class Parsed(NamedTuple):

@@ -18,8 +18,8 @@ PATH: Final = "/v1/responses/"
 CONVERSATIONS: Final = "/v1/conversations"
 _FOLDERS: Final = frozenset(("responses", "conversations"))
 _MAX_ID: Final = 256
-_ID: Final = re.compile(rb'"id"\s*:\s*"(resp[\w-]{1,250})"')
-_CONVERSATION_ID: Final = re.compile(rb'"id"\s*:\s*"(conv[\w-]{1,250})"')
+RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp[\w-]{1,250})"')
+CONVERSATION_ID: Final = re.compile(rb'"id"\s*:\s*"(conv[\w-]{1,250})"')
 _WORD: Final = re.compile(r"(?:resp|conv)[\w-]{1,250}", re.A)
 _LOOKED_AT: Final = 4096
 
@@ -60,15 +60,9 @@ def is_conversation(stored_id: str) -> bool:
     return stored_id.startswith("conv")
 
 
-def told(answer: bytes) -> str | None:
-    """Return the response that ``answer``, or the event that it begins with, is about."""
-    found = _ID.search(answer, 0, _LOOKED_AT)
-    return None if found is None else found[1].decode()
-
-
-def conversation_told(answer: bytes) -> str | None:
-    """Return the conversation that ``answer`` shows."""
-    found = _CONVERSATION_ID.search(answer, 0, _LOOKED_AT)
+def told(answer: bytes, ids: re.Pattern[bytes]) -> str | None:
+    """Return the id of what ``answer``, or the event that it begins with, is about."""
+    found = ids.search(answer, 0, _LOOKED_AT)
     return None if found is None else found[1].decode()
 
 

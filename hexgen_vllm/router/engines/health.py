@@ -1,21 +1,22 @@
-"""Keeps the fleet's picture of one engine true: joins it, reads it, notices when it is gone.
+"""Health of engines: each one is watched by a task, and those that stall are noticed.
 
-States: not up yet or down (probed every second), up (health check and telemetry at their
-intervals). A connection that is refused takes it down at once, an answer that it is not well
-after ``health_failure_threshold`` in a row. No answer in time takes it down after as many, unless
-it works, or nobody else could (:func:`~hexgen_vllm.policy.liveness.deaf_is_down`). It comes back
-after ``health_success_threshold`` good checks in a row.
+A :class:`Watcher` probes an engine that is not up every second. Of one that is up it checks the
+health and reads the telemetry at their intervals. What takes an engine down:
 
-Notices engines that have calls and do nothing: stopped, deadlocked, or cut off.
+* a refused connection, at once
+* answers that it is not well, ``health_failure_threshold`` in a row
+* as many checks without an answer in time, unless the engine works or no other engine could take
+  its calls (:func:`~hexgen_vllm.policy.liveness.deaf_is_down`)
 
-A connection to such an engine stays open and its health check may even pass, since another
-process answers it. What tells is silence: an engine that runs moves all its sequences in every
-step. How long a silence may be says :mod:`~hexgen_vllm.policy.liveness`; here is found out how
-long it is. Calls of which no sign would be known - no answer has begun, and the engine counts no
-steps - tell nothing, and nothing is concluded; nor do answers that their client does not read.
-An engine with several data-parallel ranks is stalled when one of them is.
+It comes back after ``health_success_threshold`` good checks in a row.
 
-The tasks that watch the engines, one each.
+:class:`Stalls` finds engines that have calls and do nothing: stopped, deadlocked, or cut off.
+Connections to them stay open, and health checks may pass, since another process answers those.
+The sign is silence, because an engine that runs moves all its sequences in every step. How long it
+may be silent is decided in :mod:`~hexgen_vllm.policy.liveness`; its silence is measured here. It
+cannot be measured while no answer has begun and the engine counts no steps, nor by answers that
+their clients do not read: then nothing is concluded. An engine with several data-parallel ranks is
+stalled when one of them is.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _STALE_S = 5.0
 
 @dataclass(slots=True)
 class _Pulse:
-    """Signs of life of one target."""
+    """Signs of life of one target: an engine, or one of its data-parallel ranks."""
 
     since_s: float
     steps: int | None = None
@@ -57,7 +58,7 @@ class _Pulse:
 
 
 class Stalls:
-    """Looks at all engines about once a second.
+    """Finds stalled engines; looks at all of them about once a second.
 
     Args:
         options: limits.
@@ -307,7 +308,7 @@ class Watcher:
 
 
 class Watchers:
-    """Starts and stops watching.
+    """The watchers of all engines.
 
     Attributes:
         probe: what they ask engines with.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
@@ -16,6 +15,7 @@ from hexgen_vllm.router.engines.ranks import targets_of
 from hexgen_vllm.router.engines.telemetry import Telemetry
 from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.errors import CannotConnect, ConnectTimeout, NoSuchHost, is_short
+from hexgen_vllm.router.http.messages import json_object
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.types import EngineKind, EngineReport, EngineSpec
 from hexgen_vllm.wire import POLLER, STATS_PATH, stats_port
@@ -114,7 +114,7 @@ class Probe:
         cards = await self.models(worker)
         status, body = await self._get(worker, STATS_PATH)
         if status in (200, 503):  # 503: it is ours, and too busy to say more
-            readings = reports.from_stats(_object(body)) if status == 200 else ()
+            readings = reports.from_stats(json_object(body)) if status == 200 else ()
             return self._found(worker, cards, EngineKind.HEXGEN, readings)
         front, beside = await self._behind(worker)
         if front.stats:
@@ -124,7 +124,7 @@ class Probe:
     async def _behind(self, worker: Worker) -> tuple[Front, Sequence[Telemetry]]:
         """Return what server an engine has, and our telemetry if its process gives it itself."""
         status, body = await self._get(worker, "/version")
-        bare = status == 200 and _RUST_VERSION in _object(body)
+        bare = status == 200 and _RUST_VERSION in json_object(body)
         there = URL(worker.url)
         port = stats_port(there.port or 0) if bare else None
         port = worker.stats_port or port
@@ -151,12 +151,12 @@ class Probe:
         headers = self._headers if named else {"User-Agent": POLLER}
         asked = (self._ask(URL(url), headers) for url in urls)
         found = await asyncio.gather(*asked, return_exceptions=True)
-        said = [_object(one[1]) if not isinstance(one, BaseException) else {} for one in found]
+        said = [json_object(one[1]) if not isinstance(one, BaseException) else {} for one in found]
         return [one if reports.is_ours(one) else {} for one in said]
 
     async def _stock(self, worker: Worker, cards: tuple[dict[str, Any], ...]) -> Found:
         status, body = await self._get(worker, "/server_info?config_format=json")
-        info = _object(body) if status == 200 else {}
+        info = json_object(body) if status == 200 else {}
         policy, slots = reports.scheduling(info)
         assumed = self._options.stock_scheduling
         words = worker.deadline or policy or assumed
@@ -206,7 +206,7 @@ class Probe:
             Unreachable: it does not say.
         """
         status, body = await self._get(worker, "/v1/models")
-        data = _object(body).get("data") if status == 200 else None
+        data = json_object(body).get("data") if status == 200 else None
         if not isinstance(data, list):
             raise Unreachable(f"its list of models answers {status}")
         return tuple(c for c in data if isinstance(c, dict) and isinstance(c.get("id"), str))
@@ -225,7 +225,9 @@ class Probe:
         status, body = await self._get(worker, STATS_PATH if ours else "/metrics")
         if status != 200:
             return ()
-        readings = reports.from_stats(_object(body)) if ours else reports.from_metrics(_text(body))
+        readings = (
+            reports.from_stats(json_object(body)) if ours else reports.from_metrics(_text(body))
+        )
         return self._told_apart(readings) if readings else ()
 
     async def _get(self, worker: Worker, path: str) -> tuple[int, bytes]:
@@ -270,11 +272,3 @@ def longest(cards: Sequence[Mapping[str, Any]]) -> int | None:
 
 def _text(body: bytes) -> str:
     return body.decode("utf-8", "replace")
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -7,11 +7,12 @@ than :data:`LARGE_BYTES` goes to :func:`aside`.
 from __future__ import annotations
 
 import asyncio
+import json
 import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
@@ -48,6 +49,23 @@ def parts(response: web.StreamResponse) -> tuple[list[bytes], bytes]:
         headers.setdefault("Content-Type", "application/octet-stream")
     kept = ((k, v) for k, v in headers.items() if k.lower() not in _FRAMING)
     return [f"{k}: {v}\r\n".encode("utf-8", "surrogateescape") for k, v in kept], content
+
+
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """Return an answer that says ``content``."""
+    shown = {"Content-Type": "application/json", **(headers or {})}
+    return web.Response(status=status, body=json.dumps(content).encode(), headers=shown)
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``body``, an empty one if it is none."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 _Result = TypeVar("_Result")

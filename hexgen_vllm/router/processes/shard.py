@@ -5,9 +5,8 @@ answer back, byte for byte. So everything that is known of a workflow is in one 
 without a workflow stay where they came in. If the owner cannot be reached, which lasts for as
 long as it takes to start a new one, the call is served where it is.
 
-All processes see the engines' own telemetry. What they have placed and the engines may not have
-reported yet, they ask each other a few times a second. Their
-metrics are shown as those of one.
+All processes see the engines' own telemetry. What others have placed, which engines may not have
+reported yet, they ask each other a few times a second. Their metrics are shown as those of one.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from hexgen_vllm.router import errors
 from hexgen_vllm.router.calls import headers
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.http.client import Answer, UnixPool
-from hexgen_vllm.router.http.messages import SENT
+from hexgen_vllm.router.http.messages import SENT, json_response
 from hexgen_vllm.router.http.server import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.processes.spot import Spot
@@ -199,17 +198,13 @@ class Shard:
     async def load(self, request: Request) -> web.StreamResponse:
         """Say what calls this process has placed, to another one."""
         engines = self._context.service.coordinator.engines.items()
-        return web.Response(
-            body=json.dumps({name: load.own() for name, load in engines}).encode(),
-            content_type="application/json",
-        )
+        return json_response({name: load.own() for name, load in engines})
 
     async def response(self, request: Request) -> web.StreamResponse:
         """Say which engine has a stored response, to another process."""
         context = self._context
         name = context.stored.engine_of(request.query.get("id", ""), context.clock.now())
-        body = json.dumps({"engine": name}).encode()
-        return web.Response(body=body, content_type="application/json")
+        return json_response({"engine": name})
 
     async def engine_of(self, response: str) -> str | None:
         """Ask the others which engine has a stored response; ``None`` if they do not know."""

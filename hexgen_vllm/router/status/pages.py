@@ -1,14 +1,13 @@
 """The endpoints that ask about the router and its engines, and those that no policy sees.
 
 One of them is an OpenAPI 3.1 document, made from the table of routes. Bodies and answers of calls
-are the engines' business: it says what the router reads of
-them, and the form of everything that the router says itself.
+are the engines' business: it says what the router reads of them, and the form of everything that
+the router says itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from aiohttp import web
 from hexgen_vllm import __version__, wire
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router.context import Context
+from hexgen_vllm.router.http.messages import json_response
 from hexgen_vllm.router.http.server import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.route import PAGE_PATH, Access, Route, Topic
@@ -202,15 +202,15 @@ class Pages:
 
     async def version(self, request: Request) -> web.StreamResponse:
         """Say which version this is."""
-        return _json({"version": __version__, "router": "hexgen-vllm"})
+        return json_response({"version": __version__, "router": "hexgen-vllm"})
 
     async def models(self, request: Request) -> web.StreamResponse:
         """List the models of all engines."""
-        return _json({"object": "list", "data": self._context.fleet.cards()})
+        return json_response({"object": "list", "data": self._context.fleet.cards()})
 
     async def load(self, request: Request) -> web.StreamResponse:
         """Say how many calls are open, as vLLM does."""
-        return _json({"server_load": self._context.ledger.open})
+        return json_response({"server_load": self._context.ledger.open})
 
     async def metrics(self, request: Request) -> web.StreamResponse:
         """Show the metrics."""
@@ -219,18 +219,18 @@ class Pages:
 
     async def openapi(self, request: Request) -> web.StreamResponse:
         """Describe the routes."""
-        return _json(openapi_document(self._routes))
+        return json_response(openapi_document(self._routes))
 
     async def workers(self, request: Request) -> web.StreamResponse:
         """List the engines by name."""
         context = self._context
         engines = [worker_view(context, engine) for engine in context.fleet.engines.values()]
-        return _json({"workers": engines, "total": len(engines)})
+        return json_response({"workers": engines, "total": len(engines)})
 
     async def diagnostics(self, request: Request) -> web.StreamResponse:
         """Show what decisions stand on: rates, loads, learned stages, and the last decisions."""
         coordinator, replicas = self._context.service.coordinator, self._context.replicas
-        return _json(
+        return json_response(
             {
                 "policy": coordinator.options.policy,
                 "options": asdict(coordinator.options),
@@ -247,8 +247,8 @@ class Pages:
         """Show what tuning did, suggests, and stands on; times are ages in seconds."""
         tuning = self._context.tuning
         if tuning is None:
-            return _json({"mode": "off"})
-        return _json(tuning.tuner.state(self._context.clock.now()))
+            return json_response({"mode": "off"})
+        return json_response(tuning.tuner.state(self._context.clock.now()))
 
     async def recent(self, request: Request) -> web.StreamResponse:
         """Return recent workflows, lengths and timings only, for ``hexgen-vllm tune --trace``.
@@ -276,7 +276,7 @@ class Pages:
 
     async def scaling(self, request: Request) -> web.StreamResponse:
         """Say how many engines there should be."""
-        return _json(self.demand.view())
+        return json_response(self.demand.view())
 
     async def explain(self, request: Request) -> web.StreamResponse:
         """Say where the time of the workflow went that the query names.
@@ -294,7 +294,7 @@ class Pages:
         for name in (own_id, session_id) if client.sees_all else (own_id,):
             account = self._context.metrics.accounts.of(name, workflows.get(name))
             if account is not None:
-                return _json(account.view())
+                return json_response(account.view())
         text = "Nothing is known of such a workflow: it never came, or ended long ago."
         raise BadRequest(text, param="session_id", status=404, code="workflow_not_found")
 
@@ -311,9 +311,4 @@ class Pages:
         name = client.own_id(tenant, as_id(session_id))
         known = self._context.service.coordinator.workflows.get(name) is not None
         self._context.service.workflow_finished(name)
-        return _json({"session_id": session_id, "finished": known})
-
-
-def _json(content: Any) -> web.Response:
-    body = json.dumps(content).encode()
-    return web.Response(body=body, content_type="application/json")
+        return json_response({"session_id": session_id, "finished": known})

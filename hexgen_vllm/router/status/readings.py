@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from hexgen_vllm.policy.scaling import OfferedLoad
+from hexgen_vllm.router.engines.ranks import worker_of
 from hexgen_vllm.types import StepCost
 
 START_S: Final = 60.0
 """What the start of an engine is taken to last until one has been seen."""
 _COST: Final = ("c0", "c1", "c2", "p0", "p1", "p2")
-_RANK: Final = "@"  # behind the name of an engine, where its ranks are listed one by one
 _Said = Mapping[str, Any]
 
 
@@ -89,7 +89,7 @@ class Readings:
         """
         rates: dict[str, float] = {}
         for engine in self._engines:
-            name = str(engine["name"]).partition(_RANK)[0]
+            name = worker_of(str(engine["name"]))
             rate = None if self._mean_call is None else _rate(engine, *self._mean_call)
             if name in names and rate is not None:
                 rates[name] = rates.get(name, 0.0) + rate
@@ -97,7 +97,7 @@ class Readings:
 
     def load(self, name: str) -> int:
         """Return the calls on an engine."""
-        return sum(e["load"] for e in self._engines if e["name"].partition(_RANK)[0] == name)
+        return sum(e["load"] for e in self._engines if worker_of(e["name"]) == name)
 
 
 def _queued(engine: _Said) -> int:

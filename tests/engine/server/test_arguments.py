@@ -13,6 +13,7 @@ from hexgen_vllm.engine.options import SCHEDULER, options_of
 from hexgen_vllm.engine.server import arguments
 from hexgen_vllm.engine.server.arguments import MIDDLEWARE
 from hexgen_vllm.errors import ConfigError, UnsupportedVLLM
+from hexgen_vllm.ports import free_ports
 
 
 class Ours:
@@ -255,19 +256,13 @@ def telemetry(*words: str) -> dict[str, Any]:
     return {name: value for name, value in found["hexgen"].items() if name.startswith("stats_")}
 
 
-def a_free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def test_with_the_rust_server_telemetry_is_where_the_router_looks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     warned: list[str] = []
     # vLLM's loggers hand nothing on to pytest's.
     monkeypatch.setattr(arguments.logger, "warning", lambda text, *args: warned.append(text % args))
-    beside = a_free_port()
+    (beside,) = free_ports("127.0.0.1", 1)
     words = ("--port", str(beside - 10000))
     assert telemetry(*words) == {}
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")

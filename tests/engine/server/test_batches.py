@@ -19,9 +19,9 @@ from fastapi.responses import JSONResponse
 from openai import AsyncOpenAI
 
 from hexgen_vllm.batches.store import StoreLimits, check_folder
-from hexgen_vllm.cluster.processes import free_ports
 from hexgen_vllm.engine.server.middleware import HexgenMiddleware
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.ports import free_ports
 
 CHAT = "/v1/chat/completions"
 

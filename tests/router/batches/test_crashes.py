@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from hexgen_vllm.cluster.processes import free_ports
+from hexgen_vllm.ports import free_ports
 from hexgen_vllm.testing.stand import CHAT
 from tests.router.batches.test_batches import jsonl, line
 

@@ -14,6 +14,7 @@ from yarl import URL
 from hexgen_vllm.router.calls.stored import (
     KEPT_S,
     MAX_RESPONSES,
+    RESPONSE_ID,
     Stored,
     stored_id,
     told,
@@ -192,8 +193,8 @@ def test_what_is_known_is_bounded() -> None:
 
 
 def test_names() -> None:
-    assert told(b'{"object": "response", "id" : "resp_1"}') == "resp_1"
-    assert told(b'{"id": "chatcmpl-1"}') is None
+    assert told(b'{"object": "response", "id" : "resp_1"}', RESPONSE_ID) == "resp_1"
+    assert told(b'{"id": "chatcmpl-1"}', RESPONSE_ID) is None
     assert stored_id("/v1/responses/resp_1/cancel") == "resp_1"
     assert stored_id("/v1/responses%2Fresp_1") == "resp_1"
     assert stored_id("/v1/responses/./resp_1") == "resp_1"

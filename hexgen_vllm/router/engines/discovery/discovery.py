@@ -1,7 +1,4 @@
-"""All sources of one router: made from its options, run, shown.
-
-Metrics of discovery.
-"""
+"""Where a router looks for engines: the sources that its options name, and their metrics."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Keeps the engines of one DNS service: looks it up again and again.
+"""Engines by DNS: a service is looked up again and again, and its addresses are the engines.
 
-Asks DNS servers for records of one kind.
-
-What DNS says of one service, and what it said last where it says nothing now.
+Where DNS says nothing now, what it said last counts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Keeps the engines among a cluster's pods: lists them, watches changes, lists again if need be.
+"""Engines by Kubernetes: pods that match a selector, are ready, and do not end.
 
-Lists and watches pods through the API server of a cluster.
-
-Which pods are engines that may get calls, read from what the API server says of them.
+The API server is asked for a list of the pods, then for changes of it, and for a new list when it
+has forgotten where it was.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""From the engines that a source wants to engines that join and are drained.
-
-What discovery did, for metrics and diagnostics.
-"""
+"""The engines that a source of discovery names: they join, are drained, and are counted."""
 
 from __future__ import annotations
 
