@@ -13,7 +13,7 @@
     calls/      a request becomes a call, and an engine's answer the client's
     engines/    the engines, who of them gets calls, tries on them, discovery
     service     drives policy.coordinator with asyncio and a real clock
-    observe/    ledger, logs, traces, recent workflows
+    observe/    ledger, logs, traces
     access      keys, origins, TLS; tenants: whose keys they are
     foreign     what a request says in words of other projects; words: which those are
     errors      every way in which a call ends

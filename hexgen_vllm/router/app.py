@@ -41,7 +41,6 @@ from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT
 from hexgen_vllm.router.http.server import Handle, Request, Server
 from hexgen_vllm.router.metrics import Connections, Metrics, without_tenants
 from hexgen_vllm.router.observe.ledger import Ledger
-from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.router.observe.tracing import Tracing
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.processes.shard import Shard
@@ -74,17 +73,17 @@ def new_context(
 ) -> Context:
     """Make the parts of a router; nothing runs yet."""
     ledger, ratios = Ledger(), TokenRatios()
-    ring = Ring(options.tune_ring)
-    recorder = None if options.tune == "off" else Recorder(ring)
-    service = Service(Coordinator(options.bounded(dispatch)), clock, ledger, recorder)
+    service = Service(Coordinator(options.bounded(dispatch)), clock, ledger)
     tuning = None
-    if recorder is not None:
+    if options.tune != "off":
+        ring = Ring(options.tune_ring)
         tuning = Tuning(options.tuning, service.coordinator, clock, ring, service.retune)
     guard = Guard(options.request_timeout_secs, options.stream_stall_timeout_secs)
     fleet = Fleet(options, service, guard)
     watchers = Watchers(fleet, service, Probe(pool, options), options, clock)
     discovery = Discovery(options, fleet, watchers, clock)
     metrics = Metrics(ledger, service, fleet, None if tuning is None else tuning.tuner)
+    metrics.accounts.ring = None if tuning is None else tuning.recent
     metrics.add(DiscoveryMetrics(discovery))
     context = Context(
         options=options,

@@ -15,7 +15,6 @@ from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import Elsewhere
 from hexgen_vllm.router.errors import Outcome, refused
 from hexgen_vllm.router.observe.ledger import Ledger
-from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.types import (
     Call,
     CallResult,
@@ -35,20 +34,12 @@ class Service:
         coordinator: the state machine.
         clock: its time.
         ledger: where placements are counted.
-        recorder: remembers recent workflows.
     """
 
-    def __init__(
-        self,
-        coordinator: Coordinator,
-        clock: Clock,
-        ledger: Ledger,
-        recorder: Recorder | None = None,
-    ) -> None:
+    def __init__(self, coordinator: Coordinator, clock: Clock, ledger: Ledger) -> None:
         self.coordinator = coordinator
         self.clock = clock
         self._ledger = ledger
-        self._recorder = recorder
         self._waiting: dict[str, asyncio.Future[Placement]] = {}  # calls without a decision
 
     @property
@@ -64,12 +55,10 @@ class Service:
         Raises:
             Refused: nobody can take it, too many calls wait, or it waited too long.
         """
-        now = self.clock.now()
         if call.root is not None:
             call = self.coordinator.workflows.inherited(call)
-        if self._recorder is not None:
-            self._recorder.arrived(call, now)
-        decision = self._carry_out(self.coordinator.call_arrived(call, now), call.call_id)
+        arrived = self.coordinator.call_arrived(call, self.clock.now())
+        decision = self._carry_out(arrived, call.call_id)
         if isinstance(decision, Placement):
             return decision
         return await self._decided(call.call_id, decision)
@@ -100,17 +89,12 @@ class Service:
 
     def finished(self, call_id: str, result: CallResult) -> None:
         """Note that a call ended; harmless for one that has ended before."""
-        now = self.clock.now()
-        if self._recorder is not None:
-            self._recorder.ended(call_id, result, now)
-        decisions = self.coordinator.call_finished(call_id, result, now)
+        decisions = self.coordinator.call_finished(call_id, result, self.clock.now())
         if decisions:
             self._carry_out(decisions)
 
     def workflow_finished(self, workflow_id: str) -> None:
         """Note the client's word that a workflow is over."""
-        if self._recorder is not None:
-            self._recorder.finished(workflow_id)
         self.coordinator.workflow_finished(workflow_id)
 
     def retune(self, values: Mapping[str, float]) -> None:
@@ -147,10 +131,7 @@ class Service:
 
     def tick(self) -> None:
         """Do what time alone causes; call it about once a second or more often."""
-        now = self.clock.now()
-        if self._recorder is not None:
-            self._recorder.tick(now)
-        self._carry_out(self.coordinator.tick(now))
+        self._carry_out(self.coordinator.tick(self.clock.now()))
 
     def refuse_waiting(self, error: Refused) -> None:
         """Turn away every call that waits for a decision."""
@@ -180,8 +161,6 @@ class Service:
                 if decision.prefill is not None:
                     half = decision.prefill
                     self._ledger.placements[half.engine_id, half.reason] += 1
-                if self._recorder is not None:
-                    self._recorder.placed(decision)
             if decision.call_id == asks:
                 own = decision
                 continue

@@ -16,8 +16,8 @@ from typing import Any
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.observe.ledger import Ledger
-from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.sim.engine.engine import SimEngine
 from hexgen_vllm.sim.engine.sequence import EngineModel, Sequence
@@ -33,7 +33,6 @@ from hexgen_vllm.sim.simulator import (
 from hexgen_vllm.sim.workloads.prompts import chunk_hashes, links
 from hexgen_vllm.sim.workloads.workload import CallSpec, WorkflowSpec
 from hexgen_vllm.testing import ManualClock
-from hexgen_vllm.tune.recent import Ring
 from hexgen_vllm.types import Call, CallResult, Decision, EngineSpec
 
 _TURNS = 12  # of the event loop until everything that can go on has gone on
@@ -52,7 +51,8 @@ class LiveService:
     """A service, its clients and its engines."""
 
     def __init__(self, models: Iterable[EngineModel], policy: Policy, options: SimOptions) -> None:
-        self.clock, self.ring, self.options = ManualClock(0.0), Ring(), options
+        self.clock, self.options = ManualClock(0.0), options
+        self.latencies: list[float] = []  # of workflows that ended well
         self.log: deque[tuple[float, Decision]] = deque()
         self.service = self._service(policy.dispatch)
         self.engines: dict[str, SimEngine] = {}
@@ -84,7 +84,12 @@ class LiveService:
     def _service(self, dispatch: DispatchOptions) -> Service:
         coordinator = Coordinator(dispatch)
         coordinator.log = self.log
-        return Service(coordinator, self.clock, Ledger(), Recorder(self.ring))
+        coordinator.workflows.on_end = self._ended
+        return Service(coordinator, self.clock, Ledger())
+
+    def _ended(self, run: WorkflowRun) -> None:
+        if not run.failed:
+            self.latencies.append(run.last_seen_s - run.started_s)
 
     def _join(self, model: EngineModel, policy: Policy) -> None:
         engine = engine_of(model, policy, self.options, seed=0)

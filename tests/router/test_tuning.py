@@ -13,7 +13,6 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.router.observe.recorder import Recorder
 from hexgen_vllm.router.tuning import (
     Files,
     SearchFailed,
@@ -28,91 +27,9 @@ from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.testing.stand import open_stand
 from hexgen_vllm.tune.online import OnlineOptions, TuningPhase
 from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring, parse
-from hexgen_vllm.types import Call, CallResult, EngineReport, EngineSpec, Placement, StepCost
+from hexgen_vllm.types import EngineReport, EngineSpec, StepCost
 
 COST = StepCost(0.02, 1e-4, 0.0, 0.0, 2e-4, 0.0)
-OK = CallResult(ok=True, prompt_tokens=90, cached_tokens=64, output_tokens=5)
-
-
-def call(name: str, workflow: str = "w", **more: Any) -> Call:
-    return Call(
-        name, workflow, 0.0, 100, "sql", "revise", tenant="t", model="m", deadline_s=50.0, **more
-    )
-
-
-def test_calls_become_a_workflow() -> None:
-    recorder = Recorder(Ring())
-    recorder.arrived(call("a"), 10.0)
-    recorder.ended("a", OK, 12.0)
-    recorder.arrived(call("b"), 12.5)
-    recorder.arrived(call("c", final=True), 12.5)
-    recorder.ended("c", OK, 13.0)
-    assert len(recorder.ring) == 0  # b is open
-    recorder.ended("b", CallResult(ok=True, output_tokens=7), 14.0)
-    (workflow,) = recorder.ring
-    assert workflow.calls[0] == RecentCall("revise", 0.0, 2.0, 90, 5, 64)
-    assert workflow.calls[2] == RecentCall("revise", 2.5, 1.5, 100, 7, None)
-    assert (workflow.type, workflow.tenant, workflow.arrived_s) == ("sql", "t", 10.0)
-    assert (workflow.deadline_s, workflow.latency_s) == (40.0, 4.0)
-    assert parse(recorder.ring.text().splitlines(), "ring") == [workflow]
-
-
-def test_the_routers_own_estimate_stands_in_for_unsaid_cache_hits() -> None:
-    recorder = Recorder(Ring())
-    recorder.arrived(call("a", final=True), 0.0)
-    recorder.placed(Placement("a", "fast", "finish", uncached_tokens=30))
-    recorder.ended("a", CallResult(ok=True, output_tokens=7), 1.0)
-    (workflow,) = recorder.ring
-    assert (workflow.calls[0].prompt, workflow.calls[0].cached) == (100, 70)
-
-
-def test_silence_and_the_clients_word_end_a_workflow() -> None:
-    recorder = Recorder(Ring(), idle_s=60.0)
-    for name in ("a", "b"):
-        recorder.arrived(call(name, name), 0.0)
-        recorder.ended(name, OK, 1.0)
-    recorder.finished("a")
-    assert recorder.ring.seen == 1
-    recorder.tick(60.0)
-    assert recorder.ring.seen == 1
-    recorder.tick(61.0)
-    assert recorder.ring.seen == 2
-
-
-def test_a_workflow_at_work_keeps_no_silent_one_from_ending() -> None:
-    recorder = Recorder(Ring(), idle_s=60.0)
-    for name in ("at-work", "silent"):
-        recorder.arrived(call(name, name), 0.0)
-    recorder.ended("silent", OK, 1.0)
-    recorder.tick(61.0)
-    assert recorder.ring.seen == 1
-    recorder.ended("at-work", OK, 100.0)
-    recorder.tick(159.0)
-    assert recorder.ring.seen == 1
-    recorder.tick(160.0)
-    assert recorder.ring.seen == 2
-
-
-def test_a_failed_call_leaves_no_latency() -> None:
-    recorder = Recorder(Ring())
-    recorder.arrived(call("a"), 0.0)
-    recorder.arrived(call("b", final=True), 0.0)
-    recorder.ended("a", OK, 1.0)
-    recorder.ended("b", CallResult(ok=False, reason="abort"), 2.0)
-    recorder.ended("b", OK, 3.0)  # twice is harmless
-    (workflow,) = recorder.ring
-    assert (workflow.latency_s, len(workflow.calls)) == (None, 1)
-
-
-def test_open_workflows_are_bounded() -> None:
-    recorder = Recorder(Ring(), max_open=2)
-    for name in ("a", "b", "c"):
-        recorder.arrived(call(name, name), 0.0)
-    recorder.ended("a", OK, 1.0)  # forgotten, harmless
-    recorder.finished("a")
-    recorder.ended("c", OK, 1.0)
-    recorder.finished("c")
-    assert recorder.ring.seen == 1
 
 
 class Stand:

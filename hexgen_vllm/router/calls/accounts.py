@@ -3,6 +3,8 @@
 The time between its first call and its last end is divided along the path that decided it: from
 the call that ended last back to the latest end before that call came, and so on. What lies
 between two such calls is the client's. No account has any text of a prompt or an answer.
+
+Where the router tunes itself, accounts of workflows that ended are what it plays again.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.errors import Outcome
 from hexgen_vllm.router.observe.ledger import ON_TIME, outcome
+from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring
 from hexgen_vllm.types import LONE, NO_DEADLINE, Call
 
 if TYPE_CHECKING:
@@ -69,6 +72,10 @@ class CallAccount:
         prompt_tokens: of the prompt, as the engine says.
         cached_tokens: of these, found in the prefix cache.
         output_tokens: of the answer.
+        tenant: who paid.
+        expected_prompt_tokens: length of the prompt as the router took it to be.
+        expected_cached_tokens: of these, taken to be in the prefix cache; ``None`` if it was never
+            placed.
         migrations: times that another engine was to go on with it.
     """
 
@@ -87,18 +94,24 @@ class CallAccount:
     prompt_tokens: int | None
     cached_tokens: int | None
     output_tokens: int | None
+    tenant: str
+    expected_prompt_tokens: int
+    expected_cached_tokens: int | None
     migrations: int = 0
 
     @classmethod
     def of(cls, job: Job, now: float) -> CallAccount:
         """Return the account of a call that ends now."""
         placement, result = job.placement, job.result
+        call = None if job.accepted is None else job.accepted.call
+        expected = 0 if call is None else call.prompt_tokens
+        cached = None if placement is None else max(expected - placement.uncached_tokens, 0)
         slack_s = None
         if placement is not None and placement.finish_s is not None:
             slack_s = placement.deadline_s - placement.tail_s - placement.finish_s
         return cls(
             request_id=job.request_id or "",
-            stage="" if job.accepted is None else job.accepted.call.stage,
+            stage="" if call is None else call.stage,
             came_s=job.began_s,
             placed_s=job.placed_s,
             sent_s=job.sent_s,
@@ -113,6 +126,28 @@ class CallAccount:
             prompt_tokens=result.prompt_tokens,
             cached_tokens=result.cached_tokens,
             output_tokens=result.output_tokens,
+            tenant="" if call is None else call.tenant,
+            expected_prompt_tokens=expected,
+            expected_cached_tokens=cached,
+        )
+
+    def recorded(self, began_s: float) -> RecentCall | None:
+        """Return what the tuner plays of it, ``None`` if it was not answered.
+
+        Few engines say what their prefix cache had: then it is what the router took it to have.
+        """
+        if self.outcome != Outcome.ANSWERED or not self.output_tokens:
+            return None
+        prompt = max(self.prompt_tokens or self.expected_prompt_tokens, 1)
+        said = self.cached_tokens
+        cached = self.expected_cached_tokens if said is None else said
+        return RecentCall(
+            stage=self.stage,
+            at_s=round(self.came_s - began_s, 4),
+            took_s=round(self.ended_s - self.came_s, 4),
+            prompt=prompt,
+            output=self.output_tokens,
+            cached=None if cached is None else min(cached, prompt),
         )
 
     def parts(self) -> dict[str, float]:
@@ -193,6 +228,28 @@ class WorkflowAccount:
             at_s = call.ended_s
         return found
 
+    def recorded(self) -> RecentWorkflow | None:
+        """Return what the tuner plays of it, ``None`` if not all of its calls are kept.
+
+        One that an answer is missing in did not finish.
+        """
+        if not 0 < len(self.calls) < _MAX_CALLS:
+            return None
+        found = [call.recorded(self.began_s) for call in self.calls]
+        calls = tuple(call for call in found if call is not None)
+        whole = len(calls) == len(found)
+        limit_s = _said(self.deadline_s - self.began_s)
+        # Its client may have ended it while calls were under way.
+        last_s = max(self.ended_s, self.calls[-1].ended_s)
+        return RecentWorkflow(
+            type=self.workflow_type,
+            arrived_s=self.began_s,
+            calls=calls,
+            tenant=self.calls[0].tenant,
+            deadline_s=None if limit_s is None else max(limit_s, 0.0),
+            latency_s=round(last_s - self.began_s, 4) if whole else None,
+        )
+
     def view(self) -> dict[str, Any]:
         """Return it as JSON can say it; times of calls count from its beginning."""
         path = {id(call) for call in self.path()}  # clients may give one request id to several
@@ -267,6 +324,9 @@ class Accounts:
 
     Args:
         most: ended workflows that are remembered.
+
+    Attributes:
+        ring: gets those that ended, for the tuner; ``None`` where there is none.
     """
 
     def __init__(self, most: int = _MOST) -> None:
@@ -274,6 +334,7 @@ class Accounts:
         self._ended: OrderedDict[str, WorkflowAccount] = OrderedDict()
         self._most = most
         self._requests: OrderedDict[str, str] = OrderedDict()
+        self.ring: Ring | None = None
 
     def call_began(self, call: Call, request_id: str) -> None:
         """Note a call that is to be placed."""
@@ -329,6 +390,9 @@ class Accounts:
         self._open.pop(run.workflow_id, None)
         account = WorkflowAccount.of(run, of.calls, ended=True)
         _log(account)
+        recent = None if self.ring is None else account.recorded()
+        if self.ring is not None and recent is not None:
+            self.ring.add(recent)
         if not account.workflow_id.startswith(LONE):
             self._ended.pop(account.workflow_id, None)
             self._ended[account.workflow_id] = account

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hexgen_vllm.router.calls.accounts import (
 from hexgen_vllm.router.observe.logs import _TEXT, JsonFormatter
 from hexgen_vllm.testing.fake_server import Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
+from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, parse
 from hexgen_vllm.types import NO_DEADLINE, Call
 
 
@@ -35,9 +37,10 @@ def call(
     sent_s: float | None = None,
     first_token_s: float | None = None,
     stage: str = "s",
+    **more: Any,
 ) -> CallAccount:
     placed_s = came_s if placed_s is None else placed_s
-    return CallAccount(
+    one = CallAccount(
         request_id="r",
         stage=stage,
         came_s=came_s,
@@ -53,7 +56,11 @@ def call(
         prompt_tokens=7,
         cached_tokens=None,
         output_tokens=3,
+        tenant="t",
+        expected_prompt_tokens=100,
+        expected_cached_tokens=70,
     )
+    return replace(one, **more)
 
 
 def workflow(*calls: CallAccount, deadline_s: float = NO_DEADLINE) -> WorkflowAccount:
@@ -90,6 +97,41 @@ def test_the_path_is_of_the_calls_that_decided_and_its_parts_add_up() -> None:
 def test_calls_that_share_a_request_id_are_not_mistaken_for_each_other() -> None:
     view = workflow(call(0.0, 2.0), call(0.0, 5.0)).view()
     assert [one["on_path"] for one in view["calls"]] == [False, True]
+
+
+def test_what_the_tuner_plays_again() -> None:
+    first = call(10.0, 12.0, stage="plan", prompt_tokens=90, cached_tokens=64)
+    second = call(12.5, 14.0, prompt_tokens=None)
+    account = workflow(first, second, deadline_s=50.0)
+    recorded = account.recorded()
+    assert recorded == RecentWorkflow(
+        "t",
+        10.0,
+        (RecentCall("plan", 0.0, 2.0, 90, 3, 64), RecentCall("s", 2.5, 1.5, 100, 3, 70)),
+        tenant="t",
+        deadline_s=40.0,
+        latency_s=4.0,
+    )
+    assert parse([recorded.line()], "ring") == [recorded]
+
+
+def test_a_workflow_that_an_answer_is_missing_in_did_not_finish() -> None:
+    for lost in ({"outcome": "engine-lost"}, {"output_tokens": None}):
+        recorded = workflow(call(0.0, 1.0), call(1.0, 2.0, **lost)).recorded()
+        assert recorded is not None
+        assert (recorded.latency_s, len(recorded.calls), recorded.deadline_s) == (None, 1, None)
+
+
+def test_what_is_not_whole_is_not_played_again() -> None:
+    assert workflow(*[call(0.0, 1.0)] * 256).recorded() is None
+    assert WorkflowAccount.of(WorkflowRun("w", "t", 0.0), (), ended=True).recorded() is None
+
+
+def test_a_workflow_that_is_ended_while_a_call_is_under_way_took_until_its_end() -> None:
+    run = WorkflowRun("w", "t", 0.0, last_seen_s=1.0)
+    recorded = WorkflowAccount.of(run, (call(0.0, 1.0), call(0.5, 3.0)), ended=True).recorded()
+    assert recorded is not None
+    assert recorded.latency_s == 3.0
 
 
 def said(name: str, **more: Any) -> dict[str, str]:
