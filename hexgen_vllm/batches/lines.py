@@ -129,7 +129,7 @@ def parse(number: int, text: bytes, max_bytes: int) -> BatchRequest:
 
 
 def check_url(request: BatchRequest, endpoint: str, serves: Serves) -> None:
-    """Return if a batch for ``endpoint`` may hold ``request``.
+    """Check that a batch for ``endpoint`` may hold ``request``.
 
     Raises:
         WrongLine: it may not.

@@ -289,7 +289,7 @@ class Loopback:
             one.abort()
 
     def has_room(self, in_flight: int) -> bool:
-        """Whether an engine has a seat, and the router a place, that nobody else needs."""
+        """Whether an engine and the router have room that no other call needs."""
         context = self._context
         if context.draining or context.service.waiting >= _MOST_WAITING:
             return False

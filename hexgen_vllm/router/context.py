@@ -104,7 +104,7 @@ class Context:
         self.kv_events.tick()
 
     def check_open(self) -> None:
-        """Return if new calls are taken.
+        """Check that new calls are taken.
 
         Raises:
             Refused: the router is shutting down or full.
@@ -116,7 +116,7 @@ class Context:
             raise refused(Outcome.SATURATED)
 
     def check_model(self, model: str) -> None:
-        """Return if some engine serves ``model``, up or not.
+        """Check that some engine, up or not, serves ``model``.
 
         Raises:
             BadRequest: none does.

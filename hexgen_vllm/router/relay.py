@@ -647,7 +647,7 @@ def _creates_conversation(request: Request) -> bool:
 
 
 def _was_not_begun(failure: EngineFailed) -> bool:
-    """Whether the engine surely has done nothing of a call."""
+    """Whether an engine certainly did not begin a call."""
     return failure.reason is Outcome.BUSY or isinstance(failure.__cause__, CannotConnect)
 
 

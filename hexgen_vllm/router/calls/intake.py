@@ -565,7 +565,7 @@ def _shallow(found: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 
 def _check_amount(raw: bytes) -> None:
-    """Return if decoding ``raw`` takes not too long.
+    """Check that decoding ``raw`` does not take too long.
 
     Raises:
         BadRequest: it holds too many values.

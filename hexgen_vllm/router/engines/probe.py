@@ -96,7 +96,7 @@ class Probe:
             self._headers["Authorization"] = f"Bearer {key}"
 
     async def healthy(self, worker: Worker) -> None:
-        """Return if the engine passes its health check.
+        """Check the health of an engine.
 
         Raises:
             Unreachable: it does not.
