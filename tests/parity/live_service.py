@@ -16,7 +16,6 @@ from typing import Any
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.service import Service
 from hexgen_vllm.sim.engine.engine import SimEngine
@@ -52,7 +51,7 @@ class LiveService:
 
     def __init__(self, models: Iterable[EngineModel], policy: Policy, options: SimOptions) -> None:
         self.clock, self.options = ManualClock(0.0), options
-        self.latencies: list[float] = []  # of workflows that ended well
+        self.latencies: list[float] = []  # of workflows that were answered in full
         self.log: deque[tuple[float, Decision]] = deque()
         self.service = self._service(policy.dispatch)
         self.engines: dict[str, SimEngine] = {}
@@ -84,12 +83,7 @@ class LiveService:
     def _service(self, dispatch: DispatchOptions) -> Service:
         coordinator = Coordinator(dispatch)
         coordinator.log = self.log
-        coordinator.workflows.on_end = self._ended
         return Service(coordinator, self.clock, Ledger())
-
-    def _ended(self, run: WorkflowRun) -> None:
-        if not run.failed:
-            self.latencies.append(run.last_seen_s - run.started_s)
 
     def _join(self, model: EngineModel, policy: Policy) -> None:
         engine = engine_of(model, policy, self.options, seed=0)
@@ -115,13 +109,16 @@ class LiveService:
         self, spec: WorkflowSpec, deadline_s: float, arrives: asyncio.Future[None]
     ) -> None:
         await arrives
-        due_s, calls = self.clock.now() + deadline_s, 0
+        began_s, calls = self.clock.now(), 0
+        due_s = began_s + deadline_s
         for group in spec.stages:
             numbered = enumerate(group, calls)
             calls += len(group)
             ended = await asyncio.gather(*(self._call(spec, c, n, due_s) for n, c in numbered))
             if not all(ended):
                 break
+        else:
+            self.latencies.append(self.clock.now() - began_s)
         self.service.workflow_finished(spec.workflow_id)
         self._open -= 1
 
