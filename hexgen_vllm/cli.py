@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Final
 
 from hexgen_vllm import __version__
-from hexgen_vllm.config import Parser, known_names
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.option import Parser, known_names
 
 COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("router",): ("hexgen_vllm.router.main", "place workflow calls on several engines"),

@@ -36,8 +36,8 @@ from hexgen_vllm.bench import peer
 from hexgen_vllm.bench.live import run
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult
 from hexgen_vllm.cluster import Cluster, ClusterSpec, EngineEntry, ProcessFailed, RouterEntry
-from hexgen_vllm.config import RENAMED, add_arguments, check, given, option
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.option import RENAMED, add_arguments, check, given, option
 from hexgen_vllm.report import results
 from hexgen_vllm.report.plot import draw_attainment
 from hexgen_vllm.report.table import render

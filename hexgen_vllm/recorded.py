@@ -25,8 +25,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
-from hexgen_vllm.config import known_names
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import known_names
 
 MAX_CALLS: Final = 1024
 """Calls of a workflow that a router remembers; those of other formats may have more."""

@@ -1,7 +1,7 @@
 """YAML files as typed values; every error is one sentence with file, line and key.
 
 :func:`read` keeps the line of every key. :meth:`Located.options` makes a dataclass of
-:func:`hexgen_vllm.config.option` fields out of a mapping, :meth:`Located.typed` any other type.
+:func:`hexgen_vllm.option.option` fields out of a mapping, :meth:`Located.typed` any other type.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hi
 import msgspec
 import yaml
 
-from hexgen_vllm.config import SCIENTIFIC, known_names, with_current_names
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import SCIENTIFIC, known_names, with_current_names
 
 T = TypeVar("T")
 Key = tuple[str | int, ...]

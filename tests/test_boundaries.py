@@ -27,7 +27,7 @@ PURE_STDLIB = frozenset({
     "numbers", "operator", "re", "statistics", "string", "struct", "types", "typing",
     "urllib.parse",
 })  # fmt: skip
-PURE_OWN = frozenset({"types", "config", "errors"})
+PURE_OWN = frozenset({"types", "config", "errors", "option"})
 DYNAMIC = frozenset({"import_module", "__import__"})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm import cluster, config
+from hexgen_vllm import cluster, option
 from hexgen_vllm.cli import main
 from hexgen_vllm.cluster.commands import engine_command, router_command
 from hexgen_vllm.config import DispatchOptions, EngineOptions
@@ -36,9 +36,9 @@ OLD_POLICY = (
 @pytest.fixture(autouse=True)
 def _anew() -> Iterator[None]:
     """Warnings come once in a process; here once in each test."""
-    config._warn.cache_clear()
+    option._warn.cache_clear()
     yield
-    config._warn.cache_clear()
+    option._warn.cache_clear()
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def routed(line: str) -> DispatchOptions:
 
 def test_todays_names_give_no_warning(warned: Callable[[], list[str]]) -> None:
     assert routed(f"--worker-urls {URL} --policy paper --paper-form paper").paper_form == "paper"
-    config.from_mapping(EngineOptions, {"order": "paper"})
+    option.from_mapping(EngineOptions, {"order": "paper"})
     assert warned() == []
 
 
@@ -170,10 +170,10 @@ router: {policy: hexgen, hexgen-form: paper}
 
 def test_options_of_engines(warned: Callable[[], list[str]]) -> None:
     parser = argparse.ArgumentParser()
-    config.add_arguments(parser, EngineOptions, prefix="hexgen-")
+    option.add_arguments(parser, EngineOptions, prefix="hexgen-")
     args = parser.parse_args(["--hexgen-order", "hexgen"])
-    assert config.given(args, EngineOptions, prefix="hexgen-") == {"order": "paper"}
-    assert config.from_mapping(EngineOptions, {"order": "hexgen"}).order == "paper"
+    assert option.given(args, EngineOptions, prefix="hexgen-") == {"order": "paper"}
+    assert option.from_mapping(EngineOptions, {"order": "hexgen"}).order == "paper"
     assert warned() == [OLD_POLICY]  # once, however often it is said
 
 
@@ -182,7 +182,7 @@ def test_the_tuner_and_the_demo() -> None:
     add_tune_arguments(parser)
     args = parser.parse_args(["--fleet", "f", "--policy", "hexgen", "--baseline", "hexgen"])
     assert (args.policy, args.baseline) == ("paper", "paper")
-    assert config.from_mapping(TuneOptions, {"policy": "hexgen"}).policy == "paper"
+    assert option.from_mapping(TuneOptions, {"policy": "hexgen"}).policy == "paper"
     assert DemoOptions(policies=("hexgen", "slack")).policies == ("paper", "slack")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import check, option
 from hexgen_vllm.yaml_files import Located, mistyped, read
 
 

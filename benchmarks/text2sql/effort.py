@@ -30,8 +30,9 @@ from examples.text2sql.main import FILE, opened
 from hexgen_vllm import wire
 from hexgen_vllm.client import async_http_client
 from hexgen_vllm.clock import SystemClock
-from hexgen_vllm.config import DispatchOptions, add_arguments, check, given, option
+from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import HexgenError
+from hexgen_vllm.option import add_arguments, check, given, option
 from hexgen_vllm.report import results as files
 from hexgen_vllm.report.table import aligned
 from hexgen_vllm.router.app import Router

@@ -7,7 +7,8 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
-from hexgen_vllm.config import PLACEMENT_NAMES, RENAMED, DispatchOptions
+from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
+from hexgen_vllm.option import RENAMED
 from hexgen_vllm.router.options import RouterOptions
 
 _TYPES: Final = {bool: "boolean", int: "integer", float: "number", str: "string"}

@@ -15,8 +15,8 @@ from examples.text2sql.databases import UNSEEN, build_all
 from examples.text2sql.endpoints import endpoints
 from examples.text2sql.options import Options
 from hexgen_vllm.cluster import ProcessFailed
-from hexgen_vllm.config import add_arguments, given
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.option import add_arguments, given
 from hexgen_vllm.report.plot import check_plot, draw_attainment
 from hexgen_vllm.text2sql import report
 from hexgen_vllm.text2sql.database import Database

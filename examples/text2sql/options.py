@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hexgen_vllm.config import option
+from hexgen_vllm.option import option
 from hexgen_vllm.text2sql.options import AgentOptions
 
 MODEL: Final = Path(__file__).with_name("model")

@@ -18,7 +18,7 @@ from typing import Final
 import aiohttp
 import uvloop
 
-from hexgen_vllm import config as options
+from hexgen_vllm import option as options
 from hexgen_vllm.bench.load import LoadRun, Progress
 from hexgen_vllm.bench.load_client import LoadClient, Model, find_model
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult

@@ -10,8 +10,8 @@ from typing import Any
 
 from hexgen_vllm.bench.load import HINTS
 from hexgen_vllm.bench.text import DEFAULT_VOCAB_SIZE
-from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import check, option
 from hexgen_vllm.records import CallRecord, WorkflowRecord
 from hexgen_vllm.report.results import json_value
 from hexgen_vllm.report.summary import (

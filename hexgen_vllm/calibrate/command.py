@@ -25,9 +25,9 @@ from hexgen_vllm.calibrate.fit import Fit, fit, overhead_s
 from hexgen_vllm.calibrate.measure import Measurement
 from hexgen_vllm.calibrate.probes import MAX_PROMPT, design
 from hexgen_vllm.clock import SystemClock
-from hexgen_vllm.config import add_arguments as add_options
-from hexgen_vllm.config import check, from_mapping, given, option
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import add_arguments as add_options
+from hexgen_vllm.option import check, from_mapping, given, option
 from hexgen_vllm.report import results
 
 _BIG_ERROR: Final = 0.2

@@ -25,8 +25,9 @@ from typing import Any, Final
 from hexgen_vllm.cluster.commands import flags
 from hexgen_vllm.cluster.ray_options import RayOptions, RayPlacement
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry, RouterEntry
-from hexgen_vllm.config import EngineOptions, from_mapping
+from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import from_mapping
 from hexgen_vllm.yaml_files import (
     Key,
     Located,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hexgen_vllm.config import check, from_mapping, option
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import check, from_mapping, option
 from hexgen_vllm.policy.scaling import ScalingOptions
 
 

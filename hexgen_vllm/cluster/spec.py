@@ -9,16 +9,9 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from hexgen_vllm.cluster.ray_options import RayOptions, RayPlacement
-from hexgen_vllm.config import (
-    RENAMED,
-    DispatchOptions,
-    EngineOptions,
-    check,
-    from_mapping,
-    option,
-    with_current_names,
-)
+from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import RENAMED, check, from_mapping, option, with_current_names
 from hexgen_vllm.types import Role
 
 ROLES: Final = tuple(role.value for role in Role)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, Final
 
-from hexgen_vllm.config import EngineOptions, from_mapping
+from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.option import from_mapping
 
 
 def options_of(vllm_config: Any) -> EngineOptions:

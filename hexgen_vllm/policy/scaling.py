@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from hexgen_vllm.config import check, option
+from hexgen_vllm.option import check, option
 
 _EPSILON: Final = 1e-9
 _Counts = dict[str, int]

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hexgen_vllm.config import todays_name
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import todays_name
 
 Row = dict[str, Any]
 

@@ -25,7 +25,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from hexgen_vllm import config, descriptors, policy_file, signals
+from hexgen_vllm import descriptors, option, policy_file, signals
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.router.http.errors import why
@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 about = "YAML file of these options"
                 group.add_argument("--config", type=Path, metavar="FILE", help=about)
             else:
-                config.add_argument(group, RouterOptions if name in own else DispatchOptions, name)
+                option.add_argument(group, RouterOptions if name in own else DispatchOptions, name)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -180,7 +180,7 @@ def options_from(
         key = environment.get(variable)
         if key:
             values[name] = (key,) if name in ("api_key", "admin_api_key") else key
-    values |= config.given(args, RouterOptions) | config.given(args, DispatchOptions)
+    values |= option.given(args, RouterOptions) | option.given(args, DispatchOptions)
     options, placing = composed(values)
     policy_file.load(placing.policy)
     return options, placing
@@ -233,7 +233,7 @@ def _spare_collector() -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the router as a program of its own and return its exit code."""
-    parser = config.Parser(
+    parser = option.Parser(
         prog="python -m hexgen_vllm.router",
         description="Place calls of LLM workflows on several engines.",
     )

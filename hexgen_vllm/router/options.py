@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from hexgen_vllm.config import (
-    DispatchOptions,
+from hexgen_vllm.config import DispatchOptions
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import (
     check,
     from_mapping,
     known_names,
@@ -23,7 +24,6 @@ from hexgen_vllm.config import (
     shared,
     with_current_names,
 )
-from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.claims import MAX_PRIORITY
 from hexgen_vllm.policy.liveness import Patience
 from hexgen_vllm.router.addresses import (

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from hexgen_vllm.config import todays_name
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.option import todays_name
 from hexgen_vllm.report import results as files
 from hexgen_vllm.report.plot import check_plot, draw_attainment
 from hexgen_vllm.sim import against

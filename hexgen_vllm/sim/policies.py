@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hexgen_vllm.config import DispatchOptions, EngineOptions, todays_name
+from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import todays_name
 from hexgen_vllm.policy.placements import PLACEMENTS
 from hexgen_vllm.policy_file import is_policy_file, load
 from hexgen_vllm.types import EngineKind

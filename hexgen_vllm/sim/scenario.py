@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import check, option
 from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.limits import Limits, limits, uncontended
 from hexgen_vllm.sim.policies import Policy, named

@@ -19,8 +19,8 @@ from dataclasses import dataclass, fields
 from heapq import heappop, heappush
 from typing import Any, Final
 
-from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import HexgenError
+from hexgen_vllm.option import check, option
 from hexgen_vllm.policy.calls import NOTHING, Tail, path_weight
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.cost import CostFit

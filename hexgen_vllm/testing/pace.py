@@ -16,11 +16,11 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from hexgen_vllm.config import check, from_mapping, option
 from hexgen_vllm.engine.compat import LikeStock
 from hexgen_vllm.engine.scheduler import UrgencyScheduler
 from hexgen_vllm.engine.telemetry import step_shape
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import check, from_mapping, option
 
 
 @dataclass(frozen=True)

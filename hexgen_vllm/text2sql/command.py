@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hexgen_vllm import config
+from hexgen_vllm import option
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql.options import Options
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``hexgen-vllm text2sql``."""
-    config.add_arguments(parser, Options)
+    option.add_arguments(parser, Options)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the database, an endpoint or an option cannot be used.
     """
-    options = Options(**config.given(args, Options))
+    options = Options(**option.given(args, Options))
     try:
         from hexgen_vllm.text2sql import database, outcome, session  # noqa: F401 - is all there?
     except ModuleNotFoundError as error:

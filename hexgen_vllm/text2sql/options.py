@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import check, option
 
 MOST_QUESTION_CHARS: Final = 20_000
 

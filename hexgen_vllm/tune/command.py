@@ -9,17 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hexgen_vllm.config import (
-    RENAMED,
-    DispatchOptions,
-    check,
-    from_mapping,
-    given,
-    option,
-    todays_name,
-)
-from hexgen_vllm.config import add_arguments as add_options
+from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import RENAMED, check, from_mapping, given, option, todays_name
+from hexgen_vllm.option import add_arguments as add_options
 from hexgen_vllm.report import results
 from hexgen_vllm.report.plot import check_plot
 from hexgen_vllm.sim.limits import limits

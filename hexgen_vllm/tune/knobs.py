@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
-from hexgen_vllm.config import DispatchOptions, EngineOptions, Tuned
+from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import Tuned
 from hexgen_vllm.sim.policies import Policy
 
 Values = Mapping[str, float]

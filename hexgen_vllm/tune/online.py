@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from hexgen_vllm.config import check, option
+from hexgen_vllm.option import check, option
 from hexgen_vllm.tune.traffic import Live, Traffic, relative
 
 _HISTORY: Final = 100

@@ -26,7 +26,8 @@ from examples.kubernetes.render import (
     render,
     schema,
 )
-from hexgen_vllm.config import DispatchOptions, EngineOptions, from_mapping
+from hexgen_vllm.config import DispatchOptions, EngineOptions
+from hexgen_vllm.option import from_mapping
 from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.main import read_options
 from hexgen_vllm.router.options import RouterOptions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hexgen_vllm import config
+from hexgen_vllm import option
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router.main import add_arguments, options_from, run
@@ -57,7 +57,7 @@ def test_flags_of_the_ecosystem_are_understood() -> None:
         --prometheus-host 0.0.0.0 --prometheus-port 29000
         --api-key k1 k2 --request-id-headers x-a x-b"""
     args = parser.parse_args(line.split())
-    options = config.from_mapping(RouterOptions, config.given(args, RouterOptions))
+    options = option.from_mapping(RouterOptions, option.given(args, RouterOptions))
     assert options.worker_urls == (A, B)
     assert options.request_id_headers == ("x-a", "x-b")
     assert options.disable_retries
@@ -105,7 +105,7 @@ def test_an_alias_is_the_option_itself_wherever_it_is_given(
         with pytest.raises(ConfigError, match=r"line 2: .* are names of one option"):
             parsed(f"--config {file}")
     with pytest.raises(ConfigError, match="names of one option"):
-        config.from_mapping(RouterOptions, {alias: 7, name: 9})
+        option.from_mapping(RouterOptions, {alias: 7, name: 9})
 
 
 def test_the_help_shows_the_defaults_that_are_in_force() -> None:

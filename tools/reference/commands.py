@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import Final
 
 from hexgen_vllm import cli
-from hexgen_vllm.config import EngineOptions, add_arguments
+from hexgen_vllm.config import EngineOptions
+from hexgen_vllm.option import add_arguments
 from tools.reference.markdown import (
     code,
     shown,

@@ -18,16 +18,10 @@ from typing import Any, Final
 
 from hexgen_vllm import wire
 from hexgen_vllm.batches.store import check_folder
-from hexgen_vllm.config import (
-    EngineOptions,
-    add_arguments,
-    from_mapping,
-    given,
-    known_names,
-    with_current_names,
-)
+from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine.options import SCHEDULER, is_ours
 from hexgen_vllm.errors import ConfigError, HexgenError, UnsupportedVLLM
+from hexgen_vllm.option import add_arguments, from_mapping, given, known_names, with_current_names
 
 logger = logging.getLogger("vllm.hexgen")
 MIDDLEWARE: Final = "hexgen_vllm.engine.server.middleware.HexgenMiddleware"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from hexgen_vllm.config import check, option
+from hexgen_vllm.option import check, option
 from hexgen_vllm.sim.engine.prefix_cache import Holding, Link
 from hexgen_vllm.types import NO_DEADLINE, Placement, Role, StepCost
 

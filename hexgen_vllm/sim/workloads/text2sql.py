@@ -18,8 +18,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Final
 
-from hexgen_vllm.config import check, option
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import check, option
 from hexgen_vllm.sim.workloads.workload import (
     CallGroup,
     CallSpec,

@@ -12,8 +12,8 @@ import pytest
 
 from hexgen_vllm import explain
 from hexgen_vllm.cli import main
-from hexgen_vllm.config import Parser
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import Parser
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.calls.accounts import (
     PARTS,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
-from hexgen_vllm.config import known_names
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import known_names
 from hexgen_vllm.sim.workloads.trace import ENTRY_KEY, parse_trace
 from hexgen_vllm.sim.workloads.traces.agents import (
     dynamo_event,

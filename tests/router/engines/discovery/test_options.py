@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hexgen_vllm import config
+from hexgen_vllm import option
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router import options as discovery_options
 from hexgen_vllm.router.addresses import (
@@ -101,8 +101,8 @@ def test_the_flags_may_be_repeated_and_are_those_of_vllm_router() -> None:
     add_arguments(parser)
     line = """--worker-dns a:1 --worker-dns b:2 c:3 --service-discovery --selector app=x
         --selector tier=gpu --service-discovery-port 80 --service-discovery-namespace llm"""
-    options = config.from_mapping(
-        RouterOptions, config.given(parser.parse_args(line.split()), RouterOptions)
+    options = option.from_mapping(
+        RouterOptions, option.given(parser.parse_args(line.split()), RouterOptions)
     )
     assert options.worker_dns == ("a:1", "b:2", "c:3")
     assert options.selector == ("app=x", "tier=gpu")

@@ -7,15 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from hexgen_vllm.config import (
-    DispatchOptions,
-    EngineOptions,
-    add_arguments,
-    from_mapping,
-    given,
-    option,
-)
+from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import add_arguments, from_mapping, given, option
 
 
 def test_unknown_option_is_named_with_the_known_ones() -> None:
