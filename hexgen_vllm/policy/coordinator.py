@@ -165,7 +165,7 @@ class Coordinator:
             return [self._refused(entry, overload.crowded(call.call_id), now)]
         if self._holds and (placement := self._at_once(entry, now)) is not None:
             return [placement]
-        if not self._holds or not self._reachable(entry):
+        if not self._holds or not (self._candidates(entry) or self._reachable(entry)):
             return [self._settled(entry, now)]
         self._protection.hold(entry, now)
         return [*self._release(now), *self._bounded(now)]

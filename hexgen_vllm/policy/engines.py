@@ -44,6 +44,8 @@ _USUAL_OUTPUT: Final = 110
 _MAX_SHARE: Final = 0.8
 _SHARE_WEIGHT: Final = 0.05  # least, of the newest report in the share of prefill
 _DEFAULT_SLOTS: Final = 256
+_READY: Final = EngineState.READY  # compiled, a lookup in the class costs more than an engine may
+_TRIAL: Final = EngineState.TRIAL
 _MAX_MODELS: Final = 256
 _LEAST_MOVED: Final = 64  # tokens; fixed times outweigh what less takes
 _ENOUGH_MOVED: Final = 4  # calls
@@ -87,7 +89,9 @@ class PrefixIndex:
         """Return how many leading prompt tokens of ``call`` are probably cached."""
         # A chunk is touched, so evicted, after all that follow it: what is held is a head.
         prefix, held = call.prefix, self._tokens
-        low, high = 0, len(prefix)
+        if not prefix or prefix[0] not in held:  # as with most engines of a large fleet
+            return 0
+        low, high = 1, len(prefix)
         while low < high:
             middle = (low + high) // 2
             if prefix[middle] in held:
@@ -159,23 +163,27 @@ class EngineLoad:
         doubted: its rates are not to be believed in full, and there are no earlier ones that were.
         prefixes: what its prefix cache probably holds.
         in_flight: calls placed on it, by id.
-        elsewhere: what others have placed on it.
+        calls: how many are in flight here, of this coordinator and others.
         assigned_s: W_e of the paper, service seconds ever assigned.
         traffic_fit: step cost learned from its answers.
         fitted_s: when its step cost was last learned, by itself or from its answers; when it
             joined as long as it never was.
         transfer: how fast KV comes here from prefill engines.
+        finish_s, delay_s, bound_s: for a placement to note what it finds of each engine while it
+            chooses; nothing before and after that.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.engine_id = spec.engine_id
         self.slots = spec.max_num_seqs or _DEFAULT_SLOTS
-        self.state = EngineState.READY
+        self.state = _READY
         self.report = EngineReport()
         self.prefixes = PrefixIndex(spec.kv_tokens)
         self.in_flight: dict[str, InFlight] = {}
-        self.elsewhere = Elsewhere()
+        self.calls = 0
+        self.finish_s = self.delay_s = self.bound_s = 0.0
+        self._elsewhere = Elsewhere()
         self.assigned_s = 0.0
         self.traffic_fit = CostFit(min_steps=12)
         self.fitted_s = 0.0
@@ -193,21 +201,37 @@ class EngineLoad:
         self._unseen: list[tuple[float, str]] = []  # heap of predicted starts nobody will see
         self._unanswered = 0  # calls of which no token was seen
         self._token_s = -1.0  # below 0: to be found anew
-        self._token_beside: Elsewhere | None = None
         self._left: dict[str, int] = {}  # output tokens to come, by call
         self._left_sum = 0
         self._left_sorted: list[int] = []  # empty: to be sorted anew
-        self._left_beside: Elsewhere | None = None
+        self._left_least = -1  # the first of them; below 0: to be found anew
+
+    @property
+    def elsewhere(self) -> Elsewhere:
+        """What others have placed on it."""
+        return self._elsewhere
+
+    @elsewhere.setter
+    def elsewhere(self, found: Elsewhere) -> None:
+        self._elsewhere = found
+        self.calls = len(self.in_flight) + found.calls
+        self._token_s = -1.0
+        self._left_changed()
 
     def serves(self, call: Call) -> bool:
         """Whether the engine takes new calls for the call's model."""
         return self.open and self.knows(call)
 
     @property
+    def at_work(self) -> bool:
+        """Whether it gets calls, if only one at a time."""
+        return self.state is _READY or self.state is _TRIAL
+
+    @property
     def open(self) -> bool:
         """Whether it takes a new call; on trial, one that it has not begun to answer."""
-        return self.state is EngineState.READY or (
-            self.state is EngineState.TRIAL and not self._unanswered
+        return self.state is _READY or (
+            self.state is _TRIAL and not self._unanswered
         )
 
     def knows(self, call: Call) -> bool:
@@ -312,6 +336,7 @@ class EngineLoad:
         """Account for a call sent here."""
         self._token_s = -1.0
         self.in_flight[entry.call.call_id] = entry
+        self.calls += 1
         self._unanswered += 1
         self._queued_prefill += entry.placement.uncached_tokens
         self._context += entry.call.prompt_tokens
@@ -319,6 +344,8 @@ class EngineLoad:
         self._left[entry.call.call_id] = left = entry.output_left()
         self._left_sum += left
         self._left_sorted.clear()
+        if left < self._left_least:
+            self._left_least = left
         if entry.starts_s is not None:
             heappush(self._unseen, (entry.starts_s, entry.call.call_id))
         self.prefixes.add(entry.call)
@@ -355,21 +382,34 @@ class EngineLoad:
     def progressed(self, entry: InFlight) -> None:
         """Account for what a call has written, or is expected to write, since it was told last."""
         left, call_id = entry.output_left(), entry.call.call_id
-        self._left_sum += left - self._left[call_id]
+        before = self._left[call_id]
+        self._left_sum += left - before
         self._left[call_id] = left
         self._left_sorted.clear()
+        if left < self._left_least:
+            self._left_least = left
+        elif before == self._left_least:
+            self._left_least = -1
 
     def removed(self, call_id: str) -> InFlight | None:
         """Account for the end of a call, however it ended."""
         entry = self.in_flight.pop(call_id, None)
         if entry is not None:
+            self.calls -= 1
             self._token_s = -1.0
             self._context -= entry.call.prompt_tokens
             self._unanswered -= not entry.started
             self._prefilled(call_id)
-            self._left_sum -= self._left.pop(call_id)
+            left = self._left.pop(call_id)
+            self._left_sum -= left
             self._left_sorted.clear()
+            if left == self._left_least:
+                self._left_least = -1
         return entry
+
+    def _left_changed(self) -> None:
+        self._left_sorted.clear()
+        self._left_least = -1
 
     def learn(self, entry: InFlight, result: CallResult, now: float) -> None:
         """Fit the step cost from a call that ended, where the engine does not report its own."""
@@ -397,11 +437,6 @@ class EngineLoad:
         told = self.spec.speed
         return solo_speed(self.cost() or UNMEASURED) if told is None else told
 
-    @property
-    def calls(self) -> int:
-        """Calls in flight here, of this coordinator and others."""
-        return len(self.in_flight) + self.elsewhere.calls
-
     def outstanding_tokens(self) -> int:
         """Return prompt tokens to prefill plus output tokens to come."""
         return self._queued_prefill + self._left_sum
@@ -427,26 +462,26 @@ class EngineLoad:
 
     def room(self, depth: int) -> bool:
         """Return whether fewer than ``depth`` calls are here beyond the sequence slots."""
-        if self.state is EngineState.TRIAL and self._unanswered:
+        if self.calls >= self.slots + depth:
             return False
-        return len(self.in_flight) + self.elsewhere.calls < self.slots + depth
+        return not self._unanswered or self.state is not _TRIAL
 
     def token_s(self, cost: StepCost) -> float:
         """Return the seconds of an output token with one more call here, prefill included."""
         own = cost is self._cost
-        if own and self._token_s >= 0.0 and self._token_beside is self.elsewhere:
+        if own and self._token_s >= 0.0:
             return self._token_s
-        calls = len(self.in_flight) + self.elsewhere.calls + 1
+        calls = self.calls + 1
         batch = min(self.slots, calls)
-        context = self._context + self.elsewhere.context_tokens
+        context = self._context + self._elsewhere.context_tokens
         step = cost.step_s(batch, context * batch / calls)
         found = step / (1.0 - min(self._prefill_share, _MAX_SHARE))
         if own:
-            self._token_s, self._token_beside = found, self.elsewhere
+            self._token_s = found
         return found
 
     def least_finish_s(
-        self, demand: Demand, cost: StepCost, cached: int, claims: int, extra_steps: float
+        self, demand: Demand, cost: StepCost, cached: int, claims: int, steps: float
     ) -> float:
         """Return what :meth:`forecast` says at least of the finish, at a part of its price.
 
@@ -457,13 +492,10 @@ class EngineLoad:
             cost: the engine's step cost.
             cached: tokens of its prompt that need no prefill.
             claims: as for :meth:`forecast`.
-            extra_steps: that it takes besides one for each output token.
+            steps: that it takes after its prefill.
         """
-        steps = demand.output_tokens + extra_steps
+        wait = self._soonest_end() if self.calls + claims >= self.slots else 0
         arrives_s = None if demand.handover is None else self.arrives_s(demand, cost, cached)
-        wait = 0
-        if len(self.in_flight) + self.elsewhere.calls + claims >= self.slots:
-            wait = self._soonest_ends()[0]
         if arrives_s is not None:
             return max(arrives_s, wait * self.token_s(cost)) + steps * self.token_s(cost)
         uncached = max(demand.call.prompt_tokens - cached, 1)
@@ -510,7 +542,7 @@ class EngineLoad:
         ahead, prefill_ahead = self._ahead(demand)
         step = self.token_s(cost)
         own_prefill = cost.prefill_s(uncached, cached)
-        queued = len(self.in_flight) + self.elsewhere.calls + claims - self.slots
+        queued = self.calls + claims - self.slots
         wait_tokens = self._slot_wait_tokens(queued, ahead, claims) if queued >= 0 else 0.0
         arrives_s = None if demand.handover is None else self.arrives_s(demand, cost, cached)
         if arrives_s is not None:
@@ -555,16 +587,29 @@ class EngineLoad:
         return left[min(index, len(left) - 1)] + rounds * mean
 
     def _soonest_ends(self) -> list[int]:
-        """Return the output tokens to come of the calls here, fewest first; 0 where none is.
-
-        Of those of others the sum is known: they count as spread evenly from 0 to twice the mean.
-        """
-        if not self._left_sorted or self._left_beside is not self.elsewhere:
-            self._left_beside = others = self.elsewhere
-            twice, steps = 2 * others.output_tokens, others.calls * (others.calls + 1)
-            spread = [twice * i // steps for i in range(1, others.calls + 1)]
-            self._left_sorted = sorted([*self._left.values(), *spread]) or [0]
+        """Return the output tokens to come of the calls here, fewest first; 0 where none is."""
+        if not self._left_sorted:
+            self._left_sorted = sorted([*self._left.values(), *self._spread()]) or [0]
         return self._left_sorted
+
+    def _soonest_end(self) -> int:
+        """Return the first of :meth:`_soonest_ends`."""
+        if not self.calls:
+            return 0
+        if self._left_least < 0:
+            self._left_least = min([*self._left.values(), *self._spread()[:1]])
+        return self._left_least
+
+    def _spread(self) -> list[int]:
+        """Return output tokens to come of others' calls, fewest first.
+
+        Their sum is known: they count as spread evenly from 0 to twice the mean.
+        """
+        others = self._elsewhere.calls
+        if not others:
+            return []
+        twice, steps = 2 * self._elsewhere.output_tokens, others * (others + 1)
+        return [twice * i // steps for i in range(1, others + 1)]
 
     def _delay_s(self, own_prefill_s: float, demand: Demand, cost: StepCost) -> float:
         """Return the time the call adds to all others: its prefill stalls them, its row slows."""
@@ -642,7 +687,7 @@ class Engines:
         if found is None or call.engine is not None:
             found = [e for e in self._by_name if e.open and e.knows(call)]
             # One on trial is open or not by what it has; of model names clients can have many.
-            on_trial = any(e.state is EngineState.TRIAL for e in self._by_name)
+            on_trial = any(e.state is _TRIAL for e in self._by_name)
             if call.engine is None and not on_trial and len(self._by_model) < _MAX_MODELS:
                 self._by_model[call.model] = found
         if refused_by:
@@ -669,7 +714,7 @@ class Engines:
         return [
             e
             for e in self._by_name
-            if e.state in (EngineState.READY, EngineState.TRIAL)
+            if e.at_work
             and e.knows(call)
             and e.engine_id not in refused_by
         ]
@@ -680,7 +725,7 @@ class Engines:
         An engine that takes no calls counts: those that only it could serve must hear of it.
         """
         for engine in self._by_name:
-            if engine.room(depth) or engine.state not in (EngineState.READY, EngineState.TRIAL):
+            if engine.room(depth) or not engine.at_work:
                 return True
         return not self._by_name
 
@@ -691,7 +736,7 @@ class Engines:
         """
         if not self._models_differ:
             return None
-        at_work = [e for e in self._by_name if e.state in (EngineState.READY, EngineState.TRIAL)]
+        at_work = [e for e in self._by_name if e.at_work]
         roomy = [e for e in at_work if e.room(depth)]
         return {
             model

@@ -13,7 +13,7 @@ from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.types import NO_DEADLINE, Call, EngineState, Role, StepCost
+from hexgen_vllm.types import NO_DEADLINE, Call, Role, StepCost
 
 _LEAST_S: Final = 1e-6
 _FASTEST_S: Final = 1.0  # seconds for which the fastest step counts as known
@@ -21,7 +21,6 @@ _MAX_FASTEST: Final = 256
 MANY: Final = 64
 """Engines above which their pace is not found anew for each call."""
 PACE_S: Final = 1e-4
-_AT_WORK: Final = (EngineState.READY, EngineState.TRIAL)
 
 
 class Estimates:
@@ -206,7 +205,7 @@ class Estimates:
 
     def _ready(self, model: str | None = None) -> list[EngineLoad]:
         """Return the engines at work that have ``model``, or any."""
-        ready = [e for e in self._engines.values() if e.state in _AT_WORK and e.answers]
+        ready = [e for e in self._engines.values() if e.at_work and e.answers]
         return ready if model is None else [e for e in ready if e.has(model)]
 
     def _seconds(self, tail: Tail, call: Call) -> float:

@@ -40,8 +40,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.calls import Demand
+from hexgen_vllm.policy.calls import Demand, Handover
 from hexgen_vllm.policy.dispatch import Choice, Claims, Dispatch, Loads, costs
+from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.types import Call, StepCost
 
 FIRST: Final = 1.5
@@ -76,71 +77,79 @@ class MarginalCost(Dispatch):
         Every engine gets a lower bound of its score; those whose bound is above the best score
         found are not forecast. The choice is that of forecasting all.
         """
+        if not engines:
+            raise ValueError("no engines to choose from")
         call, output, mid = demand.call, demand.output_tokens, demand.output_tokens / 2
         x, affinity = self._options.externality, self._options.prefix_affinity
-        prompt, known, count = call.prompt_tokens, costs(engines), len(engines)
-        finishes: list[float] = []  # at least
-        delays: list[float] = []  # to the other calls
+        prompt, members, known = call.prompt_tokens, list(engines), costs(engines)
+        count, steps, total_s, least_s = len(members), output + FIRST, 0.0, math.inf
         shares: dict[int, float] = {}  # prompt tokens that are charged for, by those uncached
-        total_s = 0.0
-        for engine, cost in zip(engines, known, strict=True):
+        shared_of, shared = -1, 0.0  # the last of them
+        for i, engine in enumerate(members):
+            cost = known[i]
             cached = engine.prefixes.match(call) if affinity else 0
             waiting = claims.get(engine.engine_id, 0) if claims else 0
-            finish_s = engine.least_finish_s(demand, cost, cached, waiting, FIRST)
+            uncached = max(prompt - cached, 1)
+            finish_s = engine.least_finish_s(demand, cost, cached, waiting, steps)
             total_s += finish_s
-            finishes.append(finish_s)
+            least_s = min(least_s, finish_s)
             delay_s, others = 0.0, engine.calls
             if others:
-                uncached = max(prompt - cached, 1)
-                shared = shares.get(uncached)
-                if shared is None:
-                    shared = shares[uncached] = self._asked.shared(call, uncached, count)
+                if uncached != shared_of:
+                    if uncached not in shares:
+                        shares[uncached] = self._asked.shared(call, uncached, count)
+                    shared_of, shared = uncached, shares[uncached]
                 row_s = (cost.c1 + cost.c2 * (prompt + mid)) * output
                 delay_s = x * others * (cost.p1 * shared + row_s)
-            delays.append(delay_s)
-        if not finishes:
-            raise ValueError("no engines to choose from")
-        self._hand_over(demand, engines, known, delays)
-        weight, far_s = self._weight(demand, total_s / count, now), FAR * min(finishes)
-        bounds = [
-            _BELOW * (_weighed(f, weight, far_s) + d) for f, d in zip(finishes, delays, strict=True)
-        ]
-        best: Choice | None = None
-        at = first = bounds.index(min(bounds))
-        for i in range(-1, count):
-            index = first if i < 0 else i
-            if best is not None and (index == first or bounds[index] > best.score):
+            engine.finish_s, engine.delay_s = finish_s, delay_s
+        if demand.handover is not None:
+            self._hand_over(demand, demand.handover, members, known)
+        weight, far_s = self._weight(demand, total_s / count, now), FAR * least_s
+        first, lowest = 0, math.inf
+        for i, engine in enumerate(members):
+            bound = _BELOW * (_weighed(engine.finish_s, weight, far_s) + engine.delay_s)
+            engine.bound_s = bound
+            if bound < lowest:
+                first, lowest = i, bound
+        best, at = self._scored(demand, members[first], known[first], claims, weight, far_s), first
+        for i, engine in enumerate(members):
+            if i == first or engine.bound_s > best.score:
                 continue
-            engine, cost = engines[index], known[index]
-            waiting = claims.get(engine.engine_id, 0)
-            forecast = engine.forecast(demand, cost, waiting, affinity=affinity)
-            forecast.finish_in_s += FIRST * engine.token_s(cost)
-            score = _weighed(forecast.finish_in_s, weight, far_s) + delays[index]
-            if best is None or score < best.score or (score == best.score and index < at):
-                best, at = Choice(engine, score, "marginal_cost", forecast), index
-        assert best is not None
+            found = self._scored(demand, engine, known[i], claims, weight, far_s)
+            if found.score < best.score or (found.score == best.score and i < at):
+                best, at = found, i
         return best
 
     def _hand_over(
-        self,
-        demand: Demand,
-        engines: Loads,
-        known: Sequence[StepCost],
-        delays: list[float],
+        self, demand: Demand, handover: Handover, engines: list[EngineLoad], known: list[StepCost]
     ) -> None:
         """Set the delays of engines to which the KV of the prompt would come from another."""
-        handover = demand.handover
-        if handover is None:
-            return
         call, output = demand.call, demand.output_tokens
         context = call.prompt_tokens + output / 2
         shared = self._asked.shared(call, handover.uncached_tokens, len(engines))
-        for index, (engine, cost) in enumerate(zip(engines, known, strict=True)):
+        for i, engine in enumerate(engines):
+            cost = known[i]
             cached = engine.prefixes.match(call) if self._options.prefix_affinity else 0
             if engine.arrives_s(demand, cost, cached) is not None:
                 row_s = (cost.c1 + cost.c2 * context) * output
-                delays[index] = handover.externality * engine.calls * row_s
-                delays[index] += handover.token_delay_s * shared
+                engine.delay_s = handover.externality * engine.calls * row_s
+                engine.delay_s += handover.token_delay_s * shared
+
+    def _scored(
+        self,
+        demand: Demand,
+        engine: EngineLoad,
+        cost: StepCost,
+        claims: Claims,
+        weight: float,
+        far_s: float,
+    ) -> Choice:
+        """Return an engine with its score."""
+        waiting, affinity = claims.get(engine.engine_id, 0), self._options.prefix_affinity
+        forecast = engine.forecast(demand, cost, waiting, affinity=affinity)
+        forecast.finish_in_s += FIRST * engine.token_s(cost)
+        score = _weighed(forecast.finish_in_s, weight, far_s) + engine.delay_s
+        return Choice(engine, score, "marginal_cost", forecast)
 
     def placed(self, demand: Demand, choice: Choice, now: float) -> None:
         """Count what was asked for, and how long workflows are against their deadlines."""

@@ -102,8 +102,12 @@ class Protection:
         """
         if not over_bounds(self._options, len(self._held), self._held.tokens):
             return None
-        order = list(self._held.last_first())
-        return next((c for c in order if not self._open[c].run.begun), order[0])
+        first: str | None = None
+        for call_id in self._held.last_first():
+            if not self._open[call_id].run.begun:
+                return call_id
+            first = first or call_id
+        return first
 
     def expired(self, now: float) -> list[str]:
         """Return the held calls that have waited longer than they may."""

@@ -16,7 +16,7 @@ from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Set
 from heapq import merge
-from itertools import chain, islice, takewhile
+from itertools import chain, filterfalse, islice, takewhile
 from typing import Final, NamedTuple
 
 from hexgen_vllm.policy.overload import FairShares, endangered_from
@@ -138,7 +138,11 @@ class HeldCalls:
         if self._shares is not None:
             self._shares.served(entry.tenant, entry.tokens)
         if self._demoted:
-            offered = self._turn >= _FULL_TURN and self._is_oldest_demoted(entry)
+            # What :meth:`first` offers when only calls for this model are looked for.
+            offered = (
+                self._turn >= _FULL_TURN
+                and self._oldest_demoted(frozenset((entry.model,))) == call_id
+            )
             self._turn = 0.0 if offered else self._turn + self._share
         self.remove(call_id)
 
@@ -150,22 +154,25 @@ class HeldCalls:
             models: if given, only calls that need one of these.
             now: the present moment, for shares of tenants.
         """
-        entries: Iterator[_Entry] = chain(self._by_due(now), self._background)
-        demoted: Iterator[str] = iter(self._demoted)
-        if models is not None:
-            entries = (entry for entry in entries if entry.model in models)
-            demoted = (name for name in demoted if self._entries[name].model in models)
-        ids = (entry.call_id for entry in entries)
-        oldest = next(demoted, None) if self._turn >= _FULL_TURN else None
-        if oldest is None:
-            return list(islice(ids, limit))
-        return [oldest, *islice((name for name in ids if name != oldest), limit - 1)]
+        found: list[str] = []
+        oldest: str | None = None
+        if self._turn >= _FULL_TURN:
+            oldest = self._oldest_demoted(models)
+            if oldest is not None:
+                found.append(oldest)
+        # A loop: compiled, a generator expression would go through all calls that wait.
+        for entry in chain(self._by_due(now), self._background):
+            if len(found) >= limit:
+                break
+            if (models is None or entry.model in models) and entry.call_id != oldest:
+                found.append(entry.call_id)
+        return found
 
     def last_first(self) -> Iterator[str]:
         """Yield calls in the order in which they are given up: the demoted, then the last."""
-        yield from (entry.call_id for entry in reversed(self._background))
-        entries = [e for queue in self._tenants.values() for e in queue]
-        yield from (entry.call_id for entry in sorted(entries, reverse=True))
+        queues = [reversed(queue) for queue in self._tenants.values()]
+        for entry in chain(reversed(self._background), merge(*queues, reverse=True)):
+            yield entry.call_id
 
     def waited_longer(self, seconds: float, now: float) -> list[str]:
         """Return the calls that have waited longer than ``seconds``."""
@@ -186,12 +193,15 @@ class HeldCalls:
         if not endangered:
             return merge(*queues.values())
         ids = {entry.call_id for entry in endangered}
-        return chain(endangered, (e for e in merge(*queues.values()) if e.call_id not in ids))
+        rest = filterfalse(lambda entry: entry.call_id in ids, merge(*queues.values()))
+        return chain(endangered, rest)
 
-    def _is_oldest_demoted(self, entry: _Entry) -> bool:
-        """Return whether no other demoted call for its model is older: :meth:`first` offers it."""
-        found = (name for name in self._demoted if self._entries[name].model == entry.model)
-        return next(found, None) == entry.call_id
+    def _oldest_demoted(self, models: Set[str] | None) -> str | None:
+        """Return the call demoted longest, of those for one of ``models`` if that is given."""
+        for call_id in self._demoted:
+            if models is None or self._entries[call_id].model in models:
+                return call_id
+        return None
 
     def _queue(self, entry: _Entry, background: bool) -> None:
         if background:
