@@ -1,9 +1,10 @@
 """``hexgen-vllm bench sim``: how fast the simulator is, and how much memory a long run takes.
 
-Three figures, each on the reference fleet of four engines with text-to-SQL workflows:
+Figures of the reference fleet of four engines with text-to-SQL workflows:
 
 - ``calls_per_s_per_core``: simulated calls per second of processor time, policy ``slack`` at 80 %
-  of the fleet's capacity, the best of some repeats.
+  of the fleet's capacity, the best of some repeats. ``…_64``: sixteen such fleets as one, 64
+  engines, with four times the workflows. ``…_overload``: four engines at 130 % of their capacity.
 - ``alpha_grid_s``: wall time of the paper's tuning, 11 values of alpha by 3 seeds by 300
   workflows, on two processes.
 - ``peak_rss_mib``: most memory of a process that plays 20,000 workflows.
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +26,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.report import results
 from hexgen_vllm.report.summary import percentile
+from hexgen_vllm.sim.engine.sequence import EngineModel
 from hexgen_vllm.sim.fleets import fleet
 from hexgen_vllm.sim.limits import limits
 from hexgen_vllm.sim.policies import Policy, named
@@ -37,6 +41,9 @@ from hexgen_vllm.sim.workloads.workload import (
 
 _FLEET: Final = fleet("reference-4")
 _LOAD: Final = 0.8
+_OVERLOAD: Final = 1.3
+_COPIES: Final = 16
+_MORE: Final = 4  # times as many workflows for so many engines
 _DEADLINE_S: Final = 120.0
 _ALPHAS: Final = tuple(round(0.1 * i, 1) for i in range(11))
 _SEEDS: Final = (1, 2, 3)
@@ -65,10 +72,15 @@ def main(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
     results.check_writable(args.json)
     figures: dict[str, Any] = {}
-    figures["calls_per_s_per_core"] = round(
-        max(calls_per_s(args.speed_workflows) for _ in range(args.repeats))
-    )
-    print(f"simulated calls per second and core: {figures['calls_per_s_per_core']:,}")
+    for name, what, played in (
+        ("", "", partial(calls_per_s, args.speed_workflows)),
+        ("_64", ", 64 engines", partial(calls_per_s, _MORE * args.speed_workflows, copies=_COPIES)),
+        ("_overload", ", overload", partial(calls_per_s, args.speed_workflows, load=_OVERLOAD)),
+    ):
+        speed = figures[f"calls_per_s_per_core{name}"] = round(
+            max(played() for _ in range(args.repeats))
+        )
+        print(f"simulated calls per second and core{what}: {speed:,}")
     figures["alpha_grid_s"] = round(alpha_grid_s(args.jobs, args.grid_workflows), 1)
     print(
         f"alpha grid, {len(_ALPHAS)} x {len(_SEEDS)} runs of {args.grid_workflows} workflows on "
@@ -81,10 +93,19 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def calls_per_s(workflows: int) -> float:
-    """Return simulated calls per second of processor time."""
-    specs = workload(workflows, _SEEDS[0])
-    simulation = _simulation(named("slack"))
+def calls_per_s(workflows: int, load: float = _LOAD, copies: int = 1) -> float:
+    """Return simulated calls per second of processor time.
+
+    Args:
+        workflows: to play.
+        load: as a share of the capacity.
+        copies: of the reference fleet.
+    """
+    specs = workload(workflows, _SEEDS[0], load * copies)
+    models = [
+        replace(one, engine_id=f"{one.engine_id}-{i}") for i in range(copies) for one in _FLEET
+    ]
+    simulation = _simulation(named("slack"), models)
     started = time.process_time()
     simulation.run(specs)
     seconds = time.process_time() - started
@@ -121,15 +142,15 @@ def _play_and_weigh(workflows: int) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def _simulation(policy: Policy) -> Simulation:
-    return Simulation(_FLEET, policy, lambda spec: _DEADLINE_S, SimOptions(record_calls=False))
+def _simulation(policy: Policy, models: Sequence[EngineModel] = _FLEET) -> Simulation:
+    return Simulation(models, policy, lambda spec: _DEADLINE_S, SimOptions(record_calls=False))
 
 
 @lru_cache(maxsize=len(_SEEDS))
-def workload(workflows: int, seed: int) -> tuple[WorkflowSpec, ...]:
-    """Return text-to-SQL workflows that arrive at 80 % of the capacity."""
+def workload(workflows: int, seed: int, load: float = _LOAD) -> tuple[WorkflowSpec, ...]:
+    """Return text-to-SQL workflows that arrive at ``load`` times the fleet's capacity."""
     drawn = text2sql(workflows, seed=seed)
-    return timed(drawn, poisson(workflows, _LOAD * capacity_per_s(), generator(seed, "arrivals")))
+    return timed(drawn, poisson(workflows, load * capacity_per_s(), generator(seed, "arrivals")))
 
 
 @lru_cache(maxsize=1)

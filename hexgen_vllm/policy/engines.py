@@ -46,6 +46,8 @@ _SHARE_WEIGHT: Final = 0.05  # least, of the newest report in the share of prefi
 _DEFAULT_SLOTS: Final = 256
 _READY: Final = EngineState.READY  # compiled, a lookup in the class costs more than an engine may
 _TRIAL: Final = EngineState.TRIAL
+_PREFILL: Final = Role.PREFILL
+_DECODE: Final = Role.DECODE
 _MAX_MODELS: Final = 256
 _LEAST_MOVED: Final = 64  # tokens; fixed times outweigh what less takes
 _ENOUGH_MOVED: Final = 4  # calls
@@ -230,9 +232,7 @@ class EngineLoad:
     @property
     def open(self) -> bool:
         """Whether it takes a new call; on trial, one that it has not begun to answer."""
-        return self.state is _READY or (
-            self.state is _TRIAL and not self._unanswered
-        )
+        return self.state is _READY or (self.state is _TRIAL and not self._unanswered)
 
     def knows(self, call: Call) -> bool:
         """Whether it has the call's model."""
@@ -249,7 +249,12 @@ class EngineLoad:
     @property
     def answers(self) -> bool:
         """Whether it does more than compute prompts."""
-        return self.spec.role is not Role.PREFILL
+        return self.spec.role is not _PREFILL
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether prompts are computed for it elsewhere."""
+        return self.spec.role is _DECODE
 
     def computes(self, model: str) -> bool:
         """Whether it has a model."""
@@ -344,8 +349,7 @@ class EngineLoad:
         self._left[entry.call.call_id] = left = entry.output_left()
         self._left_sum += left
         self._left_sorted.clear()
-        if left < self._left_least:
-            self._left_least = left
+        self._left_least = min(self._left_least, left)
         if entry.starts_s is not None:
             heappush(self._unseen, (entry.starts_s, entry.call.call_id))
         self.prefixes.add(entry.call)
@@ -514,7 +518,7 @@ class EngineLoad:
             :mod:`~hexgen_vllm.policy.disaggregation`.
         """
         handover = demand.handover
-        if handover is None or self.spec.role is not Role.DECODE:
+        if handover is None or not self.decodes_only:
             return None
         uncached = max(demand.call.prompt_tokens - cached, 1)
         move_s = uncached * self.transfer.token_s(handover.token_s)
@@ -714,9 +718,7 @@ class Engines:
         return [
             e
             for e in self._by_name
-            if e.at_work
-            and e.knows(call)
-            and e.engine_id not in refused_by
+            if e.at_work and e.knows(call) and e.engine_id not in refused_by
         ]
 
     def any_room(self, depth: int) -> bool:

@@ -13,7 +13,7 @@ from hexgen_vllm.policy.engines import EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.types import NO_DEADLINE, Call, Role, StepCost
+from hexgen_vllm.types import NO_DEADLINE, Call, StepCost
 
 _LEAST_S: Final = 1e-6
 _FASTEST_S: Final = 1.0  # seconds for which the fastest step counts as known
@@ -235,17 +235,19 @@ class Estimates:
         Then those that compute prompts, and their prefill rates: engines for decode only where
         there are no others.
         """
-        decode_rate = prefill_rate = 0.0
-        able = [e for e in self._engines.values() if e.state in _AT_WORK and e.computes(model)]
-        ready = [e for e in able if e.answers]
-        for engine in ready:
+        decode_rate, prefill_rate, ready, prefills = 0.0, 0.0, 0, 0
+        able = [e for e in self._engines.values() if e.at_work and e.computes(model)]
+        decodes_only = all(e.decodes_only for e in able)
+        for engine in able:
             cost = engine.cost() or UNMEASURED
-            batch = min(engine.slots, len(engine.in_flight) + 1)
-            decode_rate += 1.0 / max(cost.step_s(batch), _LEAST_S)
-        prefills = [e for e in able if e.spec.role is not Role.DECODE] or able
-        for engine in prefills:
-            prefill_rate += 1.0 / max((engine.cost() or UNMEASURED).p1, 1e-9)
-        return len(ready), decode_rate, len(prefills), prefill_rate
+            if engine.answers:
+                ready += 1
+                batch = min(engine.slots, len(engine.in_flight) + 1)
+                decode_rate += 1.0 / max(cost.step_s(batch), _LEAST_S)
+            if decodes_only or not engine.decodes_only:
+                prefills += 1
+                prefill_rate += 1.0 / max(cost.p1, 1e-9)
+        return ready, decode_rate, prefills, prefill_rate
 
 
 def _alone_s(cost: StepCost, tail: Tail, output: int, uncached: int) -> float:

@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Final
 
 from hexgen_vllm.config import DispatchOptions
@@ -53,6 +52,7 @@ W_MOST: Final = 5.0
 FAR: Final = 3.0
 _RHO_WEIGHT: Final = 0.01  # of the newest call in mean rho
 _MAX_CHUNKS: Final = 50_000
+_MAX_NOTED: Final = 256  # calls, more than are looked at in turn
 _LEAST_S: Final = 1e-6
 _BELOW: Final = 1.0 - 1e-9  # what a sum may differ by when it is added up in another order
 
@@ -180,23 +180,59 @@ def _weighed(finish_s: float, weight: float, far_s: float) -> float:
     return weight * far_s + finish_s - far_s
 
 
+class _Chunk:
+    """A prompt chunk: how often it was asked for, as of which call.
+
+    Attributes:
+        counted: it was asked for, and is remembered.
+        noted: notes of calls that hold it.
+    """
+
+    __slots__ = ("at", "count", "counted", "key", "noted")
+
+    def __init__(self, key: int) -> None:
+        self.key, self.count, self.at = key, 0.0, 0
+        self.counted, self.noted = False, 0
+
+
+class _Noted:
+    """The chunks of a call's prompt, found once for all the times that it is looked at."""
+
+    __slots__ = ("chunks", "prefix")
+
+    def __init__(self, prefix: tuple[int, ...], chunks: list[_Chunk]) -> None:
+        self.prefix, self.chunks = prefix, chunks
+
+
 class AskedPrefixes:
     """How often the fleet was lately asked for each prompt chunk, decayed over ``WINDOW`` calls."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[int, tuple[float, int]] = OrderedDict()  # count, at which call
+        self._seen: OrderedDict[int, _Chunk] = OrderedDict()  # counted ones, latest last
+        self._noted: dict[str, _Noted] = {}  # by call, oldest first
+        self._new: dict[int, _Chunk] = {}  # of them, those that are not counted
         self._calls = 0
 
     def add(self, call: Call) -> None:
         """Note that a call with these chunks was placed."""
         self._calls = number = self._calls + 1
         seen = self._seen
-        for key in call.prefix:
-            count, at = seen.get(key, (0.0, number))
-            seen[key] = (count * math.exp((at - number) / WINDOW) + 1.0, number)
-            seen.move_to_end(key)
+        for chunk in self._chunks(call):
+            key = chunk.key
+            if chunk.counted:
+                chunk.count = chunk.count * math.exp((chunk.at - number) / WINDOW) + 1.0
+                seen.move_to_end(key)
+            else:
+                chunk.count, chunk.counted = 1.0, True
+                seen[key] = chunk
+                self._new.pop(key, None)
+            chunk.at = number
+        self._forget(call.call_id)
         while len(seen) > _MAX_CHUNKS:
-            seen.popitem(last=False)
+            key, chunk = seen.popitem(last=False)
+            chunk.count, chunk.counted = 0.0, False
+            if chunk.noted:
+                self._new[key] = chunk
 
     def shared(self, call: Call, uncached: int, engines: int) -> float:
         """Return the uncached prompt tokens of a call, those of asked-for chunks at their share.
@@ -206,15 +242,37 @@ class AskedPrefixes:
             uncached: tokens that the engine would have to compute.
             engines: among which the chunk's users are spread.
         """
-        size, prefix, seen = call.prefix_chunk_tokens, call.prefix, self._seen
-        if not size or not prefix:
+        size, held = call.prefix_chunk_tokens, len(call.prefix)
+        if not size or not held:
             return float(uncached)
-        first = (call.prompt_tokens - uncached) // size
-        tokens = float(call.prompt_tokens - len(prefix) * size)
-        for key in prefix[first:]:
-            known = seen.get(key)
-            if known is None:  # nor was anything that follows it
-                tokens += size
-                continue
-            tokens += size / (1.0 + known[0] / engines)
+        chunks = self._chunks(call)
+        tokens = float(call.prompt_tokens - held * size)
+        for i in range(max((call.prompt_tokens - uncached) // size, 0), held):
+            tokens += size / (1.0 + chunks[i].count / engines)
         return min(tokens, float(uncached))
+
+    def _chunks(self, call: Call) -> list[_Chunk]:
+        """Return the chunks of a call's prompt; what they count is that of now, always."""
+        noted = self._noted.get(call.call_id)
+        if noted is not None and noted.prefix is call.prefix:
+            return noted.chunks
+        self._forget(call.call_id)
+        chunks = list[_Chunk]()
+        for key in call.prefix:
+            chunk = self._seen.get(key) or self._new.get(key)
+            if chunk is None:
+                chunk = self._new[key] = _Chunk(key)
+            chunk.noted += 1
+            chunks.append(chunk)
+        self._noted[call.call_id] = _Noted(call.prefix, chunks)
+        if len(self._noted) > _MAX_NOTED:
+            self._forget(next(iter(self._noted)))
+        return chunks
+
+    def _forget(self, call_id: str) -> None:
+        noted = self._noted.pop(call_id, None)
+        if noted is not None:
+            for chunk in noted.chunks:
+                chunk.noted -= 1
+                if not chunk.noted and not chunk.counted:
+                    self._new.pop(chunk.key, None)

@@ -328,3 +328,38 @@ def test_the_pace_of_an_engine_changes_with_its_calls() -> None:
     half = EngineReport(cost=COST.scaled(2), fit_error=0.01, prefill_share=0.5)
     coordinator.engine_reported("e00", half)
     assert pace() == pytest.approx(4 * idle)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_asking_between_events_changes_no_bound_of_an_engine(seed: int) -> None:
+    """What an engine keeps between two questions is that of a twin that is asked for the first."""
+    rng = random.Random(seed)
+    one, two = (EngineLoad(EngineSpec("e", max_num_seqs=3)) for _ in range(2))
+    flights: list[tuple[InFlight, InFlight]] = []
+    asked = Demand(call(0, 0.0), 40, math.inf, 0.0, math.inf, 0.0)
+    for number in range(300):
+        event = rng.random()
+        if event < 0.3 or not flights:
+            at = Placement(f"c{number}", "e", "", expected_output_tokens=rng.randrange(1, 90))
+            made = call(number, 0.0)
+            both = InFlight(made, at, 0.0), InFlight(made, at, 0.0)
+            one.placed(both[0])
+            two.placed(both[1])
+            flights.append(both)
+        elif event < 0.6:
+            tokens, longer = rng.randrange(100), rng.choice((None, rng.randrange(300)))
+            for load, flight in zip((one, two), rng.choice(flights), strict=True):
+                flight.output_tokens, flight.longer = tokens, longer
+                load.progressed(flight)
+        elif event < 0.9:
+            gone = flights.pop(rng.randrange(len(flights)))[0].call.call_id
+            one.removed(gone)
+            two.removed(gone)
+        else:
+            beside = rng.choice((Elsewhere(), Elsewhere(rng.randrange(1, 4), 0, 100, 50)))
+            one.elsewhere = two.elsewhere = beside
+        asked_s = one.least_finish_s(asked, COST, 0, 0, 1.0)
+        assert one.calls == len(one.in_flight) + one.elsewhere.calls
+        if rng.random() < 0.1 or number == 299:
+            assert asked_s == two.least_finish_s(asked, COST, 0, 0, 1.0)
+            assert one.forecast(asked, COST).finish_in_s == two.forecast(asked, COST).finish_in_s

@@ -131,6 +131,33 @@ def test_asked_prefixes_are_bounded_and_fade() -> None:
     assert len(asked._seen) <= 50_000
 
 
+def test_what_is_shared_is_the_same_whoever_was_asked_about_before() -> None:
+    """Calls that wait are asked about again and again; what is kept for them must not be old."""
+    quiet, busy = AskedPrefixes(), AskedPrefixes()
+    waiting = [
+        Call(f"w{i}", "w", 0.0, 5000, prefix=(1, i, 10 * i, 7), prefix_chunk_tokens=1000)
+        for i in range(2, 6)
+    ]
+    for number in range(53_000):  # so many that the first ones are forgotten
+        prefix = (1, number % 6) if number < 1000 else (number,)
+        placed = Call(f"c{number}", "w", 0.0, 5000, prefix=prefix, prefix_chunk_tokens=1000)
+        quiet.add(placed)
+        busy.add(placed)
+        if number < 2000 or number % 1000 == 0:
+            busy.shared(waiting[number % 4], 5000, 2)
+        if number in (500, 1500, 52_900):
+            prefix = waiting[number % 3].prefix
+            placed = Call("p", "w", 0.0, 5000, prefix=prefix, prefix_chunk_tokens=1000)
+            quiet.add(placed)
+            busy.add(placed)
+            again = Call("w2", "w", 0.0, 3000, prefix=(1, 2, 3), prefix_chunk_tokens=1000)
+            assert busy.shared(again, 3000, 2) == quiet.shared(again, 3000, 2)
+            for call in waiting:
+                fresh = Call("x", "w", 0.0, 5000, prefix=call.prefix, prefix_chunk_tokens=1000)
+                for uncached in (5000, 2500):
+                    assert busy.shared(call, uncached, 2) == quiet.shared(fresh, uncached, 2)
+
+
 def weight(policy: Dispatch, call: Demand, now: float = 0.0, factor: float = 1.0) -> float:
     """Return w of a call that is placed on an idle engine with nothing to charge it for."""
     one = engine("a", factor)
