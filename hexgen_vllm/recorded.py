@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
@@ -83,6 +84,33 @@ class RecentWorkflow:
 def _without(told: dict[str, Any], extras: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``told`` without those ``extras`` that say nothing."""
     return {key: value for key, value in told.items() if value != extras.get(key, _TOLD)}
+
+
+class Ring:
+    """The last ``size`` workflows, as a router remembers them for its tuner.
+
+    Memory is bounded: a workflow with more than :data:`MAX_CALLS` calls is not kept.
+    """
+
+    def __init__(self, size: int = 2000) -> None:
+        self._kept: deque[RecentWorkflow] = deque(maxlen=size)
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[RecentWorkflow]:
+        return iter(self._kept)
+
+    def add(self, workflow: RecentWorkflow) -> None:
+        """Keep a workflow; the oldest one goes when the ring is full."""
+        if 0 < len(workflow.calls) <= MAX_CALLS:
+            self.seen += 1
+            self._kept.append(workflow)
+
+    def text(self) -> str:
+        """Return all of them as JSON lines; another thread may add some meanwhile."""
+        return "".join(f"{workflow.line()}\n" for workflow in list(self._kept))
 
 
 def parse(lines: Iterable[str], name: str) -> list[RecentWorkflow]:

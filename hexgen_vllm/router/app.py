@@ -18,6 +18,7 @@ from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import BadRequest, ConfigError, HexgenError
 from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.recorded import Ring
 from hexgen_vllm.router import access, errors
 from hexgen_vllm.router.access import Cors, Keys
 from hexgen_vllm.router.addresses import ServedHosts, is_loopback
@@ -52,7 +53,6 @@ from hexgen_vllm.router.service import Service
 from hexgen_vllm.router.status.pages import Pages
 from hexgen_vllm.router.tenants import ANYBODY, DEFAULT_TENANT, Client
 from hexgen_vllm.router.tuning import Tuning
-from hexgen_vllm.tune.recent import Ring
 
 _MAX_BODY_BYTES: Final = 0
 _CLOSE_METRICS_S: Final = 0.1

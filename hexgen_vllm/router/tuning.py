@@ -23,6 +23,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.recorded import RecentWorkflow, Ring
 from hexgen_vllm.report.summary import min_deadline
 from hexgen_vllm.tune.online import (
     PRESENT,
@@ -33,7 +34,6 @@ from hexgen_vllm.tune.online import (
     Proposal,
     TuningPhase,
 )
-from hexgen_vllm.tune.recent import RecentWorkflow, Ring
 from hexgen_vllm.tune.traffic import Live, blocks, live_loss, traffic
 from hexgen_vllm.types import Role
 

@@ -13,6 +13,7 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.recorded import RecentCall, RecentWorkflow, Ring, parse
 from hexgen_vllm.router.tuning import (
     Files,
     SearchFailed,
@@ -26,7 +27,6 @@ from hexgen_vllm.testing.fake_server import FakeSettings
 from hexgen_vllm.testing.manual_clock import ManualClock
 from hexgen_vllm.testing.stand import open_stand
 from hexgen_vllm.tune.online import OnlineOptions, TuningPhase
-from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring, parse
 from hexgen_vllm.types import EngineReport, EngineSpec, StepCost
 
 COST = StepCost(0.02, 1e-4, 0.0, 0.0, 2e-4, 0.0)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from hexgen_vllm.cli import main
+from hexgen_vllm.recorded import RecentCall, RecentWorkflow, Ring
 from hexgen_vllm.router.main import read_options
 from hexgen_vllm.sim.scenario_file import load
-from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring
 
 FAST = ["--workflows=30", "--warmup=0", "--seed", "1", "2"]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from hexgen_vllm.recorded import RecentCall, RecentWorkflow
 from hexgen_vllm.tune.online import (
     Action,
     OnlineOptions,
@@ -14,7 +15,6 @@ from hexgen_vllm.tune.online import (
     Proposal,
     TuningPhase,
 )
-from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow
 from hexgen_vllm.tune.traffic import Live, Traffic, blocks, live_loss, traffic
 
 STEADY = Traffic(rate_per_s=1.0, calls=20.0, prompt_tokens=50_000, output_tokens=2_000)

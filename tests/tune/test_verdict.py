@@ -14,13 +14,13 @@ import yaml
 
 from hexgen_vllm.cli import main
 from hexgen_vllm.config import DispatchOptions, EngineOptions
+from hexgen_vllm.recorded import RecentCall, RecentWorkflow, Ring
 from hexgen_vllm.router.main import read_options
 from hexgen_vllm.router.tuning import proposal_of
 from hexgen_vllm.sim.policies import Policy, named
 from hexgen_vllm.sim.scenario_file import load
 from hexgen_vllm.tune.knobs import KNOBS
 from hexgen_vllm.tune.online import PRESENT, Action, OnlineOptions, OnlineTuner
-from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, Ring
 from hexgen_vllm.tune.traffic import Live, Traffic
 from hexgen_vllm.tune.verdict import Entrant, Verdict, judge, paired, race, t_quantile
 

@@ -15,6 +15,7 @@ from hexgen_vllm.cli import main
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.option import Parser
 from hexgen_vllm.policy.workflow import WorkflowRun
+from hexgen_vllm.recorded import RecentCall, RecentWorkflow, parse
 from hexgen_vllm.router.calls.accounts import (
     PARTS,
     REASONS,
@@ -25,7 +26,6 @@ from hexgen_vllm.router.calls.accounts import (
 from hexgen_vllm.router.observe.logs import _TEXT, JsonFormatter
 from hexgen_vllm.testing.fake_server import Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
-from hexgen_vllm.tune.recent import RecentCall, RecentWorkflow, parse
 from hexgen_vllm.types import NO_DEADLINE, Call
 
 
