@@ -98,23 +98,27 @@ def _split(argv: Sequence[str]) -> tuple[tuple[str, ...], Sequence[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (2: the command line or an option is wrong)."""
     arguments = sys.argv[1:] if argv is None else argv
-    words, rest = _split(arguments)
+    try:
+        try:
+            return _run(*_split(arguments))
+        finally:  # argparse, too, leaves what it printed in the buffer
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what we print has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(words: tuple[str, ...], rest: Sequence[str]) -> int:
     if words not in COMMANDS:
         return _explain(words, rest)
     try:
         module, parser = command(words)
-        args = parser.parse_args(rest)
-        code = int(module.main(args))
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # whoever read what we print has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _PIPE_CLOSED
+        return int(module.main(parser.parse_args(rest)))
     except HexgenError as error:
         print(f"hexgen-vllm {' '.join(words)}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def command(words: tuple[str, ...]) -> tuple[ModuleType, Parser]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -118,6 +119,21 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     )  # fmt: skip
     assert "Traceback" not in shown.stdout + shown.stderr
     assert "BrokenPipe" not in shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "explain --help", "nonsense"])
+def test_nobody_reads_what_is_printed(words: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    found = subprocess.run(
+        [sys.executable, "-m", "hexgen_vllm", *words.split()],
+        check=False, stdout=writing, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writing)
+    assert "BrokenPipe" not in found.stderr
+    # argparse passes over what it cannot print
+    expected = {"nonsense": (2,), "explain --help": (0, cli._PIPE_CLOSED)}
+    assert found.returncode in expected.get(words, (cli._PIPE_CLOSED,))
 
 
 @pytest.mark.engine
