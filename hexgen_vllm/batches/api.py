@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -395,8 +394,3 @@ def _too_large(most: int) -> BadRequest:
 def _full() -> BadRequest:
     text = "There is no room for this file; delete others first."
     return BadRequest(text, status=413, param="file", code="storage_full")
-
-
-def encoded(content: Any) -> bytes:
-    """Return the JSON of a reply."""
-    return json.dumps(content).encode()

@@ -25,7 +25,6 @@ from hexgen_vllm.batches.api import (
     Asked,
     BatchApi,
     BatchClient,
-    encoded,
 )
 from hexgen_vllm.batches.lines import BatchRequest
 from hexgen_vllm.batches.runner import OUTCOMES, LineAnswer, Runner
@@ -34,7 +33,7 @@ from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.policy.claims import Ceiling
 from hexgen_vllm.router import errors
 from hexgen_vllm.router.context import Context
-from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT
+from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT, json_response
 from hexgen_vllm.router.http.server import Handle, Request, Server
 from hexgen_vllm.router.observe.families import counter, gauge
 from hexgen_vllm.router.options import RouterOptions
@@ -135,7 +134,7 @@ class Batches:
         except web.RequestPayloadError:
             raise BadRequest("The body could not be read.", code="bad_body") from None
         if reply.path is None:
-            return web.Response(body=encoded(reply.content), content_type="application/json")
+            return json_response(reply.content)
         return await self._send_file(request, reply, reply.path)
 
     def _owner(self, request: Request) -> BatchClient:

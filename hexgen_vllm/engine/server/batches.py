@@ -7,6 +7,7 @@ Requests of a batch go into vLLM's own application, through our middleware, as c
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from hexgen_vllm import wire
-from hexgen_vllm.batches.api import BATCHES, FILES, ApiReply, Asked, BatchApi, BatchClient, encoded
+from hexgen_vllm.batches.api import BATCHES, FILES, ApiReply, Asked, BatchApi, BatchClient
 from hexgen_vllm.batches.lines import BatchRequest
 from hexgen_vllm.batches.runner import LineAnswer, Runner
 from hexgen_vllm.batches.store import BatchJob, Disk, StoreLimits
@@ -111,7 +112,7 @@ class EngineBatches:
         pieces = _pieces(receive)
         reply = await self._api.answer(Asked(scope["method"], path, query, names, OWNER, pieces))
         if reply.path is None:
-            body = encoded(reply.content)
+            body = json.dumps(reply.content).encode()
             await send(_start(200, "application/json", len(body)))
             await send({"type": "http.response.body", "body": body})
         else:
