@@ -504,7 +504,7 @@ class Relay:
         job.trace.sending(placement.engine_id, extra)
         bare, body = engine.front.bare, accepted.body
         if bare and engine.kind is EngineKind.HEXGEN and job.endpoint.carries_fields:
-            body = await _body_for(accepted, placement, now)
+            body = await _written(outbound.body_for, body, accepted, placement, now)
         url = engine.address(path)
         head = outbound.call_head(
             accepted,
@@ -627,15 +627,9 @@ class Relay:
 _Written = TypeVar("_Written")
 
 
-async def _written(make: Callable[..., _Written], body: bytes, *more: bytes) -> _Written:
+async def _written(make: Callable[..., _Written], body: bytes, *more: object) -> _Written:
     """Return another body made of ``body``, which may be long."""
     return await aside(make, body, *more) if len(body) > LARGE_BYTES else make(body, *more)
-
-
-async def _body_for(accepted: Accepted, placement: Placement, now: float) -> bytes:
-    if len(accepted.body) > LARGE_BYTES:
-        return await aside(outbound.body_for, accepted, placement, now)
-    return outbound.body_for(accepted, placement, now)
 
 
 def _not_there(text: str) -> BadRequest:

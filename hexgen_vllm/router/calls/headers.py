@@ -247,10 +247,11 @@ def _within_32_bits(number: str) -> str:
         return number  # it is the client's own, and no number
 
 
-def body_for(accepted: Accepted, placement: Placement, now: float) -> bytes:
+def body_for(body: bytes, accepted: Accepted, placement: Placement, now: float) -> bytes:
     """Return the body of a call for an engine of ours whose server hands on no headers.
 
     Args:
+        body: without what headers would say.
         accepted: the call.
         placement: what was decided.
         now: time of sending.
@@ -260,7 +261,7 @@ def body_for(accepted: Accepted, placement: Placement, now: float) -> bytes:
     """
     lines = "".join(_workflow_lines(accepted, placement, now)).splitlines()
     said = dict(line.split(": ", 1) for line in lines)
-    return wire.with_fields(accepted.body, wire.from_headers(said))
+    return wire.with_fields(body, wire.from_headers(said))
 
 
 def _workflow_lines(accepted: Accepted, placement: Placement, now: float) -> list[str]:

@@ -268,9 +268,7 @@ class Intake:
         said = _said(names, body)
         foreign = others.read(names, body, raw if endpoint.generates else b"")
         if parsed is None:
-            prompt = read_prompt(body, endpoint.prompt_fields)
-            kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw
-            terms = terms_of(body) if endpoint.goes_on else None
+            prompt, kept, terms = _made_of(endpoint, body, raw)
         else:
             prompt, kept, terms = parsed.prompt, parsed.kept, parsed.terms
         service_class = _service_class(said, foreign)
@@ -330,7 +328,8 @@ class Intake:
         in_session = not in_workflow and foreign.session_id is not None
         expected = said.expected_output_tokens or foreign.expected_output_tokens
         default_type = SESSION_TYPE if in_session else "default"
-        default_stage = CHILD_STAGE if top is not None else _default_stage(endpoint)
+        usual_stage = "default" if endpoint.generates else endpoint.name
+        default_stage = usual_stage if top is None else CHILD_STAGE
         workflow_id = said.workflow_id or foreign.session_id or f"{LONE}{call_id}"
         waited_for = top is not None and not top.detached
         if top is not None and waited_for:
@@ -542,11 +541,18 @@ async def fields(raw: bytes) -> Mapping[str, Any]:
 
 def _parse(endpoint: Endpoint, names: HeaderMap, raw: bytes) -> Parsed:
     body = _read_body(endpoint, names, raw)
+    found = _made_of(endpoint, body, raw)
+    # All else ends here: to free a million values takes as long as to make them.
+    return Parsed(_shallow(body, _MAX_DEPTH), *found)
+
+
+def _made_of(
+    endpoint: Endpoint, body: Mapping[str, Any], raw: bytes
+) -> tuple[Prompt, bytes, Terms | None]:
+    """Return the prompt of a body, its bytes for an engine, and on what terms it goes on."""
     prompt = read_prompt(body, endpoint.prompt_fields)
     kept = _for_engine(body, raw) if _may_refuse(endpoint, body) else raw
-    terms = terms_of(body) if endpoint.goes_on else None
-    # All else ends here: to free a million values takes as long as to make them.
-    return Parsed(_shallow(body, _MAX_DEPTH), prompt, kept, terms)
+    return prompt, kept, terms_of(body) if endpoint.goes_on else None
 
 
 def _fields(raw: bytes) -> Mapping[str, Any]:
@@ -664,10 +670,6 @@ def _for_engine(body: Mapping[str, Any], raw: bytes) -> bytes:
         return json.dumps(kept).encode()
     except RecursionError:  # nested as deeply as could just be read
         raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
-
-
-def _default_stage(endpoint: Endpoint) -> str:
-    return "default" if endpoint.generates else endpoint.name
 
 
 def _limit(endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
