@@ -61,6 +61,11 @@ def has_gpu() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(FOLDERS / folder in item.path.parents for folder in ENGINES):
+            item.add_marker(pytest.mark.engine)
+        if FOLDERS / "engine/real" in item.path.parents:
+            item.add_marker(pytest.mark.slow)
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpu and not has_gpu():
         for item in for_gpu:

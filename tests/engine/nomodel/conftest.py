@@ -15,12 +15,6 @@ from tests.engine.nomodel.harness import FakeEngine
 Build = Callable[..., FakeEngine]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.engine)
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the made-up model's config file lies."""

@@ -17,13 +17,6 @@ CACHE = Path(__file__).resolve().parents[3] / ".cache"
 Start = Callable[..., RealEngine]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.engine)
-            item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(scope="session")
 def model() -> str:
     """Return the folder of a model of two small layers, built once per checkout."""
