@@ -99,7 +99,7 @@ def page(
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _goals(totals: Mapping[str, Any]) -> str:
