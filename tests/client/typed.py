@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import assert_type
 
 import anthropic
-import httpx
-import httpx2
 import openai
 from openai.types.chat import ChatCompletion
 
@@ -44,11 +42,11 @@ def without_client() -> None:
 
 
 def http(workflow: Workflow[openai.OpenAI]) -> None:
-    assert_type(http_client(), httpx2.Client)
-    assert_type(http_client(workflow, sdk="openai", timeout=5), httpx2.Client)
-    assert_type(http_client(sdk="anthropic"), httpx2.Client)
-    assert_type(async_http_client(workflow), httpx2.AsyncClient)
-    assert_type(async_http_client(sdk="anthropic"), httpx2.AsyncClient)
+    assert_type(http_client(), openai.DefaultHttpxClient)
+    assert_type(http_client(workflow, sdk="openai", timeout=5), openai.DefaultHttpxClient)
+    assert_type(http_client(sdk="anthropic"), anthropic.DefaultHttpxClient)
+    assert_type(async_http_client(workflow), openai.DefaultAsyncHttpxClient)
+    assert_type(async_http_client(sdk="anthropic"), anthropic.DefaultAsyncHttpxClient)
     openai.OpenAI(http_client=http_client())
     openai.AsyncOpenAI(http_client=async_http_client())
     openai.OpenAI(http_client=async_http_client())  # type: ignore[arg-type]
@@ -59,7 +57,6 @@ def http(workflow: Workflow[openai.OpenAI]) -> None:
 
 def refused() -> None:
     """What the program refuses with a sentence, too."""
-    Workflow(httpx.Client())  # type: ignore[call-overload]
     Workflow(http_client())  # type: ignore[call-overload]
     Workflow("http://router/v1")  # type: ignore[call-overload]
     Workflow(object())  # type: ignore[call-overload]
