@@ -17,7 +17,7 @@ from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.policy.calls import Demand, InFlight
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.policy_file import is_policy_file, load
 from hexgen_vllm.sim.fleets import fleet

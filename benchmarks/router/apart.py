@@ -21,7 +21,7 @@ from typing import Any, Final
 from zlib import crc32
 
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.engines import Elsewhere
+from hexgen_vllm.policy.engine_load import Elsewhere
 from hexgen_vllm.policy.exchange import WorkflowPart
 from hexgen_vllm.sim.limits import Limits
 from hexgen_vllm.sim.policies import named

@@ -11,11 +11,14 @@
     outlook        the same, as an engine learns it of its own calls
     cost           step cost of an engine, fitted online
     service_rates  the time that a call takes on an engine
-    engines        what each engine is doing, and what one more call would mean there
+    engine_load    what one engine is doing, and what one more call would mean there
+    prefix_index   what its prefix cache probably holds
+    engines        all of them, and which may get a call
     placements     every placement policy by name
     dispatch       what a placement is; the simple ones and the paper's
     marginal_cost  the default placement
     rivals         placements of other systems
+    disaggregation which engine computes the prompt where another answers
     queue          calls that wait for room, in order
     overload       hopeless test, bounds of the queue, fair shares
     protection     overload rules applied to open calls

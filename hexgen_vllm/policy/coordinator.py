@@ -30,7 +30,8 @@ from hexgen_vllm.policy.claims import credible_deadline_s
 from hexgen_vllm.policy.cost import UNMEASURED
 from hexgen_vllm.policy.disaggregation import handover
 from hexgen_vllm.policy.dispatch import Choice
-from hexgen_vllm.policy.engines import Elsewhere, EngineLoad, Engines
+from hexgen_vllm.policy.engine_load import Elsewhere, EngineLoad
+from hexgen_vllm.policy.engines import Engines
 from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.exchange import WorkflowPart
 from hexgen_vllm.policy.placements import placement

@@ -11,7 +11,7 @@ the lowest price, unless the decode engine d itself is cheaper. In seconds::
 
 with n the calls on an engine, p1 its seconds for a prompt token, x the policy's weight of time
 added to others (``externality``), and move the seconds in which the KV of a token reaches d: as
-measured there (:class:`~hexgen_vllm.policy.engines.TransferRate`), until then as stated
+measured there (:class:`~hexgen_vllm.policy.engine_load.TransferRate`), until then as stated
 (``kv_transfer_rate``). So a prompt that is short, or mostly in d's prefix cache, or that meets no
 other calls there, is computed by d; and so are all while no prefill engine is at work.
 
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand, Handover
 from hexgen_vllm.policy.dispatch import costs
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 
 
 def handover(

@@ -21,7 +21,7 @@ from typing import Final
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand, Forecast
 from hexgen_vllm.policy.cost import UNMEASURED, trusted_cost
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.types import StepCost
 
 Loads = Sequence[EngineLoad]

@@ -9,7 +9,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import NOTHING, Demand, Tail
 from hexgen_vllm.policy.claims import due_s
 from hexgen_vllm.policy.cost import UNMEASURED
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import WorkflowRun

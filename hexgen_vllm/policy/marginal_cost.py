@@ -41,7 +41,7 @@ from typing import Final
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand, Handover
 from hexgen_vllm.policy.dispatch import Choice, Claims, Dispatch, Loads, costs
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.types import Call, StepCost
 
 FIRST: Final = 1.5

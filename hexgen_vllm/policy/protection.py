@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.overload import entry_margin, over_bounds
 from hexgen_vllm.policy.queue import HeldCalls

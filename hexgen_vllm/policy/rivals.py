@@ -25,7 +25,7 @@ from typing import Final
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand
 from hexgen_vllm.policy.dispatch import Choice, Claims, Dispatch, Loads
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 
 _BLOCK_TOKENS: Final = 16
 _MAX_WORKFLOWS: Final = 100_000

@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 from hexgen_vllm import __version__
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.cost import UNMEASURED
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.protection import OpenCall
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.calls.accounts import Accounts

@@ -32,7 +32,7 @@ import msgspec
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from hexgen_vllm.policy.engines import Elsewhere
+from hexgen_vllm.policy.engine_load import Elsewhere
 from hexgen_vllm.policy.exchange import WorkflowPart
 from hexgen_vllm.policy.workflow import SeenCall
 from hexgen_vllm.router.observe.families import counter, gauge

@@ -12,7 +12,7 @@ from dataclasses import replace
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import Refused
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.engines import Elsewhere
+from hexgen_vllm.policy.engine_load import Elsewhere
 from hexgen_vllm.router.errors import Outcome, refused
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.types import (

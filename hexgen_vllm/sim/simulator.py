@@ -25,7 +25,7 @@ from hexgen_vllm.option import check, option
 from hexgen_vllm.policy.calls import NOTHING, Tail, path_weight
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.cost import CostFit
-from hexgen_vllm.policy.engines import solo_speed
+from hexgen_vllm.policy.engine_load import solo_speed
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.records import CallRecord, WorkflowRecord

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.engines import PrefixIndex
+from hexgen_vllm.policy.prefix_index import PrefixIndex
 from hexgen_vllm.router.app import Router
 from hexgen_vllm.router.calls.prompt import Prompt, chain
 from hexgen_vllm.router.options import RouterOptions

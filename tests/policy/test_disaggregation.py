@@ -8,7 +8,7 @@ import pytest
 
 from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.engines import TransferRate
+from hexgen_vllm.policy.engine_load import TransferRate
 from hexgen_vllm.types import (
     Call,
     CallResult,

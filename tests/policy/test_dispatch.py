@@ -18,7 +18,7 @@ from hexgen_vllm.policy.dispatch import (
     assumed_cost,
     costs,
 )
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.types import Call, EngineReport, EngineSpec, Placement, StepCost
 
 COST = StepCost(c0=0.02, c1=1e-3, c2=1e-7, p0=0.0, p1=1 / 4000, p2=0.0)

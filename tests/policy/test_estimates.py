@@ -11,7 +11,7 @@ import pytest
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import InFlight
 from hexgen_vllm.policy.cost import UNMEASURED
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import SeenCall, WorkflowRun

@@ -9,7 +9,7 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.engines import Elsewhere
+from hexgen_vllm.policy.engine_load import Elsewhere
 from hexgen_vllm.policy.exchange import WorkflowPart
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import WorkflowRun

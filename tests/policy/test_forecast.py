@@ -8,7 +8,7 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand, InFlight
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import SeenCall, WorkflowRun

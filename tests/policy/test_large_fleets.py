@@ -12,7 +12,8 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand, InFlight
 from hexgen_vllm.policy.coordinator import LOOK_S, Coordinator
 from hexgen_vllm.policy.dispatch import Choice, Dispatch
-from hexgen_vllm.policy.engines import Elsewhere, EngineLoad, Engines
+from hexgen_vllm.policy.engine_load import Elsewhere, EngineLoad
+from hexgen_vllm.policy.engines import Engines
 from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.types import (
     Call,

@@ -13,7 +13,7 @@ from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
 from hexgen_vllm.policy.calls import Demand, InFlight
 from hexgen_vllm.policy.dispatch import Dispatch
-from hexgen_vllm.policy.engines import EngineLoad, solo_speed
+from hexgen_vllm.policy.engine_load import EngineLoad, solo_speed
 from hexgen_vllm.policy.marginal_cost import FIRST, AskedPrefixes
 from hexgen_vllm.policy.placements import PLACEMENTS, placement, register
 from hexgen_vllm.policy_file import load

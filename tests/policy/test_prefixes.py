@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hexgen_vllm.policy.engines import PrefixIndex
+from hexgen_vllm.policy.prefix_index import PrefixIndex
 from hexgen_vllm.types import Call
 
 

@@ -8,7 +8,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.cost import UNMEASURED, CostFit
 from hexgen_vllm.policy.dispatch import OPTIMISM, assumed_cost, costs
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.types import (
     Call,
     CallResult,

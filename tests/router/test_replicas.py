@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.policy.engines import EngineLoad
+from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.app import Router
 from hexgen_vllm.router.options import RouterOptions

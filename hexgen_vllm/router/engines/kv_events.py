@@ -1,7 +1,7 @@
 """Listens to the KV events of engines, and corrects with them what the router believes.
 
 What an engine's prefix cache holds is guessed from what was sent there
-(:class:`~hexgen_vllm.policy.engines.PrefixIndex`). Events say what it has dropped since, and what
+(:mod:`hexgen_vllm.policy.prefix_index`). Events say what it has dropped since, and what
 came there by other ways. A guess that is late or wrong costs a prefill and is no error, so nothing
 waits for events, and engines without any are guessed about as before.
 """
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from hexgen_vllm.policy.engines import PrefixIndex
+from hexgen_vllm.policy.prefix_index import PrefixIndex
 from hexgen_vllm.router.engines.blocks import Change, EngineBlocks, Prompts
 from hexgen_vllm.router.engines.fleet import Fleet
 from hexgen_vllm.router.service import Service

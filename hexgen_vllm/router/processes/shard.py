@@ -22,7 +22,7 @@ from urllib.parse import quote
 from aiohttp import web
 
 from hexgen_vllm.errors import HexgenError
-from hexgen_vllm.policy.engines import Elsewhere
+from hexgen_vllm.policy.engine_load import Elsewhere
 from hexgen_vllm.router import errors
 from hexgen_vllm.router.calls import headers
 from hexgen_vllm.router.context import Context, read_body

@@ -14,7 +14,7 @@ import pytest
 import zmq.asyncio
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.policy.engines import PrefixIndex
+from hexgen_vllm.policy.prefix_index import PrefixIndex
 from hexgen_vllm.router.engines.blocks import EngineBlocks, Prompts
 from hexgen_vllm.router.options import Worker, parse_worker
 from hexgen_vllm.testing import fake_tokens
