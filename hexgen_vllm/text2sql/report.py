@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, get_args
 
+from hexgen_vllm.report import results
 from hexgen_vllm.report.summary import min_deadline, percentile
 from hexgen_vllm.report.table import aligned, seconds
 from hexgen_vllm.text2sql.agent import End
@@ -171,10 +171,7 @@ def answered(visit: Visit, *, whole: bool = False) -> dict[str, Any]:
 def write(path: Path, summaries: Sequence[Mapping[str, Any]], visits: Sequence[Visit]) -> None:
     """Write the last run's figures and answers to ``path``, and the figures of all runs."""
     content = {**summaries[-1], "compare": summaries, "answers": [answered(v) for v in visits]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    results.write(path, content)
 
 
 def _finite(value: float) -> float | None:
