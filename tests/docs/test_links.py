@@ -47,6 +47,7 @@ OF_OTHERS: Final = {
     "--enable-program-scheduling": "vllm-router",
     "--node-ip-address": "ray",
     "--fake": "tools/gpu_check.sh",
+    "--isolation": "buildah",
 }
 EXAMPLES: Final = ("examples.text2sql.options",)
 
