@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.mutate import SURVIVORS, Change, accepted, change_of, is_laxer_zip, prepare, report
+from tools.mutate import ROOT, SURVIVORS, Change, accepted, change_of, is_laxer_zip, prepare, report
 
 DIFF = """--- hexgen_vllm/policy/urgency.py
 +++ hexgen_vllm/policy/urgency.py
@@ -37,6 +37,16 @@ def test_accepted_survivors_have_reasons() -> None:
         with pytest.raises(ValueError, match=r"reason|after|twice"):
             accepted(bad)
     assert accepted(SURVIVORS.read_text(encoding="utf-8"))
+
+
+def plain(code: str) -> str:
+    return "".join(code.split()).replace(",)", ")").rstrip(",")
+
+
+def test_accepted_survivors_are_of_the_code_as_it_is() -> None:
+    for change in accepted(SURVIVORS.read_text(encoding="utf-8")):
+        code = (ROOT / f"hexgen_vllm/policy/{change.module}.py").read_text(encoding="utf-8")
+        assert plain(change.before) in plain(code), change
 
 
 @pytest.mark.parametrize(
