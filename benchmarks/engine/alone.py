@@ -183,7 +183,7 @@ class Alone:
         )
         sequence.likely_most = outlook.most_tokens
         sequence.least_tail_s = rates.tail_s(outlook.least_tail)
-        sequence.routed = False
+        sequence.routed, sequence.began_s = False, outlook.began_s
         if self._ours:
             sequence.tail_prefill_s = rates.tail_prefill_s(outlook.tail)
             sequence.tail_tokens = int(outlook.tail.output_tokens)
@@ -196,7 +196,7 @@ class Alone:
         if self._estimates == "mean":
             mean = max(int(self._mean), 1)
             nothing = Tail(0.0, 0.0, 0.0)
-            return Outlook(mean, mean, nothing, nothing)
+            return Outlook(mean, mean, nothing, nothing, learned.began_s)
         if self._estimates == "true":
             later = flow.spec.stages[flow.group + 1 :]
             tail = Tail(
@@ -205,7 +205,7 @@ class Alone:
                 float(sum(max(c.output_tokens for c in group) for group in later)),
             )
             own = spec.output_tokens
-            return Outlook(own, own, tail, tail)
+            return Outlook(own, own, tail, tail, learned.began_s)
         return learned
 
     def _deliver(self, now: float, sequence: Sequence) -> None:

@@ -70,7 +70,7 @@ def draw(scenarios: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             title=_TITLES.get(name, name),
             xlabel="Batch throughput (% of batch alone)",
             ylabel="Interactive on time (%)",
-            xlim=(0, 125),
+            xlim=(0, max(125, 1.03 * bound)),
             ylim=(-4, 106),
         )
         axes.grid(visible=True, color="0.92", linewidth=0.6)

@@ -40,6 +40,7 @@ class CallState:
     Attributes:
         workflow_id: the workflow, else the session, else the request itself.
         arrived_s: when it reached the API server.
+        began_s: when the first call of its workflow arrived, if that has one deadline for all.
         turn: its number among the calls of this process, in order of arrival.
         deadline_s: end-to-end deadline of its workflow; ``inf`` for none.
         tail_s: predicted seconds of critical path after it.
@@ -65,6 +66,7 @@ class CallState:
 
     workflow_id: str
     arrived_s: float
+    began_s: float
     turn: int
     deadline_s: float
     tail_s: float
@@ -138,6 +140,7 @@ class CallBook:
         request.hexgen = CallState(
             workflow_id=workflow_id or request.request_id,
             arrived_s=arrived_s,
+            began_s=min(outlook.began_s, arrived_s) if said else arrived_s,
             turn=self._turn,
             deadline_s=deadline_s,
             tail_s=rates.tail_s(tail) if said_tail_s is None else said_tail_s,

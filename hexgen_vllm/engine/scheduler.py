@@ -42,7 +42,7 @@ from hexgen_vllm.engine.swap.planner import EndedCall, SwapPlanner
 from hexgen_vllm.engine.swap.setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
 from hexgen_vllm.policy.order import LateWatch, demotes
-from hexgen_vllm.policy.pace import Places, reachable_token_s
+from hexgen_vllm.policy.pace import EVERY_STEPS, Places, reachable_token_s
 from hexgen_vllm.policy.returns import CallKind
 from hexgen_vllm.policy.service_rates import ServiceRates
 from hexgen_vllm.types import NO_DEADLINE
@@ -99,6 +99,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self._late: LateWatch[str] | None = LateWatch() if demotes(self.hexgen_options) else None
         self._loose: list[tuple[int, str]] = []  # waiting calls without deadline: a heap
         self._places = Places(self.hexgen_options, self.max_num_running_reqs)
+        self._steps_to_promote = 0
         self._preemption_cause = "kv"
         self._background: deque[tuple[float, str]] = deque()  # (ages at, id), oldest first
         self._to_rekey: list[Request] = []
@@ -126,10 +127,10 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
 
     def hexgen_loose_running(self) -> list[Request]:
         """Return running calls without a deadline that can be met, in the order of the batch."""
-        due = self._due
+        due, running = self._due, self.running
         if len(due) == len(self.requests):
             return []
-        return [r for r in self.running if r.request_id not in due]
+        return [r for r in running if r.request_id not in due]
 
     def _open_stats_port(self) -> StatsServer | None:
         port = self.hexgen_options.stats_port
@@ -357,8 +358,10 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
 
     def _promote(self) -> None:
         """Let the loose call that waits longest go first while too few of them run."""
-        if not (self._loose and self._places.some and self.waiting):
-            return
+        self._steps_to_promote -= 1
+        if self._steps_to_promote > 0 or not (self._loose and self._places.some and self.waiting):
+            return  # to look at the whole batch in every step would cost what it brings
+        self._steps_to_promote = EVERY_STEPS
         if not self.waiting.first(1)[0].hexgen.has_deadline:
             return  # a loose one is next as it is
         while self._loose:
@@ -369,7 +372,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         else:
             return
         call, running = request.hexgen, len(self.hexgen_loose_running())
-        if not call.promoted and self._places.owes(running, call.expected_tokens):
+        if not call.promoted and self._places.owes(running, call.expected_tokens, EVERY_STEPS):
             call.promoted = True
             self.hexgen_book.price(request)
             self._requeue(request)

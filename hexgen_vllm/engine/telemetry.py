@@ -28,19 +28,17 @@ def step_shape(output: Any) -> StepShape:
     """
     cached, scheduled = output.scheduled_cached_reqs, output.num_scheduled_tokens
     contexts = cached.num_computed_tokens
-    if not output.scheduled_new_reqs and output.total_num_scheduled_tokens == len(contexts):
-        return StepShape(len(contexts), sum(contexts))
-    drafts = output.scheduled_spec_decode_tokens
-    n_decode = ctx_decode = n_prefill = 0
-    prefill_ctx = 0.0
     chunks = [(scheduled[r.req_id], r.num_computed_tokens) for r in output.scheduled_new_reqs]
-    for req_id, context in zip(cached.req_ids, contexts, strict=True):
-        tokens = scheduled[req_id]
-        if tokens > 1 + len(drafts.get(req_id, ())):
-            chunks.append((tokens, context))
-        else:
-            n_decode += 1
-            ctx_decode += context
+    n_decode, ctx_decode, n_prefill, prefill_ctx = len(contexts), sum(contexts), 0, 0.0
+    new_tokens = sum([tokens for tokens, _ in chunks])
+    if output.total_num_scheduled_tokens - new_tokens > n_decode:  # not the usual step
+        drafts = output.scheduled_spec_decode_tokens
+        for req_id, context in zip(cached.req_ids, contexts, strict=True):
+            tokens = scheduled[req_id]
+            if tokens > 1 + len(drafts.get(req_id, ())):
+                chunks.append((tokens, context))
+                n_decode -= 1
+                ctx_decode -= context
     for tokens, context in chunks:
         n_prefill += tokens
         prefill_ctx += tokens * (context + tokens / 2)

@@ -4,7 +4,7 @@
 |---|---|---|
 | promoted | first | order of arrival |
 | tight: has a deadline | then | by the order in force; ``due`` is D - R |
-| late: cannot be on time any more | then | seconds of work left, least first |
+| late: cannot be on time any more | then | D + 8 (D - A), A when its workflow began |
 | batch: no deadline | then | order of arrival |
 | background: demoted by the router | last, whatever its priority | seconds of work left |
 
@@ -18,7 +18,11 @@ without deadline leave when they make way:
 place for an answer that comes too late, and makes the next one late with it. Earliest deadline
 first is the best order while all can be on time, and the worst once they cannot: those that are
 late already come first and make the next ones late. Moving them behind the others is what keeps
-the others on time; least work first gets most of them out of the way.
+the others on time. Among late calls those come first whose workflows had little time, which are
+the short ones, and have waited long for it: no newcomer passes an old one for ever, as it does
+where the least work goes first. Agents of 6 to 20 calls, in more of them than an engine can serve,
+three seeds, as many on time: with least work first the slowest twentieth took 58 times their time
+alone, in this order 31; with KV in host memory 14.5 and 13.8.
 
 What it starves: late and batch calls while tight ones keep coming. When fewer of them run than
 their share of places (``interactive_share``), the one that waits longest is promoted, so the
@@ -58,6 +62,7 @@ class Placed(Protocol):
         deadline_s: D of its workflow, ``inf`` for none.
         tail_s: R, predicted critical path after it.
         arrived_s: when it arrived.
+        began_s: A, when the first call of its workflow arrived.
         background: the router has demoted its workflow.
         late: it cannot be on time any more.
         promoted: it goes first in its rank.
@@ -69,6 +74,7 @@ class Placed(Protocol):
     deadline_s: float
     tail_s: float
     arrived_s: float
+    began_s: float
     background: bool
     late: bool
     promoted: bool
@@ -109,7 +115,7 @@ def put(
     call.rank = priority
     if call.late or call.deadline_s == NO_DEADLINE:
         call.latest_start_s = NO_DEADLINE
-        loose_s = late_key(service_s + call.tail_s) if call.late else batch_key(turn)
+        loose_s = late_key(call.deadline_s, call.began_s) if call.late else batch_key(turn)
         call.key_s = turn - BATCH_S if call.promoted else loose_s
         return
     call.latest_start_s = latest_start(call.deadline_s, call.tail_s, service_s)

@@ -31,12 +31,14 @@ class Outlook(NamedTuple):
         most_tokens: output length, 80 % quantile.
         tail: path after it, 80 % quantile.
         least_tail: path after it, 10 % quantile.
+        began_s: when the first call of its workflow arrived.
     """
 
     usual_tokens: int
     most_tokens: int
     tail: Tail
     least_tail: Tail
+    began_s: float
 
 
 class Outlooks:
@@ -59,14 +61,14 @@ class Outlooks:
             call: the call; :func:`without_deadline` gives the type of one without deadline.
             now: the present moment.
         """
-        _, seen = self._workflows.arrived(call, now)
+        run, seen = self._workflows.arrived(call, now)
         kind, stage = call.learned_as, call.stage
         usual, most = self._lengths(call)
         tail = least_tail = NOTHING
         if not call.final and call.stages_left != 0:
             tail = self.shapes.tail(kind, stage, seen.ordinal, _MOST, call.stages_left)
             least_tail = self.shapes.tail(kind, stage, seen.ordinal, _LEAST, call.stages_left)
-        return Outlook(usual, most, tail, least_tail)
+        return Outlook(usual, most, tail, least_tail, run.started_s)
 
     def deadline_s(self, workflow_id: str) -> float:
         """Return the deadline that a call of an open workflow has said, ``inf`` if none has."""

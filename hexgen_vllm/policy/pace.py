@@ -120,12 +120,16 @@ def step_bound(
     limit_s = spare_s = math.inf
     floor_s = _LEAST_PACE * base_s
     sure_s = _SURE_PACE * base_s
+    share = _SAFETY * (1.0 - prefill_share)
     for due_s, left, _, _, likely in calls:
-        own_s = _SAFETY * (due_s - now) * (1.0 - prefill_share) - pending_s
-        beyond_s = own_s - (left + EVERY_STEPS) * sure_s
-        limit_s = min(limit_s, max(sure_s + beyond_s / (likely + EVERY_STEPS), floor_s))
-        spare_s = min(spare_s, beyond_s)
-    return limit_s, max(spare_s, 0.0)
+        beyond_s = share * (due_s - now) - pending_s - (left + EVERY_STEPS) * sure_s
+        own_s = sure_s + beyond_s / (likely + EVERY_STEPS)
+        # Not min(): this is done for every call of the batch.
+        if own_s < limit_s:  # noqa: PLR1730
+            limit_s = own_s
+        if beyond_s < spare_s:  # noqa: PLR1730
+            spare_s = beyond_s
+    return max(limit_s, floor_s), max(spare_s, 0.0)
 
 
 def reachable_token_s(
@@ -207,8 +211,9 @@ class PaceControl:
             self.rest()
             return Pace(len(loose), True, None, math.inf)
         decodes = min(len(tight), self._slots)
-        base_s = cost.step_s(decodes, sum(call.context for call in tight))
-        pending_s = cost.p1 * sum(call.prefill_left for call in tight)
+        context = sum([call.context for call in tight])
+        base_s = cost.step_s(decodes, context)
+        pending_s = cost.p1 * sum([call.prefill_left for call in tight])
         limit_s, spare_s = step_bound(tight, base_s, pending_s, prefill_share, now)
         tokens = int(min(_PREFILL_PART * spare_s / max(cost.p1, 1e-9), self._max_tokens))
         chunk = tokens if tokens >= _LEAST_CHUNK else 0
@@ -216,7 +221,7 @@ class PaceControl:
         if fits < len(loose):
             fits = captured(decodes, fits, self._sizes)
         keep = max(fits, self._floor(len(loose), fits, steps))
-        if loose and not any(call.context for call in tight):
+        if loose and not context:
             keep = max(keep, 1)  # no tight call runs: somebody must
         self.given_up += (len(loose) - keep) * steps
         return Pace(keep, keep == len(loose) and chunk > 0, chunk, limit_s)

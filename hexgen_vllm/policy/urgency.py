@@ -49,6 +49,8 @@ BACKGROUND_S: Final = 1e12
 """Added to the key of background calls; beyond any time or deadline that a call can have."""
 LAST_RANK: Final = 1 << 63
 """Rank of background calls; vLLM's priorities are 64 bits wide, so it comes after all of them."""
+_STRETCH: Final = 8.0
+_MOST_STRETCH_S: Final = 1e6
 _REBUILD_LEAST: Final = 64
 
 
@@ -77,13 +79,14 @@ def paper_key(arrived_s: float, deadline_s: float, tail_s: float, service_s: flo
     return arrived_s + budget_s - service_s
 
 
-def late_key(work_s: float) -> float:
-    """Return the key of a call that cannot be on time any more: least remaining work first.
+def late_key(deadline_s: float, began_s: float) -> float:
+    """Return the key of a call that cannot be on time any more: D + 8 (D - A) first.
 
     Args:
-        work_s: seconds of work left on the call and after it.
+        deadline_s: D, absolute seconds.
+        began_s: A, when its workflow began.
     """
-    return LATE_S + work_s
+    return LATE_S + deadline_s + min(_STRETCH * max(deadline_s - began_s, 0.0), _MOST_STRETCH_S)
 
 
 def batch_key(turn: float) -> float:
@@ -179,10 +182,15 @@ class UrgencyHeap(Generic[T]):
         return self._entries[item][1]
 
     def first(self, most: int) -> list[T]:
-        """Return the ``most`` first items in order, in O(most log most)."""
+        """Return the ``most`` first items in order, in O(most log most) amortised."""
         heap, entries, found = self._heap, self._entries, list[T]()
+        if not entries:
+            return found
+        first = self._first()  # drops what is forgotten before it, once and not in every look
+        if most == 1:
+            return [first[4]]
         # The next one is among the children of those that came before it.
-        front = [(heap[0], 0)] if heap else []
+        front = [(first, 0)]
         before: tuple[int, float, float, int, T] | None = None
         while front and len(found) < most:
             entry, at = heapq.heappop(front)

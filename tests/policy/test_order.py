@@ -19,6 +19,7 @@ class State:
     deadline_s: float = 100.0
     tail_s: float = 20.0
     arrived_s: float = 7.0
+    began_s: float = 7.0
     background: bool = False
     late: bool = False
     promoted: bool = False
@@ -40,8 +41,7 @@ def test_a_call_with_a_deadline_stands_by_the_order_in_force(order: str, key_s: 
 @pytest.mark.parametrize(
     ("call", "rank", "key_s", "latest_start_s"),
     [
-        (State(late=True), 3, LATE_S + 25.0, NO_DEADLINE),
-        (State(late=True, deadline_s=NO_DEADLINE), 3, LATE_S + 25.0, NO_DEADLINE),
+        (State(late=True), 3, LATE_S + 100.0 + 8 * 93.0, NO_DEADLINE),
         (State(deadline_s=NO_DEADLINE), 3, BATCH_S + 9.0, NO_DEADLINE),
         (State(deadline_s=NO_DEADLINE, promoted=True), 3, 9.0 - BATCH_S, NO_DEADLINE),
         (State(late=True, promoted=True), 3, 9.0 - BATCH_S, NO_DEADLINE),
@@ -58,6 +58,24 @@ def test_a_call_with_a_deadline_stands_by_the_order_in_force(order: str, key_s: 
 def test_the_other_classes(call: State, rank: int, key_s: float, latest_start_s: float) -> None:
     put(call, "due", 3, turn=9.0, service_s=5.0, own_key_s=42.0)
     assert (call.rank, call.key_s, call.latest_start_s) == (rank, key_s, latest_start_s)
+
+
+def test_no_newcomer_passes_a_late_call_for_ever() -> None:
+    old = State(late=True, tail_s=1e6)
+    put(old, "due", 0, turn=1.0, service_s=500.0, own_key_s=0.0)
+    ahead = 0
+    for arrived_s in range(0, 10_000, 50):
+        young = State(arrived_s + 93.0, arrived_s=arrived_s, began_s=arrived_s, late=True)
+        put(young, "due", 0, turn=2.0, service_s=1.0, own_key_s=0.0)
+        ahead += young.key_s < old.key_s
+    assert 0 <= ahead < 3
+
+
+def test_of_late_calls_that_began_together_the_short_ones_go_first() -> None:
+    calls = [State(7.0 + budget_s, late=True) for budget_s in (5.0, 50.0)]
+    for call in calls:
+        put(call, "due", 0, turn=1.0, service_s=5.0, own_key_s=0.0)
+    assert calls[0].key_s < calls[1].key_s
 
 
 def test_classes_come_in_their_order() -> None:

@@ -186,7 +186,9 @@ def test_each_term_of_the_per_stage_key(service_s: float, tail_s: float, budget_
 
 
 def test_keys_of_classes() -> None:
-    assert late_key(5.0) == LATE_S + 5.0
+    assert late_key(deadline_s=30.0, began_s=25.0) == LATE_S + 30.0 + 8 * 5.0
+    assert late_key(deadline_s=30.0, began_s=31.0) == LATE_S + 30.0
+    assert late_key(deadline_s=4e9, began_s=0.0) < BATCH_S
     assert batch_key(5.0) == BATCH_S + 5.0
     assert background_key(5.0) == BACKGROUND_S + 5.0
 

@@ -76,6 +76,7 @@ class Sequence:
         paused: it is in the batch but left out of steps.
         priority: the client's, as vLLM has it: lower is sooner.
         arrived_s: when it reached the engine.
+        began_s: when the first call of its workflow arrived, where the engine judges what is late.
         rank: its priority, or behind all if it is demoted.
         key_s: its place among calls of its rank; smaller is sooner.
         latest_start_s: L, credited with progress.
@@ -98,6 +99,7 @@ class Sequence:
         "arrived_s",
         "background",
         "base",
+        "began_s",
         "cached_tokens",
         "call_id",
         "chunk",
@@ -154,7 +156,7 @@ class Sequence:
         self.background = placement.background
         self.most_tokens = NO_LIMIT
         self.rank = self.priority = 0
-        self.arrived_s = self.key_s = self.latest_start_s = self.queued_start_s = 0.0
+        self.arrived_s = self.began_s = self.key_s = self.latest_start_s = self.queued_start_s = 0.0
         self.computed = self.base = self.chunk = self.number = 0
         self.displacements = self.saved_tokens = 0
         self.decoding = self.late = self.paused = self.promoted = False

@@ -51,10 +51,11 @@ def test_tails_of_workflows_are_learned_in_the_engine(build: Build) -> None:
 
 def test_a_later_call_keeps_the_deadline_of_its_workflow(build: Build) -> None:
     engine = build(max_num_seqs=4)
-    first = engine.add("one", [5] * 8, 5, chat(60, workflow_id="w")).hexgen.deadline_s
+    first = engine.add("one", [5] * 8, 5, chat(60, workflow_id="w")).hexgen
     engine.run()
     later = engine.add("two", [5] * 8, 5, CallMeta(workflow_id="w")).hexgen
-    assert later.deadline_s == first
+    assert later.deadline_s == first.deadline_s
+    assert later.began_s == first.began_s < later.arrived_s
     batch = engine.add("three", [5] * 8, 5, chat(9, service_class="batch")).hexgen
     assert batch.deadline_s == math.inf
 

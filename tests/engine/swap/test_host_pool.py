@@ -19,8 +19,8 @@ NOW = 100.0
 
 def call(latest_start_s: float = NOW) -> CallState:
     return CallState(
-        workflow_id="w", arrived_s=NOW, turn=1, deadline_s=NOW, tail_s=0.0, expected_tokens=10,
-        background=False, latest_start_s=latest_start_s,
+        workflow_id="w", arrived_s=NOW, began_s=NOW, turn=1, deadline_s=NOW, tail_s=0.0,
+        expected_tokens=10, background=False, latest_start_s=latest_start_s,
     )  # fmt: skip
 
 
