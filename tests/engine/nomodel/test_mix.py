@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 
@@ -170,6 +171,19 @@ def test_without_pace_control_it_is_late(build: Build) -> None:
     while "chat" not in engine.ended:
         engine.step()
     assert engine.clock.now > due_s
+
+
+def test_calls_with_an_adapter_are_left_out_of_no_step(build: Build) -> None:
+    engine = build(max_num_seqs=16, blocks=2000)
+    warm(engine)
+    slow_mix(engine)
+    bound = engine.scheduler.requests["batch11"]  # the last one, the first to be left out
+    bound.lora_request = LoRARequest("one", 1, "/one")
+    while "chat" not in engine.ended:
+        before = len(engine.tokens["batch11"])
+        engine.step()
+        assert len(engine.tokens["batch11"]) == before + 1
+    assert engine.scheduler.hexgen_stats()["batch_tokens_given_up"] > 100
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])

@@ -73,6 +73,7 @@ def test_without_host_memory_nothing_is_touched(options: dict[str, Any]) -> None
             "NixlConnector",
         ),
         ({"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1"}}, "LMCacheConnectorV1"),
+        ({"kv_transfer_config": {"kv_connector": "MultiConnector"}}, "MultiConnector"),
         ({"kv_offloading_size": 4.0}, "--kv-offloading-size"),
     ],
 )
