@@ -1,7 +1,12 @@
-"""Routers that hear of each other late, against one that knows everything, in the simulator.
+r"""Routers that hear of each other late, against one that knows everything, in the simulator.
 
     python -m benchmarks.router.apart --copies 4 --routers 3 --lags 0.025 0.1 --loads 0.8
-    python -m benchmarks.router.apart --copies 2 --routers 3 --lags 0.1 --loads 0.8 --prefixes
+    python -m benchmarks.router.apart --copies 250 --lags 0.1 --loads 0.8 --workflows 4000 \
+        --seeds 1 --brief
+    python -m benchmarks.router.apart --copies 2 --lags 0.1 --loads 0.8 --workflows 300 --seeds 1 \
+        --prefixes --kv 0.1
+    python -m benchmarks.router.apart --copies 2 --lags 0.1 --loads 0.95 --workflows 400 --seeds 1 \
+        --prefixes --kv 0.05
 
 Workflows come to one of several coordinators, as a balancer would send them. Each has seen of the
 others what ``docs/replicas.md`` says, as it was one to two lags ago; ``alone`` is without a store.
