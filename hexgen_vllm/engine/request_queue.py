@@ -81,9 +81,14 @@ class UrgencyQueue(RequestQueue):
     def __init__(self) -> None:
         self._heap: UrgencyHeap[Request] = UrgencyHeap()
         self._pinned: Request | None = None
+        self._twice: list[Request] = []
 
     def add_request(self, request: Request) -> None:
-        """Queue ``request`` at its key."""
+        """Queue ``request`` at its key; see :meth:`restore` for one that is queued already."""
+        if request in self._heap:
+            self._twice.append(request)
+            self.rekey(request)
+            return
         call = request.hexgen
         call.queued_start_s = call.latest_start_s
         self._heap.push(request, call.key_s, call.arrived_s, call.rank)
@@ -129,6 +134,17 @@ class UrgencyQueue(RequestQueue):
         """Take out those of ``requests`` that are in the queue; vLLM passes others, too."""
         for request in requests:
             self._heap.discard(request)
+
+    def restore(self) -> None:
+        """Queue again what vLLM has queued twice and then taken out as if it had ended.
+
+        It does so with a session that was preempted when the output came that ends its turn: the
+        session would wait for its next input outside of every queue, and for ever.
+        """
+        twice, self._twice = self._twice, []
+        for request in twice:
+            if request not in self._heap and not request.is_finished():
+                self.add_request(request)
 
     def rekey(self, request: Request) -> None:
         """Move ``request`` to its present key if it is in the queue."""

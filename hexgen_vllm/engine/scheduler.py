@@ -449,6 +449,7 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
             scheduler_output, model_runner_output.sampled_token_ids, self.hexgen_clock()
         )
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self.waiting.restore()
         if not self.hexgen_meter.steps % _EXPIRE_EVERY_STEPS:
             self.hexgen_book.outlooks.expire(self.hexgen_clock())
         if self._learned_file is not None and not self.hexgen_meter.steps % _REFIT_EVERY_STEPS:

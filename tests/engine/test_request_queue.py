@@ -86,3 +86,15 @@ def test_rekeying_moves_and_notes_the_new_start() -> None:
     assert first not in queue
     with pytest.raises(KeyError):
         queue.remove_request(first)
+
+
+@pytest.mark.parametrize(("ended", "left"), [(False, ["a", "b"]), (True, ["b"])])
+def test_what_was_queued_twice_and_taken_out_is_queued_again(ended: bool, left: list[str]) -> None:
+    first, second = Waiting("a", 1), Waiting("b", 2)
+    first.is_finished = lambda: ended
+    queue = queue_of(first, second, first)
+    assert names(queue) == ["a", "b"]
+    queue.remove_requests([first])
+    queue.restore()
+    queue.restore()
+    assert names(queue) == left

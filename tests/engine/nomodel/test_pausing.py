@@ -143,6 +143,17 @@ def test_tokens_are_those_of_a_lone_run(folder: Path, mode: str, seed: int) -> N
         assert engine.host_kv()["saved_tokens"] > 0
 
 
+def test_a_session_that_is_preempted_in_the_step_that_ends_its_turn_goes_on(folder: Path) -> None:
+    """It came to the queue twice and stopped the engine; the load is one in which that happens."""
+    engine = SwapEngine(
+        folder, **{"blocks": 60, "max_num_seqs": 8, **MODES["swap-async-v2-runner"]}
+    )
+    warm(engine)
+    mixture = Mixture(engine, 2)
+    mixture.play(300)
+    mixture.check()
+
+
 @pytest.mark.parametrize("scheduler_class", [Scheduler, UrgencyScheduler])
 def test_a_turn_of_a_session_is_as_long_as_stock_vllm_lets_it(
     build: Build, scheduler_class: type
