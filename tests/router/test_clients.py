@@ -33,7 +33,7 @@ async def test_a_workflow_is_seen_as_one(stand: Stand, client: openai.AsyncOpenA
         run = coordinator.workflows.get(workflow.id)
         assert run is not None
         assert run.stage_counts == {"draft": 1, "revise": 2}
-        assert 29 < run.deadline_s - run.started_s <= 30
+        assert abs(run.deadline_s - run.started_s - 30) < 10, "but for the time on the way"
     assert len(coordinator.workflows) == 0, "leaving ends it"
     assert coordinator.workflows.shapes.known_stages() == {"text2sql": {"draft": 1, "revise": 2}}
     stand.assert_settled()
