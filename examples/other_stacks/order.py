@@ -25,7 +25,6 @@ from openai.types.chat import ChatCompletionChunk
 # Far enough away that none is given up for late on a machine that is busy.
 DEADLINES_S: Final = (1200, 1100, 1000, 900, 800, 700)
 _LONG_DUE_S: Final = 600
-_LONG_TOKENS: Final = 900
 _SHORT_TOKENS: Final = 32  # enough for this program to tell which of two ended first
 _GAP_S: Final = 0.03  # so that calls arrive in the order in which they are sent
 _ARRIVAL_S: Final = 0.3
@@ -73,9 +72,9 @@ class Calls:
         ended: deadlines of the calls that have ended, in that order.
     """
 
-    def __init__(self, base_url: str, model: str) -> None:
-        self._client = AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0)
-        self._model = model
+    def __init__(self, base_url: str, model: str, long_tokens: int) -> None:
+        self._client = AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=600.0)
+        self._model, self._long_tokens = model, long_tokens
         self._began_s = time.monotonic()
         self.ended: list[int] = []
 
@@ -88,7 +87,7 @@ class Calls:
         stream: AsyncStream[ChatCompletionChunk] = await self._client.chat.completions.create(
             model=self._model,
             messages=[{"role": "user", "content": "Count to a thousand."}],
-            max_tokens=_LONG_TOKENS,
+            max_tokens=self._long_tokens,
             stream=True,
             **{**said, "extra_body": {"ignore_eos": True, **said.get("extra_body", {})}},
         )
@@ -115,12 +114,14 @@ class Calls:
         print(f"due in {deadline_s:4} s: answered {after_s:5.1f} s after the first call")
 
 
-async def order(base_url: str, model: str, say: str, fill: int) -> list[int] | None:
+async def order(
+    base_url: str, model: str, say: str, fill: int, long_tokens: int
+) -> list[int] | None:
     """Return the deadlines of calls that had to wait, in the order in which they ended.
 
     ``None`` if one of them did not have to wait, or a long call ended and let several run at once.
     """
-    calls = Calls(base_url, model)
+    calls = Calls(base_url, model, long_tokens)
     first, *others = await asyncio.gather(*(calls.fill(WAYS[say]) for _ in range(fill)))
     running = [asyncio.create_task(read(stream)) for stream in others]
     waiting = []
@@ -154,13 +155,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("--say", choices=WAYS, default="headers", help="how deadlines are said")
     parser.add_argument("--fill", type=int, default=8, help="calls that fill the engine's batch")
+    parser.add_argument("--long-tokens", type=int, default=900, help="tokens of each of those")
     args = parser.parse_args(argv)
-    if args.fill < 1:
-        parser.error("--fill must be at least 1")
+    if min(args.fill, args.long_tokens) < 1:
+        parser.error("--fill and --long-tokens must be at least 1")
     try:
         misses = 0
         for _ in range(_TRIES):
-            ended = asyncio.run(order(args.base_url, args.model, args.say, args.fill))
+            ended = asyncio.run(
+                order(args.base_url, args.model, args.say, args.fill, args.long_tokens)
+            )
             if ended is None:
                 print("a call did not have to wait; once more")
             elif ended == sorted(ended):
@@ -172,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     except OpenAIError as error:
         print(f"{args.base_url} cannot be used: {error}", file=sys.stderr)
         return 2
-    print("the calls never had to wait; --fill must be larger", file=sys.stderr)
+    print("the calls never had to wait; --fill or --long-tokens must be larger", file=sys.stderr)
     return 2
 
 

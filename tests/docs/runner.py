@@ -20,9 +20,9 @@ from typing import NamedTuple
 from tests.docs import table
 from tests.docs.pages import ROOT, SHELL, Block, commands, words
 from tests.e2e.forkserver import ForkServer
-from tests.e2e.programs import Program, environment, free_port, small_engine, wait_until
+from tests.e2e.programs import LONG_CALLS, Program, environment, free_port, small_engine, wait_until
 
-COMMAND_S = 100.0
+COMMAND_S = 300.0
 VLLM = "vllm.entrypoints.cli.main"
 SMALL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 DEFAULT_PORTS = {"engine": 8000, "router": 30000, "other": 8000}
@@ -214,7 +214,8 @@ class PageRun:
         names = [] if "--served-model-name" in rest else ["--served-model-name", self._stand.model]
         exported = " ".join(self._before).replace("export ", " ")
         env = dict(word.split("=", 1) for word in shlex.split(exported))
-        argv = [*rest, *names, *small]
+        long = LONG_CALLS if "--max-num-seqs" in rest else ()  # a page that fills the batch
+        argv = [*rest, *names, *small, *long]
         return self._stand.forks.start(module, argv, log, {**env, **SMALL}, self._folder)
 
     def _spawn(self, argv: list[str], log: Path) -> Program:

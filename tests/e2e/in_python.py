@@ -35,17 +35,17 @@ def main() -> int:
     llm = LLM(
         model,
         dtype="float32",
-        max_model_len=1024,
+        max_model_len=4096,
         max_num_seqs=1,
         block_size=32,
-        num_gpu_blocks_override=64,
+        num_gpu_blocks_override=128,
         enforce_eager=True,
         gpu_memory_utilization=0.2,
         distributed_executor_backend="uni",
         **asked,
     )
     engine = llm.llm_engine
-    engine.add_request("first", "SELECT", SamplingParams(max_tokens=400, ignore_eos=True))
+    engine.add_request("first", "SELECT", SamplingParams(max_tokens=2000, ignore_eos=True))
     while not engine.step():
         pass  # until it runs
     params = SamplingParams(max_tokens=8, ignore_eos=True)

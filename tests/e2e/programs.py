@@ -189,3 +189,9 @@ def small_engine(port: int) -> list[str]:
         "--gpu-memory-utilization=0.2",
         "--distributed-executor-backend=uni",
     ]
+
+
+LONG_CALLS = ("--max-model-len=8192", "--num-gpu-blocks-override=2304")
+"""What lets all eight calls of a small engine be so long that a late client still meets them."""
+LONG_TOKENS = 7000
+"""Such a call."""

@@ -13,7 +13,16 @@ import pytest
 
 from examples.other_stacks import order
 from tests.e2e.forkserver import ForkServer
-from tests.e2e.programs import Program, Server, Spawned, free_port, small_engine, wait_until
+from tests.e2e.programs import (
+    LONG_CALLS,
+    LONG_TOKENS,
+    Program,
+    Server,
+    Spawned,
+    free_port,
+    small_engine,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -57,7 +66,7 @@ class Stack:
         port = free_port()
         argv = [*words[:1], self._model, *words[1:]] if words else [self._model]
         program = self._forks.start(
-            module, [*argv, *small_engine(port)], self._folder / "engine", ENV
+            module, [*argv, *small_engine(port), *LONG_CALLS], self._folder / "engine", ENV
         )
         return self._start(program, port)
 
@@ -75,7 +84,7 @@ def stack(forks: ForkServer, tiny_model: str, tmp_path: Path, start: Start) -> S
 
 def in_order(server: Server, *words: str) -> bool:
     """Return whether calls that have to wait are answered in the order of their deadlines."""
-    code = order.main([f"{server.url}/v1", "tiny", *words])
+    code = order.main([f"{server.url}/v1", "tiny", f"--long-tokens={LONG_TOKENS}", *words])
     assert code in (0, 1), "they never had to wait"
     return code == 0
 
