@@ -56,7 +56,8 @@ APPENDED: Final = (
     Appended("hexgen-vllm sim overload.yaml", "--workflows 10 --seed 1"),
     Appended("hexgen-vllm tune", "--workflows 20 --warmup 0 --seed 1 --budget 6 --jobs 1"),
     Appended("--policy paper --grid 11", "--grid 2"),
-    Appended("examples.other_stacks.order", f"--long-tokens {LONG_TOKENS}"),
+    Appended("order http://127.0.0.1:30001/v1 MODEL", f"--long-tokens {LONG_TOKENS}"),
+    Appended("order http://127.0.0.1:30002/v1 MODEL", f"--long-tokens {LONG_TOKENS}"),
     Appended("examples.text2sql --users 200", "--base-url http://127.0.0.1:30000/v1"),
     Appended("examples.text2sql", "--users 2 --max-rounds 1 --constrain --max-tokens 200"),
 )
