@@ -38,7 +38,7 @@ def main() -> int:
         max_model_len=4096,
         max_num_seqs=1,
         block_size=32,
-        num_gpu_blocks_override=128,
+        num_gpu_blocks_override=160,
         enforce_eager=True,
         gpu_memory_utilization=0.2,
         distributed_executor_backend="uni",
