@@ -198,7 +198,7 @@ async def test_the_ttl_counts_within_bounds(dns: DnsServer) -> None:
     async def delay_s(ttl_s: int) -> float:
         dns.ttl_s = ttl_s
         bounds = {"worker_dns_refresh_secs": 60.0, "worker_dns_least_refresh_secs": 3.0}
-        async with found_by(dns, f"{NAME}:9", **bounds) as stand:
+        async with found_by(dns, f"{NAME}:9", worker_dns_timeout_secs=60.0, **bounds) as stand:
             (source,) = stand.context.discovery.sources
             return float(await source.turn())
 
