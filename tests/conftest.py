@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,17 +49,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     marks = MARKS.search(collection_path.read_text(encoding="utf-8"))
     names = set(re.findall(r"mark\.(\w+)", marks[1])) if marks else set()
     return True if names & unwanted else None
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_they_were() -> Iterator[None]:
-    """Undo what a command that ran in a test leaves: it ends with late signals ignored, and the
-    programs that later tests start would ignore them, too."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        if signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
 
 
 def has_gpu() -> bool:

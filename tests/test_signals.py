@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hexgen_vllm import signals
 from tests.cluster.fakes import SERVER
 
 # Runs a module as a program, and signals it once more when it has run and Python shuts down.
@@ -42,3 +44,15 @@ def test_a_late_signal_does_not_change_the_exit_code(
         said, _ = program.communicate()
     assert program.returncode == 0
     assert b"Traceback" not in said
+
+
+def test_who_was_not_asked_to_end_leaves_the_callers_handlers() -> None:
+    """A start that fails within another program must not leave it, and its children, deaf."""
+
+    async def end() -> None:
+        with signals.handled(lambda: None):
+            pass
+
+    before = [signal.getsignal(number) for number in signals.ENDING]
+    asyncio.run(end())
+    assert [signal.getsignal(number) for number in signals.ENDING] == before
