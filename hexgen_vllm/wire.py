@@ -117,42 +117,47 @@ def _name(value: object) -> str:
     raise ValueError("must be 1 to 64 characters of letters, digits and _ . : / -")
 
 
-def _number(value: object) -> float:
+def number(value: object) -> float:
+    """Return the finite number that JSON or a header says.
+
+    Raises:
+        ValueError: there is none.
+    """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("must be a number")
     try:
-        number = float(value)
+        said = float(value)
     except (ValueError, OverflowError):
         raise ValueError("must be a number") from None
-    if not math.isfinite(number):
+    if not math.isfinite(said):
         raise ValueError("must be finite")
-    return number
+    return said
 
 
 def _positive_ms(value: object) -> float:
-    number = _number(value)
-    if not 0 < number <= MAX_TIME_MS:
+    ms = number(value)
+    if not 0 < ms <= MAX_TIME_MS:
         raise ValueError(f"must be more than 0 and at most {MAX_TIME_MS:.0e} milliseconds")
-    return number
+    return ms
 
 
 def _least_0_ms(value: object) -> float:
-    number = _number(value)
-    if not 0 <= number <= MAX_TIME_MS:
+    ms = number(value)
+    if not 0 <= ms <= MAX_TIME_MS:
         raise ValueError(f"must be from 0 to {MAX_TIME_MS:.0e} milliseconds")
-    return number
+    return ms
 
 
 def _count(value: object, least: int) -> int:
-    number = _number(value)
-    if number != int(number) or not least <= number <= 2**31 - 1:
+    said = number(value)
+    if said != int(said) or not least <= said <= 2**31 - 1:
         raise ValueError(f"must be a whole number of at least {least}")
-    return int(number)
+    return int(said)
 
 
-def _whole(number: float) -> float:
+def _whole(tokens: float) -> float:
     """Return a length in whole tokens; a positive one is at least 1."""
-    return max(int(number), 1) if number > 0 else number
+    return max(int(tokens), 1) if tokens > 0 else tokens
 
 
 def _flag(value: object) -> bool:
@@ -191,8 +196,8 @@ _SPELLED: Final = {"service_class": "class"}  # what a Python name cannot be
 _AGENTIC: Final[dict[str, tuple[str, Callable[[object], object]]]] = {
     "program_id": ("workflow_id", lambda v: v),
     "agent_role": ("stage", lambda v: v),
-    "deadline_seconds": ("workflow_deadline_ms", lambda v: 1000.0 * _number(v)),
-    "expected_output_length": ("expected_output_tokens", lambda v: _whole(_number(v))),
+    "deadline_seconds": ("workflow_deadline_ms", lambda v: 1000.0 * number(v)),
+    "expected_output_length": ("expected_output_tokens", lambda v: _whole(number(v))),
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
@@ -92,13 +91,10 @@ def _name(value: object) -> str | None:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
+        return wire.number(value)
+    except ValueError:
         return None
-    return number if math.isfinite(number) else None
 
 
 def _positive(value: object) -> float | None:

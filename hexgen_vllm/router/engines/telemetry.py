@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any, Final
 
+from hexgen_vllm import wire
 from hexgen_vllm.types import EngineReport, StepCost
 
 # Names of the same metric in different versions of vLLM, newest first.
@@ -171,13 +171,11 @@ def _first(values: Mapping[str, float], names: tuple[str, ...]) -> float | None:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
+        number = wire.number(value)
+    except ValueError:
         return None
-    return number if math.isfinite(number) and number >= 0 else None
+    return number if number >= 0 else None
 
 
 def _count(value: object) -> int | None:
