@@ -17,7 +17,7 @@ from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.keys import bearer, digest
 from hexgen_vllm.policy.claims import MAX_PRIORITY, Ceiling
 from hexgen_vllm.router import errors
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.route import Access, Route
 from hexgen_vllm.router.tenants import (

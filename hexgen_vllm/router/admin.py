@@ -28,7 +28,7 @@ from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.engines.fleet import Engine
 from hexgen_vllm.router.engines.probe import Found, Unreachable
 from hexgen_vllm.router.http.messages import json_response
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.router.options import Worker, parse_worker
 from hexgen_vllm.router.status.overview import worker_view
 

@@ -39,7 +39,8 @@ from hexgen_vllm.router.engines.probe import Probe
 from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT
-from hexgen_vllm.router.http.server import Handle, Request, Server
+from hexgen_vllm.router.http.request import Request
+from hexgen_vllm.router.http.server import Handle, Server
 from hexgen_vllm.router.metrics import Connections, Metrics, without_tenants
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.observe.tracing import Tracing

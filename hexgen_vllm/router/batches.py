@@ -34,7 +34,8 @@ from hexgen_vllm.policy.claims import Ceiling
 from hexgen_vllm.router import errors
 from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.http.messages import REQUEST_ID_HEADER, SENT, json_response
-from hexgen_vllm.router.http.server import Handle, Request, Server
+from hexgen_vllm.router.http.request import Request
+from hexgen_vllm.router.http.server import Handle, Server
 from hexgen_vllm.router.observe.families import counter, gauge
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.router.tenants import DEFAULT_TENANT, Client

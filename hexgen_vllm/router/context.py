@@ -21,7 +21,7 @@ from hexgen_vllm.router.engines.kv_events import KvEvents
 from hexgen_vllm.router.errors import Outcome, refused
 from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.messages import LateBody
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.router.metrics import Metrics
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.observe.tracing import Tracing

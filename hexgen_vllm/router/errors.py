@@ -21,7 +21,7 @@ from hexgen_vllm.router.http.messages import (
     json_object,
     json_response,
 )
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 
 
 class ClientGone(Exception):  # noqa: N818 - not a defect

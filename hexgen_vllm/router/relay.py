@@ -56,7 +56,7 @@ from hexgen_vllm.router.errors import (
 from hexgen_vllm.router.http.client import Answer, Pool, in_time
 from hexgen_vllm.router.http.errors import CannotConnect, RouterShort
 from hexgen_vllm.router.http.messages import LARGE_BYTES, SENT, aside
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.types import Call, CallResult, EngineKind, Placement
 
 _ELSEWHERE: Final = frozenset((429, 500, 502, 503, 504))

@@ -10,7 +10,7 @@ from typing import Final, Generic, TypeVar
 from aiohttp import web
 
 from hexgen_vllm.router.endpoints import Endpoint
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 
 PAGE_PATH: Final = "/ui"
 DATA_PATH: Final = "/ui/data"

@@ -20,7 +20,7 @@ from hexgen_vllm.router import errors
 from hexgen_vllm.router.admin import Admin
 from hexgen_vllm.router.batches import Batches
 from hexgen_vllm.router.endpoints import ENDPOINTS, MORE_ENDPOINTS, OTHER, Endpoint
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.router.processes.shard import Shard
 from hexgen_vllm.router.relay import Relay
 from hexgen_vllm.router.route import (

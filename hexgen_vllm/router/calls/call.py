@@ -12,7 +12,7 @@ from hexgen_vllm.router.calls.transcript import Transcript
 from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.engines.watch import Usage
 from hexgen_vllm.router.errors import Blame, Outcome
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.router.observe.tracing import NO_TRACE, CallTrace
 from hexgen_vllm.router.tenants import DEFAULT_TENANT, Client
 from hexgen_vllm.types import CallResult, Placement

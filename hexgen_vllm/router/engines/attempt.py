@@ -13,7 +13,7 @@ from typing import Final
 from hexgen_vllm.router.engines.watch import StreamWatch
 from hexgen_vllm.router.errors import ClientGone, EngineFailed, Outcome
 from hexgen_vllm.router.http.client import Answer
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 
 _UNREAD_BYTES: Final = 2**16
 _LINGER_S: Final = 1.0  # for an engine to end an answer that has said that it is at its end

@@ -28,7 +28,7 @@ from hexgen_vllm.router.calls import headers
 from hexgen_vllm.router.context import Context, read_body
 from hexgen_vllm.router.http.client import Answer, UnixPool
 from hexgen_vllm.router.http.messages import SENT, json_response
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.processes.spot import Spot
 from hexgen_vllm.router.route import DATA_PATH, LOAD_PATH, RESPONSE_PATH, ProcessScope, Route

@@ -23,7 +23,7 @@ from hexgen_vllm import __version__
 from hexgen_vllm.router.calls.accounts import NO_TIMES, REASONS, Accounts, WorkflowAccount
 from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.engines.fleet import Engine
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.router.metrics import (
     USED,
     Margin,

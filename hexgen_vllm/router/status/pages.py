@@ -19,7 +19,7 @@ from hexgen_vllm import __version__, wire
 from hexgen_vllm.errors import BadRequest
 from hexgen_vllm.router.context import Context
 from hexgen_vllm.router.http.messages import json_response
-from hexgen_vllm.router.http.server import Request
+from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
 from hexgen_vllm.router.route import PAGE_PATH, Access, Route, Topic
 from hexgen_vllm.router.status.demand import DemandCollector

@@ -13,7 +13,8 @@ from hexgen_vllm.router.calls import headers as outbound
 from hexgen_vllm.router.http.client import Answer
 from hexgen_vllm.router.http.errors import EngineBroke
 from hexgen_vllm.router.http.messages import Buffered
-from hexgen_vllm.router.http.server import Connection, Request
+from hexgen_vllm.router.http.request import Request
+from hexgen_vllm.router.http.server import Connection
 from hexgen_vllm.testing.fake_server import Fault
 from hexgen_vllm.testing.stand import CHAT, Stand, open_stand
 from tests.router.http.test_client import HEAD, PLAIN, engine, says, whole
