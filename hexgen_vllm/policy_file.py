@@ -17,17 +17,18 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.placements import Placer, register
 
-_MARK: Final = ".py:"
+_SUFFIX: Final = ".py"
 
 
 def is_policy_file(name: str) -> bool:
-    """Return whether ``name`` has the form ``FILE.py:Class``."""
-    return _MARK in name
+    """Return whether ``name`` has the form ``FILE.py:Class``, or could have: a class is missing."""
+    return f"{_SUFFIX}:" in name or name.endswith(_SUFFIX)
 
 
 def load(name: str) -> None:
@@ -46,7 +47,7 @@ def policy_class(name: str) -> Placer:
     Raises:
         ConfigError: there is no such file or class, or the file cannot be run.
     """
-    file, _, class_name = name.rpartition(":")
+    file, _, class_name = (name + ":" * name.endswith(_SUFFIX)).rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"policy file {file} does not exist.")
@@ -62,11 +63,20 @@ def policy_class(name: str) -> Placer:
         raise ConfigError(f"policy file {file} fails with {_said(error)}") from error
     found = getattr(module, class_name, None)
     if not callable(found):
-        raise ConfigError(f"policy file {file} has no class {class_name!r}.")
+        lacks = f"has no class {class_name!r}" if class_name else "needs a class, FILE.py:Class"
+        raise ConfigError(f"policy file {file} {lacks}; {_policies_in(module)}.")
     if not callable(getattr(found, "choose", None)):
         raise ConfigError(f"{class_name} of {file} has no method choose(demand, engines, ...).")
     made: Placer = found
     return made
+
+
+def _policies_in(module: ModuleType) -> str:
+    own = (c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__)
+    names = [
+        c.__name__ for c in own if isinstance(c, type) and callable(getattr(c, "choose", None))
+    ]
+    return f"it has {', '.join(names) or 'no policy'}"
 
 
 def _said(error: Exception) -> str:

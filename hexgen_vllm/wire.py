@@ -134,6 +134,32 @@ def number(value: object) -> float:
     return said
 
 
+def finite(value: float | None) -> float | None:
+    """Return ``value`` as JSON can say it: what is unknown or without bound is ``None``."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def plain(value: Any, digits: int | None = None) -> Any:
+    """Return ``value`` as JSON has it.
+
+    Numbers without bound are ``None``, bytes hexadecimal, and what JSON does not know is text.
+
+    Args:
+        value: anything.
+        digits: behind the point, to which numbers are rounded; ``None`` rounds none.
+    """
+    if isinstance(value, float):
+        known = finite(value)
+        return known if known is None or digits is None else round(known, digits)
+    if isinstance(value, Mapping):
+        return {str(name): plain(one, digits) for name, one in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(one, digits) for one in value]
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).hex()
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
 def _positive_ms(value: object) -> float:
     ms = number(value)
     if not 0 < ms <= MAX_TIME_MS:

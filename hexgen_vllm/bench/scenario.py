@@ -13,7 +13,6 @@ from hexgen_vllm.bench.text import DEFAULT_VOCAB_SIZE
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.option import check, option
 from hexgen_vllm.records import CallRecord, WorkflowRecord
-from hexgen_vllm.report.results import json_value
 from hexgen_vllm.report.summary import (
     RunSummary,
     stage_figures,
@@ -30,6 +29,7 @@ from hexgen_vllm.sim.workloads.workload import (
     scaled,
     timed,
 )
+from hexgen_vllm.wire import plain
 
 
 @dataclass(frozen=True)
@@ -161,4 +161,4 @@ class LiveResult:
                 "engines": dict(sorted(engines.items())),
             },
         }
-        return {name: json_value(value) for name, value in row.items()}
+        return {**plain(row, 6)}

@@ -19,9 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
 from hexgen_vllm.engine.server.middleware import exposition
-from hexgen_vllm.engine.server.stats_api import plain
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.keys import shows
+from hexgen_vllm.wire import plain
 
 LOOPBACK: Final = "127.0.0.1"
 _ATTEMPTS: Final = 20

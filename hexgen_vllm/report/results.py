@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +39,6 @@ def write(path: Path, content: object) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
-
-
-def json_value(value: object) -> object:
-    """Return ``value`` with ``nan`` and ``inf``, which JSON lacks, as ``None``, and µs rounded."""
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: json_value(inner) for name, inner in value.items()}
-    return [json_value(inner) for inner in value] if isinstance(value, list) else value
 
 
 def check_writable(path: Path | None) -> None:

@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import Any, Final
 
 from hexgen_vllm.records import CallRecord, WorkflowRecord
-from hexgen_vllm.report.results import json_value
 from hexgen_vllm.report.summary import (
     RunSummary,
     min_deadline,
@@ -24,6 +23,7 @@ from hexgen_vllm.sim.limits import Limits, uncontended
 from hexgen_vllm.sim.scenario import DeadlineOptions, Scenario, ScenarioRun
 from hexgen_vllm.sim.simulator import Simulation
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec
+from hexgen_vllm.wire import plain
 
 TRUE_RATES: Final = "true rates: policies know what steps cost, which live they must learn"
 """Title of results that were played so."""
@@ -105,7 +105,7 @@ def row(scenario: Scenario, run: ScenarioRun, bounds: Limits, simulation: Simula
         "error_messages": dict(sorted(errors.items())),
         "calls": {"stages": stage_figures(calls), "engines": dict(sorted(engines.items()))},
     }
-    return {name: json_value(value) for name, value in figures.items()}
+    return {**plain(figures, 6)}
 
 
 def _deadline_s(

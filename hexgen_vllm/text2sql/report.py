@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from hexgen_vllm.report.summary import min_deadline, percentile
 from hexgen_vllm.report.table import aligned, seconds
 from hexgen_vllm.text2sql.agent import End
 from hexgen_vllm.text2sql.users import Visit
+from hexgen_vllm.wire import plain
 
 SHOWN_ROWS: Final = 5
 TABLE_ROWS: Final = 50
@@ -78,9 +78,9 @@ def summary(policy: str, visits: Sequence[Visit], rate: float) -> dict[str, Any]
         "output_tokens": sum(visit.answer.usage.output_tokens for visit in visits),
         "rate": rate,
         "deadline_s": deadline_s,
-        "min_deadline_95_s": _finite(min_deadline(latencies_s, 0.95, deadline_s).seconds),
-        "p50_s": _finite(percentile(known_s, 0.5)),
-        "p95_s": _finite(percentile(known_s, 0.95)),
+        "min_deadline_95_s": plain(min_deadline(latencies_s, 0.95, deadline_s).seconds, 4),
+        "p50_s": plain(percentile(known_s, 0.5), 4),
+        "p95_s": plain(percentile(known_s, 0.95), 4),
     }
 
 
@@ -131,19 +131,6 @@ def cell(value: Any) -> str:
     return text if len(text) <= CELL_CHARS else f"{text[: CELL_CHARS - 1]}…"
 
 
-def plain(value: Any) -> Any:
-    """Return a value as JSON has it: bytes in hexadecimal, what has no end as ``null``."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value).hex()
-    if isinstance(value, dict):
-        return {str(name): plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(one) for one in value]
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
-
-
 def answered(visit: Visit, *, whole: bool = False) -> dict[str, Any]:
     """Return a visit as one JSON object, with the first rows only unless ``whole``."""
     found, usage = visit.answer, visit.answer.usage
@@ -172,7 +159,3 @@ def write(path: Path, summaries: Sequence[Mapping[str, Any]], visits: Sequence[V
     """Write the last run's figures and answers to ``path``, and the figures of all runs."""
     content = {**summaries[-1], "compare": summaries, "answers": [answered(v) for v in visits]}
     results.write(path, content)
-
-
-def _finite(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None

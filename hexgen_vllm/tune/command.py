@@ -27,6 +27,7 @@ from hexgen_vllm.tune.replay import Generated, Recent, read
 from hexgen_vllm.tune.rivals import against_baseline, compare_rates
 from hexgen_vllm.tune.search import Search
 from hexgen_vllm.tune.verdict import Entrant, Verdict, judge, race
+from hexgen_vllm.wire import plain
 
 _TUNED: Final = ("paper", "slack")
 
@@ -267,7 +268,7 @@ def _summary(
         "seeds": args.seeds,
         "proposed": values,
         "simulations": search.runs,
-        "trials": [results.json_value(asdict(trial)) for trial in search.trials],
+        "trials": [plain(asdict(trial), 6) for trial in search.trials],
         "verdict": verdict.told(),
     }
     if args.baseline:

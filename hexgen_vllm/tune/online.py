@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from hexgen_vllm.option import check, option
 from hexgen_vllm.tune.traffic import Live, Traffic, relative
+from hexgen_vllm.wire import finite, plain
 
 _HISTORY: Final = 100
 EVENTS: Final = ("search", "failed", "keep", "suggest", "apply", "revert", "confirm")
@@ -257,17 +258,13 @@ class OnlineTuner:
             "values": self.values,
             "suggested": self.suggested,
             "suggested_policy": self.suggested_policy,
-            "simulator_error": _finite(self.simulator_error),
+            "simulator_error": finite(self.simulator_error),
             "counts": self.counts,
             "history": [_shown(event, now) for event in reversed(self.history)],
         }
 
 
 def _shown(event: TuningEvent, now: float) -> dict[str, Any]:
-    shown = {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(event).items()}
+    shown = plain(asdict(event))
     del shown["at_s"]
     return {"age_s": round(now - event.at_s, 3), **shown}
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

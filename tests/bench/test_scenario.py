@@ -14,7 +14,6 @@ import pytest
 from hexgen_vllm.bench.scenario import LiveConfig, LiveResult
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.records import CallRecord, WorkflowRecord
-from hexgen_vllm.report.results import json_value
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec
 
 CONFIG = LiveConfig("http://h:1", "slack", seed=4, run_id="r", workflows=40, rate=2.0)
@@ -131,10 +130,3 @@ def test_deadlines_are_multiples_of_the_base_slo() -> None:
 def test_secrets_stay_out_of_results() -> None:
     secret = replace(result(), config=replace(CONFIG, api_key="hush"))
     assert "hush" not in json.dumps(secret.row())
-
-
-def test_plain_values_hold_no_number_that_json_lacks() -> None:
-    assert json_value({"a": [float("inf"), 1.23456789], "b": float("nan")}) == {
-        "a": [None, 1.234568],
-        "b": None,
-    }

@@ -512,6 +512,21 @@ def test_a_file_that_cannot_be_used_is_said_in_one_sentence(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("suffix", ["", ":Third"])
+@pytest.mark.parametrize("use", [load, named])
+def test_what_a_file_has_is_said_where_no_class_of_it_is_named(
+    tmp_path: Path, use: Callable[[str], object], suffix: str
+) -> None:
+    path = tmp_path / "file.py"
+    path.write_text(
+        "from hexgen_vllm.policy.dispatch import Dispatch\n"
+        "class First:\n    def choose(self, *given): ...\n"
+        "class Second(First): ...\nclass Other: ...\n"
+    )
+    with pytest.raises(ConfigError, match=r"it has First, Second\.$"):
+        use(f"{path}{suffix}")
+
+
 def test_a_policy_that_was_not_loaded_says_so() -> None:
     with pytest.raises(HexgenError, match="not loaded"):
         placement(DispatchOptions(policy="never.py:Loaded"))

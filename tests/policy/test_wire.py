@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -258,3 +261,14 @@ def test_a_header_says_a_value_as_it_is_read() -> None:
 )
 def test_an_agentic_context(said: dict[str, object], read: CallMeta) -> None:
     assert wire.from_agentic_context(said) == read
+
+
+def test_plain_values_are_those_that_json_has() -> None:
+    value = {"a": math.inf, 1: [math.nan, 1.23456789, (2, -math.inf)], "b": {"c": "x", "d": None}}
+    assert wire.plain(value) == {
+        "a": None,
+        "1": [None, 1.23456789, [2, None]],
+        "b": {"c": "x", "d": None},
+    }
+    assert wire.plain(value, 6)["1"] == [None, 1.234568, [2, None]]
+    assert wire.plain([b"\xff", Decimal("1.50"), True, {3}]) == ["ff", "1.50", True, [3]]

@@ -7,9 +7,10 @@ clients ask, at most one is on the way: an engine that is busy with a long step 
 from __future__ import annotations
 
 import asyncio
-import math
 import sys
 from typing import Any, Final
+
+from hexgen_vllm.wire import plain
 
 UTILITY: Final = "hexgen_stats"
 TIMEOUT_S: Final = 5.0
@@ -50,17 +51,6 @@ async def _ask_every_rank(core: Any) -> list[dict[str, Any] | None]:
     # vLLM's public call answers for the first rank only.
     asked = [core._call_utility_async(UTILITY, engine=engine) for engine in core.core_engines]
     return list(await asyncio.gather(*asked))
-
-
-def plain(value: Any) -> Any:
-    """Return ``value`` with every number JSON cannot write replaced by ``None``."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
 
 
 class StatsReader:

@@ -32,6 +32,7 @@ from hexgen_vllm.router.metrics import (
 )
 from hexgen_vllm.router.observe.ledger import PERIOD_S, PERIODS
 from hexgen_vllm.types import SLACK_BOUNDS_S, Decision, EngineState, Placement, slack_counts
+from hexgen_vllm.wire import finite
 
 SHOWN_WORKFLOWS: Final = 20
 SHOWN_DECISIONS: Final = 30
@@ -196,11 +197,6 @@ def _busiest(tenants: list[_Json]) -> list[_Json]:
                          one["tenant"])
     )  # fmt: skip
     return tenants[:SHOWN_TENANTS]
-
-
-def finite(value: float | None) -> float | None:
-    """Return ``value`` as JSON can say it: what is unknown or without bound is ``None``."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _workflow(one: Margin, now: float) -> dict[str, Any]:
