@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexgen_vllm.calibrate import entry, facts
-from hexgen_vllm.calibrate.calibration import to_calibration
 from hexgen_vllm.calibrate.command import CalibrateOptions, calibrate, calibration_text
+from hexgen_vllm.calibrate.entry import to_calibration
 from hexgen_vllm.calibrate.fit import DecodeTiming, PrefillTiming, fit
-from hexgen_vllm.calibrate.probes import design
+from hexgen_vllm.calibrate.measure import design
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router.app import Router

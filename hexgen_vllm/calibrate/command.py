@@ -20,10 +20,9 @@ import aiohttp
 
 from hexgen_vllm.bench.load_client import find_model
 from hexgen_vllm.calibrate import entry, facts
-from hexgen_vllm.calibrate.calibration import to_calibration
+from hexgen_vllm.calibrate.entry import to_calibration
 from hexgen_vllm.calibrate.fit import Fit, fit, overhead_s
-from hexgen_vllm.calibrate.measure import Measurement
-from hexgen_vllm.calibrate.probes import MAX_PROMPT, design
+from hexgen_vllm.calibrate.measure import MAX_PROMPT, Measurement, design
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.option import add_arguments as add_options

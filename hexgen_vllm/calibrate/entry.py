@@ -1,4 +1,4 @@
-"""A measured engine as an entry of the simulator's ``fleet``, and as a file of entries."""
+"""A measured engine as an entry of the simulator's ``fleet``, as a file, for vllm-router."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ import yaml
 from hexgen_vllm.calibrate.facts import Facts
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.types import StepCost
+
+PREFILL: Final = "prefill_cost_model"
+DECODE: Final = "decode_throughput_model"
+_PREFILL_KEYS: Final = (
+    "intercept_seconds",
+    "linear_seconds_per_1k_tokens",
+    "quadratic_seconds_per_1k_tokens_squared",
+)
+_ALPHA: Final = "decode_throughput_alpha"
+_DECODE_KEYS: Final = (
+    "fixed_step_seconds",
+    "batch_step_seconds_per_request",
+    "context_step_seconds_per_token",
+)
+_TYPICAL_BATCH: Final = 16
+_TYPICAL_CONTEXT: Final = 4096
 
 _LIMITS: Final = (
     "max_num_seqs",
@@ -76,3 +92,33 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], float]:
     if not isinstance(fleet, list) or not all(isinstance(entry, dict) for entry in fleet):
         raise ConfigError(f"{path} must hold nothing but a fleet with a list of engines.")
     return fleet, float((data.get("simulation") or {}).get("router_latency_s", 0.0))
+
+
+def to_calibration(cost: StepCost, chunk: int = 2048) -> dict[str, dict[str, float]]:
+    """Return ``cost`` in the seven coefficients of vllm-router's program scheduling.
+
+    vllm-router calibrates one model for a whole fleet; here every device has its own. It knows two
+    formulas, in seconds, tokens n counted in thousands::
+
+        prefill(n)       = intercept + linear * n + quadratic * n^2
+        decode step(b,c) = fixed + batch * b + context * c
+
+    A :class:`~hexgen_vllm.types.StepCost` says the same with a prompt computed in one step.
+    ``decode_throughput_alpha``, the share of decode throughput that is left while a prompt is
+    computed, follows from the rest.
+
+    Args:
+        cost: of one device.
+        chunk: prompt tokens of a step, for ``decode_throughput_alpha`` only.
+    """
+    context = _TYPICAL_BATCH * _TYPICAL_CONTEXT
+    alone = cost.step_s(_TYPICAL_BATCH, context)
+    mixed = cost.step_s(_TYPICAL_BATCH, context, chunk, chunk * chunk / 2)
+    prefill = (cost.c0 + cost.p0, 1e3 * cost.p1, 1e6 * cost.p2 / 2)
+    return {
+        PREFILL: {
+            **dict(zip(_PREFILL_KEYS, prefill, strict=True)),
+            _ALPHA: alone / mixed if mixed > 0 else 1.0,
+        },
+        DECODE: dict(zip(_DECODE_KEYS, (cost.c0, cost.c1, cost.c2), strict=True)),
+    }

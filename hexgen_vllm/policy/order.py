@@ -221,10 +221,3 @@ class LateWatch(Generic[T]):
                 del self._from_s[item]
                 found.append(item)
         return found
-
-    @property
-    def next_s(self) -> float:
-        """The next moment; ``inf`` if there is none."""
-        while self._heap and self._from_s.get(self._heap[0][2]) != self._heap[0][0]:
-            heappop(self._heap)  # of a call that is over, or said anew
-        return self._heap[0][0] if self._heap else NO_DEADLINE

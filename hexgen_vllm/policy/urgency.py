@@ -173,14 +173,6 @@ class UrgencyHeap(Generic[T]):
         del self._entries[item]
         return item
 
-    def key_of(self, item: T) -> float:
-        """Return the key of ``item``.
-
-        Raises:
-            KeyError: it is not in.
-        """
-        return self._entries[item][1]
-
     def first(self, most: int) -> list[T]:
         """Return the ``most`` first items in order, in O(most log most) amortised."""
         heap, entries, found = self._heap, self._entries, list[T]()

@@ -14,16 +14,16 @@ import argparse
 import asyncio
 import json
 import ssl
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
 from multidict import CIMultiDict
 
-from hexgen_vllm.testing import fake_answers, fake_metrics, fake_tokens
-from hexgen_vllm.testing.fake_metrics import RankCounts, rank_asked
+from hexgen_vllm.router.engines.ranks import RANK_HEADER
+from hexgen_vllm.testing import fake_answers, fake_tokens
 from hexgen_vllm.testing.fake_settings import FakeSettings, Fault, FaultKind, Received
 
 __all__ = ["FakeServer", "FakeSettings", "Fault", "Received"]
@@ -32,6 +32,39 @@ _MAX_BODY_BYTES = 2**29
 _COUNTING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _STREAMED = "text/event-stream"
 _ENDING = ("reset", "close", "half", "garbage")  # faults that end the connection from this side
+
+
+@dataclass(slots=True)
+class RankCounts:
+    """Counts by rank; a request that names no rank counts for the first."""
+
+    running: Counter[int] = field(default_factory=Counter)
+    waiting: Counter[int] = field(default_factory=Counter)
+    steps: Counter[int] = field(default_factory=Counter)
+
+
+def rank_asked(headers: Mapping[str, str]) -> int:
+    """Return the rank that a request is for, as vLLM reads it: what is no number is not said."""
+    said = headers.get(RANK_HEADER, "")
+    return int(said) if said.lstrip("-").isdecimal() else 0
+
+
+def _metrics(counts: RankCounts, ranks: int) -> str:
+    """Return vLLM's metrics of an engine with so many ranks."""
+    return "".join(_of_rank(counts, rank, 100 * ranks) for rank in range(ranks))
+
+
+def _of_rank(counts: RankCounts, rank: int, all_blocks: int) -> str:
+    label = f'{{engine="{rank}",model_name="tiny"}}'
+    cache = f'{{block_size="16",engine="{rank}",num_gpu_blocks="{all_blocks}"}}'
+    return (
+        f"vllm:num_requests_running{label} {counts.running[rank]:.1f}\n"
+        f"vllm:num_requests_waiting{label} {counts.waiting[rank]:.1f}\n"
+        f"vllm:kv_cache_usage_perc{label} 0.25\n"
+        f"vllm:num_preemptions_total{label} 3.0\n"
+        f"vllm:iteration_tokens_total_count{label} {counts.steps[rank]:.1f}\n"
+        f"vllm:cache_config_info{cache} 1.0\n"
+    )
 
 
 @dataclass(slots=True)
@@ -134,7 +167,7 @@ class FakeServer:
         if path == "/server_info" and self.settings.policy:
             said = {"policy": self.settings.policy, "max_num_seqs": self.settings.slots}
             return {"vllm_config": {"scheduler_config": said}}
-        metrics = fake_metrics.page(self.counts, settings.ranks) if settings.metrics else ""
+        metrics = _metrics(self.counts, settings.ranks) if settings.metrics else ""
         stats = None if settings.rust else settings.stats
         version = {
             "version": "0.0.0",

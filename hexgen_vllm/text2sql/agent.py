@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -11,14 +12,14 @@ from openai import AsyncOpenAI, OpenAIError
 from hexgen_vllm.client import Workflow
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.tasks import together
+from hexgen_vllm.text2sql import grammar, prompts, replies
 from hexgen_vllm.text2sql.calls import Caller, Sampling, TokenUsage
-from hexgen_vllm.text2sql.candidates import CandidateQuery, QueryWriter
-from hexgen_vllm.text2sql.choosing import agreed, choose
+from hexgen_vllm.text2sql.candidates import CandidateQuery, QueryWriter, agreed, choose
 from hexgen_vllm.text2sql.database import Database
-from hexgen_vllm.text2sql.linking import linked_schema
 from hexgen_vllm.text2sql.options import MOST_QUESTION_CHARS
 from hexgen_vllm.text2sql.outcome import Row
 from hexgen_vllm.text2sql.prompts import CANDIDATES
+from hexgen_vllm.text2sql.schema import Schema
 
 WORKFLOW_TYPE: Final = "text2sql"
 FEWEST: Final = 1
@@ -148,7 +149,7 @@ class Agent:
 
     async def _solve(self, caller: Caller, database: Database, question: str) -> SqlAnswer:
         whole = database.schema().within(self.schema_chars, question)
-        schema = await linked_schema(caller, database, whole, question)
+        schema = await _linked_schema(caller, database, whole, question)
         effort = Effort.of(caller.slack_s if self.by_slack else None, caller.remaining_s)
 
         def may_revise(rounds: int) -> bool:
@@ -162,6 +163,23 @@ class Agent:
         else:
             chosen = await choose(caller, database, schema, question, candidates)
         return _answer(caller.usage, chosen, candidates)
+
+
+async def _linked_schema(
+    caller: Caller, database: Database, schema: Schema, question: str
+) -> Schema:
+    """Return what of ``schema`` the question is about, with values that it may mean."""
+    said = await caller.ask(
+        "extract_keywords", "", prompts.keywords(question), grammar.keywords(question)
+    )
+    words = replies.lines(said, most=4)
+    found = await asyncio.to_thread(database.find_values, schema, words)
+    known = schema.with_values(found)
+    names = known.names()
+    said = await caller.ask(
+        "schema_linking", "", prompts.links(known, question), grammar.links(names)
+    )
+    return known.only(replies.links(said, names))
 
 
 def _answer(

@@ -12,8 +12,7 @@ import yaml
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql.database import Database
-from hexgen_vllm.text2sql.matching import orders_rows, same_rows
-from hexgen_vllm.text2sql.outcome import QueryOutcome, Row
+from hexgen_vllm.text2sql.outcome import QueryOutcome, Row, orders_rows, same_rows
 
 
 @dataclass(frozen=True)

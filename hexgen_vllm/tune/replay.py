@@ -8,13 +8,11 @@ from statistics import median
 from typing import Final
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.recorded import RecentWorkflow
 from hexgen_vllm.sim.workloads.text2sql import Text2SqlOptions, text2sql
 from hexgen_vllm.sim.workloads.trace import read_trace, resample
 from hexgen_vllm.sim.workloads.traces.formats import AUTO, TraceSource
 from hexgen_vllm.sim.workloads.traces.model import TraceWorkflow
 from hexgen_vllm.sim.workloads.traces.played import reservoir
-from hexgen_vllm.sim.workloads.traces.recorded import traced
 from hexgen_vllm.sim.workloads.traces.specs import compact, specs_of
 from hexgen_vllm.sim.workloads.workload import WorkflowSpec, generator, renamed
 
@@ -84,12 +82,6 @@ def read(path: Path, format_: str = AUTO) -> Recent:
     if not found:
         raise ConfigError(f"{path} holds no workflow.")
     return _recent(found, seen, templates=known == "hexgen")
-
-
-def from_recorded(recorded: Sequence[RecentWorkflow]) -> Recent:
-    """Return recorded workflows as a source of workload."""
-    found = [traced(one) for one in recorded]
-    return _recent(found, len(found), templates=True)
 
 
 def _recent(found: Sequence[TraceWorkflow], seen: int, *, templates: bool) -> Recent:

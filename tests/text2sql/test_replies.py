@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hexgen_vllm.text2sql import replies
-from hexgen_vllm.text2sql.matching import orders_rows, same_rows
+from hexgen_vllm.text2sql.outcome import orders_rows, same_rows
 
 NAMES = {"book": ("id", "title"), "loan": ("id", "due_on")}
 

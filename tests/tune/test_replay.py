@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.recorded import MAX_CALLS, RecentCall, RecentWorkflow, Ring, parse
 from hexgen_vllm.sim.workloads.traces.recorded import groups
-from hexgen_vllm.tune.replay import from_recorded, read
+from hexgen_vllm.tune.replay import Recent, read
 
 
 def call(at_s: float, took_s: float, stage: str = "revise", cached: int | None = 60) -> RecentCall:
@@ -19,6 +20,12 @@ def call(at_s: float, took_s: float, stage: str = "revise", cached: int | None =
 
 def workflow(at: float = 0.0, *calls: RecentCall, tenant: str = "default") -> RecentWorkflow:
     return RecentWorkflow("sql", at, calls or (call(0.0, 1.0),), tenant, 30.0, 12.5)
+
+
+def recent_of(folder: Path, recorded: Iterable[RecentWorkflow]) -> Recent:
+    path = folder / "recent.jsonl"
+    path.write_text("".join(f"{one.line()}\n" for one in recorded))
+    return read(path)
 
 
 def test_what_is_written_is_read_back() -> None:
@@ -78,18 +85,19 @@ def test_calls_that_overlap_are_parallel() -> None:
     ]
 
 
-def test_the_template_is_the_usual_hit_and_the_rest_is_the_workflows() -> None:
+def test_the_template_is_the_usual_hit_and_the_rest_is_the_workflows(tmp_path: Path) -> None:
     hits = (60, 60, 60, 80, None)
     recorded = [workflow(float(i), call(0.0, 1.0, cached=hit)) for i, hit in enumerate(hits)]
-    recent = from_recorded(recorded)
+    recent = recent_of(tmp_path, recorded)
     layers = [[layer.tokens for layer in next(spec.calls()).layers] for spec in recent.specs]
     assert layers == [[60], [60], [60], [60, 20], [60]]
     assert recent.rate_per_s == pytest.approx(1.0)
     assert recent.deadline_s == 30.0
 
 
-def test_draws_are_seeded_and_have_contents_of_their_own() -> None:
-    recent = from_recorded([workflow(float(i), tenant="ab"[i % 2]) for i in range(6)])
+def test_draws_are_seeded_and_have_contents_of_their_own(tmp_path: Path) -> None:
+    recorded = (workflow(float(i), tenant="ab"[i % 2]) for i in range(6))
+    recent = recent_of(tmp_path, recorded)
     drawn = recent.draw(50, seed=3)
     assert drawn == recent.draw(50, seed=3)
     assert drawn != recent.draw(50, seed=4)

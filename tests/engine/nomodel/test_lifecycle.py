@@ -114,7 +114,7 @@ def test_a_sessions_next_turn_has_a_deadline_of_its_own(build: Build) -> None:
     assert session.hexgen.deadline_s == pytest.approx(engine.clock.now + 0.3)
     queue = [q for q in engine.scheduler.__dict__.values() if type(q).__name__ == "UrgencyQueue"]
     held = [q for q in queue if session in q]
-    assert [q._heap.key_of(session) for q in held] == [session.hexgen.key_s]
+    assert [q._heap._entries[session][1] for q in held] == [session.hexgen.key_s]
 
 
 def test_a_pooling_request_has_no_sampling_params(build: Build) -> None:
