@@ -59,7 +59,7 @@ RULES: Mapping[str, Never | Only] = {
     "only kernels and engine name torch and triton": Never(
         EVERYWHERE,
         ("torch", "triton", "transformers"),
-        unless=("engine", "kernels", "testing.fake_cuda", "testing.tiny_model"),
+        unless=("engine", "kernels", "testing.tiny_model"),
     ),
     "only cluster.ray names ray": Never(EVERYWHERE, ("ray",), unless=("cluster.ray",)),
     "only clock reads the time": Never(

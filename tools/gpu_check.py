@@ -29,7 +29,7 @@ import torch
 from hexgen_vllm.kernels.device import Device
 from hexgen_vllm.kernels.layout import BlockLayout
 from hexgen_vllm.kernels.staging import DeviceCopier, Span, staging_for
-from hexgen_vllm.testing.fake_cuda import FakeCuda
+from tools.fake_cuda import FakeCuda
 
 MIB: Final = 1 << 20
 BLOCK_BYTES: Final = 2 * MIB

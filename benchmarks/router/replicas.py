@@ -37,10 +37,10 @@ from typing import Any, Final
 
 import aiohttp
 
+from benchmarks.router.redis_server import HINT, RedisServer, program
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.ports import free_ports
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
-from hexgen_vllm.testing.redis_server import HINT, RedisServer, program
 
 _STAGES: Final = ("plan", "draft", "check", "answer")
 _DEADLINE_S: Final = 30.0

@@ -1,6 +1,6 @@
 """What copies of KV blocks need of a GPU: streams, events, memory, and the copies themselves.
 
-:class:`CudaDevice` is a GPU through torch. :mod:`hexgen_vllm.testing.fake_cuda` is none: it does
+:class:`CudaDevice` is a GPU through torch. ``tools.fake_cuda`` is none: it does
 the same in virtual time, in every order that CUDA allows.
 """
 

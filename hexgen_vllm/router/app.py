@@ -18,7 +18,7 @@ from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import BadRequest, ConfigError, HexgenError
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.recorded import Ring
+from hexgen_vllm.recent import Ring
 from hexgen_vllm.router import access, errors
 from hexgen_vllm.router.access import Cors, Keys
 from hexgen_vllm.router.addresses import ServedHosts, is_loopback

@@ -23,7 +23,7 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engine_load import EngineLoad
-from hexgen_vllm.recorded import RecentWorkflow, Ring
+from hexgen_vllm.recent import RecentWorkflow, Ring
 from hexgen_vllm.report.summary import min_deadline
 from hexgen_vllm.tune.online import (
     PRESENT,

@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Final
 
-from hexgen_vllm.recorded import RecentWorkflow
+from hexgen_vllm.recent import RecentWorkflow
 
 _BLOCKS: Final = 8
 

@@ -13,7 +13,7 @@ import torch
 from hexgen_vllm.kernels import BlockLayout, staging
 from hexgen_vllm.kernels.staging import DeviceCopier
 from hexgen_vllm.policy.retention import CopyRates
-from hexgen_vllm.testing.fake_cuda import FakeCuda
+from tools.fake_cuda import FakeCuda
 from tools.gpu_check import BLOCK_BYTES, Timer, race
 
 SCALE = 64

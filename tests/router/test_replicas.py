@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
+from benchmarks.router.redis_server import HINT, PASSWORD, RedisServer, program
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.engine_load import EngineLoad
@@ -19,7 +20,6 @@ from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.router.app import Router
 from hexgen_vllm.router.options import RouterOptions
 from hexgen_vllm.testing.fake_server import FakeSettings
-from hexgen_vllm.testing.redis_server import HINT, PASSWORD, RedisServer, program
 from hexgen_vllm.testing.stand import _QUICK, Stand, open_stand
 
 pytestmark = pytest.mark.skipif(program() is None and "CI" not in os.environ, reason=HINT)

@@ -13,7 +13,7 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.recorded import RecentCall, RecentWorkflow, Ring, parse
+from hexgen_vllm.recent import RecentCall, RecentWorkflow, Ring, parse
 from hexgen_vllm.router.tuning import (
     Files,
     SearchFailed,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hexgen_vllm.cli import main
-from hexgen_vllm.recorded import RecentCall, RecentWorkflow, Ring
+from hexgen_vllm.recent import RecentCall, RecentWorkflow, Ring
 from hexgen_vllm.router.main import read_options
 from hexgen_vllm.sim.scenario_file import load
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from hexgen_vllm.recorded import RecentCall, RecentWorkflow
+from hexgen_vllm.recent import RecentCall, RecentWorkflow
 from hexgen_vllm.tune.online import (
     Action,
     OnlineOptions,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.recorded import MAX_CALLS, RecentCall, RecentWorkflow, Ring, parse
+from hexgen_vllm.recent import MAX_CALLS, RecentCall, RecentWorkflow, Ring, parse
 from hexgen_vllm.sim.workloads.traces.recorded import groups
 from hexgen_vllm.tune.replay import Recent, read
 

@@ -14,7 +14,7 @@ import yaml
 
 from hexgen_vllm.cli import main
 from hexgen_vllm.config import DispatchOptions, EngineOptions
-from hexgen_vllm.recorded import RecentCall, RecentWorkflow, Ring
+from hexgen_vllm.recent import RecentCall, RecentWorkflow, Ring
 from hexgen_vllm.router.main import read_options
 from hexgen_vllm.router.tuning import proposal_of
 from hexgen_vllm.sim.policies import Policy, named

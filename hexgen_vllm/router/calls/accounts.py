@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.recorded import RecentCall, RecentWorkflow, Ring
+from hexgen_vllm.recent import RecentCall, RecentWorkflow, Ring
 from hexgen_vllm.router.errors import Outcome
 from hexgen_vllm.router.observe.ledger import ON_TIME, outcome
 from hexgen_vllm.types import LONE, NO_DEADLINE, Call

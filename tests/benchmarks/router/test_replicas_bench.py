@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.router import replicas
-from hexgen_vllm.testing.redis_server import HINT, program
+from benchmarks.router.redis_server import HINT, program
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "replicas.md").read_text()
 

@@ -15,7 +15,7 @@ from hexgen_vllm.cli import main
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.option import Parser
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.recorded import RecentCall, RecentWorkflow, parse
+from hexgen_vllm.recent import RecentCall, RecentWorkflow, parse
 from hexgen_vllm.router.calls.accounts import (
     PARTS,
     REASONS,

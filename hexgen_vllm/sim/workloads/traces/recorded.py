@@ -1,11 +1,11 @@
-"""Our own format as a trace: :mod:`hexgen_vllm.recorded` says what it is."""
+"""Our own format as a trace: :mod:`hexgen_vllm.recent` says what it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
-from hexgen_vllm.recorded import MAX_NAME, RecentCall, RecentWorkflow, workflow_in
+from hexgen_vllm.recent import MAX_NAME, RecentCall, RecentWorkflow, workflow_in
 from hexgen_vllm.sim.workloads.traces.lines import Row
 from hexgen_vllm.sim.workloads.traces.model import TraceCall, TraceWorkflow
 
