@@ -7,8 +7,10 @@ import random
 import pytest
 
 from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
+from hexgen_vllm.policy.calls import Demand, InFlight
 from hexgen_vllm.policy.coordinator import Coordinator
-from hexgen_vllm.policy.engine_load import TransferRate
+from hexgen_vllm.policy.disaggregation import handover
+from hexgen_vllm.policy.engine_load import EngineLoad, TransferRate
 from hexgen_vllm.types import (
     Call,
     CallResult,
@@ -114,6 +116,48 @@ def test_what_a_decode_engine_has_cached_is_not_moved() -> None:
     assert again.engine_id == first.engine_id
     assert again.prefill is None
     assert again.uncached_tokens == 40
+
+
+@pytest.mark.parametrize(("affinity", "uncached"), [(True, 40), (False, 31 * 256 + 40)])
+def test_what_a_prefill_engine_has_cached_counts_where_it_is_to_count(
+    affinity: bool, uncached: int
+) -> None:
+    c = fleet(prefix_affinity=affinity)
+    for name in ("d0", "d1"):  # slow, so that they never compute a prompt
+        c.engine_reported(name, EngineReport(cost=ANSWERS.scaled(1e3)))
+    head: dict[str, object] = {"prefix": tuple(range(31)), "prefix_chunk_tokens": 256}
+    assert placed(c, call("a", **head)).prefill is not None
+    c.call_prefilled("a", CallResult(True, 8_000, 0, 1), 1.0)
+    c.call_finished("a", OK, 2.0)
+    half = placed(c, call("b", 31 * 256 + 40, now=3.0, **head)).prefill
+    assert half is not None
+    assert (half.engine_id, half.uncached_tokens) == ("p0", uncached)
+
+
+def test_a_handover_is_priced_term_by_term() -> None:
+    def engine(name: str, calls: int) -> EngineLoad:
+        made = EngineLoad(EngineSpec(name, max_num_seqs=8, kv_tokens=200_000, role=Role.PREFILL))
+        made.reported(EngineReport(cost=PROMPTS, fit_error=0.0))
+        for i in range(calls):
+            other = call(f"other-{i}", 100)
+            entry = InFlight(other, Placement(f"other-{i}", name, ""), 0.0)
+            made.placed(entry)
+            made.started(entry)
+        return made
+
+    demand = Demand(call("a"), 20, 60.0, 0.0, 60.0, 0.0)
+    options = DispatchOptions(externality=0.5, kv_transfer_rate=4_000.0)
+    found = handover(demand, [engine("busy", 3)], options)
+    assert found is not None
+    assert found.uncached_tokens == 8_000
+    assert found.ready_s == pytest.approx(PROMPTS.prefill_s(8_000) + 0.05 + 0.002)
+    assert found.token_delay_s == pytest.approx(0.5 * 3 * 1e-4)
+    assert (found.externality, found.token_s) == (0.5, 1 / 4_000)
+    assert found.price_s == pytest.approx(found.ready_s + 8_000 * found.token_delay_s)
+    one_of_two = handover(demand, [engine("first", 1), engine("second", 1)], options)
+    assert one_of_two is not None
+    assert one_of_two.engine_id == "first"
+    assert handover(demand, [], options) is None
 
 
 def test_load_on_prefill_engines_spreads_prompts_and_sends_whole_calls_elsewhere() -> None:

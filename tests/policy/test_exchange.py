@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -10,9 +11,9 @@ import pytest
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engine_load import Elsewhere
-from hexgen_vllm.policy.exchange import WorkflowPart
+from hexgen_vllm.policy.exchange import Exchange, WorkflowPart
 from hexgen_vllm.policy.shapes import Shapes
-from hexgen_vllm.policy.workflow import WorkflowRun
+from hexgen_vllm.policy.workflow import MAX_CALLS, SeenCall, WorkflowRun
 from hexgen_vllm.policy.workflows import Workflows
 from hexgen_vllm.types import NO_DEADLINE, Call, CallResult, EngineSpec, Placement, StepCost
 
@@ -43,6 +44,177 @@ def named(part: WorkflowPart, whose: str) -> WorkflowPart:
 
     calls = {name(n): seen.copied() for n, seen in part.calls.items()}
     return part._replace(calls=calls, gone=tuple(map(name, part.gone)))
+
+
+def part(workflow: str = "w", **more: object) -> WorkflowPart:
+    """Return what is told of a workflow that began at 1 and was seen at 2, in its first turn."""
+    told = WorkflowPart(
+        workflow, "kind", "kind", 1.0, 2.0, 1, False, -math.inf, NO_DEADLINE, NO_DEADLINE, False,
+        "", (), 0, {}, (), False,
+    )  # fmt: skip
+    return told._replace(**more)
+
+
+def seen(stage: str = "s", ended_s: float | None = None, output: int = 0) -> SeenCall:
+    found = SeenCall(stage, 0, 1.5, 100)
+    found.ended_s, found.output_tokens = ended_s, output
+    return found
+
+
+def heard(run: WorkflowRun | None, *parts: WorkflowPart, now: float = 9.0) -> Exchange:
+    found = Exchange(Shapes(), 100)
+    for one in parts:
+        found.heard(one, run, now)
+    return found
+
+
+def test_all_that_is_known_of_a_workflow_is_told() -> None:
+    run = WorkflowRun(
+        "w", "kind", 1.0, 30.0, 25.0, 2.0, background=True, asked=True, learned_as="kind/2",
+        asked_s=1.5, engine="e", prefix=(1, 2), chunk_tokens=256, turn=4,
+    )  # fmt: skip
+    run.calls["a"] = seen(ended_s=2.0, output=7)
+    one = Exchange(Shapes(), 10)
+    one.share([])
+    one.changed(run, "a")
+    one.changed(run, "failed")
+    (told,) = one.changes({"w": run}, 10)
+    assert told == WorkflowPart(
+        "w", "kind", "kind/2", 1.0, 2.0, 4, True, 1.5, 30.0, 25.0, True, "e", (1, 2), 256,
+        {"a": run.calls["a"]}, ("failed",), False,
+    )  # fmt: skip
+    one.ended(run)
+    (told,) = one.changes({}, 10)
+    assert told.over
+    assert told.calls == {}
+
+
+def test_no_more_is_returned_than_was_asked_for() -> None:
+    one, runs = Exchange(Shapes(), 10), {n: WorkflowRun(n, "kind", 1.0) for n in "abcd"}
+    one.share(runs.values())
+    one.ended(runs["a"])
+    one.ended(runs["b"])
+    found = [[told.workflow_id for told in one.changes(runs, 1)] for _ in range(5)]
+    assert found == [["a"], ["b"], ["c"], ["d"], []]
+
+
+def test_of_endings_that_nobody_asks_for_the_newest_are_kept() -> None:
+    one = Exchange(Shapes(), 10)
+    one.share([])
+    for i in range(5000):
+        one.ended(WorkflowRun(f"w{i}", "kind", 1.0, last_seen_s=2.0))
+    found = one.changes({}, 10_000)
+    assert [told.workflow_id for told in found] == [f"w{i}" for i in range(5000 - 4096, 5000)]
+    # Of as many it is known that they are over, too.
+    for i in (5000 - 4096 - 1, 5000 - 4096, 4999):
+        one.heard(part(f"w{i}"), None, 3.0)
+    assert list(one.elsewhere) == [f"w{5000 - 4096 - 1}"]
+
+
+def test_a_workflow_of_one_call_is_told_of_at_its_end() -> None:
+    one, run = Exchange(Shapes(), 10), WorkflowRun("w", "kind", 1.0, lone=True)
+    one.share([])
+    run.calls["a"] = seen(ended_s=2.0, output=7)
+    one.changed(run, "a")
+    assert one.changes({"w": run}, 10) == []
+    one.ended(run)
+    assert [list(told.calls) for told in one.changes({}, 10)] == [["a"]]
+
+
+def test_who_tells_nothing_may_yet_hear() -> None:
+    one = Exchange(Shapes(), 10)
+    one.left(WorkflowRun("w", "kind", 1.0))
+    assert list(one.elsewhere) == ["w"]
+    assert one.changes({}, 10) == []
+
+
+def test_of_workflows_elsewhere_the_one_heard_of_first_goes() -> None:
+    one = Exchange(Shapes(), 2)
+    for name in ("a", "b", "a", "c"):
+        one.heard(part(name), None, 3.0)
+    assert list(one.elsewhere) == ["a", "c"]
+    assert one.elsewhere["a"].workflow_type == "kind"
+    one.expire(2.0)
+    assert list(one.elsewhere) == ["a", "c"]
+    one.heard(part("c", last_seen_s=3.0), None, 3.0)
+    one.expire(2.5)
+    assert list(one.elsewhere) == ["c"]
+    one.heard(part("a"), None, 4.0)
+    one.heard(part("a", over=True, last_seen_s=4.0), None, 4.0)
+    one.heard(part("unknown", over=True), None, 4.0)
+    assert list(one.elsewhere) == ["c"]
+
+
+def test_messages_that_are_older_than_an_ending_begin_nothing() -> None:
+    found = heard(None, part(last_seen_s=5.0, over=True), part(started_s=5.0))
+    assert not found.elsewhere
+    found.heard(part(started_s=5.5, last_seen_s=5.6), None, 9.0)  # the name is used again
+    assert list(found.elsewhere) == ["w"]
+    # Its clock is behind, and what is known to be over stays so.
+    found.heard(part(started_s=5.5, last_seen_s=4.0, over=True), None, 9.0)
+    found.heard(part(started_s=4.5), None, 9.0)
+    assert not found.elsewhere
+
+
+def test_a_later_call_elsewhere_takes_a_workflow_along() -> None:
+    for turn, last_seen_s, goes in (
+        (4, 2.0, False),
+        (4, 2.5, True),
+        (5, 1.0, True),
+        (3, 9.0, False),
+    ):
+        run = WorkflowRun("w", "kind", 1.0, last_seen_s=2.0, turn=4)
+        heard(run, part(turn=turn, last_seen_s=last_seen_s))
+        assert run.left is goes
+
+
+@pytest.mark.parametrize(
+    ("asked_s", "deadlines"),
+    [
+        (1.0, (30.0, 25.0)),  # what was said before counts no more
+        (2.0, (20.0, 15.0)),  # said at once: the earlier one
+        (3.0, (20.0, 15.0)),
+    ],
+)
+def test_the_deadline_that_was_said_last_counts(
+    asked_s: float, deadlines: tuple[float, float]
+) -> None:
+    run = WorkflowRun("w", "kind", 1.0, 30.0, 25.0, asked_s=2.0)
+    heard(run, part(asked_s=asked_s, deadline_s=20.0, ordered_by_s=15.0, asked=True))
+    assert (run.deadline_s, run.ordered_by_s, run.asked) == (*deadlines, True)
+    heard(run, part(asked_s=asked_s, deadline_s=40.0, ordered_by_s=35.0))
+    assert run.asked
+    if asked_s == 2.0:
+        assert (run.deadline_s, run.ordered_by_s) == deadlines
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "last_seen_s", "taken"), [(0, 3.0, True), (0, 2.0, False), (0, 1.0, False),
+                                            (1, 3.0, False)]
+)  # fmt: skip
+def test_who_saw_it_last_says_whether_it_is_demoted(
+    in_flight: int, last_seen_s: float, taken: bool
+) -> None:
+    run = WorkflowRun("w", "kind", 1.0, last_seen_s=2.0, in_flight=in_flight, engine="e")
+    heard(run, part(last_seen_s=last_seen_s, background=True))
+    assert (run.background, run.last_seen_s) == (taken, 3.0 if taken else 2.0)
+    assert run.engine == "e"
+    heard(run, part(engine="f", prefix=(7,), chunk_tokens=64))
+    assert (run.engine, run.prefix, run.chunk_tokens) == ("f", (7,), 64)
+
+
+def test_of_very_long_workflows_the_first_calls_are_known_and_how_they_ended() -> None:
+    run = WorkflowRun("w", "kind", 1.0)
+    own = {f"c{i}": seen() for i in range(MAX_CALLS - 1)}
+    heard(run, part(calls={**own, "more": seen("t"), "too many": seen("t")}))
+    assert len(run.calls) == MAX_CALLS
+    assert run.stage_counts == {"s": MAX_CALLS - 1, "t": 1}
+    heard(run, part(calls={"too many": seen("t"), "c3": seen(ended_s=2.0, output=5)}))
+    assert run.calls["c3"].ended_s == 2.0
+    assert run.attained == run.calls["c3"].weight()
+    heard(run, part(gone=("more", "never known")))
+    assert "more" not in run.calls
+    assert len(run.calls) == MAX_CALLS - 1
 
 
 def test_a_workflow_is_open_where_its_last_call_came() -> None:
