@@ -201,7 +201,7 @@ class _Mending:
 
     def _put(self, place: Key, value: Any) -> bool:
         parent = self._source.at(place[:-1])
-        if isinstance(parent, dict | list):
+        if isinstance(parent, dict) or (isinstance(parent, list) and isinstance(place[-1], int)):
             parent[place[-1]] = value  # type: ignore[index]
             return True
         return False

@@ -8,7 +8,6 @@ commands work in a clone of the repository.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,7 +16,7 @@ from types import ModuleType
 from typing import Final
 
 from hexgen_vllm import __version__
-from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.errors import ConfigError, exit_code
 from hexgen_vllm.option import Parser, known_names
 
 COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
@@ -64,7 +63,6 @@ COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("bench", "kv"): ("benchmarks.kv.kv", "time saving and restoring KV blocks"),
     ("bench", "report"): ("benchmarks.evaluation.report", "compare all policies in the simulator"),
 }
-_PIPE_CLOSED: Final = 128 + 13  # as a shell says it of SIGPIPE
 _GROUPS: Final = {
     "batch": "answer requests by file, when nobody else needs the engines",
     "bench": "measure engines, scheduler, router, simulator and KV copies",
@@ -97,28 +95,15 @@ def _split(argv: Sequence[str]) -> tuple[tuple[str, ...], Sequence[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (2: the command line or an option is wrong)."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        try:
-            return _run(*_split(arguments))
-        finally:  # argparse, too, leaves what it printed in the buffer
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever read what we print has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _PIPE_CLOSED
-    except KeyboardInterrupt:
-        return 130
+    words, rest = _split(sys.argv[1:] if argv is None else argv)
+    return exit_code(" ".join(("hexgen-vllm", *words)), lambda: _run(words, rest))
 
 
 def _run(words: tuple[str, ...], rest: Sequence[str]) -> int:
     if words not in COMMANDS:
         return _explain(words, rest)
-    try:
-        module, parser = command(words)
-        return int(module.main(parser.parse_args(rest)))
-    except HexgenError as error:
-        print(f"hexgen-vllm {' '.join(words)}: {error}", file=sys.stderr)
-        return 2
+    module, parser = command(words)
+    return int(module.main(parser.parse_args(rest)))
 
 
 def command(words: tuple[str, ...]) -> tuple[ModuleType, Parser]:

@@ -18,6 +18,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.wire import from_json
 
 _PATIENCE_S: Final = 10.0
 _WIDTH: Final = 48
@@ -77,7 +78,7 @@ def _asked(url: str, workflow: str, key: str | None) -> dict[str, Any]:
     try:
         request = urllib.request.Request(target, headers=headers)
         with urllib.request.urlopen(request, timeout=_PATIENCE_S) as answer:
-            account = json.load(answer)
+            account = from_json(answer.read())
     except urllib.error.HTTPError as error:
         raise ConfigError(_sentence(error)) from None
     except (OSError, ValueError) as error:
@@ -90,7 +91,7 @@ def _asked(url: str, workflow: str, key: str | None) -> dict[str, Any]:
 
 def _sentence(error: urllib.error.HTTPError) -> str:
     try:
-        return str(json.load(error)["error"]["message"])
+        return str(from_json(error.read())["error"]["message"])
     except (KeyError, TypeError, ValueError):
         return f"the router answered {error.code}."
 
@@ -126,7 +127,7 @@ def _fields(line: str) -> tuple[str, dict[str, str]]:
     """Return what a line is about, and its fields as texts."""
     if line.startswith("{"):
         try:
-            said = json.loads(line)
+            said = from_json(line)
         except ValueError:
             return "", {}
         return str(said.get("event")), {k: str(v) for k, v in said.items()}

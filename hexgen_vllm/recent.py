@@ -28,6 +28,7 @@ from typing import Any, Final
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.option import known_names
+from hexgen_vllm.wire import from_json
 
 MAX_CALLS: Final = 1024
 """Calls of a workflow that a router remembers; those of other formats may have more."""
@@ -134,7 +135,7 @@ def parse(lines: Iterable[str], name: str) -> list[RecentWorkflow]:
 
 def _workflow(line: str, where: str) -> RecentWorkflow:
     try:
-        data = json.loads(line)
+        data = from_json(line)
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON: {error}.") from None
     return workflow_in(data, where)

@@ -160,6 +160,18 @@ def plain(value: Any, digits: int | None = None) -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
+def from_json(text: str | bytes) -> Any:
+    """Return what a JSON text says, of whatever origin.
+
+    Raises:
+        ValueError: it is not JSON, or nested more deeply than can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _positive_ms(value: object) -> float:
     ms = number(value)
     if not 0 < ms <= MAX_TIME_MS:
@@ -378,8 +390,8 @@ def _spliced(body: bytes, ours: dict[str, Any]) -> bytes:
 
 def _parsed(body: bytes, said: CallMeta) -> bytes:
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
+        document = from_json(body)
+    except ValueError:
         return body
     if not isinstance(document, dict):
         return body

@@ -23,6 +23,7 @@ T = TypeVar("T")
 Key = tuple[str | int, ...]
 
 _INDEX: Final = re.compile(r"\[([0-9]+)\]")
+_MOST_VALUES: Final = 10**6  # aliases of aliases make as many as they like of a short file
 _WORDS: Final[dict[Any, tuple[str, str]]] = {
     str: ("text", "texts"),
     int: ("a whole number", "whole numbers"),
@@ -273,10 +274,13 @@ def read(path: Path, twice: list[LocatedError] | None = None) -> Located:
     lines: dict[Key, int] = {}
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        value = None if node is None else _decoded(node, (), lines, str(path), twice)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {_reason(error)}.") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None and _values(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError("it holds too many values")
+        value = None if node is None else _decoded(node, (), lines, str(path), twice)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path} line {line}: not YAML, {error.problem}.") from None
@@ -310,6 +314,17 @@ def _reason(error: Exception) -> str:
         return "it is nested too deeply, or within itself"
     said = error.strerror if isinstance(error, OSError) else str(error)
     return " ".join((said or type(error).__name__).split()).rstrip(".")
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node holds, each as often as an alias repeats it."""
+    if id(node) not in known:
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.CollectionNode):
+            pairs = isinstance(node, yaml.MappingNode)
+            children = [child for _, child in node.value] if pairs else node.value
+        known[id(node)] = 1 + sum(_values(child, known) for child in children)
+    return known[id(node)]
 
 
 def _decoded(
@@ -349,8 +364,24 @@ def _decoded(
 def _scalar(node: yaml.Node) -> Any:
     loader = _Loader("")
     try:
-        return loader.construct_object(node, deep=True)
-    except ValueError as error:  # looks like a date or a number, and is none
-        raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+        value = loader.construct_object(node, deep=True)
+        if isinstance(value, str):
+            _check_text(value)
+    except (ValueError, LookupError, AttributeError) as error:
+        # Looks like a date or a number and is none, or is said to be one.
+        kind = node.tag.rpartition(":")[2]
+        problem = str(error) if isinstance(error, ValueError) else f"{node.value!r} is no {kind}"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
     finally:
         loader.dispose()
+    return value
+
+
+def _check_text(text: str) -> None:
+    """Refuse what no name, path or word of a command can hold.
+
+    Raises:
+        ValueError: there is such a character.
+    """
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("a text holds a character that no name can have")

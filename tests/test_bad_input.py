@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,7 +235,44 @@ OTHERS = (
     Mistake("… is no installed vLLM: its _version.py tells no version.",
             "patch status --vllm EMPTY"),
 )  # fmt: skip
-MISTAKES = (*OPTIONS, *ROUTER, *DISCOVERY, *CLUSTER, *RAY, *SIM, *TUNE, *OTHERS)
+DEEP = "[" * 1200
+LAUGHS = "a0: &a0 [1]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+ODD_FILES = (
+    *(router(f"{name} in YAML", file=text) for name, text in (
+        ("aliases of aliases", LAUGHS),
+        ("a circle", "a: &a {b: *a}"),
+        ("deep lists", DEEP),
+        ("no date", "port: !!timestamp x"),
+        ("no truth value", "port: !!bool x"),
+        ("no whole number", "port: !!int ''"),
+        ("a sign without a number", "port: !!int '-'"),
+        ("no number", "alpha: !!float ''"),
+        ("NUL", r'host: "a\0b"'),
+        ("half a pair", r'host: "\ud800"'),
+    )),
+    router("NUL in a path", file=r'ssl-certfile: "a\0b"'),
+    *(Mistake(f"deep JSON for {words.split()[0]} {words.split()[1]}", words, DEEP) for words in (
+        "sim PLAYED --trace FILE",
+        "sim PLAYED --trace FILE --trace-format text2sql",
+        "sim FLEET --against FILE",
+        "trace info FILE",
+        "tune --fleet FLEET --trace FILE.jsonl",
+        "text2sql --database BASE --questions FILE",
+        "text2sql --benchmark BENCHMARK",
+    )),
+    *(Mistake(f"a name that is too long for {words.split()[0]}", words) for words in (
+        "sim PLAYED --trace LONG", "sim FLEET --against LONG", "trace info LONG",
+        "text2sql --benchmark LONG", "patch status --vllm LONG", "check-policy LONG:Class",
+        "reference --out LONG",
+    )),
+    Mistake("a list is no cluster", "check --kind cluster FILE", "[1, 2]"),
+    Mistake("a list is no scenario", "check --kind scenario FILE", "[1, 2]"),
+    Mistake("no fleet to add to, before an engine is measured",
+            f"calibrate --url {URL} --fleet FILE", DEEP),
+)  # fmt: skip
+MISTAKES = (*OPTIONS, *ROUTER, *DISCOVERY, *CLUSTER, *RAY, *SIM, *TUNE, *OTHERS, *ODD_FILES)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.what)
@@ -245,9 +283,13 @@ def test_bad_input_gets_a_sentence(
     files["FILE.jsonl"] = mistake.file
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / "EMPTY").mkdir()
+    for name in ("EMPTY", "BENCHMARK"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "BENCHMARK" / "dev.json").write_text(mistake.file)
+    sqlite3.connect(tmp_path / "BASE").execute("CREATE TABLE t (a)").connection.close()
+    places = (*files, "EMPTY", "OUT", "BASE", "BENCHMARK")
     words = [
-        str(tmp_path / word) if word in (*files, "EMPTY", "OUT") else word
+        str(tmp_path / word) if word in places else word.replace("LONG", "x" * 5000)
         for word in mistake.words.split()
     ]
     try:

@@ -18,6 +18,7 @@ from hexgen_vllm import cli, doctor
 from hexgen_vllm.errors import ConfigError
 
 OF_OTHERS = ("engine", "engine-cpu", "dev", "mutate")  # not for who runs a router
+PIPE_CLOSED = 128 + 13
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -132,11 +133,33 @@ def test_nobody_reads_what_is_printed(words: str) -> None:
     os.close(writing)
     assert "BrokenPipe" not in found.stderr
     # argparse passes over what it cannot print
-    expected = {"nonsense": (2,), "explain --help": (0, cli._PIPE_CLOSED)}
-    assert found.returncode in expected.get(words, (cli._PIPE_CLOSED,))
+    expected = {"nonsense": (2,), "explain --help": (0, PIPE_CLOSED)}
+    assert found.returncode in expected.get(words, (PIPE_CLOSED,))
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(
+    ("program", "end", "code"),
+    [
+        ("hexgen_vllm --help", ">&-", 0),
+        ("hexgen_vllm --help", ">/dev/full", 2),
+        ("hexgen_vllm tune --help", "", 0),  # it has Greek letters
+    ],
+)
+def test_output_may_be_closed_full_or_poor(program: str, end: str, code: int) -> None:
+    line = f"set -o pipefail; {sys.executable} -m {program} {end}"
+    found = subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
+    )
+    assert found.returncode == code
+    assert "Traceback" not in found.stderr
+    assert found.stderr.count("\n") == (code == 2)
+
+
 @pytest.mark.parametrize(("value", "named"), [("1", True), ("0", False), ("", False)])
 def test_doctor_says_which_server_vllm_would_run(
     monkeypatch: pytest.MonkeyPatch, value: str, named: bool

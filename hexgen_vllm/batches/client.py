@@ -15,6 +15,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.wire import from_json
 
 DEFAULT_URL: Final = "http://127.0.0.1:30000/v1"
 _TIMEOUT_S: Final = 60.0
@@ -183,7 +184,7 @@ class BatchServer:
         if answer.status != 200:
             raise _refused(answer.status, raw)
         try:
-            found = json.loads(raw)
+            found = from_json(raw)
         except ValueError:
             found = None
         if not isinstance(found, dict):
@@ -220,7 +221,7 @@ class BatchServer:
 def _refused(status: int, raw: bytes) -> ConfigError:
     """Return the error for what a server has refused."""
     try:
-        text = str(json.loads(raw)["error"]["message"])
+        text = str(from_json(raw)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         text = f"the server answers {status}."
     if status in (429, 500, 502, 503, 504):

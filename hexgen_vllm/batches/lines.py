@@ -18,6 +18,8 @@ from typing import Any, Final
 
 import msgspec
 
+from hexgen_vllm.wire import from_json
+
 ANY_ENDPOINT: Final = "*"
 """The ``endpoint`` of a batch whose lines each say theirs."""
 
@@ -153,8 +155,8 @@ def _not_json() -> WrongLine:
 def _why(text: bytes) -> WrongLine:
     """Return what is wrong with a line that is no request, though it may be JSON."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = from_json(text)
+    except ValueError:
         return _not_json()
     if not isinstance(found, dict):
         return WrongLine("invalid_json_line", "This line is no JSON object.")
@@ -189,7 +191,7 @@ def answered(line_id: str, custom_id: str, status: int, request_id: str, body: b
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
         said = b" ".join(body.splitlines()) if b"\n" in body or b"\r" in body else body
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         said = _json(body.decode("utf-8", "replace"))
     head = f'{{"id":{_text(line_id)},"custom_id":{_text(custom_id)},"response":'
     response = f'{{"status_code":{status},"request_id":{_text(request_id)},"body":'

@@ -25,6 +25,7 @@ from hexgen_vllm.batches.lines import ANY_ENDPOINT
 from hexgen_vllm.batches.store import ENDED
 from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.wire import from_json
 
 _CLOCK: Final = SystemClock()
 _NEVER: Final = threading.Event()
@@ -114,7 +115,7 @@ class _Run:
         """Return what marks the batch of this run, of one that was interrupted if there is one."""
         about = {"file": digest, "server": self._server.url}
         try:
-            found = json.loads(self._note.read_text())
+            found = from_json(self._note.read_text())
             if {name: found.get(name) for name in about} == about:
                 self._met = True
                 return str(found["run"])

@@ -195,7 +195,7 @@ class _Reading:
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    found = json.loads(data)
+    found = wire.from_json(data)
     if not isinstance(found, dict):
         raise ValueError("the answer is not a JSON object")
     return found
@@ -211,7 +211,7 @@ def _wrong_length(expected: int, found: int | None) -> str | None:
 def _message(text: str) -> str:
     """Return the message of an OpenAI error object, or the text itself, in one short line."""
     try:
-        error = json.loads(text)["error"]
+        error = wire.from_json(text)["error"]
         text = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, KeyError, TypeError):
         pass

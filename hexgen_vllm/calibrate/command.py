@@ -107,6 +107,8 @@ def main(args: argparse.Namespace) -> int:
     """
     for path in (args.json, args.fleet):
         results.check_writable(path)
+    if args.fleet:
+        entry.read(args.fleet)  # before the engine is measured for nothing
     options = from_mapping(CalibrateOptions, given(args, CalibrateOptions))
     found = asyncio.run(calibrate(args.url, options))
     print(calibration_text(found))

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import yaml
 
+from hexgen_vllm import yaml_files
 from hexgen_vllm.calibrate.facts import Facts
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.types import StepCost
@@ -72,26 +73,29 @@ def write(path: Path, entry: dict[str, Any], call_latency_s: float) -> None:
     Raises:
         ConfigError: the file exists and holds something else than a fleet.
     """
-    entries, known_s = _read(path)
+    entries, known_s = read(path)
     fleet = [*(old for old in entries if old.get("name") != entry["name"]), entry]
     simulation = {"router_latency_s": round(max(call_latency_s, known_s), 5)}
     text = yaml.safe_dump({"fleet": fleet, "simulation": simulation}, sort_keys=False)
     path.write_text(text, encoding="utf-8")
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], float]:
-    """Return the engines in ``path``, none when it does not exist, and the latency there."""
+def read(path: Path) -> tuple[list[dict[str, Any]], float]:
+    """Return the engines in ``path``, none when it does not exist, and the latency there.
+
+    Raises:
+        ConfigError: the file exists and holds something else than a fleet.
+    """
     if not path.exists():
         return [], 0.0
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
+    source = yaml_files.read(path)
+    data = source.value
     keys = set(data) if isinstance(data, dict) else set()
     fleet = data["fleet"] if "fleet" in keys and keys <= {"fleet", "simulation"} else None
     if not isinstance(fleet, list) or not all(isinstance(entry, dict) for entry in fleet):
         raise ConfigError(f"{path} must hold nothing but a fleet with a list of engines.")
-    return fleet, float((data.get("simulation") or {}).get("router_latency_s", 0.0))
+    latency = ("simulation", "router_latency_s")
+    return fleet, 0.0 if source.at(latency) is None else source.typed(float, latency)
 
 
 def to_calibration(cost: StepCost, chunk: int = 2048) -> dict[str, dict[str, float]]:

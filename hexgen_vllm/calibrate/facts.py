@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from yarl import URL
 
 from hexgen_vllm.router.engines import telemetry
 from hexgen_vllm.types import StepCost
-from hexgen_vllm.wire import STATS_PATH, stats_port
+from hexgen_vllm.wire import STATS_PATH, from_json, stats_port
 
 _CACHE: Final = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.M)
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
@@ -92,7 +91,7 @@ async def _get(session: aiohttp.ClientSession, url: str) -> str:
 
 def _object(text: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(text)
+        found = from_json(text)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,7 +9,6 @@ so that a prefix cache does not help.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,6 +22,7 @@ from hexgen_vllm.calibrate.fit import DecodeTiming, PrefillTiming
 from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.sim.workloads.workload import CallSpec
+from hexgen_vllm.wire import from_json
 
 _ROUND_TRIPS: Final = 9
 OUTPUT_TOKENS: Final = 24
@@ -197,7 +197,7 @@ def _new_tokens(line: bytes) -> int:
     """Return how many tokens one line of a stream carries."""
     if not line.startswith(b"data: {"):
         return 0
-    event: dict[str, Any] = json.loads(line[5:])
+    event: dict[str, Any] = from_json(line[5:])
     if "error" in event:
         raise ValueError(f"the answer is an error: {event['error']}")
     choices = event.get("choices")

@@ -19,7 +19,7 @@ from hexgen_vllm.cluster.file import load
 from hexgen_vllm.cluster.processes import ProcessFailed
 from hexgen_vllm.cluster.spec import ClusterSpec
 from hexgen_vllm.cluster.supervisor import Cluster, Running
-from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.errors import exit_code
 from hexgen_vllm.option import Parser
 
 PROG = "python -m hexgen_vllm.serve"
@@ -47,20 +47,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the cluster named on the command line; return the exit code."""
+    return exit_code(PROG, lambda: _main(argv))
+
+
+def _main(argv: Sequence[str]) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.ray_address is not None and args.backend != "ray":
         parser.error("argument --ray-address: goes with --backend ray only")
-    try:
-        spec = load(args.cluster)
-        if args.log_dir is not None:
-            spec = replace(spec, log_dir=args.log_dir)
-        if args.ray_address is not None:
-            spec = replace(spec, ray={**spec.ray, "address": args.ray_address})
-        return asyncio.run(run(_made(spec, args.backend)))
-    except ConfigError as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 2
+    spec = load(args.cluster)
+    if args.log_dir is not None:
+        spec = replace(spec, log_dir=args.log_dir)
+    if args.ray_address is not None:
+        spec = replace(spec, ray={**spec.ray, "address": args.ray_address})
+    return asyncio.run(run(_made(spec, args.backend)))
 
 
 def _made(spec: ClusterSpec, backend: str) -> Running:

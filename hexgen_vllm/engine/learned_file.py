@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hexgen_vllm.policy.outlook import Outlooks
+from hexgen_vllm.wire import from_json
 
 logger = logging.getLogger("vllm.hexgen")
 
@@ -61,13 +62,13 @@ class LearnedFile:
         try:
             if self._path.stat().st_size > _MOST_BYTES:
                 raise ValueError("it is too large")
-            values = json.loads(self._path.read_bytes())
+            values = from_json(self._path.read_bytes())
             if not isinstance(values, dict) or values.get("format") != _FORMAT:
                 raise ValueError("it has another format")
             self._outlooks.shapes.restore(values.get("shapes"))
         except FileNotFoundError:
             return
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             logger.warning("%s is not used: %s. What it held is learned anew.", self._path, error)
 
     def _write(self, values: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ def with_switched_off(args: Sequence[str]) -> list[str]:
         file = words[words.index("--config") + 1]
         with open(file, encoding="utf-8") as text:
             values = yaml.safe_load(text).items()
-    except (ValueError, IndexError, OSError, AttributeError, yaml.YAMLError):
+    except (ValueError, LookupError, OSError, AttributeError, RecursionError, yaml.YAMLError):
         return words  # there is no such file, or vLLM will say what is wrong with it
     off = [
         f"--no-{name.replace('_', '-')}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.option import todays_name
+from hexgen_vllm.wire import from_json
 
 Row = dict[str, Any]
 
@@ -22,7 +23,7 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from hexgen_vllm import descriptors, option, policy_file, signals
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.errors import ConfigError, exit_code
 from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.observe import logs
 from hexgen_vllm.router.options import (
@@ -238,8 +238,4 @@ def run(argv: Sequence[str] | None = None) -> int:
         description="Place calls of LLM workflows on several engines.",
     )
     add_arguments(parser)
-    try:
-        return main(parser.parse_args(argv))
-    except HexgenError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    return exit_code(parser.prog, lambda: main(parser.parse_args(argv)))

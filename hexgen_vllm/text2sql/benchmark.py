@@ -29,6 +29,7 @@ from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.outcome import QueryLimits, Row
 from hexgen_vllm.text2sql.questions import Question
+from hexgen_vllm.wire import from_json
 
 BIRD: Final = "bird"
 SPIDER: Final = "spider"
@@ -160,7 +161,7 @@ def _entries(folder: Path, split: str) -> tuple[str, list[dict[str, Any]]]:
     if path is None:
         raise ConfigError(f"benchmark: {folder} has none of {', '.join(dict.fromkeys(names))}.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"benchmark: {path} cannot be read: {error}.") from None
     for kind, gold in _GOLD.items():

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hexgen_vllm import yaml_files
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql.database import Database
 from hexgen_vllm.text2sql.outcome import QueryOutcome, Row, orders_rows, same_rows
@@ -58,10 +57,7 @@ def load(databases: Mapping[str, Database], file: Path) -> list[Question]:
     Raises:
         ConfigError: ``file`` holds something else, or a gold query does not run.
     """
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}.") from None
+    found = yaml_files.read(file).value
     if isinstance(found, list) and len(databases) == 1:
         found = dict.fromkeys(databases, found)
     if not isinstance(found, dict) or not all(isinstance(one, list) for one in found.values()):

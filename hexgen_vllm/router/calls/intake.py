@@ -621,8 +621,8 @@ def _in_python(raw: bytes) -> Any:
         BadRequest: it is not JSON.
     """
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
+        return wire.from_json(raw)
+    except ValueError:
         raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
 
 

@@ -17,6 +17,8 @@ from typing import Any, Final, Protocol, TypeVar
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 
+from hexgen_vllm.wire import from_json
+
 REQUEST_ID_HEADER: Final = "x-request-id"
 SERVER: Final = "hexgen-vllm"
 _FRAMING = frozenset(("content-length", "connection"))
@@ -62,8 +64,8 @@ def json_response(
 def json_object(body: bytes) -> dict[str, Any]:
     """Return the JSON object in ``body``, an empty one if it is none."""
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
+        found = from_json(body)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

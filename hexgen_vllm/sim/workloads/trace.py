@@ -11,7 +11,6 @@ that belongs to one call alone. Stages that are not known share nothing.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -36,6 +35,7 @@ from hexgen_vllm.sim.workloads.workload import (
     renamed,
     workflow_stream,
 )
+from hexgen_vllm.wire import from_json
 
 SCHEMA_STREAM: Final = "schema:recorded"
 CANDIDATES: Final = ("generate_candidate/a", "generate_candidate/b")
@@ -121,7 +121,7 @@ def read_trace(path: str | Path) -> tuple[WorkflowSpec, ...]:
         ConfigError: the file cannot be read or is not a trace; names file, entry and key.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

@@ -7,7 +7,6 @@ has forgotten where it was.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import random
@@ -31,6 +30,7 @@ from hexgen_vllm.router.engines.discovery.members import (
 )
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.types import Role
+from hexgen_vllm.wire import from_json
 
 GONE: Final = "gone"
 FORBIDDEN: Final = "forbidden"
@@ -198,8 +198,8 @@ def _event(line: bytes) -> dict[str, Any]:
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = from_json(text)
+    except ValueError:
         raise ApiFailed("error") from None
     if not isinstance(found, dict):
         raise ApiFailed("error")

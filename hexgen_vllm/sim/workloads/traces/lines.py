@@ -16,6 +16,7 @@ from typing import IO, Any, Final
 import msgspec
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.wire import from_json
 
 MAX_TOKENS: Final = 10_000_000
 _GZIP: Final = b"\x1f\x8b"
@@ -216,18 +217,20 @@ def _decoded(line: str) -> Any:
     """
     try:
         return msgspec.json.decode(line)
-    except msgspec.DecodeError:
-        return json.loads(line)
+    except (msgspec.DecodeError, RecursionError):
+        return from_json(line)
 
 
 def _document(path: Path) -> Any:
     with opened(path) as file:
         try:
-            return json.load(file)
+            return from_json(file.read())
         except UnicodeDecodeError:
             raise ConfigError(f"{path} is not UTF-8.") from None
         except json.JSONDecodeError as error:
             raise _no_json(path, error.lineno, error) from None
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}.") from None
 
 
 def _listed(path: Path, values: Sequence[Any]) -> Iterator[Row]:
