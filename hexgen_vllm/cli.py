@@ -16,8 +16,9 @@ from types import ModuleType
 from typing import Final
 
 from hexgen_vllm import __version__
-from hexgen_vllm.errors import ConfigError, exit_code
+from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.option import Parser, known_names
+from hexgen_vllm.program import exit_code
 
 COMMANDS: Final[dict[tuple[str, ...], tuple[str, str]]] = {
     ("router",): ("hexgen_vllm.router.main", "place workflow calls on several engines"),

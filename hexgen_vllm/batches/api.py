@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,11 @@ import msgspec
 
 from hexgen_vllm.batches.form import FormReader
 from hexgen_vllm.batches.lines import ANY_ENDPOINT, Serves, servable
-from hexgen_vllm.batches.store import BatchJob, Disk, File, new_id
+from hexgen_vllm.batches.store import BatchJob, Disk, File, new_id, not_there
 from hexgen_vllm.clock import unix_s
 from hexgen_vllm.errors import BadRequest
 
+_LOG = logging.getLogger(__name__)
 FILES: Final = "/v1/files"
 BATCHES: Final = "/v1/batches"
 MAX_BODY_BYTES: Final = 64 * 1024
@@ -115,7 +118,16 @@ class BatchApi:
         found = (_FILES if files else _BATCHES).get(asks)
         if found is None:
             raise BadRequest("There is no such endpoint.", status=404)
-        return await found(self, asked, one_id)
+        if not one_id.isascii():  # it may hold bytes that are no text, which a database refuses
+            raise not_there("File" if files else "Batch", one_id)
+        try:
+            return await found(self, asked, one_id)
+        except ConnectionError:
+            raise
+        except (OSError, sqlite3.Error) as error:
+            _LOG.error("the folder of batches failed error=%s", error)
+            text = "The router cannot use its folder of files and batches now."
+            raise BadRequest(text, status=503, code="batch_folder_failed") from None
 
     # Files
 

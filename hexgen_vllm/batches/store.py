@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import sqlite3
@@ -28,10 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
+import msgspec
+
 from hexgen_vllm.clock import unix_s
 from hexgen_vllm.errors import BadRequest, ConfigError
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 OPEN: Final = ("validating", "in_progress", "finalizing", "cancelling")
 """Statuses of batches that have not ended."""
 
@@ -206,6 +210,12 @@ class BatchJob:
 
 _COLUMNS: Final = ("id", "owner", "status", "completed", "failed", "answer_bytes", "cancelled")
 _KEPT: Final = tuple(n for n in BatchJob.__slots__ if n not in _COLUMNS)
+_READ: Final = (
+    (", ".join((*File._fields, "seq")), "files"),
+    (", ".join((*_COLUMNS, "seq", "job")), "batches"),
+    ("batch, line, ok, record", "answers"),
+    ("batch, line, tries", "begun"),
+)
 
 
 class Answered(NamedTuple):
@@ -252,9 +262,12 @@ class Store:
             (self._folder / DATABASE).chmod(0o600)  # its log gets the same
             self._base.execute("PRAGMA synchronous = FULL")
             self._base.executescript(_SCHEMA)
+            for columns, table in _READ:  # of a store of another version, too
+                self._base.execute(f"SELECT {columns} FROM {table} LIMIT 0")
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"batch_dir {self._folder} cannot be used: {error}.") from None
         self._lock: int | None = None
+        self._unreadable: set[str] = set()
 
     def close(self) -> None:
         """Close it, and let somebody else run the batches."""
@@ -433,10 +446,19 @@ class Store:
         )
         found = []
         for *columns, job in rows:
-            one = BatchJob(**dict(zip(_COLUMNS, columns, strict=True)), **json.loads(job))
-            one.cancelled = bool(one.cancelled)
-            found.append(one)
+            told = dict(zip(_COLUMNS, columns, strict=True))
+            told["cancelled"] = bool(told["cancelled"])
+            try:
+                found.append(msgspec.convert({**msgspec.json.decode(job), **told}, BatchJob))
+            except (ValueError, TypeError, RecursionError) as error:
+                self._leave_out(str(told["id"]), error)
         return found
+
+    def _leave_out(self, batch_id: str, error: Exception) -> None:
+        """Say once that a batch is none: another version wrote it, or the disk has lost it."""
+        if batch_id not in self._unreadable:
+            self._unreadable.add(batch_id)
+            _LOG.error("batch cannot be read batch=%s error=%s", batch_id, error)
 
     def cancel(self, owner: str, batch_id: str) -> BatchJob:
         """Note that a batch shall end.

@@ -19,8 +19,8 @@ from hexgen_vllm.cluster.file import load
 from hexgen_vllm.cluster.processes import ProcessFailed
 from hexgen_vllm.cluster.spec import ClusterSpec
 from hexgen_vllm.cluster.supervisor import Cluster, Running
-from hexgen_vllm.errors import exit_code
 from hexgen_vllm.option import Parser
+from hexgen_vllm.program import exit_code
 
 PROG = "python -m hexgen_vllm.serve"
 BACKENDS: Final = ("local", "ray")

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from hexgen_vllm import descriptors, option, policy_file, signals
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.errors import ConfigError, exit_code
+from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.program import exit_code
 from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.observe import logs
 from hexgen_vllm.router.options import (

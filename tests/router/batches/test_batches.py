@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +15,10 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 from openai.types import Batch
+from yarl import URL
 
+from hexgen_vllm.batches.store import Store, StoreLimits
+from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.testing.fake_server import FakeSettings
 from hexgen_vllm.testing.stand import BODIES, CHAT, Stand, open_stand
 
@@ -258,6 +262,80 @@ def late(folder: Path, batch_id: str) -> None:
     base.execute("UPDATE batches SET job = ? WHERE id = ?", (json.dumps(kept), batch_id))
     base.commit()
     base.close()
+
+
+def told_anew(folder: Path, change: str) -> None:
+    base = sqlite3.connect(folder / "batches.sqlite")
+    with base:
+        base.execute(change)
+    base.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "readable"),
+    [
+        ("UPDATE batches SET job = '{half'", False),
+        ("UPDATE batches SET job = '[]'", False),
+        ("UPDATE batches SET job = replace('' || hex(zeroblob(9000)), '00', '[')", False),
+        ("UPDATE batches SET job = json_remove(job, '$.window')", False),
+        ("UPDATE batches SET job = json_set(job, '$.expires', 'soon')", False),
+        ("UPDATE batches SET job = json_set(job, '$.of_a_later_version', 1)", True),
+        ("UPDATE batches SET job = json_remove(job, '$.times', '$.scoped')", True),
+    ],
+)
+async def test_a_batch_of_another_version_or_broken_holds_up_no_other(
+    tmp_path: Path, change: str, readable: bool
+) -> None:
+    async with opened(tmp_path) as stand, sdk(stand) as client:
+        first = await ended(client, await created(client, jsonl(line("a"))))
+    told_anew(tmp_path, change)
+    told_anew(tmp_path, "UPDATE batches SET status = 'in_progress'")
+    async with opened(tmp_path) as stand, sdk(stand) as client:
+        second = await ended(client, await created(client, jsonl(line("b"))))
+        assert second.status == "completed"
+        found = [one.id for one in (await client.batches.list()).data]
+        assert found == [second.id, *([first.id] if readable else [])]
+
+
+async def test_a_folder_of_another_version_is_refused_at_the_start(tmp_path: Path) -> None:
+    Store(StoreLimits(tmp_path)).close()
+    told_anew(tmp_path, "ALTER TABLE batches DROP COLUMN cancelled")
+    with pytest.raises(ConfigError, match=r"cannot be used: no such column"):
+        Store(StoreLimits(tmp_path))
+
+
+async def test_a_folder_that_fails_is_told_of_without_a_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(tmp_path) as stand, sdk(stand) as client:
+        batch = await ended(client, await created(client, jsonl(line("a"))))
+        shutil.rmtree(tmp_path / "files")
+        with pytest.raises(openai.InternalServerError) as failed:
+            await client.files.create(file=("in.jsonl", b"{}"), purpose="batch")
+        assert (failed.value.status_code, failed.value.code) == (503, "batch_folder_failed")
+        told_anew(tmp_path, "DROP TABLE batches")
+        for asked in (client.batches.list(), client.batches.retrieve(batch.id)):
+            with pytest.raises(openai.InternalServerError) as failed:
+                await asked
+            assert failed.value.code == "batch_folder_failed"
+        assert not any(record.exc_info for record in caplog.records)
+        async with stand.post() as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize("odd", ["%ff", "%ED%A0%80", "%00", "%F0%9F%98%80"])
+async def test_ids_that_are_no_text_are_not_there(tmp_path: Path, odd: str) -> None:
+    asked = (
+        *(("GET", f"/v1/files/{odd}{more}") for more in ("", "/content")),
+        ("DELETE", f"/v1/files/{odd}"),
+        ("GET", f"/v1/batches/{odd}"),
+        ("POST", f"/v1/batches/{odd}/cancel"),
+    )
+    async with opened(tmp_path) as stand:
+        for method, path in asked:
+            url = URL(stand.router.url + path, encoded=True)
+            async with stand.client.request(method, url) as answer:
+                assert answer.status == 404, path
 
 
 async def test_batches_are_off_until_they_have_a_folder(stand: Stand) -> None:
