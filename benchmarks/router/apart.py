@@ -149,6 +149,7 @@ class Told(PrefixIndex):
 
     def __init__(self, load: EngineLoad, engine: SimEngine, calls: Mapping[str, SimCall]) -> None:
         super().__init__(None)
+        self.changes = -1  # it is the engine that changes
         self._load, self._engine, self._calls = load, engine, calls
 
     def match(self, call: Call) -> int:

@@ -14,7 +14,8 @@ With more than a few engines, a held call that chose one without room waits for 
 looked at again when there is room, when engines come, go or change, and with all others at the
 first event after :data:`LOOK_S` seconds per engine and call looked at. So an event costs one or two
 choices, however many calls wait, and a call that would by now rather go elsewhere hears of it that
-much later.
+much later. With a few engines all are looked at at every event, but a choice is made only for those
+that could choose otherwise than before (:meth:`~hexgen_vllm.policy.dispatch.Dispatch.stays`).
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Coordinator:
         self.options = options
         self._exhaustive = exhaustive
         self._waits_for: dict[str, EngineLoad] = {}  # of held calls, the engine that each chose
+        self._waited_for: dict[str, EngineLoad] = {}  # before all were to be looked at again
         self._look_again_s = 0.0
         self._engines = Engines()
         self.engines = self._engines.loads
@@ -310,11 +312,14 @@ class Coordinator:
         decisions: list[Decision] = []
         if not self._held or not self._any_room():
             return decisions
-        self._protection.judge_held(_SCAN, now)
+        first = self._held.first(_SCAN, now=now)
+        demoted = self._protection.judge_held(first, now)
         self._forget_stale(now)
         depth, claims = self.options.hold_depth, dict[str, int]()
         models = self._engines.with_room(self._held.models, self.options.hold_depth)
-        for call_id in self._held.first(_SCAN, models, now=now):
+        if demoted or models is not None:
+            first = self._held.first(_SCAN, models, now=now)
+        for call_id in first:
             wanted = self._waits_for.get(call_id)
             if wanted is not None and not wanted.room(depth):
                 claims[wanted.engine_id] = claims.get(wanted.engine_id, 0) + 1
@@ -324,6 +329,11 @@ class Coordinator:
             if not candidates:
                 if not self._reachable(entry):
                     decisions.append(self._refused(entry, overload.no_endpoints(call_id), now))
+                continue
+            wanted = self._waited_for.get(call_id)
+            if wanted is not None and self._stays(entry, wanted, candidates, claims, now):
+                self._waits_for[call_id] = wanted
+                claims[wanted.engine_id] = claims.get(wanted.engine_id, 0) + 1
                 continue
             choice = self._chosen(entry, candidates, claims, now)
             if not choice.engine.room(depth):
@@ -341,8 +351,25 @@ class Coordinator:
         """Have all held calls looked at again, if it is time."""
         looked_at = min(len(self._held), _SCAN) * len(self.engines)
         if self._exhaustive or looked_at <= _FEW or now >= self._look_again_s:
-            self._waits_for.clear()
+            self._waited_for, self._waits_for = self._waits_for, {}
             self._look_again_s = now + LOOK_S * looked_at
+
+    def _stays(
+        self,
+        entry: OpenCall,
+        wanted: EngineLoad,
+        candidates: Sequence[EngineLoad],
+        claims: Mapping[str, int],
+        now: float,
+    ) -> bool:
+        """Return whether a held call is sure to choose the engine again that it waited for."""
+        demand = entry.demand
+        if self._exhaustive or wanted.room(self.options.hold_depth):
+            return False
+        if self._engines.prefillers(demand.call, entry.refused_by):
+            return False
+        demand.handover = None
+        return self._dispatch.stays(demand, wanted, candidates, claims, now)
 
     def _at_once(self, entry: OpenCall, now: float) -> Placement | None:
         """Place a call that has nobody to wait behind, as holding and releasing it would."""

@@ -84,6 +84,16 @@ class Dispatch:
         """
         raise NotImplementedError
 
+    def stays(
+        self, demand: Demand, wanted: EngineLoad, engines: Loads, claims: Claims, now: float
+    ) -> bool:
+        """Return whether :meth:`choose` is sure to say ``wanted``, as it did before.
+
+        For calls that are looked at again and again while they wait; ``False`` where to find out
+        takes as long as to choose.
+        """
+        return False
+
     def placed(self, demand: Demand, choice: Choice, now: float) -> None:
         """Note that a call was sent where :meth:`choose` said last."""
 

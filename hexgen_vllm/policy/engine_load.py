@@ -432,7 +432,13 @@ class EngineLoad:
         return found
 
     def least_finish_s(
-        self, demand: Demand, cost: StepCost, cached: int, claims: int, steps: float
+        self,
+        demand: Demand,
+        cost: StepCost,
+        cached: int,
+        prefill_s: float,
+        claims: int,
+        steps: float,
     ) -> float:
         """Return what :meth:`forecast` says at least of the finish, at a part of its price.
 
@@ -442,6 +448,7 @@ class EngineLoad:
             demand: the call.
             cost: the engine's step cost.
             cached: tokens of its prompt that need no prefill.
+            prefill_s: seconds of that of the others, were they computed here.
             claims: as for :meth:`forecast`.
             steps: that it takes after its prefill.
         """
@@ -449,8 +456,7 @@ class EngineLoad:
         arrives_s = None if demand.handover is None else self.arrives_s(demand, cost, cached)
         if arrives_s is not None:
             return max(arrives_s, wait * self.token_s(cost)) + steps * self.token_s(cost)
-        uncached = max(demand.call.prompt_tokens - cached, 1)
-        return cost.prefill_s(uncached, cached) + (steps + wait) * self.token_s(cost)
+        return prefill_s + (steps + wait) * self.token_s(cost)
 
     def arrives_s(self, demand: Demand, cost: StepCost, cached: int) -> float | None:
         """Return the seconds until the KV of a prompt is here, were it computed elsewhere.

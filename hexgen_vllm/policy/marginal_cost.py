@@ -29,7 +29,8 @@ In seconds; the engine with the lowest score gets the call::
 
 Needs: measured step costs. Starves: nothing; a workflow weighs at least ``W_LEAST``.
 Cost: O(engines * log chunks of the prompt) for bounds of the score, forecasts of those few engines
-that can win by theirs, and O(chunks) once per call placed.
+that can win by theirs, and O(chunks) once per call placed. A held call that is looked at again in a
+small fleet: O(engines) and one forecast, as long as no other engine can win.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ FAR: Final = 3.0
 _RHO_WEIGHT: Final = 0.01  # of the newest call in mean rho
 _MAX_CHUNKS: Final = 50_000
 _MAX_NOTED: Final = 256  # calls, more than are looked at in turn
+_MAX_PLACES: Final = 16  # engines of a fleet in which something is kept of a call at each
 _LEAST_S: Final = 1e-6
 _BELOW: Final = 1.0 - 1e-9  # what a sum may differ by when it is added up in another order
 
@@ -70,6 +72,19 @@ class MarginalCost(Dispatch):
         self._asked = AskedPrefixes()
         self._mean_rho = 0.0
         self._rho = 0.0  # of the call chosen for last
+        self._clip()
+
+    def retuned(self, options: DispatchOptions) -> None:
+        """As of :class:`Dispatch`."""
+        super().retuned(options)
+        self._asked.forget_places()
+        self._clip()
+
+    def _clip(self) -> None:
+        """Set between what ratios of rho to its mean a workflow's weight follows it."""
+        c = self._options.stretch
+        self._least_ratio = W_LEAST ** (1.0 / c) if c else 1.0
+        self._most_ratio = W_MOST ** (1.0 / c) if c else 1.0
 
     def choose(self, demand: Demand, engines: Loads, claims: Claims, now: float) -> Choice:
         """Return the engine with the lowest score.
@@ -90,7 +105,8 @@ class MarginalCost(Dispatch):
             cached = engine.prefixes.match(call) if affinity else 0
             waiting = claims.get(engine.engine_id, 0) if claims else 0
             uncached = max(prompt - cached, 1)
-            finish_s = engine.least_finish_s(demand, cost, cached, waiting, steps)
+            prefill_s = cost.prefill_s(uncached, cached)
+            finish_s = engine.least_finish_s(demand, cost, cached, prefill_s, waiting, steps)
             total_s += finish_s
             least_s = min(least_s, finish_s)
             delay_s, others = 0.0, engine.calls
@@ -119,6 +135,54 @@ class MarginalCost(Dispatch):
             if found.score < best.score or (found.score == best.score and i < at):
                 best, at = found, i
         return best
+
+    def stays(
+        self, demand: Demand, wanted: EngineLoad, engines: Loads, claims: Claims, now: float
+    ) -> bool:
+        """As of :class:`Dispatch`: whether no other engine's bound is below the score of this one.
+
+        Score and bounds are those of :meth:`choose`. What of them is the prompt's alone is kept.
+        """
+        count = len(engines)
+        if count > _MAX_PLACES or demand.handover is not None:
+            return False
+        call, output, mid = demand.call, demand.output_tokens, demand.output_tokens / 2
+        asked, x, prompt = self._asked, self._options.externality, call.prompt_tokens
+        steps, total_s, least_s = output + FIRST, 0.0, math.inf
+        places = asked.places(call, engines)
+        own: StepCost | None = None
+        for place in places:
+            engine = place.engine
+            cost, prefixes = engine.cost(), engine.prefixes
+            if cost is None or engine.doubted:
+                return False
+            if place.cost is not cost or place.prefixes is not prefixes or place.changed():
+                cached = prefixes.match(call) if self._options.prefix_affinity else 0
+                place.renew(call, cost, cached)
+            waiting = claims.get(engine.engine_id, 0) if claims else 0
+            finish_s = engine.least_finish_s(
+                demand, cost, place.cached, place.prefill_s, waiting, steps
+            )
+            total_s += finish_s
+            least_s = min(least_s, finish_s)
+            delay_s, others = 0.0, engine.calls
+            if others:
+                shared = asked.shared_at(place, call, count)
+                row_s = (cost.c1 + cost.c2 * (prompt + mid)) * output
+                delay_s = x * others * (cost.p1 * shared + row_s)
+            engine.finish_s, engine.delay_s = finish_s, delay_s
+            if engine is wanted:
+                own = cost
+        if own is None:
+            return False
+        weight, far_s = self._weight(demand, total_s / count, now), FAR * least_s
+        score = self._scored(demand, wanted, own, claims, weight, far_s).score
+        for place in places:
+            engine = place.engine
+            bound = _BELOW * (_weighed(engine.finish_s, weight, far_s) + engine.delay_s)
+            if bound <= score and engine is not wanted:
+                return False
+        return True
 
     def _hand_over(
         self, demand: Demand, handover: Handover, engines: list[EngineLoad], known: list[StepCost]
@@ -170,7 +234,7 @@ class MarginalCost(Dispatch):
         self._rho = rho = max(needs_s, _LEAST_S) / has_s
         mean = self._mean_rho or rho
         # Clipped as a ratio first: a power of what is huge would overflow.
-        ratio = min(max(rho / mean, W_LEAST ** (1.0 / c)), W_MOST ** (1.0 / c))
+        ratio = min(max(rho / mean, self._least_ratio), self._most_ratio)
         return float(ratio**c)
 
 
@@ -195,13 +259,52 @@ class _Chunk:
         self.counted, self.noted = False, 0
 
 
-class _Noted:
-    """The chunks of a call's prompt, found once for all the times that it is looked at."""
+class _Place:
+    """A held call at an engine, as of the last look: what stays while rates and prefixes do.
 
-    __slots__ = ("chunks", "prefix")
+    Attributes:
+        engine: which.
+        cost, prefixes: its step cost and prefix cache then.
+        cached, uncached: tokens of the prompt that it had, and the others.
+        prefill_s: seconds of these.
+        shared: what :meth:`AskedPrefixes.shared` said of them.
+    """
+
+    __slots__ = (
+        "as_of", "cached", "changes", "chunk", "cost", "engine", "forgotten", "prefill_s",
+        "prefixes", "shared", "uncached",
+    )  # fmt: skip
+
+    def __init__(self, engine: EngineLoad) -> None:
+        self.engine, self.prefixes = engine, engine.prefixes
+        self.cost: StepCost | None = None
+        self.cached = self.uncached = self.changes = self.forgotten = 0
+        self.prefill_s = self.shared = 0.0
+        self.chunk: _Chunk | None = None  # the first that is not cached
+        self.as_of = -1
+
+    def changed(self) -> bool:
+        """Return whether the engine's prefix cache may hold something else than then."""
+        return self.changes < 0 or self.changes != self.prefixes.changes
+
+    def renew(self, call: Call, cost: StepCost, cached: int) -> None:
+        """Take the present for that."""
+        self.prefixes = prefixes = self.engine.prefixes
+        self.cost, self.changes, self.cached = cost, prefixes.changes, cached
+        self.uncached = max(call.prompt_tokens - cached, 1)
+        self.prefill_s = cost.prefill_s(self.uncached, cached)
+        self.as_of = -1
+
+
+class _Noted:
+    """What is known of a call's prompt, found once for all the times that it is looked at."""
+
+    __slots__ = ("chunks", "engines", "places", "prefix")
 
     def __init__(self, prefix: tuple[int, ...], chunks: list[_Chunk]) -> None:
         self.prefix, self.chunks = prefix, chunks
+        self.engines: Loads = ()
+        self.places = list[_Place]()
 
 
 class AskedPrefixes:
@@ -211,13 +314,13 @@ class AskedPrefixes:
         self._seen: OrderedDict[int, _Chunk] = OrderedDict()  # counted ones, latest last
         self._noted: dict[str, _Noted] = {}  # by call, oldest first
         self._new: dict[int, _Chunk] = {}  # of them, those that are not counted
-        self._calls = 0
+        self._calls = self._forgotten = 0
 
     def add(self, call: Call) -> None:
         """Note that a call with these chunks was placed."""
         self._calls = number = self._calls + 1
         seen = self._seen
-        for chunk in self._chunks(call):
+        for chunk in self._note(call).chunks:
             key = chunk.key
             if chunk.counted:
                 chunk.count = chunk.count * math.exp((chunk.at - number) / WINDOW) + 1.0
@@ -231,6 +334,7 @@ class AskedPrefixes:
         while len(seen) > _MAX_CHUNKS:
             key, chunk = seen.popitem(last=False)
             chunk.count, chunk.counted = 0.0, False
+            self._forgotten += 1
             if chunk.noted:
                 self._new[key] = chunk
 
@@ -245,17 +349,45 @@ class AskedPrefixes:
         size, held = call.prefix_chunk_tokens, len(call.prefix)
         if not size or not held:
             return float(uncached)
-        chunks = self._chunks(call)
+        chunks = self._note(call).chunks
         tokens = float(call.prompt_tokens - held * size)
         for i in range(max((call.prompt_tokens - uncached) // size, 0), held):
             tokens += size / (1.0 + chunks[i].count / engines)
         return min(tokens, float(uncached))
 
-    def _chunks(self, call: Call) -> list[_Chunk]:
-        """Return the chunks of a call's prompt; what they count is that of now, always."""
+    def shared_at(self, place: _Place, call: Call, engines: int) -> float:
+        """Return :meth:`shared` for what is uncached at a place, found anew only if it changed.
+
+        Who asks for a chunk asks for all before it, so none changes without the first of them.
+        """
+        if place.as_of < 0:
+            size, chunks = call.prefix_chunk_tokens, self._note(call).chunks
+            first = max((call.prompt_tokens - place.uncached) // size, 0) if size else len(chunks)
+            place.chunk = chunks[first] if first < len(chunks) else None
+        at = 0 if place.chunk is None else place.chunk.at
+        if place.as_of != at or place.forgotten != self._forgotten:
+            place.shared = self.shared(call, place.uncached, engines)
+            place.as_of, place.forgotten = at, self._forgotten
+        return place.shared
+
+    def places(self, call: Call, engines: Loads) -> list[_Place]:
+        """Return what is kept of a call at each of ``engines``."""
+        noted = self._note(call)
+        if noted.engines is not engines and noted.engines != engines:
+            noted.places = [_Place(engine) for engine in engines]
+        noted.engines = engines
+        return noted.places
+
+    def forget_places(self) -> None:
+        """Keep nothing of calls at engines."""
+        for noted in self._noted.values():
+            noted.engines, noted.places = (), []
+
+    def _note(self, call: Call) -> _Noted:
+        """Return what is known of a call's prompt; what chunks count is that of now, always."""
         noted = self._noted.get(call.call_id)
         if noted is not None and noted.prefix is call.prefix:
-            return noted.chunks
+            return noted
         self._forget(call.call_id)
         chunks = list[_Chunk]()
         for key in call.prefix:
@@ -264,10 +396,10 @@ class AskedPrefixes:
                 chunk = self._new[key] = _Chunk(key)
             chunk.noted += 1
             chunks.append(chunk)
-        self._noted[call.call_id] = _Noted(call.prefix, chunks)
+        self._noted[call.call_id] = noted = _Noted(call.prefix, chunks)
         if len(self._noted) > _MAX_NOTED:
             self._forget(next(iter(self._noted)))
-        return chunks
+        return noted
 
     def _forget(self, call_id: str) -> None:
         noted = self._noted.pop(call_id, None)

@@ -10,6 +10,9 @@ from hexgen_vllm.types import Call
 class PrefixIndex:
     """Which prompt chunks an engine's prefix cache probably holds (least recently used go first).
 
+    Attributes:
+        changes: how often it changed; below 0 where it does not know that itself.
+
     Args:
         capacity_tokens: size of the KV cache; ``None`` assumes 200,000 tokens.
     """
@@ -18,6 +21,7 @@ class PrefixIndex:
         self._capacity = capacity_tokens or 200_000
         self._tokens: OrderedDict[int, int] = OrderedDict()
         self._held = 0
+        self.changes = 0
 
     def match(self, call: Call) -> int:
         """Return how many leading prompt tokens of ``call`` are probably cached."""
@@ -40,6 +44,7 @@ class PrefixIndex:
 
     def put(self, prefix: tuple[int, ...], chunk_tokens: int) -> None:
         """Note that the engine computes a prompt of these chunks, or did so for others."""
+        self.changes += 1
         size = max(chunk_tokens, 1)  # of nothing there could be any number
         # Leading chunks are touched last: vLLM evicts the tail of a prefix first.
         for key in reversed(prefix):
@@ -52,9 +57,11 @@ class PrefixIndex:
 
     def drop(self, key: int) -> None:
         """Note that the engine holds a chunk no more."""
+        self.changes += 1
         self._held -= self._tokens.pop(key, 0)
 
     def clear(self) -> None:
         """Forget everything (the engine restarted)."""
+        self.changes += 1
         self._tokens.clear()
         self._held = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from hexgen_vllm.config import DispatchOptions
@@ -76,14 +76,21 @@ class Protection:
         if now > entry.hopeless_after_s or (new and self._too_slow(entry.demand, ordinal, now)):
             self._demote(run)
 
-    def judge_held(self, limit: int, now: float) -> None:
-        """Demote the workflows of the first ``limit`` held calls that became hopeless."""
-        if not self.enabled:
-            return
-        for call_id in self._held.first(limit, now=now):
-            entry = self._open[call_id]
-            if now > entry.hopeless_after_s and not entry.run.background:
-                self._demote(entry.run)
+    def judge_held(self, first: Iterable[str], now: float) -> bool:
+        """Demote the workflows of held calls that became hopeless; return whether any was.
+
+        Args:
+            first: the calls that are judged.
+            now: the present moment.
+        """
+        found = False
+        if self.enabled:
+            for call_id in first:
+                entry = self._open[call_id]
+                if now > entry.hopeless_after_s and not entry.run.background:
+                    self._demote(entry.run)
+                    found = True
+        return found
 
     def turns_away(self, entry: OpenCall) -> bool:
         """Return whether a call is refused because its workflow, not begun, would be late.

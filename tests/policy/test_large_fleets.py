@@ -14,6 +14,7 @@ from hexgen_vllm.policy.coordinator import LOOK_S, Coordinator
 from hexgen_vllm.policy.dispatch import Choice, Dispatch
 from hexgen_vllm.policy.engine_load import Elsewhere, EngineLoad
 from hexgen_vllm.policy.engines import Engines
+from hexgen_vllm.policy.marginal_cost import MarginalCost
 from hexgen_vllm.policy.placements import placement
 from hexgen_vllm.types import (
     Call,
@@ -149,20 +150,65 @@ def test_no_call_is_forgotten(seed: int) -> None:
     assert not coordinator._waits_for
 
 
-def test_of_few_engines_every_decision_is_that_of_an_exhaustive_search() -> None:
-    logs = []
+@pytest.mark.parametrize("seed", range(8))
+def test_of_few_engines_every_decision_is_that_of_an_exhaustive_search(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when rates, prompts in caches, knobs and deadlines move under calls that wait."""
+    logs, looks = [], []
     for exhaustive in (False, True):
-        rng, coordinator, now = random.Random(5), fleet(8, exhaustive=exhaustive), 0.0
+        rng, now, policy = random.Random(seed), 0.0, Counted(DispatchOptions())
+        monkeypatch.setattr("hexgen_vllm.policy.coordinator.placement", lambda _, p=policy: p)
+        coordinator = fleet(rng.choice((2, 4, 8)), exhaustive=exhaustive, slots=2)
+        seen = coordinator.engines
         flying: list[str] = []
-        for i in range(200):
-            now += rng.random() * 0.01
-            decisions = list(coordinator.call_arrived(call(i, now, prefix=(i % 5, i)), now))
-            if flying and rng.random() < 0.9:
-                name = flying.pop(rng.randrange(len(flying)))
+        for i in range(300):
+            now += rng.random() * 0.02
+            name, engine = rng.choice(flying or [""]), rng.choice(list(seen.values()))
+            asked = Call(f"c{i}", f"w{i}", now, 35_000, prefix_chunk_tokens=10_000)
+            asked.prefix = (i % 3, 10 + i % 7, 100 + i)[: rng.randrange(4)]
+            asked.deadline_s = now + rng.choice((1.0, 5.0, 60.0, math.inf))
+            decisions = list(coordinator.call_arrived(asked, now))
+            event = rng.random()
+            if event < 0.6 and flying:
+                flying.remove(name)
                 decisions += coordinator.call_finished(name, OK, now)
-            flying += [d.call_id for d in decisions]
+            elif event < 0.75 and flying:
+                coordinator.call_progressed(name, rng.randrange(1, 300), now)
+            elif event < 0.85:
+                cost = COST.scaled(rng.uniform(0.5, 4.0))
+                report = EngineReport(cost=cost, fit_error=0.01, prefill_share=rng.random())
+                coordinator.engine_reported(engine.engine_id, report, now)
+            elif event < 0.9:
+                engine.prefixes.drop(rng.choice((0, 1, 2, 11, 12)))
+            elif event < 0.95:
+                knobs = DispatchOptions(
+                    hold_depth=0,
+                    externality=rng.random(),
+                    stretch=rng.choice((0.0, 0.5)),
+                    prefix_affinity=rng.random() < 0.7,
+                )
+                decisions += coordinator.retune(knobs, now)
+            else:
+                decisions += coordinator.tick(now)
+            flying += [d.call_id for d in decisions if isinstance(d, Placement)]
         logs.append(list(coordinator.log))
+        looks.append(policy.made)
     assert logs[0] == logs[1]
+    assert len(logs[0]) > 100
+    assert looks[0] < looks[1], "who is sure to wait on is not chosen for anew"
+
+
+class Counted(MarginalCost):
+    """The default policy, which counts its choices."""
+
+    made = 0
+
+    def choose(
+        self, demand: Demand, engines: Sequence[EngineLoad], claims: Mapping[str, int], now: float
+    ) -> Choice:
+        self.made += 1
+        return super().choose(demand, engines, claims, now)
 
 
 def engines(count: int) -> tuple[Engines, list[EngineLoad]]:
@@ -359,8 +405,8 @@ def test_asking_between_events_changes_no_bound_of_an_engine(seed: int) -> None:
         else:
             beside = rng.choice((Elsewhere(), Elsewhere(rng.randrange(1, 4), 0, 100, 50)))
             one.elsewhere = two.elsewhere = beside
-        asked_s = one.least_finish_s(asked, COST, 0, 0, 1.0)
+        asked_s = one.least_finish_s(asked, COST, 0, COST.prefill_s(100), 0, 1.0)
         assert one.calls == len(one.in_flight) + one.elsewhere.calls
         if rng.random() < 0.1 or number == 299:
-            assert asked_s == two.least_finish_s(asked, COST, 0, 0, 1.0)
+            assert asked_s == two.least_finish_s(asked, COST, 0, COST.prefill_s(100), 0, 1.0)
             assert one.forecast(asked, COST).finish_in_s == two.forecast(asked, COST).finish_in_s

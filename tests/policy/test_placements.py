@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,19 @@ def test_what_is_shared_is_the_same_whoever_was_asked_about_before() -> None:
                 fresh = Call("x", "w", 0.0, 5000, prefix=call.prefix, prefix_chunk_tokens=1000)
                 for uncached in (5000, 2500):
                     assert busy.shared(call, uncached, 2) == quiet.shared(fresh, uncached, 2)
+
+
+def test_what_is_kept_of_a_call_at_an_engine_is_what_is_asked_for_now() -> None:
+    rng, asked, fleet = random.Random(3), AskedPrefixes(), [engine("a"), engine("b")]
+    waiting = Call("w", "w", 0.0, 5000, prefix=(1, 2, 3, 4), prefix_chunk_tokens=1000)
+    for number in range(200):
+        for place in asked.places(waiting, fleet):
+            if rng.random() < 0.1:
+                place.renew(waiting, COST, rng.choice((0, 1000, 3000, 4000)))
+            shared = asked.shared(waiting, place.uncached, len(fleet))
+            assert asked.shared_at(place, waiting, len(fleet)) == shared
+        prefix = (1, 2, 3, 4, 5)[: rng.randrange(6)]
+        asked.add(Call(f"{number}", "w", 0.0, 5000, prefix=prefix, prefix_chunk_tokens=1000))
 
 
 def weight(policy: Dispatch, call: Demand, now: float = 0.0, factor: float = 1.0) -> float:
