@@ -16,6 +16,7 @@ from hexgen_vllm.engine.compat import PauseState, Request
 from hexgen_vllm.engine.request_queue import BY_KEY, by_key, growth
 from hexgen_vllm.engine.requests import CallBook, CallState
 from hexgen_vllm.policy.preemption import RunningView
+from hexgen_vllm.policy.urgency import LATE_S
 from hexgen_vllm.policy.victims import VictimSearch, ending, running_view
 
 
@@ -27,11 +28,6 @@ class Displacer:
         self._search: VictimSearch[Request] = VictimSearch(self, options)
         self._step = 0
         self._last = (0, -math.inf)  # no running call comes after this place in the order
-
-    @property
-    def reason(self) -> str:
-        """Why the last look at the batch ended as it did."""
-        return self._search.reason
 
     def victims(self, now: float) -> list[Request]:
         """Return whom to preempt before this step; a look puts ``running`` in the queue's order."""
@@ -76,13 +72,13 @@ class Displacer:
 
     def worst(self) -> tuple[int, bool]:
         """Return the largest rank in the batch, and whether all of it has deadlines."""
-        scheduler = self._scheduler
-        if scheduler.hexgen_all_due:
-            return 0, True
-        rank = 0
+        scheduler, rank = self._scheduler, 0
         if scheduler.hexgen_ranked:
             rank = max([r.hexgen.rank for r in scheduler.running], default=0)
-        return rank, not scheduler.hexgen_loose_running()
+        elif self._last < (0, LATE_S):
+            return 0, True  # nobody comes as late in the order as a call without deadline
+        loose = scheduler.hexgen_loose_running()
+        return rank, all([r.hexgen.promoted for r in loose])
 
     def size(self) -> int:
         """Return the number of running calls."""

@@ -31,8 +31,7 @@ def by_key(running: list[Request]) -> None:
 
 def arrange(scheduler: Any) -> None:
     """Put ``scheduler.running`` in the order that this step needs."""
-    running = scheduler.running
-    chunks = [r for r in running if r.is_prefill_chunk]
+    running, chunks = scheduler.running, _chunks(scheduler)
     if _is_short(scheduler, bool(chunks)):
         by_key(running)
     elif chunks:
@@ -42,21 +41,23 @@ def arrange(scheduler: Any) -> None:
 
 def may_run_short(scheduler: Any) -> bool:
     """Return whether blocks, or tokens for decodes, may not suffice for the whole batch."""
-    return _is_short(scheduler, any(r.is_prefill_chunk for r in scheduler.running))
+    return _is_short(scheduler, bool(_chunks(scheduler)))
 
 
 def growth(scheduler: Any) -> int:
     """Return the blocks that the batch takes in this step."""
-    return sum(growth_of(scheduler, request) for request in scheduler.running)
+    size, drafts = scheduler.block_size, scheduler.num_spec_tokens
+    computed = [r.num_computed_tokens for r in scheduler.running if not r.is_prefill_chunk]
+    decodes = sum([-tokens % size <= drafts for tokens in computed])
+    chunks = sum([int(scheduler._request_remaining_blocks(r)) for r in _chunks(scheduler)])
+    return len(scheduler.kv_cache_config.kv_cache_groups) * decodes + chunks
 
 
-def growth_of(scheduler: Any, request: Request) -> int:
-    """Return the blocks that a running call takes in this step."""
-    if request.is_prefill_chunk:
-        return int(scheduler._request_remaining_blocks(request))
-    groups = len(scheduler.kv_cache_config.kv_cache_groups)
-    spare = -request.num_computed_tokens % scheduler.block_size
-    return groups * (spare <= scheduler.num_spec_tokens)
+def _chunks(scheduler: Any) -> list[Request]:
+    """Return the calls of the batch whose prompt is not done, as vLLM notes them."""
+    if not scheduler._inflight_prefills:
+        return []  # the usual case; to walk through the batch takes longer than all else here
+    return [r for r in scheduler.running if r.is_prefill_chunk]
 
 
 def _is_short(scheduler: Any, has_chunks: bool) -> bool:

@@ -116,11 +116,6 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         return self._pauser.control.given_up
 
     @property
-    def hexgen_all_due(self) -> bool:
-        """Whether every call has a deadline that can be met, and none a priority of its own."""
-        return not self._ranked and len(self._due) == len(self.requests)
-
-    @property
     def hexgen_ranked(self) -> bool:
         """Whether any call has a priority of its own; the background is one."""
         return bool(self._ranked)

@@ -165,7 +165,7 @@ def eligible(candidate: Candidate, view: RunningView, limits: EngineOptions) -> 
         bounded = view.has_deadline or not candidate.has_deadline
         return not bounded or view.displacements < limits.max_displacements
     return (
-        _peer(candidate, view)
+        is_peer(candidate, view)
         and view.key_s > candidate.key_s
         and view.displacements < limits.max_displacements
         and gain_s(candidate, view) > limits.displace_gap_s
@@ -176,7 +176,8 @@ def _below(candidate: Candidate, view: RunningView) -> bool:
     return is_below(view.rank, view.has_deadline, candidate.rank, candidate.has_deadline)
 
 
-def _peer(candidate: Candidate, view: RunningView) -> bool:
+def is_peer(candidate: Candidate, view: RunningView) -> bool:
+    """Return whether slack decides between them: they are of one rank, and both can be late."""
     return view.rank == candidate.rank and view.has_deadline and candidate.has_deadline
 
 
@@ -207,7 +208,7 @@ def choose_victims(
     able = [
         i
         for i, view in enumerate(running)
-        if eligible(candidate, view, limits) and not (spared and _peer(candidate, view))
+        if eligible(candidate, view, limits) and not (spared and is_peer(candidate, view))
     ]
     if not able:
         return Displacement((), spared or "no-victim")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from hexgen_vllm.config import EngineOptions
@@ -24,6 +25,8 @@ from hexgen_vllm.policy.preemption import (
     RunningView,
     choose_victims,
     is_below,
+    is_peer,
+    mercy,
     urgent,
     wait_for_room,
 )
@@ -45,6 +48,7 @@ class Standing(Protocol):
     queued_start_s: float
     displacements: int
     expected_tokens: int
+    promoted: bool
 
     @property
     def has_deadline(self) -> bool:
@@ -61,7 +65,10 @@ class BatchView(Protocol[T]):
         """Return the state of a call."""
 
     def worst(self) -> tuple[int, bool]:
-        """Return the largest rank in the batch, and whether all of it has deadlines."""
+        """Return the largest rank in the batch, and whether all of it has deadlines.
+
+        Those that were promoted count as if they had: they come before all that wait.
+        """
 
     def size(self) -> int:
         """Return the number of running calls."""
@@ -142,9 +149,6 @@ def running_view(
 class VictimSearch(Generic[T]):
     """Finds the running calls to preempt before a step.
 
-    Attributes:
-        reason: why the last look at the batch ended as it did.
-
     Args:
         batch: the engine.
         options: its limits.
@@ -156,7 +160,9 @@ class VictimSearch(Generic[T]):
         self._quiet: tuple[T, int] | None = None
         self._worst = (0, True)
         self._looked_at = 0  # step of the last look in vain
-        self.reason = ""
+        # Of the present look; what several heads ask is looked up once.
+        self._views: dict[T, RunningView] = {}
+        self._endings: Sequence[tuple[float, int]] = ()
 
     def victims(self, now: float, step: int) -> list[T]:
         """Return whom to preempt before step number ``step``, which is to begin ``now``."""
@@ -167,9 +173,13 @@ class VictimSearch(Generic[T]):
         if not heads or self._is_vain(heads[0], step):
             return []
         self._worst = batch.worst()
-        if not any(self._wants(head, now) for head in heads):
+        wanting = [self._wants(head, now) for head in heads]
+        while wanting and not wanting[-1]:
+            wanting.pop()  # nobody is displaced for those behind the last one who wants it
+        if not wanting:
             return []
-        found = self._search(heads, now)
+        found = self._search(heads, wanting, now)
+        self._views, self._endings = {}, ()
         if found and batch.leaves_tokens(found):
             return found
         self._quiet, self._looked_at = (heads[0], batch.size()), step
@@ -206,14 +216,14 @@ class VictimSearch(Generic[T]):
         self._quiet = None
         return False
 
-    def _search(self, heads: Sequence[T], now: float) -> list[T]:
+    def _search(self, heads: Sequence[T], wanting: Sequence[bool], now: float) -> list[T]:
         batch = self._batch
         running = batch.ordered()
         slots, blocks = batch.room()
         taken: list[T] = []
-        for head in heads:
+        for head, wants in zip(heads, wanting, strict=False):
             needs, shared = batch.needs(head, blocks)
-            if (slots < 1 or blocks < needs) and self._wants(head, now):
+            if (slots < 1 or blocks < needs) and wants:
                 chosen = self._choose(
                     head, running, taken, (1 - slots, needs - blocks), shared, now
                 )
@@ -234,28 +244,43 @@ class VictimSearch(Generic[T]):
         shared: Any,
         now: float,
     ) -> list[tuple[T, RunningView]]:
-        batch, mine = self._batch, self._batch.standing(head)
-        able, peers = self._able(mine, running, taken)
-        if not able:
-            self.reason = "no-victim"
-            return []
-        wait_s = wait_for_room(*short, batch.endings()) if peers else math.inf
+        mine, limits = self._batch.standing(head), self._options
         wanted = Candidate(
-            mine.key_s, mine.latest_start_s, *short, wait_s, mine.rank, mine.has_deadline
+            mine.key_s, mine.latest_start_s, *short, math.inf, mine.rank, mine.has_deadline
         )
-        views = [batch.view(call, shared) for call in able]
-        chosen, self.reason = choose_victims(wanted, views, self._options, now)
+        spared = mercy(wanted, limits, now)
+        able = self._able(mine, running, taken, peers=not spared)
+        views = [self._view(call, shared) for call in able]
+        chosen, _ = choose_victims(wanted, views, limits, now)
+        if any(is_peer(wanted, views[i]) for i in chosen):
+            # Only now it matters when there is room without them: that asks all of the batch.
+            self._endings = self._endings or self._batch.endings()
+            wanted = replace(wanted, wait_s=wait_for_room(*short, self._endings))
+            if mercy(wanted, limits, now):
+                chosen, _ = choose_victims(wanted, views, limits, now)
         return [(able[i], views[i]) for i in chosen]
 
-    def _able(self, mine: Standing, running: Sequence[T], taken: list[T]) -> tuple[list[T], bool]:
-        """Return the running calls with most to give, cheaply judged, and whether any is a peer."""
-        options, able, peers = self._options, list[T](), False
+    def _view(self, call: T, shared: Any) -> RunningView:
+        if shared:
+            return self._batch.view(call, shared)
+        found = self._views.get(call)
+        if found is None:
+            found = self._views[call] = self._batch.view(call, shared)
+        return found
+
+    def _able(
+        self, mine: Standing, running: Sequence[T], taken: list[T], *, peers: bool
+    ) -> list[T]:
+        """Return the running calls with most to give, cheaply judged, with or without peers."""
+        options, able = self._options, list[T]()
         least_s = mine.latest_start_s + options.displace_gap_s
         for call in reversed(running):
             state = self._batch.standing(call)
             if (state.rank, state.key_s) <= (mine.rank, mine.key_s) or len(able) >= MOST_VIEWS:
                 break
             below = is_below(state.rank, state.has_deadline, mine.rank, mine.has_deadline)
+            if not (below or peers):
+                break  # who is below comes last in the order: there are no more
             bounded = state.has_deadline or not mine.has_deadline
             if bounded and state.displacements >= options.max_displacements:
                 continue
@@ -263,5 +288,4 @@ class VictimSearch(Generic[T]):
                 continue
             if call not in taken:
                 able.append(call)
-                peers = peers or not below
-        return able, peers
+        return able

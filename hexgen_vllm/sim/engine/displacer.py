@@ -49,7 +49,8 @@ class SimDisplacer:
     def worst(self) -> tuple[int, bool]:
         """Return the largest rank in the batch, and whether all of it has deadlines."""
         calls = self._batch.running
-        return max((c.rank for c in calls), default=0), all(c.has_deadline for c in calls)
+        due = all(c.has_deadline or c.promoted for c in calls)
+        return max((c.rank for c in calls), default=0), due
 
     def size(self) -> int:
         """Return the number of running calls."""
