@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.engine import compat
@@ -19,6 +19,8 @@ from hexgen_vllm.policy.preemption import RunningView
 from hexgen_vllm.policy.urgency import LATE_S
 from hexgen_vllm.policy.victims import VictimSearch, ending, running_view
 
+_LOOKED_AT: Final = 16  # waiting calls per step, when the most urgent one is looked for
+
 
 class Displacer:
     """Finds the running calls to preempt for urgent waiting ones."""
@@ -28,11 +30,12 @@ class Displacer:
         self._search: VictimSearch[Request] = VictimSearch(self, options)
         self._step = 0
         self._last = (0, -math.inf)  # no running call comes after this place in the order
+        self._slack_s, self._look_from = options.displace_slack_s, 0
 
     def victims(self, now: float) -> list[Request]:
         """Return whom to preempt before this step; a look puts ``running`` in the queue's order."""
         self._step += 1
-        if self._is_in_order():
+        if self._is_in_order() or self._is_calm(now):
             return []  # the usual case, and the cheap one: the batch is not looked at
         return self._search.victims(now, self._step)
 
@@ -47,6 +50,21 @@ class Displacer:
             return False
         first = scheduler.waiting.first(1)
         return not first or BY_KEY(first[0]) >= self._last
+
+    def _is_calm(self, now: float) -> bool:
+        """Return whether certainly nobody gives way at once, and nobody who waits is urgent."""
+        waiting = self._scheduler.waiting
+        if getattr(self._scheduler, compat.SECOND_QUEUE) or not self._runs_due():
+            return False
+        if waiting.soonest_s - now < self._slack_s and self._step >= self._look_from:
+            # Often it left the queue long ago. How often to look must not grow with the queue.
+            waiting.look_for_soonest()
+            self._look_from = self._step + 1 + len(waiting) // _LOOKED_AT
+        return bool(waiting.soonest_s - now >= self._slack_s)
+
+    def _runs_due(self) -> bool:
+        """Return whether certainly no call runs that has a rank, or no deadline to meet."""
+        return not self._scheduler.hexgen_ranked and self._last < (0, LATE_S)
 
     # What the search asks.
 
@@ -73,12 +91,12 @@ class Displacer:
     def worst(self) -> tuple[int, bool]:
         """Return the largest rank in the batch, and whether all of it has deadlines."""
         scheduler, rank = self._scheduler, 0
+        if self._runs_due():
+            return 0, True
         if scheduler.hexgen_ranked:
             rank = max([r.hexgen.rank for r in scheduler.running], default=0)
-        elif self._last < (0, LATE_S):
-            return 0, True  # nobody comes as late in the order as a call without deadline
         loose = scheduler.hexgen_loose_running()
-        return rank, all([r.hexgen.promoted for r in loose])
+        return rank, all(r.hexgen.promoted for r in loose)
 
     def size(self) -> int:
         """Return the number of running calls."""

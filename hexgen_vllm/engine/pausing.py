@@ -28,14 +28,13 @@ from hexgen_vllm.policy.pace import (
     LooseCall,
     Pace,
     PaceControl,
-    TightCall,
+    Tight,
 )
 from hexgen_vllm.policy.service_rates import output_left
 from hexgen_vllm.types import StepCost
 
 _LEAST_STEPS: Final = 2  # between two plans, however calls come and go
 _FEW: Final = 32  # one call in so many that comes or goes makes no early plan
-_MADE: Final = TightCall._make  # half the time of a call with arguments
 
 
 class Pauser:
@@ -163,9 +162,7 @@ class Pauser:
         self._out.update(r.request_id for r in free[plan.keep :])
         self._bound(plan, tight, len(entering) + sum(r.hexgen.promoted for r in waiting))
 
-    def _decide(
-        self, tight: list[TightCall], free: list[Request], cost: StepCost, now: float
-    ) -> Pace:
+    def _decide(self, tight: list[Tight], free: list[Request], cost: StepCost, now: float) -> Pace:
         loose = [
             LooseCall(
                 r.num_computed_tokens,
@@ -176,14 +173,14 @@ class Pauser:
         share = self._meter.prefill_share() or 0.0
         return self.control.plan(tight, loose, cost, share, now)
 
-    def _bound(self, plan: Pace, tight: list[TightCall], entering: int) -> None:
+    def _bound(self, plan: Pace, tight: list[Tight], entering: int) -> None:
         scheduler = self._scheduler
         inside = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
         if not plan.admit:
             self._most_active = inside + entering
         if plan.prefill_tokens is not None:
             decodes = (inside + entering) * (1 + scheduler.num_spec_tokens)
-            wanted = sum(call.prefill_left for call in tight)
+            wanted = sum(prefill for _, _, _, prefill, _ in tight)
             self._most_tokens = decodes + wanted + plan.prefill_tokens
 
     def _is_nearly_full(self) -> bool:
@@ -193,8 +190,8 @@ class Pauser:
         return bool(compat.max_active(scheduler) - inside <= MOST_WAITING // 2)
 
 
-def _tight(requests: list[Request], uncached: float) -> list[TightCall]:
-    found = []
+def _tight(requests: list[Request], uncached: float) -> list[Tight]:
+    found: list[Tight] = []
     for request in requests:
         call, computed = request.hexgen, request.num_computed_tokens
         written = request.num_output_tokens + request.num_output_placeholders
@@ -207,7 +204,7 @@ def _tight(requests: list[Request], uncached: float) -> list[TightCall]:
         if not 0 < likely <= most - written:
             likely = output_left(call.expected_tokens, written, most)
         due_s = call.deadline_s - call.tail_prefill_s
-        found.append(_MADE((due_s, left + tail, computed, prefill, likely + tail)))
+        found.append((due_s, left + tail, computed, prefill, likely + tail))
     return found
 
 

@@ -13,6 +13,7 @@ calls in the order in which they lie in memory is measurably faster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any, Final
@@ -77,12 +78,16 @@ class UrgencyQueue(RequestQueue):
     vLLM looks at the head, tries to place it and then pops, meaning what it looked at; so ``peek``
     pins the head until the next ``pop`` or ``peek``, whatever is queued in between. Every
     operation is O(log n), also removal, which is O(n) in both of vLLM's queues.
+
+    Attributes:
+        soonest_s: no queued call has its latest start before this moment.
     """
 
     def __init__(self) -> None:
         self._heap: UrgencyHeap[Request] = UrgencyHeap()
         self._pinned: Request | None = None
         self._twice: list[Request] = []
+        self.soonest_s = math.inf
 
     def add_request(self, request: Request) -> None:
         """Queue ``request`` at its key; see :meth:`restore` for one that is queued already."""
@@ -90,8 +95,7 @@ class UrgencyQueue(RequestQueue):
             self._twice.append(request)
             self.rekey(request)
             return
-        call = request.hexgen
-        call.queued_start_s = call.latest_start_s
+        call = self._noted(request)
         self._heap.push(request, call.key_s, call.arrived_s, call.rank)
 
     def peek_request(self) -> Request:
@@ -150,9 +154,18 @@ class UrgencyQueue(RequestQueue):
     def rekey(self, request: Request) -> None:
         """Move ``request`` to its present key if it is in the queue."""
         if request in self._heap:
-            call = request.hexgen
-            call.queued_start_s = call.latest_start_s
+            call = self._noted(request)
             self._heap.rekey(request, call.key_s, call.rank)
+
+    def _noted(self, request: Request) -> Any:
+        call = request.hexgen
+        start_s = call.queued_start_s = call.latest_start_s
+        self.soonest_s = min(self.soonest_s, start_s)
+        return call
+
+    def look_for_soonest(self) -> None:
+        """Make ``soonest_s`` the latest start of a call that is queued, in O(n)."""
+        self.soonest_s = min([r.hexgen.latest_start_s for r in self.unordered()], default=math.inf)
 
     def first(self, most: int) -> list[Request]:
         """Return the ``most`` most urgent requests, in order."""

@@ -238,9 +238,11 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
 
     def _leave_kv(self, request: Request) -> None:
         """Have the KV of a call that has ended copied if its workflow may want it again."""
+        if self._leaver is None or request.status not in _ENDED:
+            return
         call = request.hexgen
         known = call.known_as
-        if self._leaver is None or known is None or request.status not in _ENDED:
+        if known is None:
             return
         lone = call.workflow_id == request.request_id
         kind = CallKind(known.workflow_type, known.stage, lone)

@@ -77,6 +77,10 @@ class TightCall(NamedTuple):
     likely_left: int
 
 
+Tight = tuple[float, int, int, int, int]
+"""A :class:`TightCall`, or a plain tuple of the same: it is made for every call of the batch."""
+
+
 class LooseCall(NamedTuple):
     """A running call without deadline.
 
@@ -106,7 +110,7 @@ class Pace(NamedTuple):
 
 
 def step_bound(
-    calls: Sequence[TightCall], base_s: float, pending_s: float, prefill_share: float, now: float
+    calls: Sequence[Tight], base_s: float, pending_s: float, prefill_share: float, now: float
 ) -> tuple[float, float]:
     """Return s*, and the seconds that prefills of others may take of the tightest call's slack.
 
@@ -190,7 +194,7 @@ class PaceControl:
 
     def plan(
         self,
-        tight: Sequence[TightCall],
+        tight: Sequence[Tight],
         loose: Sequence[LooseCall],
         cost: StepCost,
         prefill_share: float,
@@ -211,9 +215,9 @@ class PaceControl:
             self.rest()
             return Pace(len(loose), True, None, math.inf)
         decodes = min(len(tight), self._slots)
-        context = sum([call.context for call in tight])
+        context = sum([computed for _, _, computed, _, _ in tight])
         base_s = cost.step_s(decodes, context)
-        pending_s = cost.p1 * sum([call.prefill_left for call in tight])
+        pending_s = cost.p1 * sum([prefill for _, _, _, prefill, _ in tight])
         limit_s, spare_s = step_bound(tight, base_s, pending_s, prefill_share, now)
         tokens = int(min(_PREFILL_PART * spare_s / max(cost.p1, 1e-9), self._max_tokens))
         chunk = tokens if tokens >= _LEAST_CHUNK else 0
