@@ -37,6 +37,12 @@ class Breaker:
         self._half_until_s = 0.0
         self._open_until_s = 0.0
 
+    @property
+    def bad_share(self) -> float:
+        """Share of recent calls that failed, 0 if there were none."""
+        bad, good = sum(self._bad), sum(self._good)
+        return bad / (bad + good) if bad else 0.0
+
     def succeeded(self) -> None:
         """Note a call that the engine answered."""
         self._in_a_row = 0

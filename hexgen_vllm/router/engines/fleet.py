@@ -31,6 +31,7 @@ from hexgen_vllm.router.service import Service
 from hexgen_vllm.types import EngineKind, EngineSpec, EngineState, Role
 
 _MOST_ADDRESSES: Final = 64  # that are remembered
+_BETTER: Final = 0.5
 _TAKES_CALLS: Final = (EngineState.READY, EngineState.TRIAL)
 _LOG = logging.getLogger(__name__)
 
@@ -314,7 +315,7 @@ class Fleet:
                 self._settle(engine)
         elif well is False:
             now = self._service.clock.now()
-            if engine.breaker.failed(now) and self._others(engine):
+            if engine.breaker.failed(now) and self._others(engine, best=_BETTER):
                 engine.breaker.open(now)
                 self._settle(engine, "too many of its calls failed")
 
@@ -360,10 +361,22 @@ class Fleet:
         engine.leaving = engine.leaving and draining
         self._settle(engine, why)
 
-    def _others(self, engine: Engine) -> bool:
-        """Whether calls would find another engine: the last one is not taken out for errors."""
+    def _others(self, engine: Engine, best: float | None = None) -> bool:
+        """Whether calls would find another engine: the last one is not taken out for errors.
+
+        Args:
+            engine: what they would not find.
+            best: most of the other's calls that fail, in shares of those of ``engine`` that do;
+                ``None`` is any.
+                Where they fail everywhere it is the calls: one client with such calls must not
+                take one engine after the other from all.
+        """
+        most = 1.0 if best is None or not engine.answers else best * engine.breaker.bad_share
         return any(
-            e is not engine and e.takes_calls and (e.answers or not engine.answers)
+            e is not engine
+            and e.takes_calls
+            and (e.answers or not engine.answers)
+            and e.breaker.bad_share <= most
             for e in self.engines.values()
         )
 

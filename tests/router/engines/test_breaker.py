@@ -137,19 +137,25 @@ async def test_on_trial_an_engine_has_one_call_at_a_time() -> None:
         stand.assert_settled()
 
 
-async def test_the_last_engine_is_not_taken_out_for_errors() -> None:
-    """Calls that no engine can answer must not close the service for all others."""
-    async with open_stand(FakeSettings(), FakeSettings(), cb_failure_threshold=2) as stand:
+@pytest.mark.parametrize("engines", [2, 3])
+async def test_calls_that_fail_everywhere_take_no_engine_out(engines: int) -> None:
+    """A client sends what no engine can do until there is nothing left to retry with."""
+    async with open_stand(
+        *[FakeSettings()] * engines, policy="round_robin", cb_failure_threshold=3
+    ) as stand:
         for engine in stand.engines:
             engine.fault = BROKEN
-        for _ in range(6):
+        for _ in range(30):
             async with stand.post() as answer:
                 assert answer.status == 502
-        states = [stand.state(i) for i in range(2)]
-        assert states.count(EngineState.READY) == 1
-        for engine in stand.engines:
+        assert {stand.state(i) for i in range(engines)} == {EngineState.READY}
+        # One that goes on to fail when the others work is taken out all the same.
+        for engine in stand.engines[1:]:
             engine.fault = None
-        assert await ask(stand)
+        while stand.state(0) is EngineState.READY:
+            async with stand.post() as answer:
+                await answer.read()
+        assert stand.state(0) is EngineState.DOWN
         stand.assert_settled()
 
 
