@@ -11,6 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from hexgen_vllm.program import exit_code
+
+PROG = "python -m hexgen_vllm.serve"
 CLUSTER_FLAG = "--cluster"
 
 
@@ -21,12 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     descriptors.raise_limit()
     if any(arg == CLUSTER_FLAG or arg.startswith(f"{CLUSTER_FLAG}=") for arg in args):
-        from hexgen_vllm.cluster import command_line
-
-        return command_line.main(args)
+        return exit_code(PROG, lambda: _cluster(args))
     from hexgen_vllm.engine import serve
 
     return serve.main(args)
+
+
+def _cluster(args: Sequence[str]) -> int:
+    from hexgen_vllm.cluster import command_line
+
+    return command_line.main(args)
 
 
 if __name__ == "__main__":

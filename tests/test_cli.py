@@ -160,6 +160,34 @@ def test_output_may_be_closed_full_or_poor(program: str, end: str, code: int) ->
     assert found.stderr.count("\n") == (code == 2)
 
 
+INTERRUPTED = """
+import runpy, sys
+program, module = sys.argv.pop(1), sys.argv.pop()
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module(program, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [
+        ("hexgen_vllm sim", "hexgen_vllm.sim.command"),
+        ("hexgen_vllm.router", "hexgen_vllm.router.options"),
+        ("hexgen_vllm.serve --cluster x", "hexgen_vllm.cluster.file"),
+    ],
+)
+def test_an_interrupt_while_a_program_is_imported_is_no_traceback(
+    program: str, module: str
+) -> None:
+    line = [sys.executable, "-c", INTERRUPTED, *program.split(), module]
+    found = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (130, "")
+
+
 @pytest.mark.parametrize(("value", "named"), [("1", True), ("0", False), ("", False)])
 def test_doctor_says_which_server_vllm_would_run(
     monkeypatch: pytest.MonkeyPatch, value: str, named: bool

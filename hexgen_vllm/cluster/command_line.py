@@ -20,7 +20,6 @@ from hexgen_vllm.cluster.processes import ProcessFailed
 from hexgen_vllm.cluster.spec import ClusterSpec
 from hexgen_vllm.cluster.supervisor import Cluster, Running
 from hexgen_vllm.option import Parser
-from hexgen_vllm.program import exit_code
 
 PROG = "python -m hexgen_vllm.serve"
 BACKENDS: Final = ("local", "ray")
@@ -46,11 +45,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the cluster named on the command line; return the exit code."""
-    return exit_code(PROG, lambda: _main(argv))
+    """Run the cluster named on the command line; return the exit code.
 
-
-def _main(argv: Sequence[str]) -> int:
+    Raises:
+        ConfigError: the file or what it asks for is wrong.
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.ray_address is not None and args.backend != "ray":

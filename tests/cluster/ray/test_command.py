@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from hexgen_vllm.cluster import command_line
+from hexgen_vllm import serve
 from tests.cluster.fakes import is_alive
 from tests.cluster.ray.raylets import ENVIRONMENT
 from tests.e2e.programs import Spawned, free_port, wait_until
@@ -62,7 +62,7 @@ def test_without_ray_installed_it_says_what_to_install(
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setitem(sys.modules, "ray", found)
     path = cluster_file(tmp_path, "")
-    assert command_line.main(["--cluster", str(path), "--backend=ray"]) == 2
+    assert serve.main(["--cluster", str(path), "--backend=ray"]) == 2
     assert capsys.readouterr().err == (
         "python -m hexgen_vllm.serve: backend ray needs Ray, which is not installed: "
         "pip install 'hexgen-vllm[ray]'.\n"
