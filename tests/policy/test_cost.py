@@ -378,6 +378,32 @@ def test_each_coefficient_is_between_fit_and_fallback(name: str) -> None:
         assert found == pytest.approx((1 + share) * getattr(TRUE, name))
 
 
+# Whole calls
+
+
+def test_whole_calls_teach_every_coefficient() -> None:
+    true = StepCost(c0=0.008, c1=0.0004, c2=2e-7, p0=0.03, p1=0.00012, p2=5e-8)
+    fit, rng = CostFit(), random.Random(3)
+    for _ in range(3_000):
+        tokens, batch = rng.choice((1, 2, 8, 60)), rng.randint(1, 32)
+        context, uncached = rng.randint(50, 4_000), rng.randint(16, 8_000)
+        took_s = tokens * true.step_s(batch, batch * context)
+        took_s += true.p0 + true.p1 * uncached + true.p2 * uncached * uncached / 2
+        fit.observe_call(tokens, batch, context, uncached, took_s)
+    found = fit.cost()
+    assert found is not None
+    for f in fields(StepCost):
+        assert getattr(found, f.name) == pytest.approx(getattr(true, f.name), rel=0.1), f.name
+
+
+def test_calls_without_a_token_teach_nothing() -> None:
+    fit = CostFit()
+    fit.observe_call(0, 1.0, 100.0, 50, 1.0)
+    assert fit.steps == 0
+    fit.observe_call(1, 1.0, 100.0, 50, 1.0)
+    assert fit.steps == 1
+
+
 # Which steps are learned from
 
 
@@ -388,6 +414,7 @@ def test_the_first_steps_and_long_ones_are_all_learned_from_and_some_of_the_othe
         chosen = [n for n in range(1_000, 2_000) if is_sampled(n, 1, prefill, 0.2)]
         assert len(chosen) == share * 1_000
     assert is_sampled(1_001, 4, prefill=False, seconds=0.01), "one of any four"
+    assert not is_sampled(256, 1, prefill=False, seconds=0.01)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from hexgen_vllm.config import DispatchOptions
-from hexgen_vllm.policy.calls import Demand, InFlight
-from hexgen_vllm.policy.engine_load import EngineLoad
+from hexgen_vllm.policy.calls import Demand, Handover, InFlight
+from hexgen_vllm.policy.engine_load import Elsewhere, EngineLoad, TransferRate, solo_speed
 from hexgen_vllm.policy.estimates import Estimates
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import SeenCall, WorkflowRun
@@ -20,6 +20,7 @@ from hexgen_vllm.types import (
     EngineSpec,
     EngineState,
     Placement,
+    Role,
     StepCost,
 )
 
@@ -222,3 +223,92 @@ def test_answers_teach_times_of_calls_and_not_of_queues() -> None:
         flight = InFlight(call("c", 100), placement, 0.0, batch=batch)
         load.learn(flight, CallResult(ok=True, output_tokens=10), 1.0)
         assert load.traffic_fit.steps == steps
+
+
+def test_usual_calls_one_at_a_time() -> None:
+    """Of 2,500 tokens, 110 to write."""
+    usual_s = COST.prefill_s(2_500) + 110 * COST.step_s(1)
+    assert solo_speed(COST) == pytest.approx(1 / usual_s)
+
+
+def test_what_others_placed_is_context_too() -> None:
+    load = engine(2, 2)
+    load.elsewhere = Elsewhere(3, 100, 700, 60)
+    assert load.context_tokens() == 2 * 500 + 700
+
+
+# Prompts from prefill engines
+
+
+def decoder(*, role: Role = Role.DECODE) -> EngineLoad:
+    """An engine with two calls."""
+    load = EngineLoad(EngineSpec("d", max_num_seqs=8, role=role))
+    load.reported(EngineReport(cost=COST, fit_error=0.0))
+    for i in range(2):
+        load.placed(InFlight(call(f"{i}", 500), Placement(f"{i}", "d", ""), 0.0))
+    return load
+
+
+@pytest.mark.parametrize("cached", [0, 400, 999, 1_000])
+@pytest.mark.parametrize("off", [-1e-9, 1e-9])
+def test_a_prompt_is_computed_elsewhere_where_that_is_cheaper(cached: int, off: float) -> None:
+    load, new = decoder(), demand()
+    assert load.arrives_s(new, COST, cached) is None
+    uncached = max(1_000 - cached, 1)
+    own_s = COST.prefill_s(uncached, cached) + 0.5 * 2 * COST.p1 * uncached
+    moved_s = uncached * 1e-5
+    new.handover = Handover("p", own_s - moved_s + off, 0, 0.0, 0.5, 1e-5)
+    found = load.arrives_s(new, COST, cached)
+    assert found == (None if off > 0 else pytest.approx(own_s + off))
+    assert decoder(role=Role.BOTH).arrives_s(new, COST, cached) is None
+
+
+def test_transfers_count_from_64_tokens_and_four_calls_on() -> None:
+    rate = TransferRate()
+    for tokens in (63, 64, 64, 64):
+        rate.learn(tokens, 0.64)
+        assert rate.token_s(5.0) == 5.0
+    rate.learn(64, 0.64)
+    assert rate.token_s(5.0) == pytest.approx(0.01)
+
+
+def test_a_prompt_that_has_to_be_computed_here_after_all_is_queued_here() -> None:
+    load = EngineLoad(EngineSpec("d", role=Role.DECODE))
+    half = Placement("a", "p", "", uncached_tokens=800)
+    late, begun = (
+        InFlight(call(name, 800), Placement(name, "d", "", uncached_tokens=1, prefill=half), 0.0)
+        for name in "ab"
+    )
+    for entry in (late, begun):
+        entry.moved_tokens = 800
+        load.placed(entry)
+    begun.first_token_s = 1.0
+    load.started(begun)
+    for entry in (late, begun, late):
+        load.takes_prompt(entry)
+        assert entry.moved_tokens == 0
+    assert load.queued_prefill_tokens() == 800
+    assert (late.placement.uncached_tokens, late.placement.prefill) == (800, None)
+    assert (begun.placement.uncached_tokens, begun.placement.prefill) == (1, half)
+
+
+def test_an_engine_that_tells_its_cost_has_nothing_for_others_to_learn() -> None:
+    load = EngineLoad(EngineSpec("e"))
+    for i in range(40):
+        for tokens in (1, 2, 8):
+            took_s = tokens * COST.step_s(4, 2_000) + COST.prefill_s(100 * (i % 5) + 50)
+            load.traffic_fit.observe_call(tokens, 4, 500, 100 * (i % 5) + 50, took_s)
+    learned = load.learned()
+    assert learned is not None
+    assert learned == (load.traffic_fit.cost(), load.traffic_fit.error())
+    load.reported(EngineReport(cost=COST))
+    assert load.learned() is None
+
+
+def test_a_restart_changes_what_an_engine_is() -> None:
+    load, one = engine(2), call("a", prefix=(1, 2, 3, 4))
+    load.restarted(EngineSpec("e", kv_tokens=500, max_num_seqs=3), EngineState.DRAINING)
+    assert (load.slots, load.state, load.calls) == (3, EngineState.DRAINING, 2)
+    load.prefixes.add(one)
+    assert load.prefixes.match(one) == 500, "as many tokens as it now has room for"
+    assert load.learned() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -217,15 +218,72 @@ def test_learned_shapes_are_exported_within_bounds_and_restored() -> None:
         assert found == shapes.output_tokens("type250", "other", q)
 
 
+def shape(*key: object, outputs: object = (), tails: object = ()) -> dict[str, object]:
+    """Return one exported entry; tuples become the lists that JSON has."""
+    parts = {"key": key, "outputs": outputs, "tails": tails}
+    return {name: list(one) if isinstance(one, tuple) else one for name, one in parts.items()}
+
+
 @pytest.mark.parametrize(
-    "broken", [{"key": ["b"]}, 5, None, {"key": ["b"], "outputs": ["x"], "tails": []}]
-)
+    "broken",
+    [
+        {"key": ["b"]},
+        5,
+        None,
+        shape("b", outputs=("x",)),
+        shape("b", outputs=(-1,)),
+        shape("b", outputs=(True,)),
+        shape("b", outputs=(1.5,)),
+        shape("b", outputs=5),
+        shape("b", tails={}),
+        shape(),
+        shape("a", "b", "c", "d"),
+        shape("a", 5),
+        *(
+            shape("b", tails=(path,))
+            for path in (
+                [1, 2], [1, 2, 3, 4, 5], (1, 2, 3), "123", [1, 0, -1], [1, 0, True],
+                [1, 0, math.inf], [1, 0, math.nan], [1, 0, "2"],
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_nothing_of_broken_shapes_is_taken_in(broken: object) -> None:
     shapes = Shapes()
     good = {"key": ["a", "s"], "outputs": [3], "tails": []}
     with pytest.raises(ValueError, match="not"):
         shapes.restore([good, broken])
     assert shapes.output_tokens("a", "s", 0.5) is None
+
+
+def test_shapes_come_as_a_list_that_has_room() -> None:
+    one, other = shape("a", "s", outputs=(3,)), shape("b", "s")
+    for wrong in ((one,), {"a": one}, "text", None):
+        with pytest.raises(ValueError, match="not"):
+            Shapes().restore(wrong)
+    full = Shapes(max_keys=2)
+    full.restore([one, other])
+    assert full.output_tokens("a", "s", 0.5) == 3
+    with pytest.raises(ValueError, match="not"):
+        full.restore([one, other, shape("c")])
+
+
+def test_restored_paths_are_ordered_by_their_work() -> None:
+    shapes = Shapes()
+    shapes.restore([shape("t", "s", tails=([1, 0, 500], [3, 0, 5], [2, 0, 50]))])
+    found = [shapes.tail("t", "s", 0, q).output_tokens for q in (0.0, 0.4, 0.9)]
+    assert found == [5, 50, 500]
+
+
+def test_no_more_is_exported_than_others_can_use() -> None:
+    shapes = Shapes()
+    for i in range(600):
+        shapes.learn_output(f"t{i}", "s", 1)
+    for i in range(100):
+        shapes.learn_output("t0", "s", i)
+    found = shapes.export()
+    assert len(found) == 512
+    assert max(len(one["outputs"]) for one in found) == 64
 
 
 def step(start: float, end: float | None, output: int, uncached: int = 0) -> SeenCall:
