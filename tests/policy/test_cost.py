@@ -257,6 +257,19 @@ def test_a_slower_device_is_slower_at_what_it_does_not_do_meanwhile() -> None:
     assert relative_gap(fit, slow) < 0.03
 
 
+def test_how_much_slower_is_measured_by_more_steps_than_show_that_it_is() -> None:
+    """Prefill is not seen meanwhile, and the first steps after the change are not the usual."""
+    fit = CostFit()
+    feed(fit, TRUE, 5_000, 1)
+    for i in range(300):
+        decode = StepShape(1 + i % 32, (1 + i % 32) * 1_000)
+        fit.observe(decode, seconds(TRUE.scaled(2.2 if i < 12 else 2.3), decode))
+    found = fit.cost()
+    assert found is not None
+    chunk = StepShape(0, 0, 512, 512 * 800.0)
+    assert seconds(found, chunk) == pytest.approx(seconds(TRUE.scaled(2.3), chunk), rel=0.015)
+
+
 def test_only_prefill_that_becomes_slower_leaves_decodes_as_they_are() -> None:
     fit = CostFit()
     feed(fit, TRUE, 5_000, 1)
