@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, TypeVar, cast
 
 from hexgen_vllm import wire
-from hexgen_vllm.client.scope import checked
-from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.client.scope import checked, checked_deadline_s
 
 ParamsT = TypeVar("ParamsT")
 
@@ -39,13 +37,12 @@ def with_deadline(
     Raises:
         ConfigError: a value is not legal; names the field.
     """
-    if deadline_s is not None and not 0 < deadline_s < math.inf:
-        raise ConfigError(f"deadline_s must be a finite number above 0, not {deadline_s}.")
+    left_ms = None if deadline_s is None else 1000.0 * checked_deadline_s(deadline_s)
     meta = checked(
         wire.CallMeta(
             workflow_id=workflow_id,
             workflow_type=workflow_type,
-            workflow_deadline_ms=None if deadline_s is None else deadline_s * 1000.0,
+            workflow_deadline_ms=left_ms,
             stage=stage,
             stages_left=stages_left,
             expected_output_tokens=expected_output_tokens,

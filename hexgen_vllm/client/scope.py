@@ -37,6 +37,7 @@ class Calls:
     """What the calls of a workflow, those of its parts included, have said of its end."""
 
     open_end: bool = False  # a call was made, and none since said that it is the last
+    ended: bool = False  # the workflow was left
     via: Via | None = None  # how the end is announced where the workflow has no client
     slack_s: float | None = None  # how the workflow stands, as the last answer that says so says
 
@@ -100,22 +101,40 @@ _current: ContextVar[Scope | None] = ContextVar("hexgen_scope", default=None)
 
 
 def current() -> Scope | None:
-    """Return the innermost open scope of this task or thread."""
-    return _current.get()
+    """Return the innermost open scope of this task or thread.
+
+    A generator that was never finished, or a task that outlives its workflow, may still be within
+    one that has ended: that is none.
+    """
+    scope = _current.get()
+    while scope is not None and scope.calls.ended:
+        scope = scope.outer
+    return scope
 
 
 def enter(scope: Scope) -> Scope:
     """Open ``scope`` inside the current one and return it as linked."""
-    linked = replace(scope, outer=_current.get())
+    linked = replace(scope, outer=current())
     _current.set(linked)
     return linked
 
 
 def leave(scope: Scope) -> None:
-    """Close ``scope`` if it is the innermost one; in another task there is nothing to close."""
-    inner = _current.get()
-    if inner is not None and inner == scope:
-        _current.set(inner.outer)
+    """Close ``scope``, in another task there is nothing to close.
+
+    It need not be the innermost one: generators share the context of whoever runs them, and may
+    end in any order.
+    """
+    within, inner = [], _current.get()
+    while inner is not None and inner != scope:
+        within.append(inner)
+        inner = inner.outer
+    if inner is None:
+        return
+    left = inner.outer
+    for one in reversed(within):
+        left = replace(one, outer=left)
+    _current.set(left)
 
 
 def checked(meta: wire.CallMeta) -> wire.CallMeta:
@@ -128,3 +147,20 @@ def checked(meta: wire.CallMeta) -> wire.CallMeta:
         return wire.from_xargs(wire.to_xargs(meta))
     except BadRequest as error:
         raise ConfigError(str(error).removeprefix(wire.XARGS_PREFIX)) from None
+
+
+def checked_deadline_s(deadline_s: float) -> float:
+    """Return ``deadline_s`` if a server will accept it.
+
+    Raises:
+        ConfigError: it will not.
+    """
+    try:
+        said = float(deadline_s)
+    except (TypeError, ValueError, OverflowError):
+        said = math.nan
+    if not 0 < said <= wire.MAX_TIME_MS / 1000.0:
+        raise ConfigError(
+            f"deadline_s must be a number of seconds above 0 and up to 1e9, not {deadline_s!r}."
+        )
+    return said

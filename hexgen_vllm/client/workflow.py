@@ -116,8 +116,8 @@ class Workflow(Generic[ClientT]):
         late: Literal["send", "raise"] = "send",
         clock: Clock | None = None,
     ) -> None:
-        if deadline_s is not None and not 0 < deadline_s < math.inf:
-            raise ConfigError(f"deadline_s must be a finite number above 0, not {deadline_s}.")
+        if deadline_s is not None:
+            deadline_s = scopes.checked_deadline_s(deadline_s)
         if late not in LATE:
             raise ConfigError(f"late must be one of {', '.join(LATE)}, not {late!r}.")
         self._said = checked(
@@ -250,6 +250,7 @@ class Workflow(Generic[ClientT]):
         scope = self._entered()
         scopes.leave(scope)
         self._is_left = True
+        scope.calls.ended = not self._is_part
         retries.forget(self._mark)
         return scope.workflow_id if scope.calls.open_end and not self._is_part else None
 

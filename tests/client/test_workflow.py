@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hexgen_vllm.client import DeadlineExceeded, Workflow
+from hexgen_vllm.client.sampling import with_deadline
+from hexgen_vllm.client.scope import current
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.testing import ManualClock
 
@@ -147,6 +151,54 @@ async def test_an_id_of_its_own_makes_a_nested_workflow_separate(
         "stage": "s",
     }
     assert server.finished == ["other"]
+
+
+def staged(flow: Any, name: str) -> Iterator[int]:
+    with flow.stage(name):
+        yield 1
+        yield 2
+
+
+def test_generators_may_leave_their_stages_in_any_order() -> None:
+    """They share the context of whoever runs them, with those that are never finished, too."""
+    with Workflow() as flow:
+        first, second, endless = (staged(flow, name) for name in "abc")
+        next(first)
+        next(second)
+        list(first)
+        list(second)
+        assert current() == flow.open_scope
+        next(endless)
+    assert current() is None
+    with Workflow() as other:
+        assert other.id != flow.id, "it is no part of one that has ended"
+        list(endless)
+        assert current() == other.open_scope
+    assert current() is None
+
+
+async def test_what_outlives_its_workflow_is_in_none() -> None:
+    go_on = asyncio.Event()
+
+    async def work() -> bool:
+        await go_on.wait()
+        return current() is None
+
+    async with Workflow():
+        task = asyncio.ensure_future(work())
+        await asyncio.sleep(0)
+    go_on.set()
+    assert await task
+
+
+@pytest.mark.parametrize(
+    "wrong", ["soon", [5], timedelta(seconds=5), 5j, 1e10, 10**400], ids=lambda w: str(w)[:9]
+)
+def test_a_deadline_that_no_server_takes_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="deadline_s must be"):
+        Workflow(deadline_s=wrong)
+    with pytest.raises(ConfigError, match="deadline_s must be"):
+        with_deadline(SimpleNamespace(extra_args=None), deadline_s=wrong)
 
 
 async def test_stages_entered_as_a_context_enclose_what_is_opened_inside(
