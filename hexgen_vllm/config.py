@@ -216,10 +216,17 @@ class DispatchOptions:
         choices=("off", "protect"),
     )
     hopeless_quantile: float = option(
-        0.1, "protect: quantile of length and path of the hopeless test", least=0.0, most=1.0
+        0.5,
+        "protect: quantile of length and path of the hopeless test, where as much is left as new "
+        "workflows have; in proportion where less is",
+        least=0.0,
+        most=1.0,
     )
     hopeless_pace: float = option(
-        1.5, "protect: hopeless test: time expected over time on the idle engine", least=1.0
+        0.7,
+        "protect: hopeless test: time over that on the best engine at its present pace; 0 gives up "
+        "only what is late",
+        least=0.0,
     )
     entry_margin: float = option(
         2.0,
@@ -231,7 +238,11 @@ class DispatchOptions:
         True, "protect: refuse new workflows that would be late; no demotes them instead"
     )
     background_share: float = option(
-        0.05, "protect: share of placements for the call demoted longest", least=0.0, most=1.0
+        0.05,
+        "protect: share of placements for the call demoted longest, and of calls on the engines "
+        "that may be demoted ones",
+        least=0.0,
+        most=1.0,
     )
     max_workflows: int = option(
         0, "workflows open at once; a new one beyond is refused, 0 is no limit", least=0

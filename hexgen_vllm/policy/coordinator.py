@@ -315,7 +315,7 @@ class Coordinator:
         first = self._held.first(_SCAN, now=now)
         demoted = self._protection.judge_held(first, now)
         self._forget_stale(now)
-        depth, claims = self.options.hold_depth, dict[str, int]()
+        depth, claims, held_back = self.options.hold_depth, dict[str, int](), set[str]()
         models = self._engines.with_room(self._held.models, self.options.hold_depth)
         if demoted or models is not None:
             first = self._held.first(_SCAN, models, now=now)
@@ -325,10 +325,15 @@ class Coordinator:
                 claims[wanted.engine_id] = claims.get(wanted.engine_id, 0) + 1
                 continue
             entry = self._open[call_id]
+            if entry.run.background and entry.demand.call.model in held_back:
+                continue
             candidates = self._candidates(entry)
             if not candidates:
                 if not self._reachable(entry):
                     decisions.append(self._refused(entry, overload.no_endpoints(call_id), now))
+                continue
+            if self._protection.holds_back(entry, candidates):
+                held_back.add(entry.demand.call.model)
                 continue
             wanted = self._waited_for.get(call_id)
             if wanted is not None and self._stays(entry, wanted, candidates, claims, now):

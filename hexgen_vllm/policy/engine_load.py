@@ -113,6 +113,7 @@ class EngineLoad:
         prefixes: what its prefix cache probably holds.
         in_flight: calls placed on it, by id.
         calls: how many are in flight here, of this coordinator and others.
+        demoted: how many of this coordinator's were placed as demoted.
         assigned_s: W_e of the paper, service seconds ever assigned.
         traffic_fit: step cost learned from its answers.
         fitted_s: when its step cost was last learned, by itself or from its answers; when it
@@ -130,7 +131,7 @@ class EngineLoad:
         self.report = EngineReport()
         self.prefixes = PrefixIndex(spec.kv_tokens)
         self.in_flight: dict[str, InFlight] = {}
-        self.calls = 0
+        self.calls = self.demoted = 0
         self.finish_s = self.delay_s = self.bound_s = 0.0
         self._elsewhere = Elsewhere()
         self.assigned_s = 0.0
@@ -289,6 +290,7 @@ class EngineLoad:
         self._token_s = -1.0
         self.in_flight[entry.call.call_id] = entry
         self.calls += 1
+        self.demoted += entry.placement.background
         self._unanswered += 1
         self._queued_prefill += entry.placement.uncached_tokens
         self._context += entry.call.prompt_tokens
@@ -347,6 +349,7 @@ class EngineLoad:
         entry = self.in_flight.pop(call_id, None)
         if entry is not None:
             self.calls -= 1
+            self.demoted -= entry.placement.background
             self._token_s = -1.0
             self._context -= entry.call.prompt_tokens
             self._unanswered -= not entry.started

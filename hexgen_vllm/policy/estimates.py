@@ -13,9 +13,10 @@ from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.overload import hopeless_after
 from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.policy.workflow import WorkflowRun
-from hexgen_vllm.types import NO_DEADLINE, Call, StepCost
+from hexgen_vllm.types import NO_DEADLINE, Call
 
 _LEAST_S: Final = 1e-6
+_LEAST_QUANTILE: Final = 0.1  # of length and path, for the least time
 _FASTEST_S: Final = 1.0  # seconds for which the fastest step counts as known
 _MAX_FASTEST: Final = 256
 MANY: Final = 64
@@ -69,7 +70,7 @@ class Estimates:
         client's own hints make it shorter, never longer.
         """
         output = 1
-        q = self._options.hopeless_quantile
+        q = _LEAST_QUANTILE
         learned = self._shapes.output_tokens(call.learned_as, call.stage, q)
         if learned is not None:
             most = call.max_output_tokens
@@ -119,20 +120,27 @@ class Estimates:
         most = call.max_output_tokens
         return expected if most is None else max(min(expected, most), 1)
 
-    def hopeless_after_s(self, call: Call, deadline_s: float, ordinal: int) -> float:
-        """Return the moment after which the workflow is late whatever is done.
+    def left_tokens(self, call: Call, ordinal: int) -> float:
+        """Return the likely output tokens of a call and of the path after it, 0 if unknown."""
+        if not self._known(call):
+            return 0.0
+        output = self.output_tokens(call, q=0.5)
+        return output + self._tail(call, ordinal, 0.5, output).output_tokens
 
-        Low quantiles of length and tail, on the fastest engine with nothing else to do, each
+    def hopeless_after_s(self, call: Call, deadline_s: float, ordinal: int, q: float) -> float:
+        """Return the moment after which the workflow of a call is given up.
+
+        The ``q`` quantiles of length and tail, on the engine that is best at its present pace, each
         engine as fast as its error allows. What was never seen counts as nothing, an engine whose
         cost is unknown as one that takes no time, so that ignorance demotes nobody.
         """
-        q = self._options.hopeless_quantile
         output = self.output_tokens(call, q=q) if self._known(call) else 1
         tail = self._tail(call, ordinal, q, output)
         times = [
             0.0
             if (cost := e.least_cost()) is None
-            else _alone_s(cost, tail, output, self._uncached(e, call))
+            else cost.p1 * (self._uncached(e, call) + tail.prefill_tokens)
+            + e.token_s(cost) * (output + tail.output_tokens)
             for e in self._engines.values()
             if e.serves(call)
         ]
@@ -248,9 +256,3 @@ class Estimates:
                 prefills += 1
                 prefill_rate += 1.0 / max(cost.p1, 1e-9)
         return ready, decode_rate, prefills, prefill_rate
-
-
-def _alone_s(cost: StepCost, tail: Tail, output: int, uncached: int) -> float:
-    """Return the time of a call and the path after it with nothing else in the batch."""
-    prefill_s = cost.p1 * (uncached + tail.prefill_tokens)
-    return prefill_s + cost.step_s(1) * (output + tail.output_tokens)

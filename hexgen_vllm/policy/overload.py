@@ -3,12 +3,15 @@
 Least slack first is the best order while all deadlines can be met and the worst once they cannot:
 workflows that are late already come first and make the next ones late. So (``protect``):
 
-- **Hopeless**: a call after which its workflow is late even at optimistic rates,
+- **Hopeless**: a call whose workflow is less likely to be on time than its work is worth,
 
-      now > D - f * (T_min + R_min)
+      now > D - f * (T + R)
 
-  with T_min and R_min low quantiles of the call and of the path after it, alone on the fastest
-  engine, and f (``hopeless_pace``) at least 1. The whole workflow is demoted, siblings too.
+  with T and R the q quantiles of the call and of the path after it, on the engine that is best at
+  its present pace, and f ``hopeless_pace``. Little work is worth doing for a small chance: q is in
+  proportion to the likely work left, ``hopeless_quantile`` where that is as much as new workflows
+  usually have. It is never more, so that a long workflow is given up only if it will more likely
+  be late than not. The whole workflow is demoted, siblings too.
 - **Entry**: a new workflow is refused (or, without ``reject_at_entry``, demoted) when its likely
   time at today's pace, times a margin, exceeds its deadline. What has begun is never turned away
   for that. The margin allows for the pace getting worse until the workflow ends:
@@ -16,14 +19,14 @@ workflows that are late already come first and make the next ones late. So (``pr
       1 + (entry_margin - 1) * calls placed / sequence slots
 
 - Demoted calls come behind all others, least remaining work first; yet one placement in
-  ``1 / background_share`` goes to the one demoted longest, so none starves.
+  ``1 / background_share`` goes to the one demoted longest, so none starves. They wait for more
+  than room, for in the batches they slow all others down: at most ``background_share`` of the calls
+  on the engines are demoted ones, yet always one, and any number while few slots are taken.
 - The queue is bounded in calls and tokens, and in time. A workflow that has begun is not refused
   while one that has not can be.
 
-Refusing is what keeps the others on time: demoted calls fill the batches behind them, and a full
-batch is slow for all. All of this raises the share of workflows on time at the cost of those that
-are refused or demoted: it is off unless asked for. Compare SCORPIO (arXiv 2505.23022), and D-over
-for the hopeless test.
+All of this raises the share of workflows on time at the cost of those that are refused or demoted:
+it is off unless asked for. Compare SCORPIO (arXiv 2505.23022), and D-over for the hopeless test.
 """
 
 from __future__ import annotations
@@ -37,20 +40,46 @@ from hexgen_vllm.types import NO_DEADLINE, Rejection
 SATURATED: Final = "rejected-saturated"
 EXPIRED: Final = "rejected-ttl-expired"
 NO_ENDPOINTS: Final = "rejected-no-endpoints"
+_FEW: Final = 0.1  # of the sequence slots, up to which engines count as idle
+USUAL_WEIGHT: Final = 0.05
+"""Of the newest workflow, in the usual work of a new one."""
 _WINDOW_CALLS: Final = 8
 _MEAN_WEIGHT: Final = 0.05
 _MAX_TENANTS: Final = 8192
 
 
-def hopeless_after(deadline_s: float, least_s: float, pace: float) -> float:
-    """Return the moment after which a call cannot be on time any more.
+def hopeless_after(deadline_s: float, likely_s: float, pace: float) -> float:
+    """Return the moment after which the workflow of a call is given up.
 
     Args:
         deadline_s: D of its workflow; ``inf`` gives ``inf``.
-        least_s: T_min + R_min, seconds at optimistic rates.
-        pace: f, how much slower than that is still called optimistic.
+        likely_s: T + R, seconds.
+        pace: f, how many times that it is allowed for.
     """
-    return deadline_s - pace * least_s
+    return deadline_s - pace * likely_s
+
+
+def least_odds(most: float, left: float, usual: float) -> float:
+    """Return the chance of being on time below which a workflow is given up.
+
+    Args:
+        most: ``hopeless_quantile``, for a workflow that has the usual work left, or more.
+        left: its likely work.
+        usual: that of a new workflow; 0 if unknown.
+    """
+    return most * min(left / usual, 1.0) if usual > 0.0 else 0.0
+
+
+def demoted_may_go(share: float, demoted: int, calls: int, slots: int) -> bool:
+    """Return whether one more demoted call may go to engines.
+
+    Args:
+        share: of the calls that demoted ones may be.
+        demoted: demoted calls on the engines.
+        calls: all calls on them.
+        slots: sequences that they run at once.
+    """
+    return demoted < max(share * calls, 1.0) or calls < _FEW * slots
 
 
 def entry_margin(most: float, fullness: float) -> float:

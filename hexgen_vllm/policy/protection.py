@@ -9,7 +9,13 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.policy.calls import Demand
 from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.estimates import Estimates
-from hexgen_vllm.policy.overload import entry_margin, over_bounds
+from hexgen_vllm.policy.overload import (
+    USUAL_WEIGHT,
+    demoted_may_go,
+    entry_margin,
+    least_odds,
+    over_bounds,
+)
 from hexgen_vllm.policy.queue import HeldCalls
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.types import NO_DEADLINE
@@ -64,6 +70,7 @@ class Protection:
     ) -> None:
         self._options, self._estimates = options, estimates
         self._held, self._open = held, open_calls
+        self._usual_tokens = 0.0
         self.enabled = options.overload == "protect" and options.policy == "slack"
 
     def judge(self, entry: OpenCall, ordinal: int, now: float) -> None:
@@ -71,8 +78,11 @@ class Protection:
         if not self.enabled or entry.run.background:
             return
         run, call = entry.run, entry.demand.call
-        entry.hopeless_after_s = self._estimates.hopeless_after_s(call, run.deadline_s, ordinal)
         new = len(run.calls) == 1
+        odds = self._odds(entry.demand, ordinal, new)
+        entry.hopeless_after_s = self._estimates.hopeless_after_s(
+            call, run.deadline_s, ordinal, odds
+        )
         if now > entry.hopeless_after_s or (new and self._too_slow(entry.demand, ordinal, now)):
             self._demote(run)
 
@@ -91,6 +101,17 @@ class Protection:
                     self._demote(entry.run)
                     found = True
         return found
+
+    def holds_back(self, entry: OpenCall, engines: Iterable[EngineLoad]) -> bool:
+        """Return whether a demoted call waits, though its ``engines`` have room."""
+        if not entry.run.background:
+            return False
+        demoted = calls = slots = 0
+        for engine in engines:
+            demoted += engine.demoted
+            calls += engine.calls
+            slots += engine.slots
+        return not demoted_may_go(self._options.background_share, demoted, calls, slots)
 
     def turns_away(self, entry: OpenCall) -> bool:
         """Return whether a call is refused because its workflow, not begun, would be late.
@@ -135,6 +156,13 @@ class Protection:
             model=demand.call.model,
             own_s=self._estimates.own_s(demand),
         )
+
+    def _odds(self, demand: Demand, ordinal: int, new: bool) -> float:
+        left = self._estimates.left_tokens(demand.call, ordinal)
+        if new and left:
+            usual = self._usual_tokens or left
+            self._usual_tokens = usual + USUAL_WEIGHT * (left - usual)
+        return least_odds(self._options.hopeless_quantile, left, self._usual_tokens)
 
     def _too_slow(self, demand: Demand, ordinal: int, now: float) -> bool:
         likely_s = self._estimates.predicted_s(demand, ordinal, self._held.output_tokens)

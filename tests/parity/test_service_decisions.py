@@ -29,7 +29,12 @@ FLEET = tuple(replace(model, max_num_seqs=4) for model in fleet("reference-4"))
 WORKFLOWS = 30
 OPTIONS = SimOptions()
 TRUE_RATES = SimOptions(rates="true", step_noise=0.0)
-PROTECT: dict[str, Any] = {"overload": "protect", "max_held_calls": 8, "held_timeout_s": 20.0}
+PROTECT: dict[str, Any] = {
+    "overload": "protect",
+    "max_held_calls": 8,
+    "held_timeout_s": 20.0,
+    "background_share": 0.1,
+}
 
 Log = list[tuple[float, Decision]]
 

@@ -198,7 +198,7 @@ def test_a_workflow_takes_its_calls_at_todays_pace() -> None:
 def test_what_follows_is_predicted_by_the_median() -> None:
     load = engine()
     lengths = tuple(range(100, 1_100, 100))  # 600 at the median, 1,000 at nine tenths
-    found = estimates(load, lengths, slack_quantile=0.9, hopeless_quantile=0.1)
+    found = estimates(load, lengths, slack_quantile=0.9)
     assert found.predicted_s(hinted(50), 0, 0) == pytest.approx(650 * step_s(1, 0))
 
 

@@ -20,12 +20,14 @@ from hexgen_vllm.policy.overload import (
     expired,
     fair_shares,
     hopeless_after,
+    least_odds,
     no_endpoints,
     over_bounds,
     saturated,
     unattainable,
 )
 from hexgen_vllm.policy.queue import HeldCalls
+from hexgen_vllm.policy.shapes import Shapes
 from hexgen_vllm.types import (
     Call,
     CallResult,
@@ -43,8 +45,8 @@ COST = StepCost(0.01, 0.0, 0.0, 0.0, 1e-5, 0.0)
 DONE = CallResult(ok=True, output_tokens=100)
 
 
-def coordinator(slots: int = 1, **options: object) -> Coordinator:
-    c = Coordinator(DispatchOptions(hold_depth=0, **options))  # type: ignore[arg-type]
+def coordinator(slots: int = 1, shapes: Shapes | None = None, **options: object) -> Coordinator:
+    c = Coordinator(DispatchOptions(hold_depth=0, **options), shapes)  # type: ignore[arg-type]
     spec = EngineSpec("e0", kind=EngineKind.HEXGEN, max_num_seqs=slots, kv_tokens=100_000)
     c.engine_joined(spec, 0.0)
     c.engine_reported("e0", EngineReport(cost=COST))
@@ -115,6 +117,64 @@ def test_later_calls_of_a_demoted_workflow_are_background_too() -> None:
     assert backgrounds == [True, True]
 
 
+@pytest.mark.parametrize(("first", "demoted"), [("s", True), ("large", False)])
+def test_little_work_is_done_for_a_small_chance(first: str, demoted: bool) -> None:
+    """Half of such calls take longer than is left: worth it where new workflows take much more."""
+    shapes = Shapes()
+    for length in range(50, 550, 50):
+        shapes.learn_output("t", "s", length)
+        shapes.learn_output("t", "large", 60 * length)
+    c = coordinator(slots=20, shapes=shapes, overload="protect", entry_margin=0.0)
+    kind = {"workflow_type": "t", "final": True, "expected_output_tokens": None}
+    c.call_arrived(call("new", 0.0, 1e6, stage=first, **kind), 0.0)
+    c.call_arrived(call("a", 0.0, 1e6, "begun", workflow_type="t"), 0.0)
+    c.call_finished("a", DONE, 1.0)
+    (found,) = c.call_arrived(call("b", 1.0, 1.5, "begun", stage="s", **kind), 1.0)
+    assert isinstance(found, Placement)
+    assert found.background is demoted
+
+
+def test_the_odds_asked_for_grow_with_the_work_left_up_to_those_of_new_workflows() -> None:
+    assert [least_odds(0.5, left, 100.0) for left in (0.0, 10.0, 100.0, 900.0)] == [
+        0.0, 0.05, 0.5, 0.5,
+    ]  # fmt: skip
+    assert least_odds(0.5, 10.0, 0.0) == 0.0
+
+
+def test_demoted_calls_do_not_fill_the_engines_behind_the_others() -> None:
+    protect = {"overload": "protect", "reject_at_entry": False, "entry_margin": 0.0}
+    c = coordinator(slots=40, background_share=0.2, **protect)
+    for i in range(10):
+        assert placed(c.call_arrived(call(f"fine{i}", 0.0, 1e6), 0.0))
+    late = [c.call_arrived(call(f"late{i}", 0.0, 0.1), 0.0) for i in range(8)]
+    assert [len(placed(found)) for found in late] == [1, 1, 1, 0, 0, 0, 0, 0], (
+        "a fifth of the calls"
+    )
+    assert placed(c.call_arrived(call("fine", 0.0, 1e6), 0.0)) == ["fine"], "who can be on time"
+    assert placed(c.call_finished("late0", DONE, 1.0)) == ["late3"]
+    for i in range(9):
+        c.call_finished(f"fine{i}", DONE, 2.0)
+    running = ["late1", "late2", "late3"]
+    while running:
+        running += placed(c.call_finished(running.pop(0), DONE, 3.0))
+    assert c.held == 0, "while few slots are taken"
+
+
+def test_demoted_calls_go_to_engines_that_only_they_can_use() -> None:
+    protect = {"overload": "protect", "reject_at_entry": False, "entry_margin": 0.0}
+    c = Coordinator(DispatchOptions(hold_depth=0, **protect))  # type: ignore[arg-type]
+    for model in ("m", "n"):
+        spec = EngineSpec(model, frozenset((model,)), EngineKind.HEXGEN, max_num_seqs=20)
+        c.engine_joined(spec, 0.0)
+        c.engine_reported(model, EngineReport(cost=COST))
+    for i in range(6):
+        c.call_arrived(call(f"fine{i}", 0.0, 1e6, model="m"), 0.0)
+    for i, model in enumerate("mmnn"):
+        c.call_arrived(call(f"late{i}", 0.0, 0.1, model=model), 0.0)
+    assert len(c.engines["m"].in_flight) == 7
+    assert len(c.engines["n"].in_flight) == 2
+
+
 def test_ignorance_demotes_nobody() -> None:
     c = coordinator(overload="protect", entry_margin=0.0)
     one = Call("a", "w", 0.0, 10, deadline_s=0.5)
@@ -153,7 +213,7 @@ def test_a_margin_up_to_1_is_the_same_for_empty_and_full_engines() -> None:
 
 
 def test_a_workflow_without_a_deadline_is_not_refused_for_the_one_it_is_given() -> None:
-    c = coordinator(slots=2, overload="protect", default_deadline_s=0.5)
+    c = coordinator(slots=20, overload="protect", default_deadline_s=0.5)
     found = c.call_arrived(Call("a", "w", 0.0, 10, expected_output_tokens=100), 0.0)
     found += c.call_arrived(call("b", 0.0, 0.5, deadline_asked=False), 0.0)
     assert [d.background for d in found if isinstance(d, Placement)] == [True, True]
