@@ -16,7 +16,7 @@ from hexgen_vllm.types import StepCost
 from hexgen_vllm.wire import STATS_PATH, from_json, stats_port
 
 _CACHE: Final = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.M)
-_LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
+_LABEL: Final = re.compile(r'\b(\w+)="([^"]*)"')
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,6 +173,9 @@ _STATEMENT_WORDS: Final = """
 """
 STATEMENT_WORDS: Final = frozenset(_STATEMENT_WORDS.split())
 """First words, in lower case, of what is no query."""
+COMMENT: Final = r"/\*(?:[^*]|\*(?!/))*\*/"
+"""A comment, in a pattern: it ends in one place only, so that many of them are read in one way."""
+
 _WIDE: Final = re.compile(r"%[-+ 0#!,]*(?:\d{5}|\*|\d*\.(?:\d{5}|\*))")
 _CONTROL: Final = {chr(code) for code in range(32)} - set("\t\n\r\f")
 
@@ -201,7 +204,7 @@ class Gate:
         except RecursionError:
             return refusal("the query is nested too deeply")
         except SqlglotError as error:
-            word = re.match(r"(?:\s|;|--.*\n|/\*[\s\S]*?\*/)*(\w+)", sql)
+            word = re.match(rf"(?:\s|;|--.*\n|{COMMENT})*(\w+)", sql)
             if word is not None and word[1].lower() in STATEMENT_WORDS:
                 return refusal(f"{word[1].upper()} is not allowed; {READS}")
             found = [one for one in getattr(error, "errors", ()) if one.get("description")]

@@ -12,7 +12,7 @@ import sqlglot
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
-from hexgen_vllm.text2sql.gate import STATEMENT_WORDS
+from hexgen_vllm.text2sql.gate import COMMENT, STATEMENT_WORDS
 
 _TAGS: Final = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad"
 _THOUGHT: Final = re.compile(
@@ -37,7 +37,7 @@ _TAGGED: Final = re.compile(
 )
 _INLINE: Final = re.compile(r"`([^`]+)`")
 _BEGIN: Final = r"(?:SELECT|WITH|VALUES|FROM)"
-_COMMENTS: Final = r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*"
+_COMMENTS: Final = rf"(?:\s|\(|--[^\n]*\n|{COMMENT})*"
 _LIKE_QUERY: Final = re.compile(rf"{_COMMENTS}{_BEGIN}\b", re.DOTALL | re.IGNORECASE)
 _PROMPT: Final = r"(?:sqlite>|[\w-]+=[#>]|mysql>|D |>+|[-*•]|\d+[.)]|\.\.\.>)"
 _LABEL: Final = r"(?:[#*_ ]*[A-Za-z][\w ]{0,40}[:：]\s*[*_]*\s*)"

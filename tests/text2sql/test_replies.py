@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hexgen_vllm.text2sql import replies
+from hexgen_vllm.text2sql.gate import Gate
 from hexgen_vllm.text2sql.outcome import orders_rows, same_rows
 
 NAMES = {"book": ("id", "title"), "loan": ("id", "due_on")}
@@ -161,6 +162,14 @@ def test_an_answer_without_end_does_not_take_for_ever() -> None:
     assert replies.query("{" * 20_000) == ""
     assert replies.query("`" * 20_000) == ""
     assert replies.query("SELECT " + "(" * 20_000) == ""
+
+
+@pytest.mark.parametrize("end", [")", "'", "SELECT a FROM t WHERE ("])
+def test_many_comments_are_read_in_one_way(end: str) -> None:
+    """Doubled for each comment, the time would not end."""
+    sql = "/* a */" * 100 + end
+    replies.query(f"```sql\n{sql}\n```")
+    assert Gate("sqlite", ["t"]).objection(sql) is not None
 
 
 def test_thoughts_are_no_answer() -> None:

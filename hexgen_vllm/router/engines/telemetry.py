@@ -19,7 +19,7 @@ _PREEMPTIONS: Final = ("vllm:num_preemptions_total", "vllm:num_preemptions")
 _STEPS: Final = ("vllm:iteration_tokens_total_count",)
 _CACHE_INFO: Final = "vllm:cache_config_info"
 _WANTED: Final = frozenset((*_RUNNING, *_WAITING, *_KV_USAGE, *_PREEMPTIONS, *_STEPS, _CACHE_INFO))
-_LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
+_LABEL: Final = re.compile(r'\b(\w+)="([^"]*)"')  # \b: a long word is tried once
 _SAMPLE: Final = re.compile(r"^(vllm:\w+)(?:\{([^}]*)\})? ([-+.\w]+)", re.M)
 _RANK: Final = re.compile(r'\bengine="(\d{1,6})"')
 _MOST_RANKS: Final = 1024

@@ -91,6 +91,12 @@ def test_ranks_of_a_node_that_has_not_the_first_ones() -> None:
     assert telemetry.from_metrics(text) == telemetry.from_metrics(METRICS)
 
 
+def test_a_long_label_is_read_once() -> None:
+    """Tried again from each of its letters, it would hold everything up for hours."""
+    (found,) = telemetry.from_metrics("vllm:cache_config_info{" + "a" * 10**6 + "} 1\n")
+    assert found.kv_tokens is None
+
+
 def test_ranks_together() -> None:
     both = telemetry.together(telemetry.from_metrics(METRICS))
     assert both.kv_tokens == 2400
