@@ -141,7 +141,25 @@ def test_only_the_first_calls_of_a_stage_have_lengths_of_their_own() -> None:
     assert shapes.output_tokens("t", "turn", 0.5, 0, 3) == 3
     newest = shapes.output_tokens("t", "turn", 0.5)
     assert shapes.output_tokens("t", "turn", 0.5, 0, 500) == newest
-    assert len(shapes.export()) < 20
+    assert len(shapes.export()) == 8 + 2, "by place in the workflow, of the stage, of the type"
+
+
+def test_enough_lengths_are_thirty_two() -> None:
+    shapes = Shapes()
+    for tokens in (10, 500):
+        for _ in range(31):
+            shapes.learn_output("t", "turn", tokens, tokens // 500)
+    assert shapes.output_tokens("t", "turn", 0.9, 0, 0) == 500, "those of the stage"
+    shapes.learn_output("t", "turn", 10, 0)
+    assert shapes.output_tokens("t", "turn", 0.9, 0, 0) == 10
+
+
+def test_an_answer_without_a_token_is_a_length_too() -> None:
+    shapes = Shapes()
+    for tokens in (0, 0, 10):
+        shapes.learn_output("t", "s", tokens)
+    assert shapes.output_tokens("t", "s", 0.5) == 0
+    assert shapes.output_tokens("t", "s", 0.5, seen=1) == 10
 
 
 def test_output_length_grows_with_what_was_seen() -> None:
@@ -173,6 +191,13 @@ def test_window_quantiles_match_a_sorted_list(size: int, unread: int) -> None:
         above = sorted(v for v in kept if v > floor)
         want = above[min(int(q * len(above)), len(above) - 1)] if above else None
         assert window.above(floor, q) == want
+
+
+def test_the_newest_256_samples_are_kept() -> None:
+    window: Window[int] = Window()
+    for i in range(300):
+        window.add(i)
+    assert (len(window), window.quantile(0.0)) == (256, 44)
 
 
 def test_who_makes_types_up_takes_no_place_of_another_tenant() -> None:
