@@ -44,7 +44,7 @@ COMPILED_FOLDERS = (
 COMPILED_FILES = (
     "clock", "keys", "types", "wire", "sim/simulator",
     "router/access", "router/app", "router/context", "router/endpoints", "router/errors",
-    "router/relay", "router/service",
+    "router/foreign", "router/relay", "router/service", "router/words",
 )  # fmt: skip
 INTERPRETED = (
     "router/http/errors",  # a subclass of OSError cannot be compiled

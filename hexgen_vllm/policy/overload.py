@@ -164,7 +164,8 @@ class FairShares:
 
     def waits(self, tenant: str, waiting: Iterable[str]) -> None:
         """Note that ``tenant`` begins to wait beside the ``waiting`` ones."""
-        floor = min((self._served.get(t, 0.0) for t in waiting), default=self._most)
+        served = [self._served.get(other, 0.0) for other in waiting]
+        floor = min(served) if served else self._most
         self._served[tenant] = max(self._served.get(tenant, 0.0), floor - self._window)
 
     def served(self, tenant: str, tokens: int) -> None:

@@ -28,6 +28,7 @@ _MOST_BAGGAGE: Final = 8192  # bytes, as W3C has it
 _MOST_BLOCKS: Final = 16  # looked at; Anthropic takes four
 _CACHE_CONTROL: Final = b'"cache_control"'
 _VALUE: Final = re.compile(rb"[ \t\r\n]{0,100}:[ \t\r\n]{0,100}(\{[^{}]{0,200}\})")
+_ENDS_VENDOR: Final = "-session-id"
 _VENDOR_SESSION: Final = re.compile(r"x-(?!parent-)[a-z0-9]+-session-id")
 
 
@@ -95,8 +96,10 @@ def read(headers: Mapping[str, str], body: Mapping[str, Any], raw: bytes = b"") 
         body: decoded; what is long or deep may lack.
         raw: its bytes, where it has a prompt whose parts may say something.
     """
-    found: list[tuple[int, object]]
-    found = [(rank, value) for name, value in headers.items() for rank in _ranks(name)]
+    found: list[tuple[int, object]] = []
+    for name, text in headers.items():
+        if name in _HEADERS or name.endswith(_ENDS_VENDOR):
+            found += [(rank, text) for rank in _ranks(name)]
     if not _FIELDS.keys().isdisjoint(body):
         ranks = [rank for name in _FIELDS.keys() & body.keys() for rank in _FIELDS[name]]
         found += [(rank, _at(body, _PATHS[rank])) for rank in ranks]
@@ -120,11 +123,11 @@ def read(headers: Mapping[str, str], body: Mapping[str, Any], raw: bytes = b"") 
     return _together(said)
 
 
-def _ranks(name: str) -> list[int] | tuple[()]:
+def _ranks(name: str) -> list[int]:
     found = _HEADERS.get(name)
-    if found is None and name.endswith("-session-id") and _VENDOR_SESSION.fullmatch(name):
-        return _VENDOR
-    return found or ()
+    if found is None:
+        return _VENDOR if _VENDOR_SESSION.fullmatch(name) else []
+    return found
 
 
 def _at(body: Mapping[str, Any], path: tuple[str, ...]) -> object:

@@ -52,7 +52,7 @@ _MOST: Final = 1_000
 _LOG: Final = logging.getLogger("hexgen_vllm.router.workflow")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(init=False, slots=True)
 class CallAccount:
     """A call that ended; times are seconds of the router's clock.
 
@@ -97,7 +97,40 @@ class CallAccount:
     tenant: str
     expected_prompt_tokens: int
     expected_cached_tokens: int | None
-    migrations: int = 0
+    migrations: int
+
+    def __init__(  # noqa: PLR0913 - one for each attribute
+        self,
+        *,
+        request_id: str,
+        stage: str,
+        came_s: float,
+        placed_s: float | None,
+        sent_s: float | None,
+        first_token_s: float | None,
+        ended_s: float,
+        outcome: str,
+        engine: str,
+        reason: str,
+        tries: int,
+        slack_s: float | None,
+        prompt_tokens: int | None,
+        cached_tokens: int | None,
+        output_tokens: int | None,
+        tenant: str,
+        expected_prompt_tokens: int,
+        expected_cached_tokens: int | None,
+        migrations: int = 0,
+    ) -> None:
+        self.request_id, self.stage, self.tenant = request_id, stage, tenant
+        self.came_s, self.placed_s, self.sent_s = came_s, placed_s, sent_s
+        self.first_token_s, self.ended_s, self.slack_s = first_token_s, ended_s, slack_s
+        self.outcome, self.engine, self.reason = outcome, engine, reason
+        self.tries, self.migrations = tries, migrations
+        self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens
+        self.output_tokens = output_tokens
+        self.expected_prompt_tokens = expected_prompt_tokens
+        self.expected_cached_tokens = expected_cached_tokens
 
     @classmethod
     def of(cls, job: Job, now: float) -> CallAccount:
@@ -109,7 +142,7 @@ class CallAccount:
         slack_s = None
         if placement is not None and placement.finish_s is not None:
             slack_s = placement.deadline_s - placement.tail_s - placement.finish_s
-        return cls(
+        return CallAccount(
             request_id=job.request_id or "",
             stage="" if call is None else call.stage,
             came_s=job.began_s,
@@ -188,7 +221,7 @@ class WorkflowAccount:
     @classmethod
     def of(cls, run: WorkflowRun, calls: Sequence[CallAccount], *, ended: bool) -> WorkflowAccount:
         """Return the account of a workflow."""
-        return cls(
+        return WorkflowAccount(
             workflow_id=run.workflow_id,
             workflow_type=run.workflow_type,
             outcome=outcome(run) if ended else OPEN,
@@ -304,7 +337,6 @@ def _said(seconds: float | None) -> float | None:
     return round(seconds, 3)
 
 
-@dataclass(slots=True)
 class _Open:
     """A workflow of which a call is under way, or that has not ended.
 
@@ -314,9 +346,10 @@ class _Open:
         run: the workflow, once it has ended.
     """
 
-    calls: list[CallAccount] = field(default_factory=list)
-    under_way: set[str] = field(default_factory=set)
-    run: WorkflowRun | None = None
+    def __init__(self) -> None:
+        self.calls: list[CallAccount] = []
+        self.under_way: set[str] = set()
+        self.run: WorkflowRun | None = None
 
 
 class Accounts:

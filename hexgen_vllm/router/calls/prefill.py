@@ -50,10 +50,11 @@ def can_part(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
 
 
 def _binds(body: Mapping[str, Any]) -> bool:
-    for name, off in _OFF.items():
-        value = body.get(name)
-        if value is not None and value != off:
-            return True
+    if not _OFF.keys().isdisjoint(body):  # few bodies have one
+        for name, off in _OFF.items():
+            value = body.get(name)
+            if value is not None and value != off:
+                return True
     prompt = body.get("prompt")
     return isinstance(prompt, list) and len(prompt) > 1 and type(prompt[0]) is not int
 

@@ -28,6 +28,7 @@ TAIL_BYTES: Final = 16 * 1024
 MAX_EVENT_BYTES: Final = 1024 * 1024
 _MAX_REWRITTEN_BYTES: Final = 16 * MAX_EVENT_BYTES  # it may hold the token ids of a prompt
 _MARK: Final = b"\ndata:"
+_USUAL: Final = b'data: {"id"'
 _SEAM_BYTES: Final = 64  # longer than what any mark matches
 _FILLER: Final = re.compile(
     rb'\n(?:event: ?ping\r?\ndata:[^\n]*|data:[ \r]*(?=\n)|data: ?\{ ?"type": ?"ping")'
@@ -86,7 +87,7 @@ class StreamWatch:
     """
 
     __slots__ = (
-        "_end", "_endpoint", "_error", "_most", "_near", "_parts", "_rewrite", "_seam", "_size",
+        "_end", "_endpoint", "_failed", "_most", "_near", "_parts", "_rewrite", "_seam", "_size",
         "_tail", "_tail_bytes", "between", "events", "opened", "progress",
     )  # fmt: skip
 
@@ -100,7 +101,7 @@ class StreamWatch:
         self._tail_bytes = 1
         self._seam = b"\n"
         self._end = b""
-        self._error = False
+        self._failed = False
         self.events = self.opened = self.progress = 0
         self.between = True
 
@@ -158,6 +159,11 @@ class StreamWatch:
 
     def _take(self, ready: bytes) -> None:
         """Look at what is passed on."""
+        if self.opened < self.events and self._is_one_more(ready):
+            self.progress += 1
+            self.events += 1
+            self._remember(ready)
+            return
         text = self._seam + ready
         found = text.count(_MARK) - self._seam.count(_MARK)
         whole = text.endswith((b"\n\n", b"\n\r\n"))
@@ -173,14 +179,27 @@ class StreamWatch:
         while mark is not None:
             kind = mark.lastgroup
             if kind == "error":
-                self._error = True
+                self._failed = True
             else:
                 self._end = mark.group()
+                self._failed |= _FAILED in self._end
             mark = self._endpoint.marks.search(text, mark.end())
         self.between = whole
         # After a whole event a line begins; a mark that was found is not found again.
         self._seam = b"\n" if whole else text[-_SEAM_BYTES:]
         self._remember(ready)
+
+    def _is_one_more(self, ready: bytes) -> bool:
+        """Whether it is one event like those before, as nearly all of a stream are.
+
+        No mark begins so: those of chats and completions have their id before all else.
+        """
+        return (
+            self.between
+            and ready.startswith(_USUAL)
+            and ready.endswith(b"\n\n")
+            and ready.count(b"\n") == 2
+        )
 
     def _remember(self, ready: bytes) -> None:
         self._tail.append(ready)
@@ -218,7 +237,7 @@ class StreamWatch:
 
     def failed(self) -> bool:
         """Whether the engine has said that it failed."""
-        return self._error or _FAILED in self._end
+        return self._failed
 
     def cancelled(self) -> bool:
         """Whether the engine has said that a client had the answer stopped."""

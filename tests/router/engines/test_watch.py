@@ -44,12 +44,18 @@ PLACES = st.lists(st.integers(0, 10_000), max_size=40)
 LINE_ENDS = st.sampled_from(["\n", "\r\n"])
 
 
-@given(texts=TEXTS, places=PLACES, line_end=LINE_ENDS, unicode=st.booleans())
+@given(
+    texts=TEXTS,
+    places=PLACES,
+    line_end=LINE_ENDS,
+    unicode=st.booleans(),
+    first=st.sampled_from(["id", "t"]),
+)
 def test_any_fragmentation_gives_the_same_bytes_and_counts(
-    texts: list[str], places: list[int], line_end: str, unicode: bool
+    texts: list[str], places: list[int], line_end: str, unicode: bool, first: str
 ) -> None:
     """Multi-byte characters, CRLF and texts that look like events included."""
-    events = [{"t": text, "trap": "\n\ndata: [DONE]"} for text in texts]
+    events = [{first: text, "trap": "\n\ndata: [DONE]"} for text in texts]
     blocks = [f"data: {json.dumps(e, ensure_ascii=not unicode)}{line_end * 2}" for e in events]
     data = "".join([*blocks, f"data: [DONE]{line_end * 2}"]).encode("utf-8", "surrogatepass")
     watch, out = fed(CHAT, cut(data, places))
