@@ -76,6 +76,11 @@ class EngineOptions:
     keep_ended_kv: bool = option(
         True, "with host_kv_gib: keep the KV of ended calls, too, if their workflow may come back"
     )
+    evict_finished_first: bool = option(
+        True,
+        "evict KV that only finished workflows have used from the prefix cache before all other; a "
+        "workflow is finished when its last call, named so, has ended",
+    )
     max_priority: int | None = option(
         None,
         "highest priority of clients that counts, higher is sooner; for engines that clients reach "

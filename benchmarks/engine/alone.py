@@ -184,6 +184,7 @@ class Alone:
         sequence.likely_most = outlook.most_tokens
         sequence.least_tail_s = rates.tail_s(outlook.least_tail)
         sequence.routed, sequence.began_s = False, outlook.began_s
+        sequence.workflow_id, sequence.final = call.workflow_id, call.final
         if self._ours:
             sequence.tail_prefill_s = rates.tail_prefill_s(outlook.tail)
             sequence.tail_tokens = int(outlook.tail.output_tokens)

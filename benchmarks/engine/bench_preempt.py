@@ -37,8 +37,9 @@ from hexgen_vllm import wire
 from hexgen_vllm.engine.swap.setup import choose_connector
 from hexgen_vllm.errors import ConfigError
 
+_NO_HOST: Final = {"host_kv_gib": 0.0}
 MODES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "recompute": {"host_kv_gib": 0.0},
+    "recompute": _NO_HOST,
     "swap": {"keep_kv": "always"},
     "auto": {"keep_kv": "auto"},
 }
@@ -87,7 +88,9 @@ class Bed:
             disable_log_stats=True,
         )
         if mode is not None:
-            options = {"host_kv_gib": case.host_kv_gib, **MODES.get(mode, {"host_kv_gib": 0.0})}
+            options = {"host_kv_gib": case.host_kv_gib, **MODES.get(mode, _NO_HOST)}
+            if mode == "recompute, LRU":
+                options["evict_finished_first"] = False
             args.scheduler_cls = "hexgen_vllm.UrgencyScheduler"
             args.additional_config = {"hexgen": options}
             choose_connector(args, options)

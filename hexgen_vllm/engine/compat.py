@@ -13,6 +13,7 @@ import functools
 import inspect
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, Final, NamedTuple
 
 from hexgen_vllm.errors import ConfigError, UnsupportedVLLM
@@ -251,6 +252,12 @@ _ATTRIBUTES: Final = (
     "kv_cache_manager.watermark_blocks",
     "kv_cache_manager.usage",
     "kv_cache_manager.block_pool.get_num_free_blocks",
+    "kv_cache_manager.block_pool.get_cached_block",
+    "kv_cache_manager.block_pool.hash_block_size",
+    "kv_cache_manager.block_pool.free_block_queue.remove",
+    "kv_cache_manager.block_pool.free_block_queue.popleft_n",
+    "kv_cache_manager.block_pool.free_block_queue.prepend_n",
+    "kv_cache_manager.block_pool.free_block_queue.num_free_blocks",
     "kv_cache_manager.get_computed_blocks",
     "kv_cache_manager.get_blocks",
 )
@@ -400,6 +407,36 @@ def is_blocked(request: Request) -> bool:
     if Scheduler._is_blocked_waiting_status(request.status):
         return True
     return bool(request.num_stale_output_tokens and not request.drop_stale_output)
+
+
+_MOST_EMPTY: Final = 256
+
+
+def evict_first(scheduler: Any, hashes: Sequence[Any]) -> int:
+    """Have free blocks of the prefix cache evicted before all others; return how many.
+
+    They stay free, and found until somebody takes them. Blocks in use stay what they are. Those
+    that hold nothing are taken before, as vLLM does it, up to a bound that keeps this short.
+
+    Args:
+        scheduler: whose.
+        hashes: the hashes of their tokens, in the order of the text: its end goes first.
+    """
+    pool = scheduler.kv_cache_manager.block_pool
+    groups = range(len(scheduler.kv_cache_config.kv_cache_groups))
+    found: dict[int, Any] = {}
+    for name in reversed(hashes):
+        for group in groups:
+            for block in pool.get_cached_block(name, [group]) or ():
+                if not (block.ref_cnt or block.is_null):
+                    found[block.block_id] = block
+    queue = pool.free_block_queue
+    for block in found.values():
+        queue.remove(block)
+    front = queue.popleft_n(min(_MOST_EMPTY, queue.num_free_blocks))
+    empty = sum(1 for _ in takewhile(lambda block: block.block_hash is None, front))
+    queue.prepend_n([*front[:empty], *found.values(), *front[empty:]])
+    return len(found)
 
 
 def place(request: Request) -> tuple[int, float]:

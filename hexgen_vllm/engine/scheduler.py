@@ -43,7 +43,7 @@ from hexgen_vllm.engine.swap.setup import planner_of
 from hexgen_vllm.engine.telemetry import Counters, StepMeter, snapshot
 from hexgen_vllm.policy.order import LateWatch, demotes
 from hexgen_vllm.policy.pace import EVERY_STEPS, Places, reachable_token_s
-from hexgen_vllm.policy.returns import CallKind
+from hexgen_vllm.policy.returns import CallKind, WorkflowKv
 from hexgen_vllm.policy.service_rates import ServiceRates
 from hexgen_vllm.types import NO_DEADLINE
 
@@ -89,6 +89,9 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self.hexgen_counters = Counters()
         self.hexgen_keeper = planner_of(self.connector, self.hexgen_options)
         self._leaver = self.hexgen_keeper if self.hexgen_options.keep_ended_kv else None
+        self._workflow_kv: WorkflowKv | None = None
+        if self.hexgen_options.evict_finished_first and self.kv_cache_manager.enable_caching:
+            self._workflow_kv = WorkflowKv(self.kv_cache_config.num_blocks)
         self._learned_file = self._open_learned_file()
         self._stats_server = self._open_stats_port()
         self._displacer = Displacer(self, self.hexgen_options, self.hexgen_book)
@@ -171,6 +174,8 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
     def _open(self, request: Request) -> None:
         self.hexgen_book.open(request, self.hexgen_clock())
         call, name = request.hexgen, request.request_id
+        if self._workflow_kv is not None:  # who waits for it uses it, too
+            self._workflow_kv.used(request.block_hashes, _user(request))
         self._forget(name)
         if call.has_deadline:
             self._due.add(name)
@@ -214,6 +219,18 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         self._leave_kv(request)
         self.hexgen_book.closed(request, self.hexgen_clock(), answered=request.status in _ENDED)
         return super()._connector_finished(request)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        kv, call = self._workflow_kv, request.hexgen
+        if kv is None:
+            return
+        size = self.kv_cache_manager.block_pool.hash_block_size
+        kv.used(request.block_hashes[request.num_prompt_tokens // size :], _user(request))
+        if call.plans.follows is False and request.status in _ENDED:
+            self.hexgen_counters.let_go_blocks += compat.evict_first(
+                self, kv.over(call.workflow_id)
+            )
 
     # Preemption, ours and vLLM's.
 
@@ -490,3 +507,10 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         tight = [r.num_computed_tokens for r in self.running if r.request_id in self._due]
         share = self.hexgen_meter.prefill_share() or 0.0
         return reachable_token_s(cost, len(tight), sum(tight), share, rates.output_token_s)
+
+
+def _user(request: Request) -> str | None:
+    """Return whose KV that of a call is, ``None`` of a lone call that may be followed by others."""
+    call = request.hexgen
+    lone = call.workflow_id == request.request_id and call.plans.follows is not False
+    return None if lone else call.workflow_id

@@ -146,11 +146,13 @@ class Counters:
         preemptions: preemptions by cause: ``displaced`` for an urgent call, ``kv`` because the
             KV cache was full, ``reset`` because it was emptied.
         recomputed_tokens: tokens computed again after a preemption.
+        let_go_blocks: blocks of workflows that were over, to be evicted before all others.
     """
 
     def __init__(self) -> None:
         self.preemptions = {"displaced": 0, "kv": 0, "reset": 0}
         self.recomputed_tokens = 0
+        self.let_go_blocks = 0
 
 
 def snapshot(scheduler: Any, now: float) -> dict[str, Any]:
@@ -178,6 +180,7 @@ def snapshot(scheduler: Any, now: float) -> dict[str, Any]:
         "max_num_batched_tokens": scheduler.scheduler_config.max_num_batched_tokens,
         "preemptions": dict(counters.preemptions),
         "recomputed_tokens": counters.recomputed_tokens,
+        "let_go_blocks": counters.let_go_blocks,
         "host_kv": keeper.stats() if keeper is not None else None,
         "bad_metadata": scheduler.hexgen_book.bad_metadata,
         "batch_tokens_given_up": scheduler.hexgen_given_up,

@@ -18,6 +18,9 @@ Cost: constant per call; memory is bounded by the number of kinds and of ends re
 
 What it can starve: kinds that come back later than all the others. Do not use it where think times
 are hours: nothing would be left to be found.
+
+Once a workflow says that it is over, the KV that nobody else has used (:class:`WorkflowKv`) is
+wanted by nobody.
 """
 
 from __future__ import annotations
@@ -195,3 +198,53 @@ def _entry(table: OrderedDict[object, ThinkTimes], key: Hashable) -> ThinkTimes:
             table.popitem(last=False)
     table.move_to_end(key)
     return found
+
+
+class WorkflowKv:
+    """Which KV one workflow alone has used; when it is over, that is evicted before all other.
+
+    KV is known by keys, such as the hashes of blocks. What was evicted is remembered, too: a prompt
+    that comes with one workflow after another is kept once the second has come.
+
+    Cost: a few dictionary operations per key.
+
+    Args:
+        most: keys that are remembered, those used last.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._users: OrderedDict[Hashable, str | None] = OrderedDict()  # None: several, or lone
+        self._alone: dict[str, dict[Hashable, None]] = {}
+
+    def used(self, keys: Iterable[Hashable], workflow_id: str | None) -> None:
+        """Note that a call uses ``keys``, from the start of its text; ``None``: of no workflow."""
+        users = self._users
+        for key in keys:
+            if key not in users:
+                self._add(key, workflow_id)
+                continue
+            users.move_to_end(key)
+            user = users[key]
+            if user is not None and user != workflow_id:
+                self._leave(key, user)
+                users[key] = None
+
+    def over(self, workflow_id: str) -> list[Hashable]:
+        """Return the keys that only ``workflow_id``, which is over, has used, in order of use."""
+        return list(self._alone.get(workflow_id, ()))
+
+    def _add(self, key: Hashable, workflow_id: str | None) -> None:
+        self._users[key] = workflow_id
+        if workflow_id is not None:
+            self._alone.setdefault(workflow_id, {})[key] = None
+        if len(self._users) > self._most:
+            oldest, user = self._users.popitem(last=False)
+            if user is not None:
+                self._leave(oldest, user)
+
+    def _leave(self, key: Hashable, user: str) -> None:
+        alone = self._alone[user]
+        del alone[key]
+        if not alone:
+            del self._alone[user]

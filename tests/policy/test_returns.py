@@ -12,7 +12,7 @@ from hexgen_vllm.policy.retention import (
     pays_to_keep,
     worth,
 )
-from hexgen_vllm.policy.returns import CallKind, End, Plans, Returns
+from hexgen_vllm.policy.returns import CallKind, End, Plans, Returns, WorkflowKv
 
 TOOL = CallKind("agent", "tool")
 ANSWER = CallKind("agent", "answer")
@@ -127,3 +127,33 @@ def test_it_gives_way_to_what_is_wanted_more_and_sooner() -> None:
     later = StoredCopy(1.0, 10, NOW + 30, chance=0.5)
     assert worth(sure, NOW) == 2 * worth(half, NOW) == 8 * worth(later, NOW)
     assert choose_evictions([sure, half, later], sure, 10, NOW) == (2,)
+
+
+def test_kv_is_let_go_if_no_other_workflow_or_lone_call_used_it() -> None:
+    kv = WorkflowKv(100)
+    kv.used("abcd", "w")
+    kv.used("abef", "w")
+    kv.used("ax", "v")
+    assert kv.over("w") == list("bcdef")
+    kv.used("abc", None)
+    assert kv.over("w") == list("def")
+    kv.used("uv", None)
+    kv.used("uv", "v")
+    assert kv.over("v") == ["x"]
+    assert kv.over("nobody") == []
+
+
+def test_what_was_let_go_once_is_kept_when_the_next_workflow_comes_with_it() -> None:
+    kv = WorkflowKv(100)
+    for i in range(3):
+        kv.used(["template", f"own {i}"], f"w{i}")
+        assert kv.over(f"w{i}") == ([f"own {i}"] if i else ["template", "own 0"])
+
+
+def test_what_is_remembered_of_kv_is_bounded() -> None:
+    kv = WorkflowKv(10)
+    for i in range(100):
+        kv.used([(i, j) for j in range(4)], f"w{i}")
+    assert kv.over("w99") == [(99, j) for j in range(4)]
+    assert kv.over("w0") == []
+    assert sum(len(kv.over(f"w{i}")) for i in range(100)) == 10

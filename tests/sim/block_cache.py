@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 Block = tuple[int, int]  # name of the content, and which block of it
 
@@ -49,3 +50,9 @@ class PlainCache:
             if not self.users[block]:
                 del self.users[block]
                 self.idle[block] = None
+
+    def let_go(self, keys: Iterable[object]) -> None:
+        """Have idle blocks of these contents go first, the last of them before all."""
+        for key in keys:
+            for block in sorted(block for block in self.idle if block[0] == key):
+                self.idle.move_to_end(block, last=False)

@@ -66,6 +66,11 @@ _SINGLE: Final = {
         "counter",
         "Tokens computed again after a preemption.",
     ),
+    "let_go_blocks": (
+        "let_go_blocks_total",
+        "counter",
+        "KV blocks of workflows that were over, to be evicted before all others.",
+    ),
     "batch_tokens_given_up": (
         "batch_tokens_given_up_total",
         "counter",

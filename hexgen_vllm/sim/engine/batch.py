@@ -15,6 +15,7 @@ from typing import Final
 from hexgen_vllm.config import EngineOptions
 from hexgen_vllm.policy.cost import CostFit
 from hexgen_vllm.policy.order import LateWatch, demotes
+from hexgen_vllm.policy.returns import WorkflowKv
 from hexgen_vllm.sim.engine.decode_clock import DecodeClock
 from hexgen_vllm.sim.engine.kept import keeper_of, kept_of
 from hexgen_vllm.sim.engine.prefix_cache import BlockPool
@@ -82,6 +83,9 @@ class Batch:
         self.watermark_blocks = int(model.watermark * model.blocks)
         self.keeper = keeper_of(model, options)
         self.kept = kept_of(model, options)
+        self._workflow_kv: WorkflowKv | None = None
+        if options.evict_finished_first and model.prefix_caching and not stock:
+            self._workflow_kv = WorkflowKv(model.blocks)
         self._now = 0.0
         self._leaving = 0  # tokens of ended calls that the next step copies
         self.step_tokens = model.max_num_batched_tokens
@@ -116,6 +120,9 @@ class Batch:
 
     def push(self, sequence: Sequence) -> None:
         """Queue a call that arrives."""
+        if self._workflow_kv is not None:
+            keys = [link.key for link in sequence.holding.chain]
+            self._workflow_kv.used(keys, sequence.workflow_id)
         self.waiting.push(sequence)
         self.queued += 1
         self._watch(sequence)
@@ -238,6 +245,8 @@ class Batch:
         self.running.remove(sequence)
         sequence.holding.blocks = -(-computed // size)
         self.pool.drop(sequence.holding, computed // size)
+        if self._workflow_kv is not None and sequence.final and sequence.workflow_id is not None:
+            self.pool.let_go(self._workflow_kv.over(sequence.workflow_id))
 
     def demote_late(self, now: float) -> None:
         """Put waiting calls that cannot be on time any more behind those that can."""

@@ -17,6 +17,7 @@ free blocks then differ by these blocks until both sequences end.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ class BlockPool:
         self.copied = 0
         self._caching = caching
         self._plain = blocks  # free blocks without a hash; reused first
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[Hashable, _Run] = {}
         self._lru: deque[_Piece] = deque()
         self._private_key = 0
 
@@ -201,6 +202,20 @@ class BlockPool:
             holding.chain = (*holding.chain, Link(self._private_key, holding.shared, full))
             self.register(holding, full)
         self.drop(holding, full)
+
+    def let_go(self, keys: Iterable[Hashable]) -> None:
+        """Have the free blocks of the runs named by ``keys`` evicted before all other cached ones.
+
+        They are in the order of the text, whose end goes first.
+        """
+        for key in keys:
+            run = self._runs.get(key)
+            if run is None:
+                continue
+            for i, piece in enumerate(run.pieces):
+                first = run.pieces[i] = _Piece(run, piece.low, piece.high)
+                piece.low = piece.high  # where it stood in line there is nothing now
+                self._lru.appendleft(first)
 
     def exclusive(self, holding: Holding, blocks: int, wanted: tuple[Link, ...]) -> Exclusive:
         """Return which of the ``blocks`` blocks of ``holding`` nobody else holds.

@@ -71,6 +71,8 @@ class Sequence:
         tail_tokens: output tokens of R; the seconds of its prefills are ``tail_prefill_s``.
         least_tail_s: R at a low quantile.
         routed: a router placed it, and judges what is late.
+        workflow_id: its workflow, if the engine is told.
+        final: the engine is told that it is the last call of its workflow.
         late: it cannot be on time any more, and comes after those that can.
         promoted: it waited so long that it goes first among calls of its rank.
         paused: it is in the batch but left out of steps.
@@ -108,6 +110,7 @@ class Sequence:
         "decoding",
         "displacements",
         "expected_tokens",
+        "final",
         "first_token_s",
         "holding",
         "key_s",
@@ -133,6 +136,7 @@ class Sequence:
         "tail_tokens",
         "tokens",
         "total_tokens",
+        "workflow_id",
     )
 
     def __init__(
@@ -162,7 +166,8 @@ class Sequence:
         self.decoding = self.late = self.paused = self.promoted = False
         self.likely_most = self.expected_tokens
         self.tail_prefill_s, self.tail_tokens, self.least_tail_s = self.tail_s, 0, 0.0
-        self.routed = True
+        self.routed, self.final = True, False
+        self.workflow_id: str | None = None
         self.cached_tokens = -1
         self.first_token_s: float | None = None
         self.holding = Holding(chain, [])

@@ -118,4 +118,4 @@ def test_agents_find_what_their_turns_left(tmp_path: Path) -> None:
         assert side["stock"]["prefill_tokens"] <= found["prompt_tokens"]
     assert found["prefill_stock_over_ours"] > 1.4
     assert found["prefill_stock_over_ours_simulated"] > 1.4
-    assert found["on_time_fraction"].keys() == {"stock", "no host", "ours"}
+    assert found["on_time_fraction"].keys() == {"stock", "LRU", "no host", "ours"}

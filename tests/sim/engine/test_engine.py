@@ -253,3 +253,26 @@ def test_a_workflow_goes_on_from_what_it_left_on_the_host() -> None:
     assert found[8000] < found[800] < without + 0.05
     assert second_turns_s(8000, replace(FCFS, keep_ended_kv=False)) == without
     assert second_turns_s(8000, replace(FCFS, keep_kv="never")) == pytest.approx(without)
+
+
+@pytest.mark.parametrize("options", [FCFS, replace(FCFS, evict_finished_first=False)])
+@pytest.mark.parametrize("final", [False, True])
+def test_kv_of_a_finished_workflow_is_evicted_before_that_of_an_open_one(
+    options: EngineOptions, final: bool
+) -> None:
+    engine, now = SimEngine(replace(MODEL, kv_tokens=800), options), 0.0
+    calls: list[Sequence] = []
+    for name, key, last in (
+        ("open", 1, False),
+        ("ends", 2, final),
+        ("x", 3, False),
+        ("open", 1, False),
+    ):
+        placement = Placement(f"{len(calls)}", "e", "test", expected_output_tokens=5)
+        call = Sequence(placement, 290, 5, chain=(Link(key, 0, 18),))
+        call.workflow_id, call.final = name, last
+        engine.submit(call, now)
+        now = max(drained(engine).values())
+        calls.append(call)
+    spared = final and options.evict_finished_first
+    assert (calls[-1].cached_tokens == 18 * MODEL.block_size) == spared

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from hexgen_vllm.policy.returns import WorkflowKv
 from hexgen_vllm.sim.engine.prefix_cache import BlockPool, Holding
 from hexgen_vllm.sim.workloads.prompts import (
     chunk_hashes,
@@ -48,18 +49,25 @@ def drawn(rng: random.Random, name: int) -> Running:
         layers.append(Layer(f"s{rng.randrange(3)}", rng.choice((5, 40, 48))))
     if rng.random() < 0.3:
         layers.append(Layer(f"w{rng.randrange(2)}", 31))
+    elif rng.random() < 0.5:
+        layers.append(Layer(f"own{name // 3}", rng.choice((16, 50, 90))))
     shared = sum(layer.tokens for layer in layers) // SIZE
     return Running(name, tuple(layers), shared + rng.randrange(5), rng.random() < 0.8)
 
 
+@pytest.mark.parametrize("lets_go", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_hits_free_blocks_and_evictions_are_those_of_single_blocks(seed: int) -> None:
+def test_hits_free_blocks_and_evictions_are_those_of_single_blocks(
+    seed: int, lets_go: bool
+) -> None:
     rng = random.Random(seed)
     total = rng.choice((30, 60, 200))
     pool, plain = BlockPool(total), PlainCache(total)
     running: list[Running] = []
+    kv, let_go = WorkflowKv(1000), 0
     for name in range(1, 400):
         call = drawn(rng, name)
+        kv.used([link.key for link in call.holding.chain], f"w{name // 3}")
         hit = pool.lookup(call.holding.chain, call.full)
         assert hit.blocks == plain.hit(call.prompt, call.full)
         assert hit.idle == plain.idle_hits(call.prompt, hit.blocks)
@@ -75,7 +83,13 @@ def test_hits_free_blocks_and_evictions_are_those_of_single_blocks(seed: int) ->
             ended = running.pop(rng.randrange(len(running)))
             pool.drop(ended.holding, ended.full)
             plain.drop(ended.prompt, int(ended.partial))
+            if lets_go and rng.random() < 0.5:
+                over = kv.over(f"w{ended.name // 3}")
+                let_go += len(over)
+                pool.let_go(over)
+                plain.let_go(over)
         assert pool.free == plain.free
+    assert bool(let_go) == lets_go
     for call in running:
         pool.drop(call.holding, call.full)
     assert pool.free == total
