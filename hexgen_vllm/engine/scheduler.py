@@ -265,7 +265,8 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
         kind = CallKind(known.workflow_type, known.stage, lone)
         # The deadline of a lone call is over with it: it says nothing of one that may follow.
         latest_start_s = NO_DEADLINE if lone else call.deadline_s - call.tail_s
-        ended = EndedCall(kind, call.plans, call.workflow_id, latest_start_s)
+        usage = self.kv_cache_manager.usage
+        ended = EndedCall(kind, call.plans, call.workflow_id, latest_start_s, usage)
         blocks = self.kv_cache_manager.get_blocks(request.request_id).blocks[0]
         now = self.hexgen_clock()
         self._leaver.ended(request, ended, blocks, self.hexgen_book.rates, now)

@@ -26,7 +26,8 @@ others let go of it in the meantime, all n tokens are computed again. With the r
 The KV of a call that has ended is copied if its workflow may come back for it, with the chance P of
 :mod:`hexgen_vllm.policy.returns`, and the prefix cache may not hold it until then:
 ``P * (1 - q) * recompute_s > 1.2 * (held_s(c * k, 0) + P * (1 - q) * held_s(0, c * k))``, with c
-the tokens that no copy has yet and q the share that was found there when such calls came back.
+the tokens that no copy has yet and q the share that was found there when calls came back that had
+ended with the KV cache as full (:class:`ReturnSurvival`).
 
 A copy in a bounded pool is worth the seconds it saves per block, times the chance that it is wanted
 (1 for a preempted call), and less the longer its call or its workflow may wait:
@@ -47,6 +48,7 @@ prefix cache holds all that is ever preempted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -61,6 +63,8 @@ _GAIN: Final = 1.2
 _OVERHEAD_S: Final = 2e-4
 _URGENCY_HORIZON_S: Final = 10.0
 _MOST_SLACK_S: Final = 990.0
+_LEVELS: Final = 4  # the last one: less than an eighth is free
+_WEIGHT: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +211,36 @@ def pays_to_keep(
     copied = tokens * token_bytes
     copy_s = copy.stall_s(copied, 0.0) + wanted * copy.stall_s(0.0, copied) + 2 * _OVERHEAD_S
     return keep == "always" or wanted * again.seconds(tokens, end) > _GAIN * copy_s
+
+
+class ReturnSurvival:
+    """How much of ended calls' KV the device still held when it was wanted.
+
+    Learned apart for each time that the free share of the cache halves: what outlives a lone call
+    says nothing of a crowd. Where nothing is known, nothing is taken to survive.
+
+    Attributes:
+        mean: of all alike.
+    """
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self._shares = [0.0] * _LEVELS
+
+    def observe(self, usage: float, share: float) -> None:
+        """Learn that ``share`` was found of what a call left when ``usage`` of all KV was held."""
+        level = _level(usage)
+        self._shares[level] += _WEIGHT * (share - self._shares[level])
+        self.mean += _WEIGHT * (share - self.mean)
+
+    def share(self, usage: float) -> float:
+        """Return the share expected of what a call leaves while ``usage`` of all KV is held."""
+        return self._shares[_level(usage)]
+
+
+def _level(usage: float) -> int:
+    free = max(1.0 - usage, 2.0**-_LEVELS)
+    return min(int(-math.log2(free)), _LEVELS - 1) if free < 1.0 else 0
 
 
 @dataclass(frozen=True, slots=True)

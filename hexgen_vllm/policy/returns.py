@@ -111,12 +111,14 @@ class End:
         ended_s: when.
         plans: what was said of what follows.
         tokens: how much KV it left.
+        usage: share of all KV that calls held then.
     """
 
     kind: CallKind
     ended_s: float
     plans: Plans
     tokens: int
+    usage: float = 0.0
 
 
 class Returns:

@@ -7,6 +7,7 @@ import pytest
 from hexgen_vllm.policy.retention import (
     CopyRates,
     RecomputeRates,
+    ReturnSurvival,
     StoredCopy,
     choose_evictions,
     pays_to_keep,
@@ -157,3 +158,16 @@ def test_what_is_remembered_of_kv_is_bounded() -> None:
     assert kv.over("w99") == [(99, j) for j in range(4)]
     assert kv.over("w0") == []
     assert sum(len(kv.over(f"w{i}")) for i in range(100)) == 10
+
+
+def test_what_survives_in_an_idle_engine_says_nothing_of_a_full_one() -> None:
+    survival = ReturnSurvival()
+    for _ in range(50):
+        survival.observe(0.1, 1.0)
+    assert survival.share(0.0) == survival.share(0.45) > 0.99
+    assert [survival.share(usage) for usage in (0.6, 0.8, 0.95, 1.0)] == [0.0] * 4
+    for _ in range(50):
+        survival.observe(1.0, 0.3)
+    assert survival.share(0.9) == pytest.approx(0.3, abs=0.01)
+    assert survival.share(0.1) > 0.99
+    assert 0.3 < survival.mean < 0.4

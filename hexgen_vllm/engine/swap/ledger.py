@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from hexgen_vllm.engine.swap.messages import SwapReport
 from hexgen_vllm.engine.swap.pool import HostCopy
+from hexgen_vllm.policy.retention import ReturnSurvival
 
 _DECAY: Final = 0.9
 _WEIGHT: Final = 0.1
@@ -52,8 +53,8 @@ class SwapLedger:
         back: bandwidth back to the device.
         survival: share of unshared KV that the prefix cache still held when it was wanted.
         head_risk: how often shared KV was gone by then.
-        return_survival: share of what ended calls left that the prefix cache still held when a
-            call came back for it.
+        returns: share of what ended calls left that the prefix cache still held when a call came
+            back for it.
         staging_bytes: device memory that saves pass through.
         pack_bytes_per_s: how fast they get there, ``None`` while unknown.
     """
@@ -63,7 +64,7 @@ class SwapLedger:
         self.out, self.back = Bandwidth(), Bandwidth()
         self.survival = 0.0
         self.head_risk = _FIRST_HEAD_RISK
-        self.return_survival = 0.0
+        self.returns = ReturnSurvival()
         self.staging_bytes = 0
         self.pack_bytes_per_s: float | None = None
         self._tokens: Counter[str] = Counter()
@@ -101,10 +102,6 @@ class SwapLedger:
         """Note that a call loads ``tokens`` tokens that an ended one has left."""
         self._tokens["found"] += tokens
         self._tokens["restored_bytes"] += blocks * self._block_bytes
-
-    def returned(self, share: float) -> None:
-        """Note that a call came back for KV of which the device still held ``share``."""
-        self.return_survival += _WEIGHT * (share - self.return_survival)
 
     def headless(self, copy: HostCopy) -> None:
         """Note that a copy is of no use, because the shared head that it leaves out is gone."""
@@ -146,6 +143,6 @@ class SwapLedger:
             "restore_bytes_per_s": self.back.rate(),
             "found_tokens": self._tokens["found"],
             "survival": self.survival,
-            "return_survival": self.return_survival,
+            "return_survival": self.returns.mean,
             "head_risk": self.head_risk,
         }

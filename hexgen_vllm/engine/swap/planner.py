@@ -58,12 +58,14 @@ class EndedCall(NamedTuple):
         plans: what was said of what follows.
         workflow_id: whose it was.
         latest_start_s: when the workflow's next call must begin, absolute seconds.
+        usage: share of the device's KV that calls hold, this one too.
     """
 
     kind: CallKind
     plans: Plans
     workflow_id: str
     latest_start_s: float
+    usage: float
 
 
 class Leaving(NamedTuple):
@@ -111,7 +113,7 @@ class SwapPlanner:
         self._saves: dict[str, Save] = {}
         self._loads: list[Load] = []
         self._matched: dict[str, KvMatch] = {}  # by calls to be admitted
-        self._expected: dict[str, int] = {}  # tokens that calls came back for
+        self._expected: dict[str, End] = {}  # what calls came back for
         self._beside: set[str] = set()  # loads beside the forward pass that are under way
         self._abandoned: set[str] = set()  # of these, those that nobody waits for any more
         self._fence = self._renew = False
@@ -211,7 +213,7 @@ class SwapPlanner:
         hashes = list(request.block_hashes[: tokens // size])
         if not hashes or self._otherwise_hashed(request):
             return
-        end = End(call.kind, now, call.plans, len(hashes) * size)
+        end = End(call.kind, now, call.plans, len(hashes) * size, call.usage)
         if call.plans.follows is False:
             self._workflow_over(call.workflow_id, hashes)
             return
@@ -227,7 +229,7 @@ class SwapPlanner:
         if known is not None and known.prefix.tail[: len(tail)] == tail:
             tail = ()  # all of it is there
         parts = [Leaving(i, h) for i, h in enumerate(hashes) if h not in pool.kept]
-        again = replace(self._again(rates), survival=self.ledger.return_survival)
+        again = replace(self._again(rates), survival=self.ledger.returns.share(call.usage))
         if self._wants(parts, tail, tokens, pool.returns.chance(end, now), again, now):
             self._leave(end, call, (parts, blocks, used), again, now)
             if tail:
@@ -301,7 +303,7 @@ class SwapPlanner:
         """Learn whose KV a new call comes back for."""
         ends = self.pool.returns.wanted(request.block_hashes, now)
         if ends:
-            self._expected[request.request_id] = max(end.tokens for end in ends)
+            self._expected[request.request_id] = max(ends, key=lambda end: end.tokens)
 
     # Asked by the connector.
 
@@ -312,9 +314,9 @@ class SwapPlanner:
             request: a call that is about to be admitted.
             local: its tokens that the prefix cache holds, whole blocks.
         """
-        expected = self._expected.pop(request.request_id, 0)
-        if expected:
-            self.ledger.returned(min(local / expected, 1.0))
+        expected = self._expected.pop(request.request_id, None)
+        if expected is not None:
+            self.ledger.returns.observe(expected.usage, min(local / expected.tokens, 1.0))
         copy = self.pool.copies.get(request.request_id)
         if copy is None:
             return self._found(request, local)

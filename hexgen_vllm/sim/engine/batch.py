@@ -239,6 +239,7 @@ class Batch:
                 computed // size,
                 follows=sequence.tail_s > 0.0,
                 latest_start_s=sequence.deadline_s - sequence.tail_s,
+                usage=self.pool.usage(),
                 rates=self.pricing.rates,
                 now=now,
             )

@@ -19,6 +19,7 @@ from hexgen_vllm.policy.retention import (
     Held,
     RecomputeRates,
     Retention,
+    ReturnSurvival,
     StoredCopy,
     choose_evictions,
     pays_to_keep,
@@ -94,7 +95,7 @@ class KeptRuns:
 
     def __init__(self, blocks: int, block_size: int, tokens_per_s: float, keep: str) -> None:
         self.returns = Returns()
-        self.survival = 0.0
+        self.survival = ReturnSurvival()
         self._free, self._block_size, self._keep = blocks, block_size, keep
         self._copy = CopyRates(tokens_per_s, tokens_per_s)
         self._runs: dict[int, KeptRun] = {}
@@ -104,7 +105,7 @@ class KeptRuns:
         ends = self.returns.wanted([link.key for link in chain], now)
         for end in ends:
             share = min(cached * self._block_size / max(end.tokens, 1), 1.0)
-            self.survival += 0.1 * (share - self.survival)
+            self.survival.observe(end.usage, share)
 
     def found(self, chain: tuple[Link, ...], cached: int, most: int) -> int:
         """Return how many leading blocks of a prompt are on the device or here."""
@@ -127,6 +128,7 @@ class KeptRuns:
         *,
         follows: bool,
         latest_start_s: float,
+        usage: float,
         rates: ServiceRates,
         now: float,
     ) -> int:
@@ -137,13 +139,15 @@ class KeptRuns:
             blocks: its full blocks.
             follows: whether its workflow goes on.
             latest_start_s: when the next call must begin.
+            usage: share of the device's KV that calls hold, this one too.
             rates: how fast the engine computes.
             now: the present.
         """
         links = [link for link in chain if link.first < blocks]
         if not links:
             return 0
-        end = End(_KIND, now, _GOES_ON if follows else UNSAID, blocks * self._block_size)
+        plans = _GOES_ON if follows else UNSAID
+        end = End(_KIND, now, plans, blocks * self._block_size, usage)
         self.returns.ended(links[-1].key, end, now)
         missing: list[tuple[Link, int, int]] = []
         for link in links:
@@ -155,7 +159,8 @@ class KeptRuns:
                 missing.append((link, have, upto))
         size = self._block_size
         lost = sum(upto - have for _, have, upto in missing)
-        again = RecomputeRates(rates.prefill_token_s, rates.prefill_context_s, self.survival)
+        survival = self.survival.share(usage)
+        again = RecomputeRates(rates.prefill_token_s, rates.prefill_context_s, survival)
         chance = self.returns.chance(end, now)
         last = missing[-1][2] if missing else 0
         if not pays_to_keep(lost * size, last * size, chance, again, self._copy, 1.0, self._keep):

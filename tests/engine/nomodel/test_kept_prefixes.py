@@ -103,6 +103,20 @@ def test_wrong_bytes_would_be_noticed(folder: Path) -> None:
     assert wrong(engine, talks)
 
 
+def test_a_crowd_is_kept_although_one_after_another_needed_no_copies(folder: Path) -> None:
+    computed = []
+    for alone in (0, 15):
+        engine = SwapEngine(folder, blocks=40, hexgen={"keep_kv": "auto"})
+        for i in range(alone):
+            play(engine, [Talk(f"alone{i}", 50 + i)])
+        assert (engine.host_kv()["return_survival"] > 0.8) == bool(alone)
+        before, talks = engine.worker.computed_tokens, [Talk(f"w{i}", i) for i in range(6)]
+        play(engine, talks)
+        assert wrong(engine, talks) == []
+        computed.append(engine.worker.computed_tokens - before)
+    assert computed[1] < 1.1 * computed[0]
+
+
 def test_lone_calls_are_learned(folder: Path) -> None:
     engine = SwapEngine(folder, blocks=40)
     talks = [Talk(f"w{i}", i) for i in range(8)]
