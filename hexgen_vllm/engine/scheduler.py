@@ -206,6 +206,8 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         self._forget_kv(session)  # its tokens change
+        # A turn that ended within accepted drafts has KV beyond its end: not that of the next one.
+        session.num_computed_tokens = min(session.num_computed_tokens, session.num_tokens)
         super()._update_request_as_session(session, update)
         self._open(session)  # new parameters, new arrival: a new deadline
         self._requeue(session)

@@ -100,11 +100,17 @@ class Mixture:
         first = self.counts.setdefault(name, count)
         count = count if TURNS_HAVE_LENGTHS else first
         history = self.histories.setdefault(name, [])
+        if history and not self._whole(name):
+            history.pop()  # vLLM drops the token of a turn that was not computed yet
         history += tokens
         out = expected(history, count)
         self.want[name] = self.want.get(name, []) + out
-        history += out[:-1]  # vLLM drops the token of a turn that was not computed yet
+        history += out
         self.engine.add(name, tokens, count, resumable=True)
+
+    def _whole(self, name: str) -> bool:
+        """Whether the KV of the last token of a turn is there: only if it was a draft."""
+        return False
 
     def _settle(self, name: str) -> None:
         while len(self.engine.tokens.get(name, ())) < len(self.want.get(name, ())):

@@ -6,8 +6,11 @@ only, because vLLM refuses it with the other.
 
 from __future__ import annotations
 
+import os
+import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +34,7 @@ from tests.engine.swap.real_engine import (
 
 LOAD = calls()
 BLOCKS = fifth_of_the_load(LOAD)
+ENGINES = int(os.environ.get("RANDOM_REAL_ENGINES", "1"))
 SCHEDULING = ("sync", "async", "ngram")
 Combination = tuple[bool, str, bool]
 COMBINATIONS = list(product((True, False), SCHEDULING, (True, False)))
@@ -156,6 +160,50 @@ def test_aborts_and_resets_leave_nothing_behind(
     assert dropped.keys() >= {"finished", "reset"}
     rest = [n for n in undisturbed if n not in aborted]
     assert [n for n in rest if engine.written[n] != undisturbed[n]] == []
+
+
+@pytest.fixture(scope="module")
+def lone(model: Path) -> Callable[[int], Written]:
+    """What stock vLLM writes of a load with room for everything, by its seed."""
+
+    @cache
+    def written(seed: int) -> Written:
+        with running(model, 1000) as engine:
+            engine.play(calls(seed))
+            return engine.written
+
+    return written
+
+
+@pytest.mark.parametrize("seed", range(ENGINES))
+def test_engines_of_random_kinds_with_resets_and_sleep(
+    model: Path, lone: Callable[[int], Written], seed: int
+) -> None:
+    """A few in every run; many: RANDOM_REAL_ENGINES=300 pytest -k random_kinds (this file)."""
+    rng, which = random.Random(seed), 1 + seed % 4
+    kind = arguments((rng.random() < 0.7, rng.choice(SCHEDULING), rng.random() < 0.5))
+    kind |= swapping(
+        host_kv_gib=rng.choice((0.001, 0.1)),
+        keep_kv=rng.choice(("always", "auto", "never")),
+        evict_finished_first=rng.random() < 0.7,
+    )
+    load, want = calls(which), lone(which)
+    with running(model, fifth_of_the_load(load) + rng.randint(0, 12), **kind) as engine:
+        for call in load:
+            engine.add(call)
+            for _ in range(rng.randint(0, 4)):
+                engine.step()
+        while engine.llm.has_unfinished_requests():
+            engine.step()
+            if rng.random() < 0.03:
+                assert engine.core.reset_prefix_cache(reset_running_requests=True)
+            elif rng.random() < 0.03:
+                engine.core.sleep(1, mode="keep")
+                for _ in range(2):
+                    engine.step()
+                engine.core.wake_up()
+        engine.assert_clean()
+    assert [n for n in want if engine.written[n] != want[n]] == []
 
 
 PHASES = {(True, 1): "saved", (True, 3): "waiting", (False, 1): "loaded", (False, 3): "resumed"}
