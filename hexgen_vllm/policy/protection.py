@@ -104,7 +104,7 @@ class Protection:
 
     def holds_back(self, entry: OpenCall, engines: Iterable[EngineLoad]) -> bool:
         """Return whether a demoted call waits, though its ``engines`` have room."""
-        if not entry.run.background:
+        if not (self.enabled and entry.run.background):
             return False
         demoted = calls = slots = 0
         for engine in engines:
