@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from benchmarks.engine.headless import Setup, vllm_config
+from hexgen_vllm.engine.displacement import Displacer
 from hexgen_vllm.engine.options import options_of
+from hexgen_vllm.policy.victims import VictimSearch
 from hexgen_vllm.wire import CallMeta
 from tests.engine.nomodel.conftest import Build
-from tests.engine.nomodel.harness import FakeEngine, expected
+from tests.engine.nomodel.harness import FakeEngine, expected, prompt
+from tests.engine.nomodel.test_mix import warm
 
 URGENT = CallMeta(workflow_deadline_ms=300.0)
 LAZY = CallMeta(workflow_deadline_ms=900_000.0)
@@ -140,6 +144,37 @@ def test_several_urgent_calls_displace_in_one_step(build: Build) -> None:
     engine.step()
     assert engine.displaced() == 3
     assert {"urgent0", "urgent1", "urgent2"} < set(engine.running())
+
+
+def test_a_step_without_a_look_would_have_displaced_nobody(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queue and batch are looked at only where somebody may be urgent, or may give way."""
+    engine = build(max_num_seqs=2, async_scheduling=True)
+    warm(engine)
+    is_calm, without_look = Displacer._is_calm, 0
+
+    def checked(displacer: Displacer, now: float) -> bool:
+        nonlocal without_look
+        found = is_calm(displacer, now)
+        if found and engine.waiting():
+            without_look += 1
+            search = VictimSearch(displacer, engine.scheduler.hexgen_options)
+            assert search.victims(now, displacer._step) == []
+        return found
+
+    monkeypatch.setattr(Displacer, "_is_calm", checked)
+    rng = random.Random(3)
+    for i in range(60):
+        seconds = rng.choice([0.3, 2.2, 2.5, 90.0])
+        output = rng.randint(5, 20) if seconds < 3 else rng.randint(200, 400)
+        urgent = CallMeta(workflow_deadline_ms=1000 * seconds)
+        engine.add(f"r{i}", prompt(rng, 10, 80), output, urgent)
+        engine.steps(rng.randint(20, 80))
+    engine.run()
+    assert without_look > 60
+    assert engine.displaced() > 5
+    engine.assert_clean()
 
 
 def test_equal_calls_never_displace_each_other(build: Build) -> None:
