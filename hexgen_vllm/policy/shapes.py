@@ -17,7 +17,6 @@ What was seen is kept in bounded windows with exact quantiles.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
 from heapq import nlargest
@@ -33,6 +32,8 @@ _ENOUGH: Final = 8
 _ORDINALS: Final = 8  # calls of a stage in a workflow whose lengths are learned one by one
 _ENOUGH_LENGTHS: Final = 32
 _MAX_KEYS: Final = 4096
+_MOST_TOKENS: Final = 2**31 - 1  # what was written down may be broken
+_MOST: Final = 1e12  # tokens or seconds of a path
 
 
 class Ordered(Protocol):
@@ -298,7 +299,7 @@ def _exported(value: object) -> tuple[tuple[str, ...], list[int], list[Tail]]:
         raise ValueError("not a learned shape")
     if not 1 <= len(key) <= 3 or not all(isinstance(name, str) for name in key):
         raise ValueError("not the key of a learned shape")
-    if not all(type(tokens) is int and tokens >= 0 for tokens in outputs):
+    if not all(type(tokens) is int and 0 <= tokens <= _MOST_TOKENS for tokens in outputs):
         raise ValueError("not output lengths")
     return tuple(key), outputs, [_tail(path) for path in paths]
 
@@ -307,7 +308,7 @@ def _tail(path: object) -> Tail:
     if not isinstance(path, list) or not 3 <= len(path) <= 4:  # 3 without think time
         raise ValueError("not a path")
     for number in path:
-        if type(number) not in (int, float) or not 0.0 <= number < math.inf:
+        if type(number) not in (int, float) or not 0.0 <= number <= _MOST:
             raise ValueError("not a path")
     return Tail(*map(float, path))
 

@@ -259,6 +259,7 @@ def shape(*key: object, outputs: object = (), tails: object = ()) -> dict[str, o
         shape("b", outputs=(-1,)),
         shape("b", outputs=(True,)),
         shape("b", outputs=(1.5,)),
+        shape("b", outputs=(10**400,)),
         shape("b", outputs=5),
         shape("b", tails={}),
         shape(),
@@ -268,7 +269,7 @@ def shape(*key: object, outputs: object = (), tails: object = ()) -> dict[str, o
             shape("b", tails=(path,))
             for path in (
                 [1, 2], [1, 2, 3, 4, 5], (1, 2, 3), "123", [1, 0, -1], [1, 0, True],
-                [1, 0, math.inf], [1, 0, math.nan], [1, 0, "2"],
+                [1, 0, math.inf], [1, 0, math.nan], [1, 0, "2"], [1, 0, 10**400],
             )
         ),
     ],
