@@ -76,18 +76,24 @@ class Elsewhere(NamedTuple):
 
 
 class TransferRate:
-    """Seconds in which the KV of a token reaches an engine, the median of late."""
+    """Seconds in which the KV of a token reaches an engine, the median of late.
+
+    A transfer takes some time however short it is, as does the step that the answer joins. Spread
+    over the few tokens that are missing where prompts share beginnings, that would be many times
+    what a token of a long prompt takes. So only the longest of late tell.
+    """
 
     def __init__(self) -> None:
-        self._seen: deque[float] = deque(maxlen=32)
+        self._seen: deque[tuple[int, float]] = deque(maxlen=32)  # tokens, seconds of each
         self._median_s: float | None = None
 
     def learn(self, tokens: int, seconds: float) -> None:
         """Take in that the KV of so many tokens took so long."""
         if tokens >= _LEAST_MOVED:
-            self._seen.append(max(seconds, 0.0) / tokens)
+            self._seen.append((tokens, max(seconds, 0.0) / tokens))
             if len(self._seen) >= _ENOUGH_MOVED:
-                self._median_s = median(self._seen)
+                most = sorted(self._seen)[-_ENOUGH_MOVED][0]
+                self._median_s = median([each for n, each in self._seen if 2 * n >= most])
 
     def token_s(self, otherwise_s: float) -> float:
         """Return what was measured, ``otherwise_s`` until then."""

@@ -254,6 +254,15 @@ def test_a_rate_of_transfer_is_a_median_of_long_ones() -> None:
     assert rate.token_s(1.0) == pytest.approx(0.2 / 1_000)
 
 
+def test_what_every_transfer_takes_is_not_taken_for_the_rate() -> None:
+    rate = TransferRate()
+    for tokens in (300, 4_000, 280, 320, 5_000, 310, 6_000, 290, 7_000):
+        rate.learn(tokens, 0.05 + tokens / 40_000)
+    assert rate.token_s(1.0) == pytest.approx(1 / 40_000, rel=0.5)
+    rate.learn(9_000, 30.0)
+    assert rate.token_s(1.0) == pytest.approx(1 / 40_000, rel=0.5), "one that waited tells little"
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_left_behind_whatever_happens(seed: int) -> None:
     rng = random.Random(seed)
