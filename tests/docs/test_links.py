@@ -36,11 +36,13 @@ OF_VLLM: Final = {
     "--enable-sleep-mode",
     "--enable-prefix-caching",
     "--enforce-eager", "--gpu-memory-utilization", "--kv-offloading-size",
+    "--no-async-scheduling",
     "--kv-transfer-config", "--max-num-batched-tokens", "--max-num-seqs", "--middleware",
     "--pipeline-parallel-size", "--port", "--scheduler-cls", "--scheduling-policy",
     "--tensor-parallel-size",
 }  # fmt: skip
 OF_OTHERS: Final = {
+    "--agentinfer": "AgentInfer",
     "--extra-index-url": "pip",
     "--force-reinstall": "pip",
     "--no-deps": "pip",
