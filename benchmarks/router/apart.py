@@ -46,6 +46,7 @@ _REFERENCE: Final = Path("examples/scenarios/reference.yaml")
 _ALL: Final = 10**9
 _LIMITS_WORKFLOWS: Final = 400  # that tell the capacity
 _TOLD: Final = ", KV events"
+_LONGEST: Final = 16_000  # tokens of a call; vLLM does not start where that does not fit
 
 
 class Several:
@@ -232,7 +233,9 @@ def main() -> int:
     fleet = load(_REFERENCE).fleet
     engines = tuple(
         replace(
-            model, engine_id=f"{model.engine_id}-{k}", kv_tokens=round(model.kv_tokens * args.kv)
+            model,
+            engine_id=f"{model.engine_id}-{k}",
+            kv_tokens=max(round(model.kv_tokens * args.kv), _LONGEST),
         )
         for k in range(args.copies)
         for model in fleet
