@@ -205,12 +205,13 @@ def test_the_end_of_a_turn_within_accepted_drafts_is_no_kv_of_the_next(folder: P
     first, second = [7] * 20, [9] * 20
     request = engine.add("session", first, 3, resumable=True)
     engine.run()
-    assert request.num_computed_tokens > request.num_tokens, "no draft was accepted in vain"
     out = expected(first, 3)
-    engine.add("session", second, 6, resumable=True)
+    # From 0.33 on, no more is drafted than a turn may write; then its last token is dropped.
+    kept = out if request.num_computed_tokens >= request.num_tokens else out[:-1]
+    engine.add("session", second, 3, resumable=True)
     engine.run()
     assert engine.worker.errors == []
-    assert engine.tokens["session"] == out + expected(first + out + second, 6)
+    assert engine.tokens["session"] == out + expected(first + kept + second, 3)
 
 
 def test_a_corrupted_copy_is_noticed(folder: Path) -> None:
