@@ -136,6 +136,11 @@ NOT_RUN: Final = (
     NotRun("hexgen-vllm batch run", "needs an engine", "tests/router/batches/test_command.py"),
     NotRun("bench preempt", "takes two minutes", "parse"),
     NotRun("bench react", "takes minutes", "tests/engine/swap/test_bench_preempt.py"),
+    NotRun(
+        "RANDOM_ENGINES=1000",
+        "takes minutes; fewer are in every run",
+        "tests/engine/nomodel/test_random_engines.py",
+    ),
     NotRun("HEXGEN_FUZZ=12", "takes minutes; a smaller one is in every run", "tests/router/fuzz"),
     NotRun("patch apply", "changes the vLLM that other tests need", "tests/patch/test_command.py"),
     NotRun("patch revert", "changes the vLLM that other tests need", "tests/patch/test_command.py"),

@@ -24,6 +24,7 @@ FULL = {
     **SNAPSHOT,
     "prefill_share": 0.5,
     "batch_tokens_given_up": 1,
+    "let_go_blocks": 1,
     "length_error": 0.1,
     "host_kv": dict.fromkeys(middleware._HOST_KV, 1)
     | {key: {"a": 1} for key in middleware._HOST_KV_BY_REASON},
