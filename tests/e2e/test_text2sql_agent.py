@@ -79,7 +79,7 @@ def test_a_model_that_writes_is_refused_and_disturbs_nobody(
         return Grammar({ROOT: words(f"```sql\n{sql}\n```" for sql in WRITES)})
 
     monkeypatch.setattr(candidates, "query_grammar", grammar)
-    monkeypatch.setattr(agent, "linked_schema", whole_schema)
+    monkeypatch.setattr(agent, "_linked_schema", whole_schema)
     argv = ["--constrain", "--temperature=1", "--users=6", "--rate=20", "--max-rounds=1"]
     assert main([f"--base-url={router.url}/v1", f"--out={tmp_path}", *argv]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
