@@ -46,6 +46,7 @@ EXPLAINED: Final[dict[str, tuple[str, str]]] = {
         "test_async_scheduler.py"
         "::test_abort_request_when_structured_output_fsm_cannot_advance": _MADE_UP,
         "test_scheduler.py::test_abort_request_when_structured_output_fsm_cannot_advance": _MADE_UP,
+        "test_scheduler.py::test_delayed_kv_connector_free_keeps_scheduler_active": _MADE_UP,
         "test_scheduler.py::test_stop_via_update_from_output": _MADE_UP,
         "test_scheduler.py::test_scheduler_reset_prefix_cache": (
             "harness",

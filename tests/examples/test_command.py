@@ -137,7 +137,7 @@ async def test_calls_that_fail_make_the_command_fail(scripted: Scripted, tmp_pat
     [
         (["--base-url=nowhere"], "base_url must be URL or NAME=URL, not 'nowhere'."),
         (["--compare", "--model=/none"], "model must be a folder with compare, and /none is none."),
-        (["--questions=/none"], "/none cannot be read: [Errno 2] No such file or directory"),
+        (["--questions=/none"], "/none cannot be read: No such file or directory."),
         (["--deadline-s=0"], "deadline_s must be at least 0.1, not 0."),
         (["--base-url=http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1 cannot be used: Connection"),
     ],

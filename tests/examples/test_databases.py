@@ -68,7 +68,7 @@ def test_every_gold_query_returns_rows_and_matches_itself(
         ("shop: []", "questions.yaml holds no question."),
         ("bank: []", "unknown database 'bank'; known are library, clinic, shop."),
         ("- q: What", "questions.yaml must be a mapping of databases to lists of questions."),
-        ("{", "questions.yaml cannot be read: while parsing"),
+        ("{", "questions.yaml line 1: not YAML"),
     ],
 )
 def test_a_file_that_holds_no_questions_is_an_error(
