@@ -8,7 +8,6 @@ Every field carries its help text and bounds in its metadata. Command lines, JSO
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import re
@@ -31,6 +30,7 @@ from typing import (
 )
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.wire import from_json
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -218,7 +218,7 @@ def _named_numbers(name: str, words: Sequence[object]) -> dict[str, Any]:
     for word in map(str, words):
         key, _, number = word.partition("=")
         try:
-            more = json.loads(word) if word.startswith("{") else {key: float(number)}
+            more = from_json(word) if word.startswith("{") else {key: float(number)}
         except ValueError:
             raise ConfigError(f"{name} must be like NAME=NUMBER, not {word!r}.") from None
         found |= more

@@ -37,6 +37,12 @@ def test_bad_values_get_one_sentence(values: dict[str, object], message: str) ->
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("word", ["a", "a=b", "{", '{"a": ' + "[" * 50_000])
+def test_what_is_no_named_number_gets_one_sentence(word: str) -> None:
+    with pytest.raises(ConfigError, match="tenant_weights must be like NAME=NUMBER, not"):
+        from_mapping(DispatchOptions, {"tenant_weights": [word]})
+
+
 def test_whole_numbers_become_floats_where_a_float_is_meant() -> None:
     options = from_mapping(EngineOptions, {"default_deadline_s": 5})
     assert isinstance(options.default_deadline_s, float)

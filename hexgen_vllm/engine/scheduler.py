@@ -224,9 +224,10 @@ class UrgencyScheduler(compat.TwoQueues, compat.LikeStock):
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
-        kv, call = self._workflow_kv, request.hexgen
+        kv = self._workflow_kv
         if kv is None:
             return
+        call = request.hexgen
         size = self.kv_cache_manager.block_pool.hash_block_size
         kv.used(request.block_hashes[request.num_prompt_tokens // size :], _user(request))
         if call.plans.follows is False and request.status in _ENDED:
