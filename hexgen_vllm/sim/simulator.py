@@ -56,6 +56,7 @@ ARRIVAL: Final = 2
 TICK: Final = 3
 Handler = Callable[[float, Any], None]
 _COLLECT: Final = (100_000, 50, 100)  # objects, and collections of younger ones, between two
+_IDLE_S: Final = 600.0  # without calls, telemetry is not read until so long before the next event
 
 
 class EventLoop:
@@ -92,6 +93,11 @@ class EventLoop:
             self.now, _, _, handler, argument = heappop(heap)
             self.events += 1
             handler(self.now, argument)
+
+    @property
+    def next_s(self) -> float:
+        """Time of the next event, infinite when there is none."""
+        return self._heap[0][0] if self._heap else math.inf
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -651,4 +657,7 @@ class Simulation:
                 coordinator.call_progressed(sequence.call_id, tokens, now)
         self._carry_out(coordinator.tick(now), now)
         if self._open or self._more:
-            self._loop.at(now + self._options.report_interval_s, TICK, self._tick)
+            at = now + self._options.report_interval_s
+            if not self._pending:
+                at = max(at, self._loop.next_s - _IDLE_S)
+            self._loop.at(at, TICK, self._tick)

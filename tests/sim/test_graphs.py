@@ -52,6 +52,17 @@ def test_a_call_is_sent_when_its_think_time_is_over(policy: str) -> None:
     assert latency_s == pytest.approx(calls["b"][1])
 
 
+@pytest.mark.parametrize("policy", ["slack", "least_outstanding+edf"])
+@pytest.mark.parametrize("think_s", [0.0, 1e8])
+def test_years_without_calls_are_passed_over(policy: str, think_s: float) -> None:
+    stages = ((call("a"),), (call("b", think_s),))
+    workflows = [replace(WorkflowSpec(f"w{n}", "t", stages), arrival_s=n * 1e8) for n in (1, 2, 3)]
+    simulation = Simulation([ENGINE], named(policy), lambda _: 1e9, EXACT)
+    simulation.run(workflows)
+    assert [w.latency_s for w in simulation.workflows] == pytest.approx([0.42 + think_s] * 3)
+    assert simulation.events < 20_000
+
+
 @pytest.mark.parametrize("policy", ["slack", "oracle", "wlcaff+fcfs"])
 def test_calls_of_a_graph_wait_for_those_they_name_only(policy: str) -> None:
     stages = (
