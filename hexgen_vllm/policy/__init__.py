@@ -17,6 +17,7 @@
     placements     every placement policy by name
     dispatch       what a placement is; the simple ones and the paper's
     marginal_cost  the default placement
+    asked_prefixes prompt chunks that many calls ask for, as that placement charges for them
     rivals         placements of other systems
     disaggregation which engine computes the prompt where another answers
     queue          calls that wait for room, in order

@@ -12,10 +12,11 @@ import pytest
 from hexgen_vllm import check_policy
 from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
 from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.policy.asked_prefixes import AskedPrefixes
 from hexgen_vllm.policy.calls import Demand, InFlight
 from hexgen_vllm.policy.dispatch import Dispatch
 from hexgen_vllm.policy.engine_load import EngineLoad, solo_speed
-from hexgen_vllm.policy.marginal_cost import FIRST, AskedPrefixes
+from hexgen_vllm.policy.marginal_cost import FIRST
 from hexgen_vllm.policy.placements import PLACEMENTS, placement, register
 from hexgen_vllm.policy_file import load
 from hexgen_vllm.sim.fleets import fleet
@@ -163,7 +164,7 @@ def test_what_is_kept_of_a_call_at_an_engine_is_what_is_asked_for_now() -> None:
     rng, asked, fleet = random.Random(3), AskedPrefixes(), [engine("a"), engine("b")]
     waiting = Call("w", "w", 0.0, 5000, prefix=(1, 2, 3, 4), prefix_chunk_tokens=1000)
     for number in range(200):
-        for place in asked.places(waiting, fleet):
+        for place in asked.at_engines(waiting, fleet):
             if rng.random() < 0.1:
                 place.renew(waiting, COST, rng.choice((0, 1000, 3000, 4000)))
             shared = asked.shared(waiting, place.uncached, len(fleet))
