@@ -13,13 +13,13 @@ from copy import deepcopy
 from typing import Any, Final
 
 from hexgen_vllm.clock import SystemClock
-from hexgen_vllm.config import PLACEMENT_NAMES, DispatchOptions
-from hexgen_vllm.errors import ConfigError, HexgenError
+from hexgen_vllm.config import DispatchOptions, check_policy_name, is_policy_file
+from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.policy.calls import Demand, InFlight
 from hexgen_vllm.policy.coordinator import Coordinator
 from hexgen_vllm.policy.engine_load import EngineLoad
 from hexgen_vllm.policy.placements import placement
-from hexgen_vllm.policy_file import is_policy_file, load
+from hexgen_vllm.policy_file import load
 from hexgen_vllm.sim.fleets import fleet
 from hexgen_vllm.sim.policies import NAMES, named
 from hexgen_vllm.sim.simulator import SimOptions, Simulation
@@ -56,8 +56,7 @@ def main(args: argparse.Namespace) -> int:
         ConfigError: there is no such policy.
     """
     name: str = args.policy
-    if not is_policy_file(name) and name not in PLACEMENT_NAMES:
-        raise ConfigError(f"{name!r} is neither FILE.py:Class nor a policy of this package.")
+    check_policy_name(name)
     load(name)
     wrong = 0
     for check in CHECKS:

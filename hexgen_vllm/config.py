@@ -131,6 +131,23 @@ PLACEMENT_NAMES: Final = (
 )
 
 
+def is_policy_file(name: str) -> bool:
+    """Return whether ``name`` has the form ``FILE.py:Class``, or could have: a class is missing."""
+    return ".py:" in name or name.endswith(".py")
+
+
+def check_policy_name(name: str, names: tuple[str, ...] = PLACEMENT_NAMES) -> None:
+    """Check that a policy is one of ``names`` or in a file, which is not looked at here.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if name not in names and not is_policy_file(name):
+        raise ConfigError(
+            f"policy must be one of {', '.join(names)} or FILE.py:Class, not {name!r}."
+        )
+
+
 @dataclass(frozen=True)
 class DispatchOptions:
     """Options of placement (the router and the simulator)."""
@@ -271,11 +288,7 @@ class DispatchOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.policy not in PLACEMENT_NAMES and ".py:" not in self.policy:
-            names = ", ".join(PLACEMENT_NAMES)
-            raise ConfigError(
-                f"policy must be one of {names} or FILE.py:Class, not {self.policy!r}."
-            )
+        check_policy_name(self.policy)
         for tenant, weight in self.tenant_weights.items():
             if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
                 raise ConfigError(f"tenant_weights of {tenant} must be a number above 0.")

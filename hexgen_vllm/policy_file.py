@@ -18,17 +18,10 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Final
 
+from hexgen_vllm.config import is_policy_file
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.policy.placements import Placer, register
-
-_SUFFIX: Final = ".py"
-
-
-def is_policy_file(name: str) -> bool:
-    """Return whether ``name`` has the form ``FILE.py:Class``, or could have: a class is missing."""
-    return f"{_SUFFIX}:" in name or name.endswith(_SUFFIX)
 
 
 def load(name: str) -> None:
@@ -47,7 +40,7 @@ def policy_class(name: str) -> Placer:
     Raises:
         ConfigError: there is no such file or class, or the file cannot be run.
     """
-    file, _, class_name = (name + ":" * name.endswith(_SUFFIX)).rpartition(":")
+    file, _, class_name = (name + ":" * name.endswith(".py")).rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"policy file {file} does not exist.")

@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hexgen_vllm.config import DispatchOptions, EngineOptions
+from hexgen_vllm.config import DispatchOptions, EngineOptions, check_policy_name, is_policy_file
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.option import todays_name
 from hexgen_vllm.policy.placements import PLACEMENTS
-from hexgen_vllm.policy_file import is_policy_file, load
+from hexgen_vllm.policy_file import load
 from hexgen_vllm.types import EngineKind
 
 _OURS: Final = {"paper": "paper", "slack": "due", "earliest_finish": "due", "oracle": "due"}
@@ -79,11 +79,10 @@ def named(
     placement, plus, order = todays_name(name).partition("+")
     order = todays_name(order)
     name = f"{placement}{plus}{order}"
-    outside = is_policy_file(placement)
-    if outside:
+    if is_policy_file(placement):
         load(placement)
-    elif name not in NAMES:
-        raise ConfigError(f"policy must be one of {', '.join(NAMES)}, not {name!r}.")
+    else:
+        check_policy_name(name, NAMES)
     order = order or _OURS.get(placement, "due")
     if order not in ORDERS:
         raise ConfigError(f"the order in the engine must be one of {', '.join(ORDERS)}.")

@@ -119,3 +119,11 @@ def test_options_that_need_each_other_may_stand_in_any_order(tmp_path: Path) -> 
     path.write_text("port: 1\nselector: [app=engine]\n")
     with pytest.raises(ConfigError, match="line 2: service_discovery and selector must be given"):
         read(f"--config {path}")
+
+
+@pytest.mark.parametrize("name", ["{}", "{}:Third"])
+def test_a_policy_file_without_such_a_class_says_which_it_has(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("class First:\n    def choose(self, *given): ...\nclass Other: ...\n")
+    with pytest.raises(ConfigError, match=r"it has First\.$"):
+        read(f"--policy {name.format(path)}")
