@@ -340,6 +340,24 @@ SELECT $secret
 SELECT @secret
 ----
 SELECT 1 /* /* */ ; DROP TABLE {table} -- */
+----
+SELECT printf('%' || '.' || '100000000' || 'c', 'x')
+----
+SELECT format(replace('%!c', '!', '.100000000'), 'x')
+----
+SELECT printf('%' || id || '00000000d', 1) FROM {table}
+----
+SELECT * FROM pragma_module_list
+----
+SELECT * FROM [pragma_index_list]('{table}')
+----
+SELECT `load_extension`('x')
+----
+SELECT * FROM zipfile('/tmp/x.zip')
+----
+SELECT sha3_query('SELECT 1')
+----
+SELECT 1 /* a */;/* b */DELETE/**/FROM/**/{table}
 ---- postgres
 SELECT pg_sleep(10)
 ----
@@ -526,6 +544,46 @@ EXPLAIN ANALYZE DELETE FROM {table}
 COMMENT ON TABLE {table} IS 'x'
 ----
 SECURITY LABEL ON TABLE {table} IS 'x'
+----
+SELECT U&"pg\005fsleep"(10)
+----
+SELECT * FROM LATERAL pg_sleep(10) x
+----
+SELECT * FROM ROWS FROM (pg_ls_dir('/')) AS x
+----
+SELECT public.lower('x')
+----
+SELECT evil.count(id) FROM {table}
+----
+SELECT repeat(repeat('x', 10000), 10000)
+----
+SELECT replace(repeat('a', 10000), 'a', repeat('b', 10000))
+----
+SELECT lpad(repeat('x', 9000), 9000)
+----
+SELECT format('%' || '100000000' || 's', 'x')
+----
+SELECT format('%*s', 100000000, 'x')
+----
+SELECT format(concat('%', '99999999', 's'), 'x')
+----
+SELECT format('%1$100000000s', 'x')
+----
+SELECT array_fill(0, ARRAY[100000000])
+----
+SELECT dblink_exec('host=127.0.0.1', 'DELETE FROM {table}')
+----
+SELECT $a$;$a$; DROP TABLE {table}
+----
+SELECT E'\'; DELETE FROM {table}; --'; DELETE FROM {table}
+----
+SELECT U&'\0027'; DELETE FROM {table}
+----
+WITH x AS (SELECT id FROM {table} FOR UPDATE) SELECT * FROM x
+----
+SELECT * FROM other.public.{table}
+----
+WITH RECURSIVE r(s) AS (SELECT 'x' UNION ALL SELECT repeat(s, 100) FROM r WHERE length(s) < 100000000000) SELECT MAX(length(s)) FROM r
 ---- duckdb
 SELECT * FROM read_csv('/etc/passwd')
 ----
@@ -666,3 +724,39 @@ SELECT * FROM summary((SELECT 1))
 SELECT * FROM test_all_types()
 ----
 SELECT error('x')
+----
+SELECT repeat(repeat(repeat('x', 10000), 10000), 10)
+----
+SELECT repeat(s, 10000) FROM (SELECT repeat('x', 10000) AS s)
+----
+SELECT repeat(repeat([1, 2, 3], 10000), 10000)
+----
+SELECT 'x'.repeat(1000000000)
+----
+SELECT 'x'.lpad(1000000000, 'y')
+----
+SELECT format('{:>1000000000}', 'x')
+----
+SELECT format('{:>{}}', 'x', 1000000000)
+----
+SELECT format('{' || ':>1000000000' || '}', 'x')
+----
+SELECT '{:>1000000000}'.format('x')
+----
+SELECT printf('%' || '1000000000d', 1)
+----
+WITH RECURSIVE r(s) AS (SELECT 'x' UNION ALL SELECT repeat(s, 100) FROM r WHERE length(s) < 100000000000) SELECT MAX(length(s)) FROM r
+----
+SELECT list_transform(['PATH'], lambda x : getenv(x))
+----
+SELECT 'PATH'.getenv()
+----
+SELECT list_resize([1], 1000000000)
+----
+SELECT * FROM json_execute_serialized_sql(json_serialize_sql('SELECT 1'))
+----
+PIVOT '/etc/passwd' ON a
+----
+SELECT * FROM other.main.{table}
+----
+SELECT sleep_ms(100000)

@@ -44,6 +44,9 @@ class Adapter(Protocol):
     def schemas(self) -> Sequence[str]:
         """Return what may stand before the name of a table that needs nothing there."""
 
+    def catalog(self) -> str:
+        """Return the database's own name, which may stand before that; empty if none may."""
+
     def run(self, sql: str) -> QueryOutcome:
         """Run a query that has passed the gate."""
 
@@ -71,7 +74,7 @@ class Database:
         self._limits = limits
         self._schema = adapter.schema()
         tables = [table.name for table in self._schema.tables]
-        self._gate = Gate(adapter.dialect, tables, adapter.schemas())
+        self._gate = Gate(adapter.dialect, tables, adapter.schemas(), adapter.catalog())
 
     @classmethod
     def open(

@@ -60,6 +60,7 @@ class PostgresServer:
     def __init__(self, url: URL, limits: QueryLimits, clock: Clock) -> None:
         self._limits = limits
         self._clock = clock
+        self._url = url
         self._name = url.render_as_string(hide_password=True)
         driver = url.set(drivername="postgresql+psycopg").difference_update_query(["options"])
         options = _OPTIONS.format(time_ms=max(int(limits.time_s * 1000), 1))
@@ -75,6 +76,10 @@ class PostgresServer:
     def schemas(self) -> Sequence[str]:
         """Return what may stand before the name of a table that is found without."""
         return self._home
+
+    def catalog(self) -> str:
+        """Return the name of the database."""
+        return self._url.database or self._url.username or ""
 
     def schema(self) -> Schema:
         """Read tables and views that the user may read.

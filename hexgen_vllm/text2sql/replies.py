@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import sqlglot
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
-from hexgen_vllm.text2sql.gate import COMMENT, STATEMENT_WORDS
+from hexgen_vllm.text2sql.gate import COMMENT, STATEMENT_WORDS, parsed
 
 _TAGS: Final = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad"
 _THOUGHT: Final = re.compile(
@@ -180,7 +179,7 @@ def _reads(sql: str, dialect: str) -> bool:
 def _statements(sql: str, dialect: str) -> list[Any]:
     """Return the statements of ``sql``; none when it cannot be read or one of them is no query."""
     try:
-        found: list[Any] = [one for one in sqlglot.parse(sql, read=dialect) if one is not None]
+        found: list[Any] = [one for one in parsed(sql, dialect) if one is not None]
     except (SqlglotError, RecursionError):
         return []
     found = [one for one in found if not isinstance(one, exp.Semicolon)]

@@ -74,6 +74,10 @@ class SqliteFile:
         """Return what may stand before a table's name."""
         return ("main",)
 
+    def catalog(self) -> str:
+        """Return nothing: a name has two parts at most."""
+        return ""
+
     def schema(self) -> Schema:
         """Read tables and views.
 

@@ -274,6 +274,12 @@ SELECT cast(strftime('%m', InvoiceDate) AS INTEGER) AS month, total(Total) FROM 
 WITH n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 5) SELECT x FROM n
 ----
 SELECT DISTINCT strftime('%w', InvoiceDate) FROM Invoice WHERE InvoiceDate LIKE '2023%'
+----
+SELECT Total FROM Invoice ORDER BY Total LIMIT 2 - (SELECT COUNT(*) FROM Invoice) % 2 OFFSET (SELECT (COUNT(*) - 1) / 2 FROM Invoice)
+----
+SELECT printf('{"a":{"n":%05d}}', TrackId), printf('%-10s|', Name) FROM Track
+----
+SELECT replace(printf('%9s', Name), ' ', '.') FROM Genre
 ---- postgres
 (SELECT Name FROM Artist ORDER BY Name LIMIT 2)
 ----
@@ -352,6 +358,24 @@ WITH x AS MATERIALIZED (SELECT 1 AS a) SELECT a FROM x
 SELECT COUNT(*) FILTER (WHERE Total > 3), mode() WITHIN GROUP (ORDER BY BillingCountry) FROM Invoice
 ----
 SELECT Total > 3 AS large, Total IS DISTINCT FROM 2 FROM Invoice
+----
+SELECT "postgres"."public"."genre"."name" FROM "postgres"."public"."genre"
+----
+SELECT * FROM postgres.public.genre
+----
+SELECT * FROM Track TABLESAMPLE SYSTEM (50)
+----
+SELECT * FROM Track TABLESAMPLE BERNOULLI (10) REPEATABLE (42)
+----
+SELECT COUNT(*) FROM Invoice WHERE (InvoiceDate, InvoiceDate) OVERLAPS (DATE '2023-01-01', DATE '2024-01-01')
+----
+SELECT date_bin('15 minutes', TIMESTAMP '2024-01-01 10:07', TIMESTAMP '2024-01-01'), gen_random_uuid(), pg_typeof(1)
+----
+SELECT jsonb_set('{"a":1}', '{a}', '2'), jsonb_insert('{"a":1}', '{b}', '2')
+----
+SELECT pg_catalog.lower(Name), bit_xor(GenreId) FROM Genre GROUP BY 1
+----
+SELECT repeat('*', 20) || lpad(Name, 8) || rpad(Name, 8, '.'), format('%s: %10s', Name, GenreId) FROM Genre
 ---- duckdb
 (SELECT Name FROM Artist ORDER BY Name LIMIT 2)
 ----
@@ -412,3 +436,35 @@ PIVOT (SELECT Country, City FROM Customer) ON Country USING COUNT(*)
 SELECT COUNT_IF(Total > 3), SUM(Total) FILTER (WHERE Total > 3) FROM Invoice
 ----
 SELECT MODE(BillingCountry), ANY_VALUE(BillingCountry), FIRST(BillingCountry) FROM Invoice
+----
+SELECT "music"."main"."Track"."Name" FROM "music"."main"."Track"
+----
+SELECT Track.Name FROM music.Track
+----
+SELECT * RENAME (Name AS Title) FROM Genre
+----
+SELECT * FROM Track USING SAMPLE 10 PERCENT (bernoulli)
+----
+SELECT * FROM Track TABLESAMPLE reservoir(20 ROWS)
+----
+SELECT to_days(3), to_hours(1), to_months(1), epoch_us(TIMESTAMP '2024-01-01'), datetrunc('day', DATE '2024-01-01'), julian(DATE '2024-01-01')
+----
+SELECT group_concat(City, ';'), listagg(City, ','), bit_xor(CustomerId), mean(CustomerId), countif(Country = 'USA') FROM Customer
+----
+SELECT list_has_any([1], [1]), array_has([1], 1), list_zip([1], [2]), list_first([1]), array_sort([2, 1]), list_reverse([1, 2]), list_where([1], [true])
+----
+SELECT list_transform([1, 2], lambda x : x * 2), [x * 2 FOR x IN [1, 2] IF x > 1]
+----
+SELECT Email.split('@')[2], Email.upper(), split(Email, '@') FROM Customer
+----
+SELECT damerau_levenshtein('a', 'b'), strlen('a'), base64('a'::BLOB), sha256('a'), hex('a'), bin(5), gamma(3), xor(1, 2), union_value(a := 1), unhex('41')
+----
+SELECT unnest(from_json('[1,2]', '["INTEGER"]')), json_pretty('{"a":1}'), json_exists('{"a":1}', '$.a')
+----
+SELECT approx_top_k(CustomerId, 3), weighted_avg(Total, CustomerId), histogram_exact(CustomerId, [1, 2]) FROM Invoice
+----
+SELECT Country, City, COUNT(*), GROUPING_ID(Country, City) FROM Customer GROUP BY CUBE (Country, City)
+----
+SELECT format('{:>10}|{}', Name, GenreId), repeat('*', 5) FROM Genre
+----
+SELECT unnest(generate_series(DATE '2024-01-01', DATE '2024-01-10', INTERVAL 1 DAY)) AS d

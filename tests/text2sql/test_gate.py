@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import duckdb
@@ -212,6 +214,20 @@ def test_a_long_query_is_stopped_on_duckdb(loans: Path) -> None:
         outcome = database.run(SLOW)
         assert outcome.error == "refused: the query ran longer than 0.3 s"
         assert database.run("SELECT 1").rows == ((1,),), "the next one runs"
+
+
+def test_what_duckdb_cannot_interrupt_is_stopped(loans: Path) -> None:
+    """Within one function it looks at nothing; the first of these take a minute or all memory."""
+    with Database.open(loans, HASTY) as database:
+        for sql in (
+            "SELECT generate_series(TIMESTAMP '1000-01-01', TIMESTAMP '9999-01-01', INTERVAL 1 "
+            "MICROSECOND)",
+            "SELECT list_sum(list_transform(range(1000000000), lambda x : x * 2))",
+        ):
+            outcome = database.run(sql)
+            assert outcome.refused, sql
+        rows = database.run("SELECT 1.5::DECIMAL(3, 1), [1], DATE '2024-01-01'").rows
+        assert rows == ((Decimal("1.5"), [1], date(2024, 1, 1)),), "the next one runs"
 
 
 def test_a_long_query_is_stopped_on_postgres(postgres: str) -> None:
