@@ -25,6 +25,18 @@ class Clock:
         return self.now
 
 
+def await_grammars(scheduler: Any) -> None:
+    """Wait until vLLM's threads have compiled the grammars of all calls.
+
+    Steps without a token would pass until then, and the clock with them, the more the busier the
+    machine is.
+    """
+    for request in list(scheduler.requests.values()):
+        structured = request.structured_output_request
+        while structured is not None and not structured.is_grammar_ready:
+            time.sleep(0.001)
+
+
 class RealEngine:
     """An engine, and the tokens, texts and reasons that came out of it."""
 
@@ -66,6 +78,7 @@ class RealEngine:
         request = {"type": "token", "prompt_token_ids": prompt}
         # From the future, so of age 0: real delays must not leak into the clock of the test.
         self.engine.add_request(name, request, sampling, arrival_time=time.time() + 3600.0)
+        await_grammars(self.scheduler)
 
     def abort(self, name: str) -> None:
         """Abort a call as a client that goes away does."""

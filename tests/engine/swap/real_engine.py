@@ -18,6 +18,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from hexgen_vllm.engine.swap.connector import HostKVConnector
+from tests.engine.real.engines import await_grammars
 
 BLOCK = 32  # the CPU's attention wants multiples of 32
 CALLS = 36
@@ -126,6 +127,7 @@ class Engine:
         prompt: Any = {"type": "token", "prompt_token_ids": call.prompt}
         # From the future, so of age 0: real delays must not leak into the clock of the test.
         self.llm.add_request(call.name, prompt, call.params(), arrival_time=time.time() + 3600.0)
+        await_grammars(self.scheduler)
 
     def step(self) -> None:
         self.clock.now += 0.02
