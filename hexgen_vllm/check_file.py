@@ -27,6 +27,7 @@ from hexgen_vllm.sim.scenario_file import scenario_in
 from hexgen_vllm.yaml_files import Key, Located, LocatedError, read
 
 _ANY: Final = "*"
+_MOST_TRIED: Final = 200  # things of a list that are left out one after the other
 _NEAR: Final = 0.5  # what a key is worth that is only like one of a kind, to tell the kind
 
 
@@ -145,20 +146,42 @@ class _Mending:
 
     def mistakes(self) -> Iterator[ConfigError]:
         """Yield the mistakes; the last one may be one that nothing can be put in place of."""
-        while True:
-            try:
-                self._kind.parse(self._source)
-            except LocatedError as error:
-                if not self._follows(error):
-                    yield error
-                self._found.add(error.place)
-                if not self._mend(error.place):
-                    return
-            except ConfigError as error:
+        while (error := self._mistake()) is not None:
+            place = error.place if isinstance(error, LocatedError) else ()
+            if not (isinstance(error, LocatedError) and self._follows(error)):
                 yield error
+            if self._leave_out_of(place, str(error)):
+                continue
+            self._found.add(place)
+            if not self._mend(place):
                 return
-            else:
-                return
+
+    def _mistake(self) -> ConfigError | None:
+        try:
+            self._kind.parse(self._source)
+        except ConfigError as error:
+            return error
+        return None
+
+    def _leave_out_of(self, place: Key, said: str) -> bool:
+        """Leave out of what is at ``place`` the one of several things that is wrong, if it is one.
+
+        What is said of a list or mapping may be about one thing in it; the others are still to be
+        read.
+        """
+        whole = self._source.at(place)
+        several = isinstance(whole, dict | list) and repr(whole) not in said
+        if not several or len(whole) > _MOST_TRIED or self._stand_in(place) is not None:
+            return False
+        before = self._source
+        for key in whole if isinstance(whole, dict) else range(len(whole)):
+            self._source = replace(before, value=deepcopy(before.value))
+            del self._source.at(place)[key]
+            then = self._mistake()
+            if then is None or (str(then) != said and not _needs(then, (*place, key))):
+                return True
+        self._source = before
+        return False
 
     def _follows(self, error: LocatedError) -> bool:
         """Return whether it is about what has been left out here."""
@@ -205,3 +228,11 @@ class _Mending:
             parent[place[-1]] = value  # type: ignore[index]
             return True
         return False
+
+
+def _needs(error: ConfigError, place: Key) -> bool:
+    """Return whether ``error`` says that what was at ``place`` is missing."""
+    at = error.place if isinstance(error, LocatedError) else ()
+    name = re.escape(str(place[-1]))
+    named = rf"'{name}'|: {name}\b"
+    return at[: len(place)] == place or re.search(named, str(error)) is not None

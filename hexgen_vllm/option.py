@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
 from functools import cache, partial
@@ -40,6 +40,7 @@ _LISTED: Final = 30  # as many names are read through for the right one
 _LOG: Final = logging.getLogger(__name__)
 RENAMED: Final = {"hexgen": "paper"}
 """Earlier names of policies and engine orders: taken for one release more, with a warning."""
+_TRUTHS: Final = {True: ("true", "yes", "on"), False: ("false", "no", "off")}
 
 
 class Tuned(NamedTuple):
@@ -129,6 +130,13 @@ def _todays(value: Any, renamed: Mapping[str, str]) -> Any:
     return todays_name(value, renamed) if isinstance(value, str) else value
 
 
+def chosen_word(value: Any, choices: Collection[str]) -> Any:
+    """Return the one of ``choices`` that YAML reads as a truth value (``off``), else ``value``."""
+    if not isinstance(value, bool):
+        return value
+    return next((word for word in _TRUTHS[value] if word in choices), value)
+
+
 def todays_name(name: str, renamed: Mapping[str, str] = RENAMED) -> str:
     """Return what ``name`` is called today, and warn if it is an earlier name.
 
@@ -151,7 +159,7 @@ def with_current_names(cls: type[Any], values: Mapping[str, Any]) -> dict[str, A
     """
     names = names_of(cls)
     earlier = {f.metadata["was"] for f in fields(cls) if f.metadata.get("was")}
-    renamed = {f.name: f.metadata["renamed"] for f in fields(cls) if f.metadata}
+    metas = {f.name: f.metadata for f in fields(cls) if f.metadata}
     found: dict[str, Any] = {}
     for name, value in values.items():
         now = names.get(name, name)
@@ -162,7 +170,9 @@ def with_current_names(cls: type[Any], values: Mapping[str, Any]) -> dict[str, A
         if now in found:
             first = next(n for n in values if names.get(n) == now)
             raise ConfigError(f"{first} and {name} are names of one option; give it once.")
-        found[now] = _todays(value, renamed.get(now, {}))
+        meta: Mapping[str, Any] = metas.get(now, {})
+        word = _todays(value, meta.get("renamed", {}))
+        found[now] = chosen_word(word, meta.get("choices", ()))
     return found
 
 

@@ -17,7 +17,7 @@ import msgspec
 import yaml
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.option import SCIENTIFIC, known_names, with_current_names
+from hexgen_vllm.option import SCIENTIFIC, chosen_word, known_names, with_current_names
 
 T = TypeVar("T")
 Key = tuple[str | int, ...]
@@ -118,14 +118,12 @@ class Located:
         Args:
             hint: any type that msgspec converts to.
             path: the place.
-            choices: legal words, so that ``true`` is one where YAML reads another thing.
+            choices: legal words, so that ``off`` is one where YAML reads another thing.
 
         Raises:
             ConfigError: it is of another type.
         """
-        value = self.at(path)
-        if isinstance(value, bool) and str(value).lower() in choices:
-            value = str(value).lower()
+        value = chosen_word(self.at(path), choices)
         try:
             return msgspec.convert(_numbers(value, hint), hint)
         except msgspec.ValidationError as error:

@@ -12,7 +12,7 @@ from tests.test_cli import run
 CLUSTER = """
 defaults: {model: m, prt: 3}
 engines:
-  - {name: a, device: [0], device2: 1}
+  - {name: a, device: [0, 1], device2: 1}
   - {name: b, hexgen: {ordr: edf}}
   - {port: 99999}
 rooter: {}
@@ -44,6 +44,26 @@ queue-size: 2
 port: -1
 """
 
+# Each of several things in one list or mapping, and what is wrong in another file that is named.
+ITEMS = """
+api-keys: missing.yaml
+worker-urls:
+  - http://a:1
+  - nowhere
+  - http://b:0
+  - c=http://c:1
+  - c=http://d:1
+tenant-weights: {a: -1, b: .nan, c: 2}
+worker-dns: [nohost, "b:99999"]
+overload: protct
+stretch: .inf
+"""
+WEIGHTS = """
+engines: [{name: a, url: nowhere}]
+log_dir: 3
+router: {tenant-weights: {a: -1, b: 0}}
+"""
+
 
 @pytest.mark.parametrize(
     ("kind", "text", "lines"),
@@ -51,6 +71,8 @@ port: -1
         ("cluster", CLUSTER, [2, 4, 4, 5, 6, 6, 7, 9, 10, 11, 12, 13]),
         ("scenario", SCENARIO, [3, 4, 4, 5, 5, 5, 6, 7, 7, 8, 9]),
         ("router", ROUTER, [2, 3, 4, 5, 6, 8, 9]),
+        ("router", ITEMS, [2, 3, 3, 3, 9, 9, 10, 10, 11, 12]),
+        ("cluster", WEIGHTS, [2, 3, 4, 4]),
         # What is needed is missing, and the rest is read all the same.
         ("scenario", "workload: {workflows: 0}\nseeds: []\npolicies: 1\n", [1, 1, 1, 2, 3]),
         ("cluster", "router: {prt: 1}\nrestart: 3\nlog_dir: 5\n", [1, 1, 2, 3]),
@@ -75,6 +97,8 @@ def test_all_mistakes_are_listed_by_line(
         ("cluster", "engines:\n  - {name: a, model: m}\nrouter: {alpha: 0.5}\n"),
         ("scenario", "fleet: reference-4\narrivals: {loads: [0.5]}\n"),
         ("router", "worker-urls: [http://a:1]\nmax-held-calls: 7\n"),
+        ("router", "overload: off\ntune: off\n"),
+        ("cluster", "engines: [{name: a, model: m}]\nrouter: {overload: off, tune: off}\n"),
         ("router", ""),
     ],
 )

@@ -126,11 +126,11 @@ class RouterEntry:
             self._check_option(name.replace("-", "_"), value)
         self._part({name.replace("-", "_"): value for name, value in self.options.items()})
 
-    @staticmethod
-    def _current(option: tuple[str, Any]) -> tuple[str, Any]:
-        """Return an option by the name that it has today."""
+    def _current(self, option: tuple[str, Any]) -> tuple[str, Any]:
+        """Return an option by the name and the word that it has today."""
         name = option[0].replace("-", "_")
-        ((now, value),) = with_current_names(DispatchOptions, {name: option[1]}).items()
+        router, dispatch = self._part({name: option[1]})
+        ((now, value),) = {**router, **dispatch}.items()
         return option[0] if now == name else now, value
 
     def _check_option(self, name: str, value: Any) -> None:

@@ -542,7 +542,10 @@ def _check_access(options: RouterOptions) -> None:
     if any(not key for key in (*options.api_key, *options.admin_api_key)):
         raise ConfigError("api_key and admin_api_key must not be empty.")
     if options.api_keys is not None:
-        read_keys(Path(options.api_keys))
+        try:
+            read_keys(Path(options.api_keys))
+        except ConfigError as error:
+            raise ConfigError(f"api_keys: {error}") from None
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "engine_ssl_ca_certs"):
         path = getattr(options, name)
         if path is not None and not Path(path).is_file():
