@@ -243,6 +243,31 @@ def test_what_is_compiled_can_be_on_the_oldest_python() -> None:
     assert starred == []
 
 
+def test_what_is_compiled_inherits_nothing_that_has_a_dictionary() -> None:
+    """Python 3.10 would take the compiled object's table of methods for that dictionary."""
+    code = """
+import importlib, runpy, setuptools
+setuptools.setup = lambda **_: None
+paths = runpy.run_path("setup.py")["to_compile"]()
+names = [path.removesuffix(".py").replace("/", ".") for path in paths]
+for name in names:
+    module = importlib.import_module(name)
+    for one in vars(module).values():
+        if not isinstance(one, type) or one.__module__ != name:
+            continue
+        if type(one).__module__ == "enum" or issubclass(one, (tuple, BaseException)):
+            continue  # mypyc makes ordinary classes of these
+        others = [base for base in one.__mro__ if base.__module__ not in names]
+        found = [base.__qualname__ for base in others if base.__dictoffset__]
+        if found:
+            print(one.__qualname__, "of", *found)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+
+
 def test_the_wheel_has_the_package_its_sources_and_nothing_else(tree: Tree) -> None:
     names = contents(tree.wheel())
     native = {f"hexgen_vllm/kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}

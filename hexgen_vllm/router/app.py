@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final, cast
 
 from aiohttp import web
 
@@ -156,7 +156,7 @@ class MetricsPort:
             turn_away=errors.too_many_connections,
             max_body_bytes=_MAX_BODY_BYTES,
         )
-        self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_METRICS_S)
+        self._runner = web.ServerRunner(cast(Any, server), shutdown_timeout=_CLOSE_METRICS_S)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port, reuse_port=self._shared)
         try:
@@ -264,7 +264,7 @@ class Router:
         except ConfigError:
             pool.close()
             raise
-        self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
+        self._runner = web.ServerRunner(cast(Any, server), shutdown_timeout=_CLOSE_S)
         await self._runner.setup()
         try:
             await web.TCPSite(

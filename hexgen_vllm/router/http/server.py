@@ -519,8 +519,8 @@ Refuse = Callable[[str, int], web.Response]
 TurnAway = Callable[[], web.Response]
 
 
-class Server(web.Server):
-    """Serves connections with ``handle``.
+class Server:
+    """Serves connections with ``handle``, in the place of aiohttp's own server.
 
     Args:
         handle: answers a request; it has to catch its own errors.
@@ -552,7 +552,7 @@ class Server(web.Server):
         uploads: Mapping[str, int] | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        super().__init__(cast(Any, handle))
+        self._loop = asyncio.get_running_loop()
         self.handle, self.refuse, self.turn_away = handle, refuse, turn_away
         self.max_body_bytes, self.mark = max_body_bytes, mark
         self.buffered = Buffered(max_buffered_bytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from typing import Any, Final
+from typing import Any, Final, cast
 
 FORMATS: Final = ("text", "json")
 _TEXT: Final = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -19,12 +19,20 @@ _PLACE: Final = re.compile(r"(?:\s*\b(?P<key>\w+)=)?(?P<form>%(?:\.\d+)?[a-z])|%
 def set_up(level: str, form: str) -> None:
     """Log messages of ``level`` and worse to standard error in the format ``form``."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(_TEXT))
+    handler.setFormatter(formatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
-class JsonFormatter(logging.Formatter):
-    """Writes a record as one line of JSON: time (Unix, seconds), level, logger, event, fields."""
+def formatter(form: str) -> logging.Formatter:
+    """Return what writes records in the format ``form``."""
+    return cast(logging.Formatter, JsonFormatter()) if form == "json" else logging.Formatter(_TEXT)
+
+
+class JsonFormatter:
+    """Writes a record as one line of JSON: time (Unix, seconds), level, logger, event, fields.
+
+    Handlers take it for a :class:`logging.Formatter`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -35,7 +43,7 @@ class JsonFormatter(logging.Formatter):
         }
         line |= _fields(record)
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = logging.Formatter().formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 

@@ -23,7 +23,7 @@ from hexgen_vllm.router.calls.accounts import (
     CallAccount,
     WorkflowAccount,
 )
-from hexgen_vllm.router.observe.logs import _TEXT, JsonFormatter
+from hexgen_vllm.router.observe.logs import formatter
 from hexgen_vllm.testing.fake_server import Fault
 from hexgen_vllm.testing.stand import Stand, open_stand
 from hexgen_vllm.types import NO_DEADLINE, Call
@@ -255,7 +255,7 @@ def test_a_late_workflow_is_explained_from_the_log_alone(
     log = tmp_path / "router.log"
     logger = logging.getLogger("hexgen_vllm.router.workflow")
     handler = logging.FileHandler(log)
-    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(_TEXT))
+    handler.setFormatter(formatter(form))
     logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.INFO)

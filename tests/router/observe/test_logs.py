@@ -22,7 +22,7 @@ def written() -> Iterator[io.StringIO]:
     """What the package logs as JSON, at every level."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logs.JsonFormatter())
+    handler.setFormatter(logs.formatter("json"))
     root = logging.getLogger("hexgen_vllm")
     before = root.level
     root.addHandler(handler)

@@ -247,12 +247,23 @@ async def test_a_browser_shows_live_traffic() -> None:
 
         await tab.js("document.querySelector('#recent tr').click()")
         await tab.until("document.querySelectorAll('#account-calls > div').length === 1")
-        for width in (320, 400):
+        assert await tab.js("[0, 0.042, -0.004, 0.5, 60].map(seconds).join()") == (
+            "0 s,42 ms,−4 ms,0.5 s,60 s"
+        )
+        bars = "[...document.querySelectorAll('#account-calls u:not(.gap)')]"
+        drawn = f"{bars}.reduce((sum, u) => sum + u.offsetWidth, 0)"
+        axis = "document.querySelector('#account-calls > div > div').offsetWidth"
+        assert await tab.js(f"{drawn} > {axis} / 2"), "of a deadline a thousand times as long"
+        for width in (320, 400, 768, 1400):
             await tab.do(
                 "Emulation.setDeviceMetricsOverride",
                 width=width, height=800, deviceScaleFactor=1, mobile=True,
             )  # fmt: skip
             assert await tab.js("document.documentElement.scrollWidth") == width
+            cut = (
+                "[...document.querySelectorAll('td.id')].filter(d => d.scrollWidth > d.clientWidth)"
+            )
+            assert await tab.js(f"{cut}.length") == 0, "the end of a name is what tells it apart"
             box = "document.getElementById('account-calls').parentElement"
             assert await tab.js(f"{box}.scrollWidth === {box}.clientWidth")
         assert tab.problems == []

@@ -11,6 +11,8 @@ const percent = (x, digits = 0) => known(x) ? (100 * x).toFixed(digits) + " %" :
 function seconds(x) {
   if (!known(x)) return "–";
   const sign = x < 0 ? "−" : "", s = Math.abs(x);
+  if (s < 0.0005) return "0 s";
+  if (s < 0.0995) return sign + Math.round(1000 * s) + " ms";
   if (s < 9.95) return sign + s.toFixed(1) + " s";
   if (s < 119.5) return sign + Math.round(s) + " s";
   if (s < 7170) return sign + Math.round(s / 60) + " min";
@@ -184,7 +186,9 @@ function endedRow(r) {
 function showAccount(a) {
   text($("account-name"), `${a.workflow}: ${a.outcome}, took ${seconds(a.took_s)}` +
     (known(a.deadline_s) ? ` of ${seconds(a.deadline_s)}` : ""));
-  const end = Math.max(a.took_s, a.deadline_s || 0, 1e-3), box = $("account-calls");
+  // A deadline far off would make every bar a hair.
+  const near = known(a.deadline_s) && a.deadline_s < 2 * a.took_s;
+  const end = Math.max(a.took_s, near ? a.deadline_s : 0, 1e-3), box = $("account-calls");
   fit(box, a.calls.length, "div");
   a.calls.forEach((g, i) => {
     const row = box.children[i];
@@ -201,7 +205,7 @@ function showAccount(a) {
   fit($("account-axis"), 5, "span");
   for (let i = 0; i < 5; i++) text($("account-axis").children[i], seconds(end * i / 4));
   text($("account-note"), "In bold: the calls that decided how long it took." +
-    (known(a.deadline_s) ? ` The axis ends ${a.took_s > a.deadline_s ? "with its last call; it was due after " + seconds(a.deadline_s) : "at its deadline"}.` : ""));
+    (known(a.deadline_s) ? ` The axis ends ${end > a.deadline_s || !near ? "with its last call; it was due after " + seconds(a.deadline_s) : "at its deadline"}.` : ""));
   $("account").hidden = false;
 }
 async function choose(id) {
