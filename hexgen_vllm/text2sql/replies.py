@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final
 
 from sqlglot import exp
@@ -13,11 +14,16 @@ from sqlglot.errors import SqlglotError
 
 from hexgen_vllm.text2sql.gate import COMMENT, STATEMENT_WORDS, parsed
 
-_TAGS: Final = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad"
-_THOUGHT: Final = re.compile(
-    rf"[<\[]({_TAGS})\b[^>\]]*[>\]].*?(?:[<\[]/\1[>\]]|\Z)", re.DOTALL | re.I
+_TAGS: Final = (
+    "(?:[a-z]+:)?(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad)"
 )
-_THOUGHT_END: Final = re.compile(rf"[<\[]/(?:{_TAGS})[>\]]", re.IGNORECASE)
+_OPEN: Final = r"[<\[◁]"
+_SHUT: Final = r"[>\]▷]"
+_THOUGHT: Final = re.compile(
+    rf"{_OPEN}({_TAGS})\b[^>\]▷]*{_SHUT}.*?(?:{_OPEN}/\1{_SHUT}|\Z)"
+    r"|<\|begin_of_thought\|>.*?(?:<\|end_of_thought\|>|\Z)", re.DOTALL | re.I
+)  # fmt: skip
+_THOUGHT_END: Final = re.compile(rf"{_OPEN}/(?:{_TAGS}){_SHUT}|<\|end_of_thought\|>", re.I)
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*final\s*(?:<\|[a-z_]+\|>[^<]*)*<\|message\|>", re.I)
 _SPECIAL: Final = re.compile(r"<\|[a-z_]+\|>|<(?:end_of_turn|eos)>|</s>", re.IGNORECASE)
 _ODD: Final = str.maketrans({
@@ -39,7 +45,7 @@ _BEGIN: Final = r"(?:SELECT|WITH|VALUES|FROM)"
 _COMMENTS: Final = rf"(?:\s|\(|--[^\n]*\n|{COMMENT})*"
 _LIKE_QUERY: Final = re.compile(rf"{_COMMENTS}{_BEGIN}\b", re.DOTALL | re.IGNORECASE)
 _PROMPT: Final = r"(?:sqlite>|[\w-]+=[#>]|mysql>|D |>+|[-*•]|\d+[.)]|\.\.\.>)"
-_LABEL: Final = r"(?:[#*_ ]*[A-Za-z][\w ]{0,40}[:：]\s*[*_]*\s*)"
+_LABEL: Final = r"(?:[#*_ ]*[A-Za-z][\w '’]{0,40}[*_]{0,3}[:：]\s*[*_]*\s*)"
 _LINE_BEGIN: Final = re.compile(
     rf"^[ \t]*(?:{_PROMPT}[ \t]*)?{_LABEL}?(?=\(*{_BEGIN}\b)", re.MULTILINE | re.IGNORECASE
 )
@@ -48,10 +54,17 @@ _UNREADABLE: Final = re.compile(
     r"\(*(?:(?:SELECT|select)\b.*\b(?i:FROM)\b|(?:WITH|with)\b.*\b(?i:SELECT)\b)", re.DOTALL
 )
 _IN_CODE: Final = re.compile(r"(\"\"\"|'''|\"|')\s*(?=(?:SELECT|WITH)\b)(.*?)\1", re.DOTALL | re.I)
+_BOXED: Final = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
+_CDATA: Final = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
+_WITHIN: Final = re.compile(r"\b(?:SELECT|WITH)\b(?=.*\bFROM\b)", re.IGNORECASE)
+_WRITES: Final = re.compile(
+    r"\b(?:alter|copy|create|delete|drop|explain|insert|merge|replace|update)\b", re.IGNORECASE
+)
 _VERDICT: Final = re.compile(r"\b(pass|fail)\b", re.IGNORECASE)
 _KEYS: Final = (
     "sql", "query", "sql_query", "sqlquery", "final_sql", "final_query", "sql_code", "statement",
-    "answer", "final_answer", "code",
+    "answer", "final_answer", "code", "action_input", "input", "generated_sql", "sql_statement",
+    "command", "output", "response", "result",
 )  # fmt: skip
 
 
@@ -79,7 +92,7 @@ def query(text: str, dialect: str = "sqlite") -> str:
         text: the answer without thoughts.
         dialect: what sqlglot calls its SQL.
     """
-    text = text.replace("\r\n", "\n").translate(_ODD)
+    text = _CDATA.sub(r"\1", text.replace("\r\n", "\n").translate(_ODD))
     if re.search(r"&(?:lt|gt|amp|quot|#\d+);", text):
         text = html.unescape(text)
     blocks = list(_blocks(text))
@@ -89,8 +102,11 @@ def query(text: str, dialect: str = "sqlite") -> str:
         or _last(one for body in (*(b for _, b in blocks), text) for one in _in_json(body))
         or _last(m[2] for label, body in blocks if label not in _SQL_LABELS
                  for m in _IN_CODE.finditer(body))
+        or _last(m[2] for label, body in blocks if label in _SQL_LABELS
+                 for m in _IN_CODE.finditer(body) if m.start() == 0)
         or _last(body for label, body in blocks if label in _SQL_LABELS)
         or _bare(text, dialect)
+        or _within(text, dialect)
     )  # fmt: skip
     return _one(found, dialect)
 
@@ -148,18 +164,30 @@ def _keyed(value: Any) -> Iterator[str]:
 
 def _bare(text: str, dialect: str) -> str:
     inline = [m[1] for m in _INLINE.finditer(text) if _LIKE_QUERY.match(m[1])]
-    if inline and _reads(inline[-1], dialect):
+    if inline and _reads(inline[-1], dialect) and _WITHIN.match(inline[-1]):
         return inline[-1]
     starts = [match.end() for match in _LINE_BEGIN.finditer(text)]
-    cut = ""
     for start in starts:
-        if not (cut := _cut(text[start:], dialect)):
-            continue
-        return cut
+        if cut := _cut(text[start:], dialect):
+            return cut
+    if inline and _reads(inline[-1], dialect):
+        return inline[-1]
     for start in starts:  # nothing that can be read: what looks most like one
         paragraph = text[start:].split("\n\n", maxsplit=1)[0]
         if _UNREADABLE.match(paragraph):
             return paragraph
+    return ""
+
+
+def _within(text: str, dialect: str) -> str:
+    """Return a query in quotes or in the middle of a line, when nothing else is one."""
+    quoted = [m[2] for m in _IN_CODE.finditer(text)] + [m[1] for m in _BOXED.finditer(text)]
+    if found := _last(one for one in quoted if _reads(one, dialect)):
+        return found
+    for match in islice(_WITHIN.finditer(text), 5):
+        before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+        if not _WRITES.search(before) and (cut := _cut(text[match.start() :], dialect)):
+            return cut
     return ""
 
 

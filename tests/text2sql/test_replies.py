@@ -34,6 +34,8 @@ SHAPES = {
     "closed on the line": "```sql\nSELECT 1;```",
     "fence behind words": "The query: ```sql\nSELECT 1\n``` does it.",
     "in a quote": "> SELECT 1",
+    "quotes in a fence": '```sql\n"""\nSELECT 1\n"""\n```',
+    "CDATA": "```xml\n<sql><![CDATA[SELECT 1]]></sql>\n```",
     # lines, spaces, signs
     "CRLF": "Plan.\r\n```sql\r\nSELECT 1;\r\n```\r\nDone.\r\n",
     "carriage returns only": "```sql\rSELECT 1\r```",
@@ -96,6 +98,18 @@ SHAPES = {
     "XML": "<sql>SELECT 1</sql>",
     "XML with lines": "<answer>\n<sql>\nSELECT 1;\n</sql>\n</answer>",
     "query tag": "<query>SELECT 1</query>",
+    "JSON of an agent": '{"action": "Final Answer", "action_input": "SELECT 1"}',
+    "action input in quotes": 'Thought: one.\nAction: query\nAction Input: "SELECT 1"',
+    # in quotes, in the middle of a line
+    "quotes": '"SELECT 1"',
+    "assignment": "query = 'SELECT 1'",
+    "three quotes": '"""SELECT 1"""',
+    "box": "\\boxed{SELECT 1}",
+    "label in a list": "* **Query**: SELECT 1",
+    "label with an apostrophe": "I'd use: SELECT 1",
+    "other brackets": "◁think▷SELECT 2◁/think▷SELECT 1",
+    "thought with a name before it": "<seed:think>SELECT 2</seed:think>SELECT 1",
+    "thought with a long tag": "<|begin_of_thought|>SELECT 2<|end_of_thought|>\nSELECT 1",
     # semicolons, comments, several statements
     "semicolons": "SELECT 1;;;",
     "semicolon on its line": "```sql\nSELECT 1\n;\n```",
@@ -131,6 +145,10 @@ EXACT = (
     ("```sql\nSELECT 1; DROP TABLE book;\n```", "SELECT 1; DROP TABLE book"),
     ("```sql\nDELETE FROM book; SELECT 1\n```", "DELETE FROM book; SELECT 1"),
     ("```sql\nINSERT INTO book VALUES (1);\n```", "INSERT INTO book VALUES (1)"),
+    ("The SQL is select id from book", "select id from book"),
+    ("SELECT id FROM book\n\n- `SELECT id` takes ids", "SELECT id FROM book"),
+    ("INSERT INTO new SELECT id FROM book", ""),
+    ("Please run: delete from book where id in (select id from loan)", ""),
     # nothing there
     ("I cannot select anything.", ""),
     ("Select the best answer from the list.", ""),
