@@ -153,7 +153,7 @@ class DuckdbFile:
             parts = (table,) if home == "main" else (home, table)
             spelling[name] = ".".join(spelled(part, reserved) for part in parts)
             found[name].append(
-                Column(column, str(kind).upper(), column in keys[name], links.get((name, column)),
+                Column(column, str(kind), column in keys[name], links.get((name, column)),
                        sql=spelled(column, reserved))
             )  # fmt: skip
         return Schema(tuple(Table(n, tuple(columns), spelling[n]) for n, columns in found.items()))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from math import isnan
 from typing import Any, Final
 
 Row = tuple[Any, ...]
@@ -110,6 +111,8 @@ def _plain(row: Row) -> Row:
 
 def _value(value: Any) -> Any:
     if isinstance(value, float | Decimal):
+        if isnan(value):  # which is equal to nothing
+            return "NaN"
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, list | dict | set):  # arrays and JSON cannot be counted
         return repr(value)

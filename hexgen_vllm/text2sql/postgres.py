@@ -10,6 +10,7 @@ from typing import Any, Final
 import psycopg
 import sqlalchemy
 from psycopg import sql as composed
+from psycopg.adapt import Loader
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -70,6 +71,7 @@ class PostgresServer:
                           "application_name": "hexgen-vllm text2sql"},
             pool_size=8, max_overflow=0, pool_pre_ping=True,
         )  # fmt: skip
+        sqlalchemy.event.listen(self._engine, "connect", _load_all_times)
         self._reserved: frozenset[str] = frozenset()
         self._home: tuple[str, ...] = ()
 
@@ -221,6 +223,29 @@ class PostgresServer:
 
     def _spelled(self, name: str) -> str:
         return spelled(name, self._reserved, folds=True)
+
+
+def _load_all_times(connection: Any, *_: object) -> None:
+    """Let times that Python does not have, such as ``infinity``, come as their text."""
+    for name in ("date", "time", "timetz", "timestamp", "timestamptz", "interval"):
+        connection.adapters.register_loader(name, _TimeLoader)
+
+
+class _TimeLoader(Loader):
+    """Loads what psycopg itself would load, and else the text."""
+
+    def __init__(self, oid: int, context: Any = None) -> None:
+        super().__init__(oid, context)
+        known = psycopg.adapters.get_loader(oid, self.format)
+        assert known is not None
+        self._known = known(oid, context)
+
+    def load(self, data: Any) -> Any:
+        """Return a time, or its text."""
+        try:
+            return self._known.load(data)
+        except (psycopg.DataError, OverflowError, ValueError):
+            return bytes(data).decode()
 
 
 def _said(error: BaseException) -> str:

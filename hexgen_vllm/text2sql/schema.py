@@ -13,6 +13,7 @@ _NUMBER: Final = ("INT", "REAL", "FLOA", "DOUB", "NUMERIC", "DECIMAL", "SERIAL",
 _PLAIN: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]+")
 SHOWN_CHARS: Final = 80  # of an example value
+SHOWN_TYPE_CHARS: Final = 300  # one that lists its values may be long
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Column:
 
     Attributes:
         name: its name.
-        type: declared type, upper case; empty when none is declared.
+        type: declared type, its words in upper case; empty when none is declared.
         key: whether it is part of the primary key.
         references: table and column that it points at, ``None`` when it is no foreign key.
         values: values of text that fit the question, as examples.
@@ -54,12 +55,16 @@ class Column:
         target = target or self.references
         link = f" -> {'.'.join(target)}" if target else ""
         shown = f" e.g. {', '.join(map(_literal, self.values))}" if self.values else ""
-        return _CONTROL.sub(" ", f"  {' '.join(filter(None, (self.sql, self.type)))}{link}{shown}")
+        type = _cut_off(self.type, SHOWN_TYPE_CHARS)
+        return _CONTROL.sub(" ", f"  {' '.join(filter(None, (self.sql, type)))}{link}{shown}")
 
 
 def _literal(value: str) -> str:
-    cut = value if len(value) <= SHOWN_CHARS else f"{value[:SHOWN_CHARS]}…"
-    return "'" + cut.replace("'", "''") + "'"
+    return "'" + _cut_off(value, SHOWN_CHARS).replace("'", "''") + "'"
+
+
+def _cut_off(text: str, chars: int) -> str:
+    return text if len(text) <= chars else f"{text[:chars]}…"
 
 
 @dataclass(frozen=True)

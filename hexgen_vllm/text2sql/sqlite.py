@@ -26,14 +26,14 @@ _RESERVED_WORDS: Final = """
     between by cascade case cast check collate column commit conflict constraint create cross
     current current_date current_time current_timestamp database default deferrable deferred
     delete desc detach distinct do drop each else end escape except exclude exclusive exists
-    explain fail filter first following for foreign from full generated glob group groups having
-    if ignore immediate in index indexed initially inner insert instead intersect into is isnull
-    join key last left like limit match materialized natural no not nothing notnull null nulls
-    of offset on or order others outer over partition plan pragma preceding primary query raise
-    range recursive references regexp reindex release rename replace restrict returning right
-    rollback row rows savepoint select set table temp temporary then ties to transaction trigger
-    unbounded union unique update using vacuum values view virtual when where window with
-    without
+    explain fail false filter first following for foreign from full generated glob group groups
+    having if ignore immediate in index indexed initially inner insert instead intersect into is
+    isnull join key last left like limit match materialized natural no not nothing notnull null
+    nulls of offset on or order others outer over partition plan pragma preceding primary
+    query raise range recursive references regexp reindex release rename replace restrict
+    returning right rollback row rows savepoint select set table temp temporary then ties to
+    transaction trigger true unbounded union unique update using vacuum values view virtual
+    when where window with without
 """
 _RESERVED: Final = frozenset(_RESERVED_WORDS.split())
 _ACTIONS: Final = {
@@ -155,7 +155,7 @@ class SqliteFile:
             (sqlite3.SQLITE_LIMIT_LENGTH, self._limits.value_bytes),
             (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 100),
             (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 20),
-            (sqlite3.SQLITE_LIMIT_COLUMN, 1000),
+            (sqlite3.SQLITE_LIMIT_COLUMN, 2000),
             (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 200),
             (sqlite3.SQLITE_LIMIT_VDBE_OP, 50_000),
             (sqlite3.SQLITE_LIMIT_WORKER_THREADS, 0),

@@ -6,6 +6,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import date
 from pathlib import Path
 
 import duckdb
@@ -137,6 +138,40 @@ def test_values_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
         shown = database.schema().with_values({("t", "name"): ["line\nbreak" + "x" * 500]}).text()
     assert "'line break" in shown
     assert len(shown) < 200
+
+
+def test_times_that_python_does_not_have_are_text(postgres: str) -> None:
+    said = ("infinity", "-infinity", "4713-02-01 BC", "24:00:00", "99999-01-01 00:00:00+00")
+    kinds = ("date", "timestamp", "date", "time", "timestamptz")
+    shown = ", ".join(f"'{text}'::{kind}" for text, kind in zip(said, kinds, strict=True))
+    with Database.open(postgres) as database:
+        assert database.run(f"SELECT {shown}, ARRAY['infinity'::date]").rows == (
+            (*said, ["infinity"]),
+        )
+        assert database.run("SELECT '2024-01-02'::date").rows == ((date(2024, 1, 2),),)
+
+
+def test_values_of_an_enum_are_shown_as_they_are(tmp_path: Path) -> None:
+    path, many = tmp_path / "mood.duckdb", ", ".join(f"'value {n}'" for n in range(1000))
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("CREATE TYPE mood AS ENUM ('sad', 'größer')")
+        connection.execute(f"CREATE TYPE many AS ENUM ({many})")
+        connection.execute("CREATE TABLE t (m mood, s STRUCT(a INTEGER), n many)")
+    with Database.open(path) as database:
+        text = database.schema().text()
+        assert "m ENUM('sad', 'größer')" in text
+        assert len(text) < 500
+        assert database.schema().tables[0].columns[0].is_text
+
+
+def test_all_columns_of_a_wide_table_are_read(tmp_path: Path) -> None:
+    columns = ", ".join(f"c{n} TEXT" for n in range(2000))
+    path = made(tmp_path / "wide.sqlite", f"CREATE TABLE t ({columns}); CREATE TABLE u (true INT)")
+    with Database.open(path) as database:
+        assert database.run("SELECT * FROM t").rows == ()
+        table = database.schema().table("u")
+        assert table is not None
+        assert table.columns[0].sql == '"true"', "a name, and not 1"
 
 
 def test_foreign_keys_without_a_column_mean_the_primary_key(tmp_path: Path) -> None:

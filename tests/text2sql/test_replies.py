@@ -244,6 +244,7 @@ def test_order_counts_where_gold_orders(sql: str, ordered: bool) -> None:
         ([(2,)], [(2.0,)], False, True),
         ([(0.31,)], [(0.3,)], False, False),
         ([(None,)], [(0,)], False, False),
+        ([(float("nan"),)], [(float("nan"),)], False, True),
         ([("1",)], [(1,)], False, False),
         ([], [], True, True),
     ],
