@@ -1,10 +1,11 @@
 """The agent with the same effort for every question, against effort by slack: late, right, calls.
 
-    python -m benchmarks.text2sql.effort --rates 0.7 1.0 1.3 --out out/effort.json
+    python -m benchmarks.text2sql.effort --rates 1 1.5 2 --seeds 5 --out out/effort.json
 
-A real router and the real agent, before one engine that is emulated: it has some slots, a token
-takes a fixed time, and its answers are right with given chances, independently of each other. So
-the figures say what effort by slack is worth if models are like that, not how good a model is.
+A real router and the real agent, before one engine that is emulated: it has some slots, and a token
+takes a fixed time. All that is in virtual time, so it does not matter how busy the machine is. The
+answers are those of the demo's trained model, each computed once. With ``--drawn`` they are right
+with given chances instead, independently of each other, as those of a better model may be.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ import random
 import sqlite3
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from statistics import mean
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 from openai import AsyncOpenAI
 
+from benchmarks import virtual_time
+from benchmarks.text2sql.answers import Answer, ModelAnswers
 from examples.text2sql.databases import build_all
 from examples.text2sql.main import FILE, opened
-from hexgen_vllm import wire
+from examples.text2sql.options import MODEL
 from hexgen_vllm.client import async_http_client
-from hexgen_vllm.clock import SystemClock
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import HexgenError
 from hexgen_vllm.option import add_arguments, check, given, option
@@ -48,42 +51,49 @@ TOKENS: Final = {
     "generate_unit_test": 30, "evaluate": 25,
 }  # fmt: skip
 """Mean length of an answer by stage; each is drawn from half to twice of it."""
-_STAGE: Final = wire.header_name("stage")
+ANSWERS: Final = Path(__file__).with_name("answers.json")
+"""What the demo's model answers in this benchmark."""
 
 
 @dataclass(frozen=True)
 class EffortOptions:
     """What is played."""
 
-    questions: int = option(100, "questions of each run that count", least=1)
-    warmup: int = option(12, "questions before those, which teach the router", least=0)
-    rates: tuple[str, ...] = option(("0.7", "1.0", "1.3"), "arrivals, questions/s")
+    questions: int = option(96, "questions of each run that count", least=1)
+    warmup: int = option(24, "questions before those, which teach the router", least=0)
+    rates: tuple[str, ...] = option(("1.0", "1.5", "2.0"), "arrivals, questions/s")
+    seeds: int = option(5, "runs of each, with other questions and arrivals", least=1)
     deadline_s: float = option(12.0, "deadline of a question, seconds", least=0.1)
     slots: int = option(8, "calls that the engine runs at once", least=1)
-    step_s: float = option(0.02, "time of a token, seconds", least=0.0)
+    step_s: float = option(0.05, "time of a token, seconds", least=0.0)
+    max_rounds: int = option(2, "most revisions of a candidate query", least=0, most=20)
+    model: str = option(str(MODEL), "folder of the model that answers")
+    answers: str = option(str(ANSWERS), "file for its answers, which are computed once")
+    drawn: bool = option(False, "draw answers with the chances below, in place of a model's")
     right: float = option(0.55, "chance that a candidate is right", least=0.0, most=1.0)
     broken: float = option(0.15, "chance that it does not run", least=0.0, most=1.0)
     judged: float = option(0.8, "chance that a verdict is right", least=0.0, most=1.0)
-    seed: int = option(0, "of questions, arrivals and answers", least=0)
+    seed: int = option(0, "the first seed of questions, arrivals and drawn answers", least=0)
     out: str = option("out/effort.json", "file for the figures")
 
     def __post_init__(self) -> None:
         check(self)
 
 
+class Answers(Protocol):
+    """Who says what an engine answers."""
+
+    def to(self, messages: Sequence[Mapping[str, str]]) -> Answer:
+        """Return the answer to a chat."""
+
+
 class Emulated:
-    """An engine that knows the answers, and gives them some of the time.
+    """An engine of given speed with the answers of another."""
 
-    Args:
-        options: its speed and its chances.
-        gold: right queries by question.
-    """
-
-    def __init__(self, options: EffortOptions, gold: Mapping[str, str]) -> None:
+    def __init__(self, options: EffortOptions, answers: Answers) -> None:
         self._options = options
-        self._gold = gold
+        self._answers = answers
         self._slots = asyncio.Semaphore(options.slots)
-        self._rng = random.Random(f"answers/{options.seed}")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
@@ -110,20 +120,38 @@ class Emulated:
         return web.json_response({"object": "list", "data": [card]})
 
     async def _answer(self, request: web.Request) -> web.Response:
-        body = json.loads(await request.read())
-        system, asked = (message["content"] for message in body["messages"])
-        stage = stage_of(system)
-        tokens = max(int(TOKENS[stage] * 2 ** self._rng.uniform(-1.0, 1.0)), 1)
-        text = self._says(stage, asked)
+        found = self._answers.to(json.loads(await request.read())["messages"])
         async with self._slots:
-            await asyncio.sleep(tokens * self._options.step_s)
+            await asyncio.sleep(found.tokens * self._options.step_s)
         choice = {"index": 0, "finish_reason": "stop",
-                  "message": {"role": "assistant", "content": text}}  # fmt: skip
-        usage = {"prompt_tokens": 300, "completion_tokens": tokens, "total_tokens": 300 + tokens}
+                  "message": {"role": "assistant", "content": found.text}}  # fmt: skip
+        usage = {"prompt_tokens": found.prompt_tokens, "completion_tokens": found.tokens,
+                 "total_tokens": found.prompt_tokens + found.tokens}  # fmt: skip
         return web.json_response(
             {"id": "c", "object": "chat.completion", "created": 1, "model": "m",
              "choices": [choice], "usage": usage}
         )  # fmt: skip
+
+
+class DrawnAnswers:
+    """Answers that know what is right, and say so some of the time.
+
+    Args:
+        options: the chances.
+        gold: right queries by question.
+    """
+
+    def __init__(self, options: EffortOptions, gold: Mapping[str, str]) -> None:
+        self._options = options
+        self._gold = gold
+        self._rng = random.Random(f"answers/{options.seed}")
+
+    def to(self, messages: Sequence[Mapping[str, str]]) -> Answer:
+        """Return the answer to a chat."""
+        system, asked = (message["content"] for message in messages)
+        stage = stage_of(system)
+        tokens = max(int(TOKENS[stage] * 2 ** self._rng.uniform(-1.0, 1.0)), 1)
+        return Answer(self._says(stage, asked), 300, tokens)
 
     def _says(self, stage: str, asked: str) -> str:
         chance = self._rng.random()
@@ -153,22 +181,28 @@ def stage_of(system: str) -> str:
 
 
 async def play(
-    options: EffortOptions, rate: float, asked: Sequence[Question], *, by_slack: bool
+    options: EffortOptions,
+    rate: float,
+    asked: Sequence[Question],
+    answers: Answers,
+    *,
+    by_slack: bool,
 ) -> dict[str, Any]:
     """Put ``asked`` at ``rate``; returns the figures of those that count."""
-    engine = Emulated(options, {one.text: one.gold for one in asked})
-    async with engine.running() as url:
+    clock = virtual_time.LoopClock()
+    async with Emulated(options, answers).running() as url:
         where = RouterOptions(port=0, worker_urls=(url,))
         async with (
-            Router(where, DispatchOptions(policy="slack")) as router,
-            async_http_client() as http,
+            Router(where, DispatchOptions(policy="slack"), clock=clock) as router,
+            async_http_client(timeout=None) as http,
         ):
             client = AsyncOpenAI(base_url=f"{router.url}/v1", api_key="k", http_client=http)
             while not (await client.models.list()).data:
                 await asyncio.sleep(0.1)
-            agent = Agent(client, Sampling("m"), options.deadline_s, by_slack=by_slack)
-            users = Users(agent, SystemClock(), rate, options.seed)
-            visits = await users.ask(asked, lambda _: None)
+            agent = Agent(
+                client, Sampling("m"), options.deadline_s, options.max_rounds, by_slack, clock=clock
+            )
+            visits = await Users(agent, clock, rate, options.seed).ask(asked, lambda _: None)
     return figures(visits[options.warmup :], rate, by_slack=by_slack)
 
 
@@ -179,31 +213,43 @@ def figures(visits: Sequence[Visit], rate: float, *, by_slack: bool) -> dict[str
     return found
 
 
-async def run(options: EffortOptions) -> list[dict[str, Any]]:
+def run(options: EffortOptions) -> Iterator[dict[str, Any]]:
     """Play every rate with both; the questions and their arrivals are the same."""
-    found = []
     with tempfile.TemporaryDirectory() as folder, opened(build_all(Path(folder))) as databases:
         known = load(databases, FILE)
-        rng = random.Random(options.seed)
-        asked = drawn(known, options.warmup, rng) + drawn(known, options.questions, rng)
+        model = None if options.drawn else ModelAnswers(Path(options.model), Path(options.answers))
         for rate in map(float, options.rates):
-            for by_slack in (False, True):
-                found.append(await play(options, rate, asked, by_slack=by_slack))
-                print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    return found
+            for seed in range(options.seed, options.seed + options.seeds):
+                rng = random.Random(seed)
+                asked = drawn(known, options.warmup, rng) + drawn(known, options.questions, rng)
+                gold = {one.text: one.gold for one in asked}
+                one = replace(options, seed=seed)
+                for by_slack in (False, True):
+                    answers = model or DrawnAnswers(one, gold)
+                    played = play(one, rate, asked, answers, by_slack=by_slack)
+                    yield {"seed": seed, **virtual_time.run(played)}
+                if model is not None:
+                    model.keep()
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return the figures as a table."""
-    columns = ("rate", "effort", "on time", "match", "right and on time", "calls", "P50", "P95")
+    """Return the figures as a table: means over the seeds, and the least and the most."""
+    columns = ("rate", "effort", "on time", "right", "right and on time", "calls", "P50", "P95")
+    runs: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+    for one in found:
+        runs.setdefault((one["rate"], one["policy"]), []).append(one)
+
+    def share(of: Sequence[Mapping[str, Any]], name: str) -> str:
+        shares = [100 * one[name] / one["questions"] for one in of]
+        return f"{mean(shares):.1f} ({min(shares):.0f} to {max(shares):.0f}) %"
+
     return aligned(
         columns,
         [
-            [f"{one['rate']:g}", one["policy"], f"{one['on_time'] / one['questions']:.0%}",
-             f"{one['execution_match'] / one['questions']:.0%}",
-             f"{one['right_on_time'] / one['questions']:.0%}",
-             f"{one['calls'] / one['questions']:.1f}", f"{one['p50_s']:.1f}", f"{one['p95_s']:.1f}"]
-            for one in found
+            [f"{rate:g}", policy, share(of, "on_time"), share(of, "execution_match"),
+             share(of, "right_on_time"), f"{mean(o['calls'] / o['questions'] for o in of):.1f}",
+             *(f"{mean(o[name] for o in of):.1f}" for name in ("p50_s", "p95_s"))]
+            for (rate, policy), of in runs.items()
         ],
     )  # fmt: skip
 
@@ -214,7 +260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser, EffortOptions)
     try:
         options = EffortOptions(**given(parser.parse_args(argv), EffortOptions))
-        found = asyncio.run(run(options))
+        found = []
+        for one in run(options):
+            found.append(one)
+            print(json.dumps(one), file=sys.stderr, flush=True)
     except (HexgenError, sqlite3.Error) as error:
         print(f"effort: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from typing import Final, Literal
 from openai import AsyncOpenAI, OpenAIError
 
 from hexgen_vllm.client import Workflow
+from hexgen_vllm.clock import Clock
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.tasks import together
 from hexgen_vllm.text2sql import grammar, prompts, replies
@@ -109,6 +110,7 @@ class Agent:
             the workflow stands there is nothing to go by.
         schema_chars: longest schema in a prompt, characters; of a larger one the tables stay that
             share words with the question.
+        clock: what deadlines are measured on; for tests.
     """
 
     client: AsyncOpenAI
@@ -117,6 +119,7 @@ class Agent:
     max_rounds: int = 4
     by_slack: bool = True
     schema_chars: int = 40_000
+    clock: Clock | None = None
 
     async def answer(self, database: Database, question: str, key: str = "") -> SqlAnswer:
         """Answer one question about ``database``; what goes wrong is in the answer.
@@ -138,7 +141,7 @@ class Agent:
             )
         question = " ".join(question.encode(errors="replace").decode().split())
         async with Workflow(
-            self.client, deadline_s=self.deadline_s, type=WORKFLOW_TYPE
+            self.client, deadline_s=self.deadline_s, type=WORKFLOW_TYPE, clock=self.clock
         ) as workflow:
             caller = Caller(workflow, self.sampling, key or question)
             try:
