@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.option import RENAMED, Tuned, check, option
+from hexgen_vllm.option import RENAMED, Tuned, check, no_choice, option
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,7 @@ def check_policy_name(name: str, names: tuple[str, ...] = PLACEMENT_NAMES) -> No
         ConfigError: it is neither.
     """
     if name not in names and not is_policy_file(name):
-        raise ConfigError(
-            f"policy must be one of {', '.join(names)} or FILE.py:Class, not {name!r}."
-        )
+        raise no_choice("policy", name, names, " or FILE.py:Class")
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,7 @@ def check(config: object) -> None:
         if isinstance(value, float | int) and not isinstance(value, bool):
             _check_number(f.name, value, meta["least"], meta["most"])
         if meta["choices"] and value not in meta["choices"]:
-            words = ", ".join(meta["choices"])
-            raise ConfigError(f"{f.name} must be one of {words}, not {value!r}.")
+            raise no_choice(f.name, value, meta["choices"])
 
 
 def _todays(value: Any, renamed: Mapping[str, str]) -> Any:
@@ -247,6 +246,15 @@ def known_names(name: str, known: Iterable[str]) -> str:
     others = f"{len(names) - len(near)} others"
     listed = names if len(names) <= _LISTED else [*near, others]
     return f"{', '.join(listed)} (did you mean {' or '.join(map(repr, near))}?)"
+
+
+def no_choice(name: str, value: object, choices: Iterable[str], others: str = "") -> ConfigError:
+    """Return an error about ``value`` of option ``name``: none of ``choices`` nor of ``others``."""
+    known = list(choices)
+    near = _near(value, known) if isinstance(value, str) else ()
+    meant = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+    words = ", ".join(known)
+    return ConfigError(f"{name} must be one of {words}{others}, not {value!r}{meant}.")
 
 
 def _near(name: str, names: Sequence[str]) -> list[str]:

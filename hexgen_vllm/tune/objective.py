@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import no_choice
 from hexgen_vllm.records import WorkflowRecord
 from hexgen_vllm.report.summary import min_deadline
 
@@ -68,7 +69,7 @@ def chosen(name: str, weights: Mapping[str, float] | None = None) -> tuple[Objec
         ConfigError: there is no such objective, or a weight is wrong.
     """
     if name not in OBJECTIVES:
-        raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, not {name!r}.")
+        raise no_choice("objective", name, OBJECTIVES)
     if weights:
         return tenants(weights), "late share, weighted by tenant"
     return OBJECTIVES[name]

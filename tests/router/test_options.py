@@ -202,3 +202,14 @@ def test_a_bad_option_is_one_sentence(
     assert word in error
     assert error.endswith(".\n")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [("policy: slak", "slack"), ("overload: protct", "protect"), ("log-format: jsn", "json")],
+)
+def test_a_misspelt_word_for_a_choice_is_guessed(tmp_path: Path, line: str, meant: str) -> None:
+    file = tmp_path / "router.yaml"
+    file.write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match=rf"did you mean '{meant}'"):
+        parsed(f"--config {file}")
