@@ -28,6 +28,7 @@ from typing import (
     get_origin,
     get_type_hints,
 )
+from urllib.parse import urlsplit
 
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.wire import from_json
@@ -102,6 +103,15 @@ def shared(cls: type[Any], name: str) -> Any:
     """Declare an option that is option ``name`` of ``cls`` in another dataclass, too."""
     one = next(f for f in fields(cls) if f.name == name)
     return field(default=one.default, metadata=one.metadata)
+
+
+def is_http_url(text: str) -> bool:
+    """Return whether ``text`` is a URL that can be asked: http or https, a host, a port or none."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def check(config: object) -> None:

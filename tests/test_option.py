@@ -9,7 +9,7 @@ import pytest
 
 from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.option import add_arguments, from_mapping, given, option
+from hexgen_vllm.option import add_arguments, from_mapping, given, is_http_url, option
 
 
 def test_unknown_option_is_named_with_the_known_ones() -> None:
@@ -91,3 +91,15 @@ def test_nothing_given_leaves_the_defaults() -> None:
     add_arguments(parser, DispatchOptions)
     assert given(parser.parse_args([]), DispatchOptions) == {}
     assert from_mapping(DispatchOptions, {}) == DispatchOptions()
+
+
+@pytest.mark.parametrize(
+    ("text", "usable"),
+    [
+        ("http://a:80/v1", True), ("https://[::1]:1", True), ("http://[::1", False),
+        ("http://a:99999", False), ("http://a:x", False), ("http://a:0", False), ("http://", False),
+        ("http:///v1", False), ("ftp://a", False), ("a:80", False),
+    ],
+)  # fmt: skip
+def test_what_is_no_address_is_known_before_it_is_asked(text: str, usable: bool) -> None:
+    assert is_http_url(text) is usable

@@ -15,6 +15,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from hexgen_vllm.errors import ConfigError
+from hexgen_vllm.option import is_http_url
 from hexgen_vllm.wire import from_json
 
 DEFAULT_URL: Final = "http://127.0.0.1:30000/v1"
@@ -61,13 +62,10 @@ class BatchServer:
     """
 
     def __init__(self, base_url: str, key: str | None) -> None:
-        parts = urlsplit(base_url)
-        try:
-            self._host, self._port = parts.hostname or "", parts.port
-        except ValueError:
-            self._host = ""
-        if parts.scheme not in ("http", "https") or not self._host:
+        if not is_http_url(base_url):
             raise ConfigError(f"--base-url must be like {DEFAULT_URL}, not {base_url!r}.")
+        parts = urlsplit(base_url)
+        self._host, self._port = parts.hostname or "", parts.port
         path = parts.path.rstrip("/")
         self._prefix = path if path.endswith("/v1") else f"{path}/v1"
         self._secure = parts.scheme == "https"

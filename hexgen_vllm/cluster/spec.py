@@ -6,12 +6,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from hexgen_vllm.cluster.ray_options import RayOptions, RayPlacement
 from hexgen_vllm.config import DispatchOptions, EngineOptions
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.option import RENAMED, check, from_mapping, option, with_current_names
+from hexgen_vllm.option import (
+    RENAMED,
+    check,
+    from_mapping,
+    is_http_url,
+    option,
+    with_current_names,
+)
 from hexgen_vllm.types import Role
 
 ROLES: Final = tuple(role.value for role in Role)
@@ -91,8 +97,7 @@ class EngineEntry:
             raise ConfigError("port does not go with several replicas.")
 
     def _check_url(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if not is_http_url(url):
             raise ConfigError(f"url must be like http://host:port, not {url!r}.")
         self._must_be_without("url", (*_OF_VLLM, "command", "port", "env", "device", "ray"))
 

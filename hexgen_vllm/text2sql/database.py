@@ -12,6 +12,7 @@ write (SQLite: ``mode=ro`` and an authorizer; PostgreSQL: a read-only transactio
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -193,6 +194,8 @@ def _kind_of_url(where: str) -> tuple[str, Any, str]:
 
 def _kind_of_file(path: Path) -> str:
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # whose other end nobody may open
+            raise ValueError("it is a pipe")
         with path.open("rb") as file:
             head = file.read(16)
     except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hexgen_vllm.errors import ConfigError
-from hexgen_vllm.option import check, option
+from hexgen_vllm.option import check, is_http_url, option
 
 MOST_QUESTION_CHARS: Final = 20_000
 
@@ -45,7 +45,7 @@ class AgentOptions:
     def __post_init__(self) -> None:
         check(self)
         for url in self.base_url:
-            if not named_url(url)[1].startswith(("http://", "https://")):
+            if not is_http_url(named_url(url)[1]):
                 raise ConfigError(f"base_url must be URL or NAME=URL, not {url!r}.")
 
 

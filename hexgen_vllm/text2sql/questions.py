@@ -11,6 +11,7 @@ from typing import Any
 from hexgen_vllm import yaml_files
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.text2sql.database import Database
+from hexgen_vllm.text2sql.options import MOST_QUESTION_CHARS
 from hexgen_vllm.text2sql.outcome import QueryOutcome, Row, orders_rows, same_rows
 
 
@@ -81,6 +82,10 @@ def _question(name: str, number: int, database: Database, entry: Any) -> Questio
     text, gold = (entry.get("q"), entry.get("sql", "")) if isinstance(entry, dict) else (None, None)
     if not isinstance(text, str) or not isinstance(gold, str):
         raise ConfigError(f"{where} must be a mapping of q to the question and sql to its query.")
+    if not text.strip() or len(text) > MOST_QUESTION_CHARS:
+        raise ConfigError(
+            f"{where} must have 1 to {MOST_QUESTION_CHARS} characters, not {len(text.strip())}."
+        )
     outcome = database.run(gold) if gold else QueryOutcome(rows=())
     if outcome.rows is None:
         raise ConfigError(f"the query of {where} does not run: {outcome.error}.")

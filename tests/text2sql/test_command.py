@@ -121,6 +121,8 @@ async def test_the_schema_is_shown_without_a_model(
         (["--database={shop}", "--ask", "x" * 1_000_000], "ask: a question must have 1 to 20000"),
         (["--database={shop}", "--questions=/none"], "/none cannot be read: No such"),
         (["--database={shop}", "--ask", "x", "--base-url=nowhere"], "base_url must be URL or NAME"),
+        (["--database={shop}", "--ask", "x", "--base-url=http://[::1"], "base_url must be URL or"),
+        (["--database={shop}", "--ask", "x", "--base-url=n=http://a:99999"], "base_url must be"),
         (["--database={shop}", "--ask", "x", "--base-url=http://127.0.0.1:9/v1"],
          "http://127.0.0.1:9/v1 cannot be used: Connection error. All connection attempts"),
         (["--database={shop}", "--ask", "x", "--query-rows=0"], "query_rows must be at least 1"),

@@ -314,6 +314,12 @@ def test_what_is_no_database_is_one_sentence(
     assert "\n" not in str(raised.value)
 
 
+def test_a_pipe_is_no_database_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"pipe cannot be read: it is a pipe\.$"):
+        Database.open(tmp_path / "pipe")
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
