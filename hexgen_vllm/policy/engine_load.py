@@ -426,6 +426,14 @@ class EngineLoad:
             return False
         return not self._unanswered or self.state is not _TRIAL
 
+    def fullness(self) -> float:
+        """Return the share of slots that is taken, or of time that goes to prompts, if it is more.
+
+        Where prompts share little, an engine has all it can do while most of its slots are free.
+        """
+        taken = min(len(self.in_flight) / self.slots, 1.0)
+        return max(taken, self._prefill_share) if taken else 0.0
+
     def token_s(self, cost: StepCost) -> float:
         """Return the seconds of an output token with one more call here, prefill included."""
         own = cost is self._cost

@@ -17,6 +17,8 @@ from hexgen_vllm.types import NO_DEADLINE, Call
 
 _LEAST_S: Final = 1e-6
 _LEAST_QUANTILE: Final = 0.1  # of length and path, for the least time
+_SHORT: Final = 0.1  # quantile of length and path of a short workflow
+_OF_SHORT: Final = 2.0
 _FASTEST_S: Final = 1.0  # seconds for which the fastest step counts as known
 _MAX_FASTEST: Final = 256
 MANY: Final = 64
@@ -152,7 +154,8 @@ class Estimates:
 
         Each engine is as fast as its error allows. 0 when it cannot be told: where the cost of
         an engine that could serve the call is unknown, for the workflow might be on time there.
-        A call of unknown length counts as one token.
+        A call of unknown length counts as one token. No more than :data:`_OF_SHORT` times a short
+        one of its kind: of work that nobody can foresee the short ones are worth a try.
 
         Args:
             demand: of the call.
@@ -174,16 +177,20 @@ class Estimates:
         )
         own = demand.output_tokens if self._known(call) else 1
         output = own + self._tail(call, ordinal, 0.5, own).output_tokens
+        if self._known(call):
+            short = self.output_tokens(call, q=_SHORT, ordinal=ordinal)
+            short_path = self._tail(call, ordinal, _SHORT, short).output_tokens
+            output = min(output, _OF_SHORT * (short + short_path))
         own_s = [t for t, has in zip(token_s, able, strict=True) if has] or token_s
         pace_s = len(own_s) / sum((1.0 / t for t in own_s), 0.0)
         return held_output_tokens / rate + output * pace_s
 
     def fullness(self) -> float:
-        """Return the share of the sequence slots of engines at work that calls are placed on."""
+        """Return how full the engines at work are, 0 to 1; larger ones count for more."""
         ready = self._ready()
         slots = sum(engine.slots for engine in ready)
-        placed = sum(len(engine.in_flight) for engine in ready)
-        return min(placed / slots, 1.0) if slots else 1.0
+        full = sum((engine.fullness() * engine.slots for engine in ready), 0.0)
+        return full / slots if slots else 1.0
 
     def work_s(self, demand: Demand) -> float:
         """Return the seconds of work left on a call and the path after it."""

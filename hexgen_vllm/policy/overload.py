@@ -16,8 +16,11 @@ workflows that are late already come first and make the next ones late. So (``pr
   time at today's pace, times a margin, exceeds its deadline. What has begun is never turned away
   for that. The margin allows for the pace getting worse until the workflow ends:
 
-      1 + (entry_margin - 1) * calls placed / sequence slots
+      1 + (entry_margin - 1) * fullness
 
+  Full is an engine whose sequence slots are taken, or that has no time but for prompts. The likely
+  time is the median, yet at most twice that of the shortest tenth: where sizes differ that much and
+  cannot be foreseen, refusing turns away the short ones, and giving up the long ones costs less.
 - Demoted calls come behind all others, least remaining work first; yet one placement in
   ``1 / background_share`` goes to the one demoted longest, so none starves. They wait for more
   than room, for in the batches they slow all others down: at most ``background_share`` of the calls
@@ -87,7 +90,7 @@ def entry_margin(most: float, fullness: float) -> float:
 
     Args:
         most: ``entry_margin``, for full engines; up to 1 it is the answer whatever they are.
-        fullness: share of the engines' sequence slots that is taken, 0 to 1.
+        fullness: of the engines, 0 to 1.
     """
     return most if most <= 1.0 else 1.0 + (most - 1.0) * fullness
 

@@ -279,7 +279,7 @@ def token_s(batch: int) -> float:
 
 def test_a_workflow_waits_for_those_before_it_at_the_rate_of_the_fleet() -> None:
     busy, free = engine("a", slots=2, calls=4), engine("b", 2.0, slots=4)
-    one = estimates(busy, free, learned=shapes())
+    one = estimates(busy, free, learned=shapes(tuple(range(500, 800, 20))))
     demand = one.demand(call(final=True, expected_output_tokens=100), run(), 0)
     times = [busy.token_s(COST), free.token_s(COST.scaled(2.0))]
     rate = 2 / times[0] + 1 / times[1]
@@ -287,10 +287,21 @@ def test_a_workflow_waits_for_those_before_it_at_the_rate_of_the_fleet() -> None
     assert one.predicted_s(demand, 0, 0) == pytest.approx(100 * pace)
     assert one.predicted_s(demand, 0, 500) == pytest.approx(500 / rate + 100 * pace)
     follows = one.demand(call(expected_output_tokens=100), run(), 0)
-    assert one.predicted_s(follows, 0, 0) == pytest.approx((100 + 1200) * pace)
-    assert one.predicted_s(follows, 1, 0) == pytest.approx((100 + 600) * pace)
+    assert one.predicted_s(follows, 0, 0) == pytest.approx((100 + 1280) * pace)
+    assert one.predicted_s(follows, 1, 0) == pytest.approx((100 + 640) * pace)
     learned = one.demand(call(), run(), 0)
-    assert one.predicted_s(learned, 0, 0) == pytest.approx((600 + 1200) * pace)
+    assert one.predicted_s(learned, 0, 0) == pytest.approx((640 + 1280) * pace)
+
+
+def test_what_nobody_can_foresee_is_taken_for_twice_a_short_one_at_most() -> None:
+    load = engine()
+    one = estimates(load, learned=shapes())
+    token_s = load.token_s(COST)
+    assert one.predicted_s(one.demand(call(), run(), 0), 0, 0) == pytest.approx(
+        2 * (200 + 400) * token_s
+    )
+    hinted = one.demand(call(expected_output_tokens=100), run(), 0)
+    assert one.predicted_s(hinted, 0, 0) == pytest.approx(2 * (100 + 400) * token_s)
 
 
 def test_a_call_of_unknown_length_is_one_token_long() -> None:
@@ -319,6 +330,16 @@ def test_nothing_is_predicted_where_an_engine_that_could_serve_it_is_unknown() -
     assert one.predicted_s(demands["n"], 0, 0) == 0.0
     assert one.predicted_s(demands["m"], 0, 0) > 0.0, "the other cannot serve it"
     assert estimates().predicted_s(demands["m"], 0, 0) == 0.0
+
+
+def test_engines_that_compute_prompts_all_the_time_are_full() -> None:
+    busy, slotted, idle = engine("a", slots=8, calls=1), engine("b", slots=4, calls=3), engine("c")
+    for load in (busy, slotted, idle):
+        load.reported(EngineReport(cost=COST, prefill_share=0.6))
+    assert busy.fullness() == pytest.approx(0.6)
+    assert slotted.fullness() == pytest.approx(0.75)
+    assert idle.fullness() == 0.0
+    assert estimates(busy, slotted, idle).fullness() == pytest.approx((4.8 + 3.0) / 20)
 
 
 def test_the_fleet_is_as_full_as_its_slots_at_work() -> None:

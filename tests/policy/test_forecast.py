@@ -197,9 +197,9 @@ def test_a_workflow_takes_its_calls_at_todays_pace() -> None:
 
 def test_what_follows_is_predicted_by_the_median() -> None:
     load = engine()
-    lengths = tuple(range(100, 1_100, 100))  # 600 at the median, 1,000 at nine tenths
+    lengths = tuple(range(500, 1_000, 50))  # 750 at the median, 950 at nine tenths
     found = estimates(load, lengths, slack_quantile=0.9)
-    assert found.predicted_s(hinted(50), 0, 0) == pytest.approx(650 * step_s(1, 0))
+    assert found.predicted_s(hinted(50), 0, 0) == pytest.approx(800 * step_s(1, 0))
 
 
 def test_pace_is_the_harmonic_mean_of_engines_that_have_the_model() -> None:
