@@ -172,6 +172,15 @@ def from_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """Return the JSON object that ``text`` is, an empty one if it is none."""
+    try:
+        found = from_json(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _positive_ms(value: object) -> float:
     ms = number(value)
     if not 0 < ms <= MAX_TIME_MS:

@@ -13,7 +13,7 @@ from yarl import URL
 
 from hexgen_vllm.router.engines import telemetry
 from hexgen_vllm.types import StepCost
-from hexgen_vllm.wire import STATS_PATH, from_json, stats_port
+from hexgen_vllm.wire import STATS_PATH, json_object, stats_port
 
 _CACHE: Final = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.M)
 _LABEL: Final = re.compile(r'\b(\w+)="([^"]*)"')
@@ -41,7 +41,7 @@ async def ask(session: aiohttp.ClientSession, url: str) -> Facts:
     """Return what the engine at ``url`` says; whatever it does not say stays unknown."""
     stats = await _stats(session, url)
     metrics = await _get(session, f"{url}/metrics")
-    info = _object(await _get(session, f"{url}/server_info?config_format=json"))
+    info = json_object(await _get(session, f"{url}/server_info?config_format=json"))
     told = telemetry.together(telemetry.from_stats(stats))
     labels = dict(_LABEL.findall("".join(_CACHE.findall(metrics))))
     return Facts(
@@ -56,7 +56,7 @@ async def ask(session: aiohttp.ClientSession, url: str) -> Facts:
 
 async def is_router(session: aiohttp.ClientSession, url: str) -> bool:
     """Return whether a router answers at ``url``: it lists its workers, and no engine has any."""
-    return "workers" in _object(await _get(session, f"{url}/workers"))
+    return "workers" in json_object(await _get(session, f"{url}/workers"))
 
 
 async def fitted(session: aiohttp.ClientSession, url: str) -> tuple[StepCost, float] | None:
@@ -74,7 +74,7 @@ async def _stats(session: aiohttp.ClientSession, url: str) -> Mapping[str, Any]:
     port = stats_port(there.port or 0)
     beside = "" if port is None else str(there.with_scheme("http").with_port(port))
     for base in (url, beside):
-        found = _object(await _get(session, base + STATS_PATH)) if base else {}
+        found = json_object(await _get(session, base + STATS_PATH)) if base else {}
         if found:
             return found
     return {}
@@ -87,14 +87,6 @@ async def _get(session: aiohttp.ClientSession, url: str) -> str:
             return await answer.text() if answer.status == 200 else ""
     except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
         return ""
-
-
-def _object(text: str) -> Mapping[str, Any]:
-    try:
-        found = from_json(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _whole(value: object) -> int | None:

@@ -18,10 +18,10 @@ from hexgen_vllm.errors import BadRequest, HexgenError, Refused, error_object
 from hexgen_vllm.router.http.messages import (
     REQUEST_ID_HEADER,
     SERVER,
-    json_object,
     json_response,
 )
 from hexgen_vllm.router.http.request import Request
+from hexgen_vllm.wire import json_object
 
 
 class ClientGone(Exception):  # noqa: N818 - not a defect

@@ -15,10 +15,9 @@ from hexgen_vllm.router.engines.ranks import targets_of
 from hexgen_vllm.router.engines.telemetry import Telemetry
 from hexgen_vllm.router.http.client import Pool
 from hexgen_vllm.router.http.errors import CannotConnect, ConnectTimeout, NoSuchHost, is_short
-from hexgen_vllm.router.http.messages import json_object
 from hexgen_vllm.router.options import RouterOptions, Worker
 from hexgen_vllm.types import EngineKind, EngineReport, EngineSpec
-from hexgen_vllm.wire import POLLER, STATS_PATH, stats_port
+from hexgen_vllm.wire import POLLER, STATS_PATH, json_object, stats_port
 
 _RUST_VERSION: Final = "rust_frontend_version"
 _SHORT: Final = "the router has nothing left to connect with"

@@ -17,8 +17,6 @@ from typing import Any, Final, Protocol, TypeVar
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 
-from hexgen_vllm.wire import from_json
-
 REQUEST_ID_HEADER: Final = "x-request-id"
 SERVER: Final = "hexgen-vllm"
 _FRAMING = frozenset(("content-length", "connection"))
@@ -59,15 +57,6 @@ def json_response(
     """Return an answer that says ``content``."""
     shown = {"Content-Type": "application/json", **(headers or {})}
     return web.Response(status=status, body=json.dumps(content).encode(), headers=shown)
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in ``body``, an empty one if it is none."""
-    try:
-        found = from_json(body)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 _Result = TypeVar("_Result")

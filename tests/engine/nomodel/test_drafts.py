@@ -21,7 +21,7 @@ DRAFTS = 2
 NOT_THERE = -1  # what the scheduler says of a draft that only the worker knows
 
 
-class DraftingWorker(FakeWorker):
+class NextStepDrafter(FakeWorker):
     """Verifies drafts; KV of those that it rejects is left behind, and wrong."""
 
     def __post_init__(self) -> None:
@@ -66,13 +66,13 @@ class DraftingWorker(FakeWorker):
         return out
 
 
-class DraftingEngine(FakeEngine):
+class NextStepEngine(FakeEngine):
     """Hands drafts to the scheduler where steps do not overlap, as vLLM's engine core does."""
 
     def __init__(self, folder: Path, setup: Setup) -> None:
         super().__init__(UrgencyScheduler, folder, setup)
         self.scheduler.num_spec_tokens = self.scheduler.num_lookahead_tokens = DRAFTS
-        self.worker: DraftingWorker = DraftingWorker(setup.blocks, setup.block_size)
+        self.worker: NextStepDrafter = NextStepDrafter(setup.blocks, setup.block_size)
 
     def take_output(self) -> None:
         super().take_output()
@@ -86,7 +86,7 @@ class DraftingEngine(FakeEngine):
 @pytest.mark.parametrize("overlapping", [False, True])
 def test_no_draft_outlives_a_step_that_its_call_missed(folder: Path, overlapping: bool) -> None:
     setup = Setup(blocks=200, max_num_seqs=12, async_scheduling=overlapping)
-    engine = DraftingEngine(folder, setup)
+    engine = NextStepEngine(folder, setup)
     warm(engine)
     for i in range(8):
         engine.add(f"batch{i}", [5 + i] * 60, 120)
