@@ -109,6 +109,8 @@ def test_what_an_engine_does_is_what_its_calls_do() -> None:
             waiting.discard(chosen)
         elif chosen and event == "write":
             there[chosen].output_tokens += rng.randrange(30)
+            if rng.random() < 0.3:  # it outran what was expected
+                there[chosen].longer = there[chosen].output_tokens + rng.randrange(90)
             load.progressed(there[chosen])
         elif chosen and event == "start" and not there[chosen].started:
             there[chosen].first_token_s = float(number)
@@ -137,6 +139,7 @@ def test_loads_of_several_coordinators_add_up() -> None:
         (engine(9, 99, 60, slots=2, started=2, due_s=(0.0, 0.0, 55.0), kind=EngineKind.FCFS), 0,
          60.0),
         (engine(slots=1), 1, 0.0),
+        (engine(9, 99, started=2), 5, 0.0),
         (engine(9, 99, slots=1, started=1), 0, 9.0 + 54.0),
     ],
 )  # fmt: skip
@@ -164,6 +167,19 @@ def test_calls_of_others_are_in_the_way(kind: EngineKind, ahead: int, tokens: in
     assert found.delay_others_s == pytest.approx(5 * own_s + row_s * mean * 2)
     load.elsewhere = OTHERS._replace(prefill_tokens=0)
     assert load.forecast(demand(), COST).prefill_s == pytest.approx(COST.prefill_s(500) + own_s)
+
+
+def test_prompts_of_all_that_are_due_before_are_computed_before() -> None:
+    load = engine(9, 99, 60, 60, started=1, due_s=(0.0, 40.0, 60.0, 40.0))
+    before_s = COST.prefill_s(2 * 500) + COST.prefill_s(1_000)
+    assert load.forecast(demand(), COST).prefill_s == pytest.approx(before_s)
+
+
+def test_an_engine_remembers_as_many_prompts_as_it_has_room_for() -> None:
+    load = EngineLoad(EngineSpec("e", kv_tokens=500))
+    call = Call("c", "w", 0.0, 1_000, prefix=(1, 2, 3, 4), prefix_chunk_tokens=250)
+    load.prefixes.add(call)
+    assert load.prefixes.match(call) == 500
 
 
 def test_nothing_is_before_the_first_call() -> None:
@@ -342,3 +358,12 @@ def test_only_the_longest_transfers_of_late_tell() -> None:
     for _ in range(32):
         rate.learn(64, 0.32)
     assert rate.token_s(0.0) == pytest.approx(0.005), "32 make the others forgotten"
+
+
+def test_the_first_to_end_is_another_when_it_gets_longer() -> None:
+    load = engine(5, 50, slots=2, started=2)
+    for longer, first in ((40, 40), (90, 50), (60, 50), (3, 3)):
+        load.in_flight["0"].longer = longer
+        load.progressed(load.in_flight["0"])
+        found = load.least_finish_s(demand(), COST, 0, 0.0, 0, 0.0)
+        assert found == pytest.approx(first * load.token_s(COST))
