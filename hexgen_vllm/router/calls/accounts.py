@@ -225,7 +225,8 @@ class WorkflowAccount:
             workflow_id=run.workflow_id,
             workflow_type=run.workflow_type,
             outcome=outcome(run) if ended else OPEN,
-            began_s=run.started_s,
+            # A busy router notices the first call later than it came.
+            began_s=min((run.started_s, *(call.came_s for call in calls))),
             ended_s=run.last_seen_s,
             deadline_s=run.deadline_s,
             demoted=run.background,

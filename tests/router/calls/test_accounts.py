@@ -94,6 +94,13 @@ def test_the_path_is_of_the_calls_that_decided_and_its_parts_add_up() -> None:
     assert (account.outcome, account.slack_s) == ("late", -2.0)
 
 
+def test_a_workflow_begins_when_its_first_call_came_however_late_that_is_noticed() -> None:
+    calls = [call(1.0, 6.0, placed_s=4.0), call(6.5, 8.0)]
+    run = WorkflowRun("w", "t", 3.5, NO_DEADLINE, last_seen_s=8.0)
+    account = WorkflowAccount.of(run, calls, ended=True)
+    assert account.took_s == sum(account.parts().values()) == 7.0
+
+
 def test_calls_that_share_a_request_id_are_not_mistaken_for_each_other() -> None:
     view = workflow(call(0.0, 2.0), call(0.0, 5.0)).view()
     assert [one["on_path"] for one in view["calls"]] == [False, True]
