@@ -45,8 +45,8 @@ from hexgen_vllm.router.metrics import Connections, Metrics, without_tenants
 from hexgen_vllm.router.observe.ledger import Ledger
 from hexgen_vllm.router.observe.tracing import Tracing
 from hexgen_vllm.router.options import RouterOptions
+from hexgen_vllm.router.processes.router_process import PROCESS_HEADER, RouterProcess
 from hexgen_vllm.router.processes.shard import Shard
-from hexgen_vllm.router.processes.spot import PROCESS_HEADER, Spot
 from hexgen_vllm.router.relay import Relay
 from hexgen_vllm.router.replicas import ReplicaMetrics, Replicas
 from hexgen_vllm.router.routes import Parts, Routes, monitors, public, takes_batches
@@ -191,7 +191,7 @@ class Router:
         options: of the router.
         dispatch: of placement.
         clock: for tests.
-        spot: which of several processes this is; ``None`` when it is the only one.
+        process: which of several processes this is; ``None`` when it is the only one.
 
     Attributes:
         context: its parts, once started.
@@ -204,14 +204,14 @@ class Router:
         options: RouterOptions,
         dispatch: DispatchOptions,
         clock: Clock | None = None,
-        spot: Spot | None = None,
+        process: RouterProcess | None = None,
     ) -> None:
         self._keys, self._cors = Keys(options), Cors(options)
         weights = {**self._keys.weights, **dispatch.tenant_weights}
         self._dispatch = replace(dispatch, tenant_weights=weights)
         if dispatch.overload == "protect" and dispatch.policy != "slack":
             _LOG.warning("overload=protect does nothing with policy=%s", dispatch.policy)
-        self._options, self._spot = options, spot
+        self._options, self._process = options, process
         self._shard: Shard | None = None
         self._clock = clock or SystemClock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -239,10 +239,12 @@ class Router:
         """
         pool = Pool(self._options.connect_timeout_secs, access.for_engines(self._options))
         self.context = context = new_context(self._options, self._dispatch, self._clock, pool)
-        if self._spot is not None:
-            self._shard = Shard(self._spot, context)
+        if self._process is not None:
+            self._shard = Shard(self._process, context)
         self._relay = Relay(context, None if self._shard is None else self._shard.engine_of)
-        self._pages = Pages(context, tuple(public()), 1 if self._spot is None else self._spot.count)
+        self._pages = Pages(
+            context, tuple(public()), 1 if self._process is None else self._process.count
+        )
         self._batches = Batches(context, self._handle, takes_batches)
         context.metrics.add(BatchMetrics(self._batches))
         parts = Parts(self._pages, Admin(context), self._relay, self._batches, self._shard)
@@ -256,7 +258,7 @@ class Router:
             max_connections=self._max_connections(),
             uploads=self._batches.uploads,
             tls=self._tls,
-            mark=self._mark if self._cors.enabled or self._spot is not None else None,
+            mark=self._mark if self._cors.enabled or self._process is not None else None,
         )
         context.metrics.add(Connections(server))
         try:
@@ -272,7 +274,7 @@ class Router:
                 self._options.host,
                 self.port,
                 backlog=_BACKLOG,
-                reuse_port=self._spot is not None,
+                reuse_port=self._process is not None,
             ).start()
         except OSError:
             await self._batches.close()
@@ -280,8 +282,8 @@ class Router:
             raise
         self.port = self._runner.addresses[0][1]
         await self._open_metrics_port()
-        if self._spot is not None and self._shard is not None:
-            await web.UnixSite(self._runner, self._spot.socket(), backlog=_BACKLOG).start()
+        if self._process is not None and self._shard is not None:
+            await web.UnixSite(self._runner, self._process.socket(), backlog=_BACKLOG).start()
             self._tasks.append(asyncio.create_task(self._shard.run()))
         self._join_others()
         context.watchers.start()
@@ -295,7 +297,7 @@ class Router:
 
     def _join_others(self) -> None:
         if self._options.replicas is not None:
-            group = "" if self._spot is None else self._spot.folder
+            group = "" if self._process is None else self._process.folder
             replicas = Replicas(self._options, self.context.service, group)
             self.context.replicas = replicas
             self._tasks.append(asyncio.create_task(replicas.run()))
@@ -319,7 +321,7 @@ class Router:
     async def _open_metrics_port(self) -> None:
         host, port = self._options.prometheus_host, self._options.prometheus_port
         if port:
-            shared = self._spot is not None
+            shared = self._process is not None
             self._metrics_port = MetricsPort(self._handle, host, port, shared=shared)
             try:
                 await self._metrics_port.start()
@@ -330,8 +332,8 @@ class Router:
     def _mark(self, request: Request, response: web.StreamResponse) -> None:
         if self._cors.enabled:
             self._cors.mark(request, response)
-        if self._spot is not None:
-            response.headers[PROCESS_HEADER] = str(self._spot.index)
+        if self._process is not None:
+            response.headers[PROCESS_HEADER] = str(self._process.index)
 
     @property
     def engine_connections(self) -> int:

@@ -38,7 +38,7 @@ from hexgen_vllm.router.options import (
     composed,
     parted,
 )
-from hexgen_vllm.router.processes.spot import Spot
+from hexgen_vllm.router.processes.router_process import RouterProcess
 from hexgen_vllm.router.processes.supervisor import CANNOT_START, Processes
 from hexgen_vllm.yaml_files import Located, read
 
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def serve_one(options: RouterOptions, dispatch: DispatchOptions, spot: Spot) -> None:
+def serve_one(options: RouterOptions, dispatch: DispatchOptions, process: RouterProcess) -> None:
     """Be one of several router processes until SIGTERM, or until their parent is gone."""
     import uvloop
 
@@ -159,7 +159,7 @@ def serve_one(options: RouterOptions, dispatch: DispatchOptions, spot: Spot) -> 
     logs.set_up(options.log_level, options.log_format)
     loop = uvloop.new_event_loop()
     try:
-        loop.run_until_complete(_serve(options, dispatch, spot))
+        loop.run_until_complete(_serve(options, dispatch, process))
     except ConfigError as error:
         print(f"hexgen-vllm router: {error}", file=sys.stderr)
         sys.exit(CANNOT_START)
@@ -188,7 +188,7 @@ def options_from(
 
 
 async def _serve(
-    options: RouterOptions, dispatch: DispatchOptions, spot: Spot | None = None
+    options: RouterOptions, dispatch: DispatchOptions, process: RouterProcess | None = None
 ) -> None:
     """Run until a signal, drain, and stop; a second signal ends the draining."""
     from hexgen_vllm.router.app import Router
@@ -199,10 +199,10 @@ async def _serve(
         (now if stop.is_set() else stop).set()
 
     parent = multiprocessing.parent_process()
-    if spot is not None and parent is not None:
+    if process is not None and parent is not None:
         asyncio.get_running_loop().add_reader(parent.sentinel, stop.set)
-    with signals.handled(on_signal, signals.ENDING if spot is None else (signal.SIGTERM,)):
-        await _run_until(stop, now, Router(options, dispatch, spot=spot))
+    with signals.handled(on_signal, signals.ENDING if process is None else (signal.SIGTERM,)):
+        await _run_until(stop, now, Router(options, dispatch, process=process))
 
 
 async def _run_until(stop: asyncio.Event, now: asyncio.Event, router: Router) -> None:

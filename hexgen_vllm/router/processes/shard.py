@@ -30,7 +30,7 @@ from hexgen_vllm.router.http.client import Answer, UnixPool
 from hexgen_vllm.router.http.messages import SENT, json_response
 from hexgen_vllm.router.http.request import Request
 from hexgen_vllm.router.metrics import CONTENT_TYPE
-from hexgen_vllm.router.processes.spot import Spot
+from hexgen_vllm.router.processes.router_process import RouterProcess
 from hexgen_vllm.router.route import DATA_PATH, LOAD_PATH, RESPONSE_PATH, ProcessScope, Route
 from hexgen_vllm.router.status.overview import Overview, data_response, total
 
@@ -116,15 +116,15 @@ class Shard:
     """Passes requests on to the processes they belong to.
 
     Args:
-        spot: which process this is.
+        process: which process this is.
         context: of its router.
 
     Attributes:
         passing: requests of which another process has yet to finish the answer.
     """
 
-    def __init__(self, spot: Spot, context: Context) -> None:
-        self._spot, self._context = spot, context
+    def __init__(self, process: RouterProcess, context: Context) -> None:
+        self._process, self._context = process, context
         self._pool = UnixPool(_CONNECT_S)
         self._overview = Overview(context)
         self.passing = 0
@@ -137,7 +137,7 @@ class Shard:
             return await self._with_others(request, route)
         asks = route.scope is ProcessScope.OWNER and request.method != "HEAD"
         owner = await self._owner(request, route) if asks else None
-        if owner is None or owner == self._spot.index:
+        if owner is None or owner == self._process.index:
             return None
         return await self._pass_on(request, owner)
 
@@ -159,7 +159,7 @@ class Shard:
                 session = await self._context.intake.session(route.endpoint, request.names, body)
             except HexgenError:
                 return None  # to be answered as such
-        return None if not session else self._spot.owner(session)
+        return None if not session else self._process.owner(session)
 
     async def _pass_on(self, request: Request, owner: int) -> web.StreamResponse | None:
         self.passing += 1
@@ -181,11 +181,11 @@ class Shard:
     async def _ask(self, index: int, request: Request) -> Answer:
         body = await read_body(request)
         head = headers.passed_on_head(request.method, request.path_qs, request.pairs, len(body))
-        return await self._pool.ask(self._spot.socket(index), head, body)
+        return await self._pool.ask(self._process.socket(index), head, body)
 
     async def _tell_others(self, request: Request) -> None:
         """Have a change to the engines made in every process."""
-        for index in self._spot.others():
+        for index in self._process.others():
             try:
                 answer = await asyncio.wait_for(self._ask(index, request), _PATIENCE_S)
                 await answer.body(_SMALL_BYTES)
@@ -209,7 +209,7 @@ class Shard:
     async def engine_of(self, response: str) -> str | None:
         """Ask the others which engine has a stored response; ``None`` if they do not know."""
         path = f"{RESPONSE_PATH}?id={quote(response, safe='')}"
-        found = await asyncio.gather(*(self._get(i, path) for i in self._spot.others()))
+        found = await asyncio.gather(*(self._get(i, path) for i in self._process.others()))
         names = [json.loads(raw)["engine"] for raw in found if raw]
         return next((name for name in names if name is not None), None)
 
@@ -217,7 +217,7 @@ class Shard:
         """Ask the others for their calls, again and again."""
         while True:
             await asyncio.sleep(_ASK_S)
-            found = await asyncio.gather(*(self._get(i, LOAD_PATH) for i in self._spot.others()))
+            found = await asyncio.gather(*(self._get(i, LOAD_PATH) for i in self._process.others()))
             try:
                 self._take_in([json.loads(raw) for raw in found if raw])
             except Exception:  # whatever another process said, ask it again
@@ -233,12 +233,12 @@ class Shard:
 
     async def _metrics(self) -> web.StreamResponse:
         own = self._context.metrics.exposition()
-        texts = await asyncio.gather(*(self._get(i, "/metrics") for i in self._spot.others()))
+        texts = await asyncio.gather(*(self._get(i, "/metrics") for i in self._process.others()))
         body = merged_exposition([own.decode(), *(text.decode() for text in texts if text)])
         return web.Response(body=body.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _overview_of_all(self) -> web.StreamResponse:
-        bodies = await asyncio.gather(*(self._get(i, DATA_PATH) for i in self._spot.others()))
+        bodies = await asyncio.gather(*(self._get(i, DATA_PATH) for i in self._process.others()))
         parts = [json.loads(body) for body in (self._overview.body(), *bodies) if body]
         known = [part for part in parts if "calls" in part]  # else it could not answer
         return data_response(json.dumps(total(known)).encode())
@@ -248,7 +248,7 @@ class Shard:
         head = f"GET {path} HTTP/1.1\r\nhost: router\r\n\r\n".encode()
         try:
             answer = await asyncio.wait_for(
-                self._pool.ask(self._spot.socket(index), head, b""), _PATIENCE_S
+                self._pool.ask(self._process.socket(index), head, b""), _PATIENCE_S
             )
             try:
                 return await asyncio.wait_for(answer.body(2**26), _PATIENCE_S) or b""

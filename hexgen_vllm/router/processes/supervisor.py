@@ -17,14 +17,14 @@ from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import ConfigError
 from hexgen_vllm.router.http.errors import why
 from hexgen_vllm.router.options import RouterOptions
-from hexgen_vllm.router.processes.spot import Spot
+from hexgen_vllm.router.processes.router_process import RouterProcess
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S: Final = 0.1
 _PAUSE_S: Final = 1.0  # before a process is started again
 CANNOT_START: Final = 3
 """Exit code of a process that another try would not help."""
-Serve = Callable[[RouterOptions, DispatchOptions, Spot], None]
+Serve = Callable[[RouterOptions, DispatchOptions, RouterProcess], None]
 
 
 class Processes:
@@ -71,9 +71,9 @@ class Processes:
             raise ConfigError(f"cannot listen on {where[0]}:{where[1]}: {why(error)}.") from None
 
     def _start(self, index: int, folder: str) -> None:
-        spot = Spot(index, self._options.router_workers, folder)
+        which = RouterProcess(index, self._options.router_workers, folder)
         process = multiprocessing.get_context("spawn").Process(
-            target=self._serve, args=(self._options, self._dispatch, spot)
+            target=self._serve, args=(self._options, self._dispatch, which)
         )
         process.start()
         self._found[index] = process

@@ -17,8 +17,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from hexgen_vllm.router.processes.router_process import RouterProcess
 from hexgen_vllm.router.processes.shard import merged_exposition
-from hexgen_vllm.router.processes.spot import Spot
 from hexgen_vllm.testing import fake_answers
 from hexgen_vllm.testing.fake_server import FakeServer, FakeSettings
 from hexgen_vllm.testing.stand import CHAT
@@ -113,10 +113,12 @@ async def test_a_workflow_is_in_one_place_wherever_its_calls_come_in() -> None:
                     assert answer.status == 200
                     assert (await answer.json())["usage"]["completion_tokens"] == 3
                     process = answer.headers["x-hexgen-process"]
-                    assert process == str(Spot(0, 2, "").owner(f"w{i}"))
+                    assert process == str(RouterProcess(0, 2, "").owner(f"w{i}"))
         assert await router.metric("open_workflows") == 6
         assert await router.metric("calls_received_total") == 24
-        assert len({Spot(0, 2, "").owner(f"w{i}") for i in range(6)}) == 2, "both have some"
+        assert len({RouterProcess(0, 2, "").owner(f"w{i}") for i in range(6)}) == 2, (
+            "both have some"
+        )
         for i in range(6):
             async with router.client.post(f"{router.url}/finish_session?session_id=w{i}") as done:
                 assert (await done.json())["finished"]
@@ -218,7 +220,7 @@ async def test_each_process_knows_what_the_others_have_placed() -> None:
     """One engine with one slot: a call that another process has placed there is waited for."""
     settings = FakeSettings(slots=1, step_s=0.01, policy="fcfs")
     async with FakeServer(settings) as engine, started(engine.url, hold_depth=0) as router:
-        owners = {Spot(0, 2, "").owner(f"w{i}"): f"w{i}" for i in range(16)}
+        owners = {RouterProcess(0, 2, "").owner(f"w{i}"): f"w{i}" for i in range(16)}
         async with router.post(owners[0], max_tokens=200, stream=True) as running:
             await running.content.readline()
             await asyncio.sleep(0.6)  # the processes ask each other more often than that

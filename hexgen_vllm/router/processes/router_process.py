@@ -11,7 +11,7 @@ PROCESS_HEADER: Final = "x-hexgen-process"
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class RouterProcess:
     """Which of the processes this is.
 
     Attributes:
