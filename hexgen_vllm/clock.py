@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Protocol
+from typing import Final, Protocol
+
+_monotonic: Final = time.monotonic  # compiled code would look it up for every call
 
 
 class Clock(Protocol):
@@ -32,4 +34,4 @@ class SystemClock:
 
     def now(self) -> float:
         """Return seconds since an arbitrary moment."""
-        return time.monotonic() + self._offset
+        return _monotonic() + self._offset

@@ -41,6 +41,8 @@ _STATS_PORTS: Final = 10000
 
 ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,63}")
+_SEEN_NAMES: Final[set[str]] = set()  # the same few types, stages and tenants come again and again
+_MOST_SEEN: Final = 512
 
 
 @dataclass(init=False, slots=True, unsafe_hash=True)
@@ -112,8 +114,13 @@ def _id(value: object) -> str:
 
 
 def _name(value: object) -> str:
-    if isinstance(value, str) and NAME.fullmatch(value):
-        return value
+    if isinstance(value, str):
+        if value in _SEEN_NAMES:
+            return value
+        if NAME.fullmatch(value):
+            if len(_SEEN_NAMES) < _MOST_SEEN:
+                _SEEN_NAMES.add(value)
+            return value
     raise ValueError("must be 1 to 64 characters of letters, digits and _ . : / -")
 
 
@@ -123,7 +130,8 @@ def number(value: object) -> float:
     Raises:
         ValueError: there is none.
     """
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    # A union would be made anew for every call.
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError("must be a number")
     try:
         said = float(value)

@@ -6,7 +6,7 @@ Made for every call, so they write their ``__init__`` out (see :mod:`hexgen_vllm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 from hexgen_vllm.types import Call, Placement
 
@@ -17,7 +17,8 @@ PREFILL_WEIGHT: Final = 0.01
 CALL_WEIGHT: Final = 2.0
 
 
-class Tail(NamedTuple):
+@dataclass(init=False, slots=True, unsafe_hash=True)
+class Tail:
     """The critical path after a call: later calls, their tokens, and time that is the client's.
 
     ``think_s`` is the seconds from the end of what came before such a call to its arrival: tools,
@@ -27,7 +28,13 @@ class Tail(NamedTuple):
     calls: float
     prefill_tokens: float
     output_tokens: float
-    think_s: float = 0.0
+    think_s: float
+
+    def __init__(
+        self, calls: float, prefill_tokens: float, output_tokens: float, think_s: float = 0.0
+    ) -> None:
+        self.calls, self.prefill_tokens = calls, prefill_tokens
+        self.output_tokens, self.think_s = output_tokens, think_s
 
 
 NOTHING: Final = Tail(0.0, 0.0, 0.0)

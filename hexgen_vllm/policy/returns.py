@@ -221,10 +221,16 @@ class WorkflowKv:
 
     def used(self, keys: Iterable[Hashable], workflow_id: str | None) -> None:
         """Note that a call uses ``keys``, from the start of its text; ``None``: of no workflow."""
-        users = self._users
+        users, own = self._users, None
         for key in keys:
             if key not in users:
-                self._add(key, workflow_id)
+                users[key] = workflow_id
+                if workflow_id is not None:
+                    if own is None:
+                        own = self._alone.setdefault(workflow_id, {})
+                    own[key] = None  # the newest of all: it keeps ``own`` in its place
+                if len(users) > self._most:
+                    self._forget_oldest()
                 continue
             users.move_to_end(key)
             user = users[key]
@@ -236,14 +242,10 @@ class WorkflowKv:
         """Return the keys that only ``workflow_id``, which is over, has used, in order of use."""
         return list(self._alone.get(workflow_id, ()))
 
-    def _add(self, key: Hashable, workflow_id: str | None) -> None:
-        self._users[key] = workflow_id
-        if workflow_id is not None:
-            self._alone.setdefault(workflow_id, {})[key] = None
-        if len(self._users) > self._most:
-            oldest, user = self._users.popitem(last=False)
-            if user is not None:
-                self._leave(oldest, user)
+    def _forget_oldest(self) -> None:
+        oldest, user = self._users.popitem(last=False)
+        if user is not None:
+            self._leave(oldest, user)
 
     def _leave(self, key: Hashable, user: str) -> None:
         alone = self._alone[user]

@@ -21,7 +21,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
 from heapq import nlargest
 from itertools import islice
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from hexgen_vllm.policy.calls import NOTHING, Tail, path_weight
 from hexgen_vllm.policy.workflow import SeenCall, WorkflowRun
@@ -116,9 +116,8 @@ class Window(Generic[S]):
         return found[low + min(int(q * rest), rest - 1)]
 
 
-class _TailSample(NamedTuple):
-    weight: float
-    tail: Tail
+_TailSample = tuple[float, float, float, float, float]
+"""Weight of a path, by which it is ordered, and what it is made of."""
 
 
 class _Stats:
@@ -187,7 +186,7 @@ class Shapes:
         """Take in what followed each call of a workflow that ended."""
         ended = [c for c in run.calls.values() if c.ended_s is not None]
         for call, tail in zip(ended, tails(ended), strict=True):
-            sample = _TailSample(path_weight(tail), tail)
+            sample = _sample(tail)
             kind = run.learned_as or run.workflow_type
             for key in self._keys(kind, call.stage, call.ordinal):
                 self._touch(key).tails.add(sample)
@@ -238,10 +237,10 @@ class Shapes:
             if stats is None or not len(stats.tails):
                 continue
             if len(stats.tails) >= _ENOUGH:
-                return stats.tails.quantile(q).tail
+                return _path(stats.tails.quantile(q))
             thin = stats
         if thin is not None:
-            return thin.tails.quantile(q).tail
+            return _path(thin.tails.quantile(q))
         return NOTHING
 
     def export(self, most_keys: int = 512, most_samples: int = 64) -> list[dict[str, Any]]:
@@ -251,7 +250,7 @@ class Shapes:
             {
                 "key": list(key),
                 "outputs": stats.outputs.newest(most_samples),
-                "tails": [list(sample.tail) for sample in stats.tails.newest(most_samples)],
+                "tails": [list(sample[1:]) for sample in stats.tails.newest(most_samples)],
             }
             for key in keys
             for stats in (self._stats[key],)
@@ -271,7 +270,7 @@ class Shapes:
             for tokens in outputs:
                 stats.outputs.add(tokens)
             for tail in tails_:
-                stats.tails.add(_TailSample(path_weight(tail), tail))
+                stats.tails.add(_sample(tail))
 
     def known_stages(self) -> dict[str, dict[str, int]]:
         """Return, per workflow type and stage, the number of remembered output lengths."""
@@ -280,6 +279,15 @@ class Shapes:
             if len(key) == 2:  # (type, stage)
                 known.setdefault(key[0], {})[key[1]] = len(stats.outputs)
         return known
+
+
+def _sample(tail: Tail) -> _TailSample:
+    weight = path_weight(tail)
+    return weight, tail.calls, tail.prefill_tokens, tail.output_tokens, tail.think_s
+
+
+def _path(sample: _TailSample) -> Tail:
+    return Tail(sample[1], sample[2], sample[3], sample[4]) if sample[1] else NOTHING
 
 
 def _owner(key: tuple[str, ...]) -> str:

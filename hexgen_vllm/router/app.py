@@ -18,6 +18,7 @@ from hexgen_vllm.clock import Clock, SystemClock
 from hexgen_vllm.config import DispatchOptions
 from hexgen_vllm.errors import BadRequest, ConfigError, HexgenError
 from hexgen_vllm.policy.coordinator import Coordinator
+from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.recent import Ring
 from hexgen_vllm.router import access, errors
 from hexgen_vllm.router.access import Cors, Keys
@@ -108,19 +109,23 @@ def new_context(
         pool=pool,
         tuning=tuning,
     )
-    # Whichever tracing is in force then.
-    metrics.on_workflow_end = lambda run: context.tracing.workflow_ended(run)  # noqa: PLW0108
+
+    def traced(run: WorkflowRun) -> None:
+        if context.tracing is not None:
+            context.tracing.workflow_ended(run)
+
+    metrics.on_workflow_end = traced
     return context
 
 
-def open_tracing(endpoint: str | None, policy: str) -> Tracing:
-    """Return what traces calls: nothing without an ``endpoint``.
+def open_tracing(endpoint: str | None, policy: str) -> Tracing | None:
+    """Return what traces calls, ``None`` without an ``endpoint``.
 
     Raises:
         ConfigError: the packages that sending needs are missing, or the endpoint is wrong.
     """
     if endpoint is None:
-        return Tracing()
+        return None
     try:
         from hexgen_vllm.router.observe import otel
     except ImportError:
@@ -386,7 +391,8 @@ class Router:
         if self._shard is not None:
             self._shard.close()
         self.context.pool.close()
-        await asyncio.to_thread(self.context.tracing.close)
+        if self.context.tracing is not None:
+            await asyncio.to_thread(self.context.tracing.close)
 
     def _all_tasks(self) -> list[asyncio.Task[None]]:
         context = self.context

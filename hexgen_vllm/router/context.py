@@ -52,7 +52,7 @@ class Context:
         stored: which engine has which stored response.
         keep_alives: sends comments to clients that wait for streams.
         metrics: histograms and exposition.
-        tracing: begins traces of calls.
+        tracing: begins traces of calls; ``None`` where there are none.
         kv_events: correct what is believed of engines' prefix caches.
         pool: connections to engines for what is no call.
         tuning: tunes placement on recent traffic; ``None`` when it is off.
@@ -76,7 +76,7 @@ class Context:
     stored: Stored
     keep_alives: KeepAlives
     metrics: Metrics
-    tracing: Tracing
+    tracing: Tracing | None
     kv_events: KvEvents
     pool: Pool
     tuning: Tuning | None = None

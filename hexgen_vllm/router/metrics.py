@@ -17,7 +17,6 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, NamedTuple
 
@@ -113,7 +112,7 @@ def by_workflow(found: Iterable[Margin]) -> list[Margin]:
     return sorted(worst.values(), key=lambda one: one.slack_s)
 
 
-class Pressure(Collector):
+class Pressure:
     """Reads open calls."""
 
     def __init__(self, service: Service) -> None:
@@ -141,7 +140,7 @@ class Pressure(Collector):
                     (((), oldest_s),))  # fmt: skip
 
 
-class Connections(Collector):
+class Connections:
     """Counts the clients of a server."""
 
     def __init__(self, server: Server) -> None:
@@ -158,7 +157,7 @@ class Connections(Collector):
                       (((), server.refused),))  # fmt: skip
 
 
-class LabeledHistogram(Collector):
+class LabeledHistogram:
     """One histogram for each value of a label, or one without a label.
 
     Args:
@@ -217,18 +216,15 @@ class LabeledHistogram(Collector):
         yield family
 
 
-@dataclass(slots=True)
 class _Used:
     """What one tenant had of one model."""
 
-    answered: int = 0
-    failed: int = 0
-    prompt: int = 0
-    cached: int = 0
-    output: int = 0
+    def __init__(self) -> None:
+        self.answered = self.failed = 0
+        self.prompt = self.cached = self.output = 0
 
 
-class Usages(Collector):
+class Usages:
     """Counts ended calls."""
 
     def __init__(self) -> None:
@@ -335,11 +331,12 @@ class Metrics:
         self.on_workflow_end: Callable[[WorkflowRun], None] | None = None
         self.outcomes.on_forget = self._forget_type
         self._registry = CollectorRegistry()
-        for collector in (_State(ledger, service, fleet), self.usage, Pressure(service)):
-            self._registry.register(collector)
-        self._registry.register(_Workflows(self.outcomes, service))
+        self.add(_State(ledger, service, fleet))
+        self.add(self.usage)
+        self.add(Pressure(service))
+        self.add(_Workflows(self.outcomes, service))
         if tuner is not None:
-            self._registry.register(_Tuning(tuner))
+            self.add(_Tuning(tuner))
         self.call_s = LabeledHistogram(
             "call_seconds", "Time from receipt to the end of answered calls", "endpoint"
         )
@@ -365,7 +362,7 @@ class Metrics:
         )
         timed = (self.call_s, self.first_token_s, self.held_s, self.workflow_s, self.end_slack_s)
         for timings in timed:
-            self._registry.register(timings)
+            self.add(timings)
 
     def add(self, collector: Collector) -> None:
         """Show what ``collector`` yields, too."""
@@ -411,7 +408,7 @@ class Metrics:
         return self._registry.collect()
 
 
-class _State(Collector):
+class _State:
     """Reads counters and gauges where they are kept."""
 
     def __init__(self, ledger: Ledger, service: Service, fleet: Fleet) -> None:
@@ -488,7 +485,7 @@ class _State(Collector):
                                     if e.report.preemptions is not None))  # fmt: skip
 
 
-class _Workflows(Collector):
+class _Workflows:
     """Reads what became of workflows."""
 
     def __init__(self, outcomes: Outcomes, service: Service) -> None:
@@ -503,7 +500,7 @@ class _Workflows(Collector):
                       ("type", "outcome"), self._outcomes.totals().items())  # fmt: skip
 
 
-class _Tuning(Collector):
+class _Tuning:
     """Reads what tuning does."""
 
     def __init__(self, tuner: OnlineTuner) -> None:

@@ -103,7 +103,9 @@ class Relay:
         One that comes after comments have begun a stream becomes an error event.
         """
         context = self._context
-        trace = context.tracing.begin(request.method, endpoint.path, request.names)
+        trace = None
+        if context.tracing is not None:
+            trace = context.tracing.begin(request.method, endpoint.path, request.names)
         job = Job(request, endpoint, context.clock.now(), trace)
         context.ledger.arrived[endpoint.name] += 1
         response = await self._answered(job)
@@ -148,7 +150,8 @@ class Relay:
         context.ledger.ended[job.endpoint.name, job.outcome] += 1
         context.metrics.ended(job, now)
         call_ended(job, now)
-        job.trace.ended(job.outcome, job.result)
+        if job.trace is not None:
+            job.trace.ended(job.outcome, job.result)
         if job.result.ok and job.placement is not None:
             context.ledger.overdue += now > job.placement.due_s
 
@@ -173,7 +176,8 @@ class Relay:
         context.metrics.began(call)
         if job.placed:
             context.metrics.accounts.call_began(call, job.request_id)
-        job.trace.accepted(job.request_id, call, accepted.agent)
+        if job.trace is not None:
+            job.trace.accepted(job.request_id, call, accepted.agent)
         placement = await self._place(job, call)
         now = context.clock.now()
         context.metrics.held_s.observe(now - job.began_s)
@@ -193,7 +197,8 @@ class Relay:
         path, sent = job.request.path_qs, self._first_request(accepted)
         while True:
             job.placement, job.sent_s = placement, now
-            job.trace.placed(placement, now)
+            if job.trace is not None:
+                job.trace.placed(placement, now)
             job.tries += 1
             if sent is not accepted and accepted.terms is not None and not job.sent:
                 job.transcript = Transcript(accepted.terms, chat=job.endpoint.name == "chat")
@@ -204,7 +209,7 @@ class Relay:
                     now = context.clock.now()
                 return await self._try(job, ready, path, placement, now)
             except EngineFailed as failure:
-                job.trace.try_failed(failure.reason)
+                job.try_failed(failure.reason)
                 seen = job.transcript if job.sent else None
                 if seen is None:
                     placement = await self._elsewhere(job, call, failure)
@@ -397,7 +402,7 @@ class Relay:
                 answer = await self._prefill(job, accepted, path, placement.prefill)
             except EngineFailed as failure:
                 context.ledger.prefills["failed"] += 1
-                job.trace.try_failed(failure.reason)
+                job.try_failed(failure.reason)
                 if failure.reason is Outcome.SHUTTING_DOWN:
                     raise
                 if not context.retries.allows(job.tries):
@@ -501,7 +506,8 @@ class Relay:
         extra = self._key_for_engine(job.request)
         if placement.engine_id != engine.name:
             extra[RANK_HEADER] = rank_of(placement.engine_id)
-        job.trace.sending(placement.engine_id, extra)
+        if job.trace is not None:
+            job.trace.sending(placement.engine_id, extra)
         bare, body = engine.front.bare, accepted.body
         if bare and engine.kind is EngineKind.HEXGEN and job.endpoint.carries_fields:
             body = await _written(outbound.body_for, body, accepted, placement, now)

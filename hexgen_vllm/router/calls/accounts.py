@@ -13,7 +13,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from hexgen_vllm.policy.workflow import WorkflowRun
@@ -150,7 +150,7 @@ class CallAccount:
             sent_s=job.sent_s,
             first_token_s=job.first_token_s,
             ended_s=now,
-            outcome=job.outcome.value,
+            outcome=job.outcome._value_,  # as ``value``, which is a call
             engine="" if placement is None else placement.engine_id,
             reason="" if placement is None else placement.reason,
             tries=job.tries,
@@ -194,7 +194,7 @@ class CallAccount:
         return {**found, "prefill": prefill_s, "decode": decode_s}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(init=False, slots=True)
 class WorkflowAccount:
     """A workflow, ended or open.
 
@@ -216,7 +216,23 @@ class WorkflowAccount:
     ended_s: float
     deadline_s: float
     demoted: bool
-    calls: Sequence[CallAccount] = field(default=())
+    calls: Sequence[CallAccount]
+
+    def __init__(
+        self,
+        workflow_id: str,
+        workflow_type: str,
+        *,
+        outcome: str,
+        began_s: float,
+        ended_s: float,
+        deadline_s: float,
+        demoted: bool,
+        calls: Sequence[CallAccount] = (),
+    ) -> None:
+        self.workflow_id, self.workflow_type, self.outcome = workflow_id, workflow_type, outcome
+        self.began_s, self.ended_s, self.deadline_s = began_s, ended_s, deadline_s
+        self.demoted, self.calls = demoted, calls
 
     @classmethod
     def of(cls, run: WorkflowRun, calls: Sequence[CallAccount], *, ended: bool) -> WorkflowAccount:

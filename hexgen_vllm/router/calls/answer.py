@@ -136,13 +136,14 @@ class StreamPass:
         self._job.sent += 1
         if self._job.sent == 1 and self._job.learn is not None:
             self._job.learn(data)
-        self._job.rests = self._rests
-        begun = self._attempt.answering or self._job.kept_alive
-        self._attempt.answering = True
-        if begun:
+        if self._attempt.answering:
             self._job.request.send(data)
             return
-        self._job.request.begin(200, self._head, None, data)
+        self._attempt.answering, self._job.rests = True, self._rests
+        if self._job.kept_alive:
+            self._job.request.send(data)
+        else:
+            self._job.request.begin(200, self._head, None, data)
 
     def _rests(self) -> bool:
         watch = self._watch

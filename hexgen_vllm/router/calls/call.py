@@ -13,17 +13,19 @@ from hexgen_vllm.router.endpoints import Endpoint
 from hexgen_vllm.router.engines.watch import Usage
 from hexgen_vllm.router.errors import Blame, Outcome
 from hexgen_vllm.router.http.request import Request
-from hexgen_vllm.router.observe.tracing import NO_TRACE, CallTrace
+from hexgen_vllm.router.observe.tracing import CallTrace
 from hexgen_vllm.router.tenants import DEFAULT_TENANT, Client
 from hexgen_vllm.types import CallResult, Placement
 
 _LOG: Final = logging.getLogger("hexgen_vllm.router.call")
+_FAILED: Final = frozenset(
+    outcome for outcome in Outcome if outcome.ending.blame in (Blame.ENGINE, Blame.ROUTER)
+)
 
 
 def call_ended(job: Job, now: float) -> None:
     """Log the end of a call: at level info when an engine or the router failed, else at debug."""
-    failed = job.outcome.ending.blame in (Blame.ENGINE, Blame.ROUTER)
-    level = logging.INFO if failed else logging.DEBUG
+    level = logging.INFO if job.outcome in _FAILED else logging.DEBUG
     if not _LOG.isEnabledFor(level):
         return
     call = None if job.accepted is None else job.accepted.call
@@ -59,7 +61,7 @@ class Job:
         request_id: the client's or a new one, ``None`` until it was read.
         accepted: the parsed call, ``None`` until it was read.
         began_s: time of receipt.
-        trace: of the call.
+        trace: of the call, ``None`` where none is made.
         placed_s: when it was first placed.
         sent_s: when it was placed last.
         first_token_s: when a stream's first token came.
@@ -80,7 +82,7 @@ class Job:
     request: Request
     endpoint: Endpoint
     began_s: float
-    trace: CallTrace
+    trace: CallTrace | None
     placed_s: float | None
     sent_s: float | None
     first_token_s: float | None
@@ -99,7 +101,7 @@ class Job:
     result: CallResult
 
     def __init__(
-        self, request: Request, endpoint: Endpoint, began_s: float, trace: CallTrace = NO_TRACE
+        self, request: Request, endpoint: Endpoint, began_s: float, trace: CallTrace | None = None
     ) -> None:
         self.request, self.endpoint = request, endpoint
         self.began_s, self.trace = began_s, trace
@@ -132,7 +134,13 @@ class Job:
         """Note the first token of a stream; those of engines that go on with it are later ones."""
         if self.first_token_s is None or not self.migrations:
             self.first_token_s = now
-            self.trace.first_token()
+            if self.trace is not None:
+                self.trace.first_token()
+
+    def try_failed(self, reason: str) -> None:
+        """Note that an engine failed before the client saw anything."""
+        if self.trace is not None:
+            self.trace.try_failed(reason)
 
     def client_left(self) -> None:
         """Note that the client has gone; an answer that it had in full by then stays one."""

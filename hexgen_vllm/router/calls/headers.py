@@ -128,7 +128,10 @@ def call_head(  # noqa: PLR0913 - what a head is made of
         bare: the engine's server hands on no headers of ours, and priorities of 32 bits only.
         words: in whose words an engine that is not ours is told when the call is due.
     """
-    said = {**extra, **accepted.said, REQUEST_ID_HEADER: request_id}
+    said = dict(extra)
+    if accepted.said:
+        said.update(accepted.said)
+    said[REQUEST_ID_HEADER] = request_id
     if words is not None and kind is not EngineKind.HEXGEN:
         said.update(_translated(words, accepted.call, placement, now))
     if kind is EngineKind.PRIORITY:
@@ -306,7 +309,8 @@ def _type_name(call: Call) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{min(seconds * 1000.0, wire.MAX_TIME_MS):.3f}"
+    # As f"{ms:.3f}", which compiled code makes of two formats, one within the other.
+    return min(seconds * 1000.0, wire.MAX_TIME_MS).__format__(".3f")
 
 
 def answer_head(pairs: Pairs, engine: str, request_id: str) -> list[bytes]:
@@ -348,7 +352,7 @@ def slack_line(
         end_s = max(now, placement.finish_s)
     slack_ms = (placement.deadline_s - placement.tail_s - end_s) * 1000.0
     slack_ms = max(-wire.MAX_TIME_MS, min(wire.MAX_TIME_MS, slack_ms))
-    return f"{wire.SLACK_HEADER}: {slack_ms:.0f}\r\n".encode()
+    return f"{wire.SLACK_HEADER}: {slack_ms.__format__('.0f')}\r\n".encode()
 
 
 def passed_on_head(method: str, target: str, pairs: Pairs, length: int) -> bytes:

@@ -53,7 +53,7 @@ def read_prompt(body: Mapping[str, Any], names: Sequence[str]) -> Prompt:
             ids = sum(len(one) for one in only if isinstance(one, list))
             return Prompt(only[0][:_MAX_IDS], 0, ids)
     found = _texts(present)
-    chars = sum(map(len, found)) + max(len(found) - 1, 0) * len(_SEPARATOR)
+    chars = sum(len(text) for text in found) + max(len(found) - 1, 0) * len(_SEPARATOR)
     first = found if chars <= _MAX_CHARS else _first(found)
     return Prompt(_SEPARATOR.join(first)[:_MAX_CHARS], chars, 0)
 
@@ -83,9 +83,11 @@ def _texts(value: object) -> list[str]:
         if isinstance(item, str):
             found.append(item)
         elif isinstance(item, list):
-            stack += reversed(item)
+            stack.extend(item[::-1])
         elif isinstance(item, dict):
-            stack += [v for k, v in reversed(item.items()) if k not in _MEDIA]
+            values = [v for k, v in item.items() if k not in _MEDIA]
+            values.reverse()
+            stack.extend(values)
     return found
 
 

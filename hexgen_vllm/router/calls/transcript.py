@@ -130,7 +130,7 @@ def _is_text(body: Mapping[str, Any]) -> bool:
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else 0
         parts = content if isinstance(content, list) else []
-        if not (content is None or isinstance(content, str | list)):
+        if not (content is None or isinstance(content, (str, list))):
             return False
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             return False

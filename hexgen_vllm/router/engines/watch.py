@@ -29,6 +29,7 @@ MAX_EVENT_BYTES: Final = 1024 * 1024
 _MAX_REWRITTEN_BYTES: Final = 16 * MAX_EVENT_BYTES  # it may hold the token ids of a prompt
 _MARK: Final = b"\ndata:"
 _USUAL: Final = b'data: {"id"'
+_LF: Final = 10
 _SEAM_BYTES: Final = 64  # longer than what any mark matches
 _FILLER: Final = re.compile(
     rb'\n(?:event: ?ping\r?\ndata:[^\n]*|data:[ \r]*(?=\n)|data: ?\{ ?"type": ?"ping")'
@@ -46,7 +47,7 @@ _NAME: Final = b'"usage"'
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _TRIES: Final = 8
 _MAX_BRACES: Final = 32  # of one object that are looked at
-_DECODER: Final = msgspec.json.Decoder(dict[str, Any])
+_MOST_TOKENS: Final = 2**31
 _ODD_DECODER: Final = json.JSONDecoder()
 
 
@@ -66,6 +67,22 @@ class Usage:
     ) -> None:
         self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens
         self.output_tokens = output_tokens
+
+
+# What an engine says of usage, whatever types it says it in. No class of this module: compiled ones
+# have no annotations for others to read.
+_SAID: Final[Any] = msgspec.defstruct(
+    "Said",
+    [
+        (name, Any, None)
+        for name in (
+            "prompt_tokens", "input_tokens", "completion_tokens", "output_tokens",
+            "cache_read_input_tokens", "cache_creation_input_tokens", "prompt_tokens_details",
+            "input_tokens_details",
+        )
+    ],
+)  # fmt: skip
+_DECODER: Final[Any] = msgspec.json.Decoder(_SAID)
 
 
 class StreamWatch:
@@ -107,7 +124,7 @@ class StreamWatch:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in ``chunk``; return the bytes to pass on now, which end with a whole event."""
-        if not self._parts and chunk.endswith(b"\n\n"):
+        if not self._parts and _ends_event(chunk):
             ready, self._near = chunk, b""
         else:
             ready = self._joined(chunk)
@@ -196,16 +213,20 @@ class StreamWatch:
         """
         return (
             self.between
+            and _ends_event(ready)
+            and ready.find(b"\n") == len(ready) - 2
             and ready.startswith(_USUAL)
-            and ready.endswith(b"\n\n")
-            and ready.count(b"\n") == 2
         )
 
     def _remember(self, ready: bytes) -> None:
         self._tail.append(ready)
         self._tail_bytes += len(ready)
-        while self._tail_bytes - len(self._tail[0]) >= TAIL_BYTES:
-            self._tail_bytes -= len(self._tail.popleft())
+        while self._tail_bytes >= TAIL_BYTES:
+            oldest = len(self._tail[0])
+            if self._tail_bytes - oldest < TAIL_BYTES:
+                break
+            self._tail.popleft()
+            self._tail_bytes -= oldest
 
     @property
     def rest(self) -> bytes:
@@ -241,7 +262,7 @@ class StreamWatch:
 
     def cancelled(self) -> bool:
         """Whether the engine has said that a client had the answer stopped."""
-        return _CANCELLED in self._end
+        return self._end.find(_CANCELLED) >= 0
 
     def tokens(self) -> int:
         """Return the output tokens so far, taking one event for one token."""
@@ -256,6 +277,11 @@ class StreamWatch:
         return Usage(said.prompt_tokens, said.cached_tokens, counted)
 
 
+def _ends_event(data: bytes) -> bool:
+    """Whether ``data`` ends with two line feeds; asked of every event, so nothing is called."""
+    return len(data) > 1 and data[-1] == _LF and data[-2] == _LF
+
+
 def _after_last_event(data: bytes) -> int:
     """Return where the last whole event of ``data`` ends, 0 when it holds none."""
     lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\n\r\n")
@@ -264,19 +290,23 @@ def _after_last_event(data: bytes) -> int:
 
 def find_usage(data: bytes) -> Usage:
     """Return the last usage object in the JSON text or events ``data``, empty if there is none."""
-    usage = _last_usage(data)
-    prompt = _count(usage, "prompt_tokens", "input_tokens")
-    cached = _count(usage, "cache_read_input_tokens")
+    said = _last_usage(data)
+    if said is None:
+        return Usage()
+    prompt = _first(_count(said.prompt_tokens), _count(said.input_tokens))
+    cached = _count(said.cache_read_input_tokens)
     if cached is not None and prompt is not None:
-        prompt += cached + (_count(usage, "cache_creation_input_tokens") or 0)
-    for details in ("prompt_tokens_details", "input_tokens_details"):
-        if isinstance(usage.get(details), dict):
-            cached = _count(usage[details], "cached_tokens")
-    return Usage(prompt, cached, _count(usage, "completion_tokens", "output_tokens"))
+        prompt += cached + (_count(said.cache_creation_input_tokens) or 0)
+    for details in (said.prompt_tokens_details, said.input_tokens_details):
+        if isinstance(details, dict):
+            cached = _count(details.get("cached_tokens"))
+    return Usage(prompt, cached, _first(_count(said.completion_tokens), _count(said.output_tokens)))
 
 
-def _last_usage(data: bytes) -> dict[str, Any]:
+def _last_usage(data: bytes) -> Any:
     tries, end = 0, len(data)
+    if data.find(_NAME) < 0:  # of a long stream that says nothing in half the time
+        return None
     while tries < _TRIES and (end := data.rfind(_NAME, 0, end)) >= 0:
         match = _USAGE.match(data, end)
         if match is None:
@@ -285,10 +315,10 @@ def _last_usage(data: bytes) -> dict[str, Any]:
         found = _object(data, match.end())
         if found is not None:
             return found
-    return {}
+    return None
 
 
-def _object(data: bytes, start: int) -> dict[str, Any] | None:
+def _object(data: bytes, start: int) -> Any:
     """Return the JSON object that begins at ``start``, ``None`` if its end is not near."""
     end, most = start, start + TAIL_BYTES
     for _ in range(_MAX_BRACES):
@@ -304,18 +334,18 @@ def _object(data: bytes, start: int) -> dict[str, Any] | None:
     return _odd_object(data[start:most].decode("utf-8", "replace"))
 
 
-def _odd_object(text: str) -> dict[str, Any] | None:
+def _odd_object(text: str) -> Any:
     """Return the object at the start of ``text``, by a reader that is slower and takes more."""
     try:
         found, _ = _ODD_DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return msgspec.convert(found, _SAID) if isinstance(found, dict) else None
 
 
-def _count(usage: dict[str, Any], *names: str) -> int | None:
-    for name in names:
-        value = usage.get(name)
-        if type(value) is int and 0 <= value < 2**31:
-            return value
-    return None
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None
+
+
+def _first(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one

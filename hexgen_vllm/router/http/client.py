@@ -36,6 +36,7 @@ _MAX_HEAD_BYTES: Final = 64 * 1024
 _MAX_HEADERS: Final = 512
 _HEAD_S: Final = 30.0  # from the first byte of a head to its last
 _LENGTHS: Final = frozenset((b"content-length", b"transfer-encoding"))
+_SPACE: Final = 32  # white space has no larger byte
 Sink = Callable[[bytes], None]
 
 
@@ -196,7 +197,7 @@ class Answer:
 
     def feed(self, data: bytes) -> None:
         """Take in a piece of the body."""
-        if not data.isspace():  # some proxies send it to keep connections open
+        if data[0] > _SPACE or not data.isspace():  # some proxies send it to keep connections open
             self.fed += 1
         if self._sink is None:
             self._pieces.append(data)
@@ -545,7 +546,10 @@ class Pool:
         """Keep a connection for the next call."""
         loop = asyncio.get_running_loop()
         connection.idle_since_s = loop.time()
-        self._idle.setdefault(address, deque()).append(connection)
+        idle = self._idle.get(address)
+        if idle is None:
+            idle = self._idle[address] = deque()
+        idle.append(connection)
         if self._reaper is None:
             self._reaper = loop.call_later(_KEEPALIVE_S, self._reap)
 

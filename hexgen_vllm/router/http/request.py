@@ -23,6 +23,8 @@ _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
 _KEYS: Final[dict[bytes, str]] = {}
 _MOST_KEYS: Final = 512
 _SMALL_BYTES: Final = 1024
+_MOST_SIZES: Final = 1024
+_SIZES: Final = [b"%x\r\n" % size for size in range(_MOST_SIZES)]  # how chunks begin
 _ONCE: Final = frozenset((
     "authorization", "content-encoding", "content-length", "host", "transfer-encoding", "x-api-key",
     "x-session-id", "x-vllm-priority",
@@ -371,7 +373,9 @@ class Request:
         if self.method == "HEAD":
             return b""
         if self._chunked and data:
-            return b"%x\r\n%b\r\n" % (len(data), data)
+            size = len(data)
+            head = _SIZES[size] if size < _MOST_SIZES else b"%x\r\n" % size
+            return head + data + b"\r\n"
         return data
 
     def _head(self, status: int, head: Iterable[bytes]) -> list[bytes]:

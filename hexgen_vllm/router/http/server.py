@@ -383,15 +383,16 @@ class Connection(asyncio.Protocol):
         self._head_bytes = self._quiet = self._field_bytes = 0
         pairs, self._pairs = self._pairs, []
         can_chunk = self._parser.get_http_version() != "1.0"
+        path_qs = target.decode("utf-8", "surrogateescape")
         request = Request(
             self,
             self._parser.get_method().decode("latin-1"),
-            target.decode("utf-8", "surrogateescape"),
+            path_qs,
             pairs,
             persists=self._parser.should_keep_alive(),
             can_chunk=can_chunk,
         )
-        if target[:1] != b"/" or b"%" in target or b"#" in target:
+        if not path_qs.startswith("/") or "%" in path_qs or "#" in path_qs:
             request.aim(httptools.parse_url(target))
         if request.method == "POST":
             most = self._upload_bytes(request.path)

@@ -1,21 +1,19 @@
-"""Traces of calls: what a relay says while it works, and the tracing that does nothing.
+"""What a relay says of a call while it works, of which :mod:`.otel` makes spans.
 
-With ``--otlp-traces-endpoint`` the spans of :mod:`.otel` take their place.
+Without ``--otlp-traces-endpoint`` there is no tracing, and a call has no trace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from typing import Final
+from typing import Protocol
 
 from hexgen_vllm.policy.workflow import WorkflowRun
 from hexgen_vllm.types import Call, CallResult, Placement
 
 
-class CallTrace:
-    """The trace of one call; this one is not kept."""
-
-    __slots__ = ()
+class CallTrace(Protocol):
+    """The trace of one call."""
 
     def accepted(self, request_id: str, call: Call, agent: str | None = None) -> None:
         """Note that the call, which ``agent`` makes, was read and now waits to be placed."""
@@ -36,15 +34,11 @@ class CallTrace:
         """Note the end of the call, however it ended."""
 
 
-NO_TRACE: Final = CallTrace()
-
-
-class Tracing:
-    """Begins traces; this one keeps none."""
+class Tracing(Protocol):
+    """Begins traces."""
 
     def begin(self, method: str, path: str, headers: Mapping[str, str]) -> CallTrace:
         """Return the trace of a call that came in at ``path``."""
-        return NO_TRACE
 
     def workflow_ended(self, run: WorkflowRun) -> None:
         """Note the end of a workflow."""
