@@ -126,6 +126,15 @@ def test_compose_builds_what_there_is_and_asks_for_pages_that_there_are() -> Non
         assert f":{hexgen_vllm.__version__}" in service["image"]
 
 
+@each_file
+def test_the_linter_of_container_files_has_nothing_to_say(path: Path) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("hadolint"), path],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def within(root: Path, text: str) -> str:
     """Return ``text`` with the absolute paths of an image as those of a folder."""
     return re.sub(r"(?<![\w.])/(src|wheels)\b", rf"{root}/\1", text)
