@@ -270,6 +270,24 @@ def test_how_much_slower_is_measured_by_more_steps_than_show_that_it_is() -> Non
     assert seconds(found, chunk) == pytest.approx(seconds(TRUE.scaled(2.3), chunk), rel=0.015)
 
 
+@pytest.mark.parametrize("speeds", [(2.3, 1.0), (2.3, 1.0, 2.3), (2.3, 5.0, 1.0)])
+def test_a_device_that_comes_back_to_a_speed_is_at_all_that_it_did_then(
+    speeds: tuple[float, ...],
+) -> None:
+    """As long as it only decodes: what was not seen meanwhile is what it was."""
+    fit = CostFit()
+    feed(fit, TRUE, 5_000, 1)
+    chunk = StepShape(0, 0, 512, 512 * 800.0)
+    for speed in speeds:
+        for i in range(400):
+            decode = StepShape(1 + i % 32, (1 + i % 32) * 1_000)
+            # The first steps after a change show it, and are not yet the usual ones.
+            fit.observe(decode, seconds(TRUE.scaled(speed * (0.96 if i < 12 else 1.0)), decode))
+        found = fit.cost()
+        assert found is not None
+        assert seconds(found, chunk) == pytest.approx(seconds(TRUE.scaled(speed), chunk), rel=0.02)
+
+
 def test_only_prefill_that_becomes_slower_leaves_decodes_as_they_are() -> None:
     fit = CostFit()
     feed(fit, TRUE, 5_000, 1)
