@@ -126,7 +126,7 @@ NOT_RUN: Final = (
     NotRun(
         "text2sql --database", "needs a model that writes SQL", "tests/text2sql/test_command.py"
     ),
-    NotRun("text2sql.effort", "takes ten minutes", "tests/benchmarks/text2sql/test_effort.py"),
+    NotRun("text2sql.effort", "takes some minutes", "tests/benchmarks/text2sql/test_effort.py"),
     NotRun("text2sql --benchmark", "needs BIRD", "tests/text2sql/test_benchmark.py"),
     NotRun("hexgen_vllm.demo", "takes half an hour, and vllm-router", "parse"),
     NotRun("bench router", "wants quiet cores, and vllm-router", "parse"),
