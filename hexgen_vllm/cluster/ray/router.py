@@ -250,7 +250,7 @@ class Roster:
 _Options = Mapping[str, Any]
 
 
-class RouterProcess:
+class RayRouter:
     """The router of a cluster file.
 
     Attributes:

@@ -17,7 +17,7 @@ from hexgen_vllm.cluster.ray import nodes as demand
 from hexgen_vllm.cluster.ray.autoscale import Autoscale
 from hexgen_vllm.cluster.ray.engines import EngineGroup, Replica
 from hexgen_vllm.cluster.ray.nodes import Library
-from hexgen_vllm.cluster.ray.router import Roster, RouterClient, RouterProcess, Unlisted
+from hexgen_vllm.cluster.ray.router import RayRouter, Roster, RouterClient, Unlisted
 from hexgen_vllm.cluster.spec import ClusterSpec, EngineEntry
 from hexgen_vllm.cluster.supervisor import Running
 from hexgen_vllm.errors import ConfigError
@@ -58,7 +58,7 @@ class RayCluster(Running):
         self._options = spec.ray_options
         self._library = Library(self._options)
         self._session: aiohttp.ClientSession | None = None
-        self._router: RouterProcess | None = None
+        self._router: RayRouter | None = None
         self._roster: Roster | Unlisted = Unlisted()
         self._groups: list[EngineGroup] = []
         self._jobs: list[asyncio.Task[None]] = []
@@ -141,7 +141,7 @@ class RayCluster(Running):
     async def _start_router(self, session: aiohttp.ClientSession) -> RouterClient | None:
         if self.spec.router is None:
             return None
-        self._router = RouterProcess(
+        self._router = RayRouter(
             self.spec.router, self.spec, self.log_dir, clock=self._clock, report=self._report
         )
         await self._router.start(session)

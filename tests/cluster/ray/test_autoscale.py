@@ -23,7 +23,7 @@ STATS = {"cost": COST, "max_num_seqs": SLOTS, "kv_tokens": 100_000, "running": 0
 QUICK = {"horizon_s": 1.0, "up_load": 0.6, "cooldown_s": 0.0, "down_after_s": 0.3}
 
 
-class FakeRouterProcess:
+class FakeRayRouter:
     """A router that runs elsewhere."""
 
     def __init__(self, url: str) -> None:
@@ -73,9 +73,9 @@ async def scene(
         given: dict[str, Any] = {"worker_urls": (), "admin_api_key": (KEY,)}
         stand = await stack.enter_async_context(open_stand(wait=False, **given))
         ray = FakeRay(dict(zip(names, (fake.url for fake in fakes), strict=True)))
-        process = FakeRouterProcess(stand.router.url)
+        process = FakeRayRouter(stand.router.url)
         monkeypatch.setattr(supervisor, "Library", lambda _: FakeLibrary(ray))
-        monkeypatch.setattr(supervisor, "RouterProcess", lambda *_, **__: process)
+        monkeypatch.setattr(supervisor, "RayRouter", lambda *_, **__: process)
         said: list[str] = []
         quick = {"interval_s": 0.1, "scaling": QUICK, **options}
         cluster = RayCluster(ClusterSpec(engines=entries, ray=quick), report=said.append)
