@@ -265,13 +265,25 @@ class _Errors:
         count: how many there were.
     """
 
-    __slots__ = ("_down", "_up", "count", "recent", "spread")
+    __slots__ = ("_down", "_others", "_up", "count", "recent", "spread")
 
     def __init__(self) -> None:
         self.recent: deque[float] = deque(maxlen=_RECENT)
+        self._others: deque[int] = deque(maxlen=_LAST)  # when the last of them came
         self.spread = _FIRST_SPREAD
         self.count = 0
         self._up, self._down = _Cusum(), _Cusum()
+
+    def take(self, off: float, others: int) -> None:
+        """Take in an error, which comes when there were ``others`` of the other sort."""
+        self.count += 1
+        self.recent.append(off)
+        self._others.append(others)
+
+    def clear(self) -> None:
+        """Forget recent errors."""
+        self.recent.clear()
+        self._others.clear()
 
     def measure(self) -> None:
         """Take the spread from recent errors: that of a normal distribution with their quartiles.
@@ -284,26 +296,27 @@ class _Errors:
             usual = (offs[3 * n // 4] - offs[n // 4]) / 1.349
             self.spread = min(max(usual, _LEAST_SPREAD), _MOST_SPREAD)
 
-    def changed(self, off: float, seconds: float, others: int) -> tuple[float, int, int] | None:
-        """Take in an error; return the change of speed it completes the evidence for.
+    def changed(self, off: float, seconds: float) -> tuple[float, int, int] | None:
+        """Judge an error; return the change of speed it completes the evidence for.
 
         Args:
             off: the error, in :attr:`recent` already.
             seconds: what the step took.
-            others: errors so far of steps of the other sort.
 
         Returns:
-            The change as a logarithm, the errors it stands on, and ``others`` when it began.
+            The change as a logarithm, the errors it stands on, and how many errors of the other
+            sort there were when the first came that shows it.
         """
         z = off / self.spread
         for side, size in ((self._up, z), (self._down, -z)):
-            if not side.add(min(size, _CUT), seconds, others):
+            if not side.add(min(size, _CUT), seconds):
                 continue
             last = list(self.recent)[-min(side.steps, _LAST) :]
             shift = median(last)
-            agree = sum([off / shift > 0.5 for off in last]) if shift else 0
-            if abs(shift) >= max(2 * self.spread, _LEAST_CHANGE) and agree >= _AGREE * len(last):
-                return shift, len(last), side.others
+            agree = [off / shift > 0.5 for off in last] if shift else []
+            far = abs(shift) >= max(2 * self.spread, _LEAST_CHANGE)
+            if far and sum(agree) >= _AGREE * len(last):
+                return shift, len(last), self._others[agree.index(True) - len(last)]
         return None
 
     def moved(self, shift: float, steps: int) -> None:
@@ -320,25 +333,23 @@ class _Errors:
 
 
 class _Cusum:
-    """One side of a CUSUM test: how much was too much, since when, and for how long."""
+    """One side of a CUSUM test: how much was too much, and for how long."""
 
-    __slots__ = ("others", "seconds", "steps", "total")
+    __slots__ = ("seconds", "steps", "total")
 
     def __init__(self) -> None:
         self.total = self.seconds = 0.0
-        self.steps = self.others = 0
+        self.steps = 0
 
     def reset(self) -> None:
         """Begin anew."""
         self.total = self.seconds = 0.0
         self.steps = 0
 
-    def add(self, size: float, seconds: float, others: int) -> bool:
+    def add(self, size: float, seconds: float) -> bool:
         """Take in a step; return whether there is evidence enough."""
-        if not self.steps:
-            if size <= _DRIFT:
-                return False
-            self.others = others
+        if not self.steps and size <= _DRIFT:
+            return False
         self.total = min(self.total + size - _DRIFT, 2 * _ALARM)
         if self.total <= 0.0:
             self.reset()
@@ -479,8 +490,8 @@ class CostFit:
         self._plain.spread = self._mixed.spread = _MOST_SPREAD
         for _ in range(4):
             self._cells.clear()
-            self._plain.recent.clear()
-            self._mixed.recent.clear()
+            self._plain.clear()
+            self._mixed.clear()
             for n, ctx, first, prefill, area, seconds in raw:
                 self._learn(n, ctx, first, prefill, area, seconds, judge=False)
             self._solve()
@@ -500,17 +511,16 @@ class CostFit:
         z0, z1, z2 = _C0, _C1 * n, _C2 * ctx
         likely_s = u[0] * z0 + u[1] * z1 + u[2] * z2
         key = min(int(n).bit_length(), 10) * 6 + 3 * (ctx >= _LONG_CONTEXT * n)
-        errors = self._plain
+        errors, other = self._plain, self._mixed
         z3 = z4 = z5 = 0.0
         if first:
             z3, z4, z5 = _P0 * first, _P1 * prefill, _P2 * area
             likely_s += u[3] * z3 + u[4] * z4 + u[5] * z5
             key += 2 if prefill >= _LARGE_PREFILL else 1
-            errors = self._mixed
+            errors, other = other, errors
         likely_s = max(likely_s, _LEAST_S)
         off = math.log(seconds / likely_s)
-        errors.count += 1
-        errors.recent.append(off)
+        errors.take(off, other.count)
         size, limit = abs(off), _HUBER * errors.spread
         weight = 1.0 if size <= limit else limit / size
 
@@ -520,8 +530,7 @@ class CostFit:
         cell.seen = self.steps
         gain = cell.grow()
         if judge and cell.mass >= _ESTABLISHED * gain:
-            others = (self._mixed if errors is self._plain else self._plain).count
-            change = errors.changed(off, seconds, others)
+            change = errors.changed(off, seconds)
             if change is not None:
                 self._rescale(errors, *change)
                 return

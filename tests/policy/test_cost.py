@@ -288,6 +288,22 @@ def test_a_device_that_comes_back_to_a_speed_is_at_all_that_it_did_then(
         assert seconds(found, chunk) == pytest.approx(seconds(TRUE.scaled(speed), chunk), rel=0.02)
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("speed", [0.2, 0.5, 0.7, 3.0])
+def test_decodes_alone_show_a_change_of_speed_from_their_first_step_on(
+    speed: float, seed: int
+) -> None:
+    """Whatever the errors of the last steps before it happened to be."""
+    fit = CostFit()
+    feed(fit, TRUE, 5_000, seed)
+    for i in range(100):
+        decode = StepShape(1 + i % 32, (1 + i % 32) * 1_000)
+        fit.observe(decode, seconds(TRUE.scaled(speed), decode))
+    found, chunk = fit.cost(), StepShape(0, 0, 512, 512 * 800.0)
+    assert found is not None
+    assert seconds(found, chunk) == pytest.approx(seconds(TRUE.scaled(speed), chunk), rel=0.06)
+
+
 def test_only_prefill_that_becomes_slower_leaves_decodes_as_they_are() -> None:
     fit = CostFit()
     feed(fit, TRUE, 5_000, 1)
