@@ -54,9 +54,12 @@ _UNREADABLE: Final = re.compile(
     r"\(*(?:(?:SELECT|select)\b.*\b(?i:FROM)\b|(?:WITH|with)\b.*\b(?i:SELECT)\b)", re.DOTALL
 )
 _IN_CODE: Final = re.compile(r"(\"\"\"|'''|\"|')\s*(?=(?:SELECT|WITH)\b)(.*?)\1", re.DOTALL | re.I)
-_BOXED: Final = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
-_CDATA: Final = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
-_WITHIN: Final = re.compile(r"\b(?:SELECT|WITH)\b(?=.*\bFROM\b)", re.IGNORECASE)
+# Each stops where it would begin anew, so that many without an end are read once.
+_BOXED: Final = re.compile(r"\\boxed\{((?:(?!\\boxed\{).)*)\}", re.DOTALL)
+_CDATA: Final = re.compile(r"<!\[CDATA\[((?:(?!<!\[CDATA\[).)*?)\]\]>", re.DOTALL)
+_OPENING: Final = re.compile(r"[{\[]")
+_BEGINS: Final = re.compile(r"\b(?:SELECT|WITH)\b", re.IGNORECASE)
+_FROM: Final = re.compile(r"\bFROM\b", re.IGNORECASE)
 _WRITES: Final = re.compile(
     r"\b(?:alter|copy|create|delete|drop|explain|insert|merge|replace|update)\b", re.IGNORECASE
 )
@@ -134,13 +137,11 @@ def _last(found: Iterator[str]) -> str:
 
 def _in_json(text: str) -> Iterator[str]:
     decoder, at = json.JSONDecoder(strict=False), 0
-    while (
-        at := min((i for i in (text.find("{", at), text.find("[", at)) if i >= 0), default=-1)
-    ) >= 0:
+    while (opening := _OPENING.search(text, at)) is not None:
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, at = decoder.raw_decode(text, opening.start())
         except (ValueError, RecursionError):
-            at += 1
+            at = opening.end()
             continue
         yield from _keyed(value)
 
@@ -164,7 +165,7 @@ def _keyed(value: Any) -> Iterator[str]:
 
 def _bare(text: str, dialect: str) -> str:
     inline = [m[1] for m in _INLINE.finditer(text) if _LIKE_QUERY.match(m[1])]
-    if inline and _reads(inline[-1], dialect) and _WITHIN.match(inline[-1]):
+    if inline and _reads(inline[-1], dialect) and 0 in islice(_starts(inline[-1]), 1):
         return inline[-1]
     starts = [match.end() for match in _LINE_BEGIN.finditer(text)]
     for start in starts:
@@ -184,11 +185,20 @@ def _within(text: str, dialect: str) -> str:
     quoted = [m[2] for m in _IN_CODE.finditer(text)] + [m[1] for m in _BOXED.finditer(text)]
     if found := _last(one for one in quoted if _reads(one, dialect)):
         return found
-    for match in islice(_WITHIN.finditer(text), 5):
-        before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
-        if not _WRITES.search(before) and (cut := _cut(text[match.start() :], dialect)):
+    for start in islice(_starts(text), 5):
+        before = text[text.rfind("\n", 0, start) + 1 : start]
+        if not _WRITES.search(before) and (cut := _cut(text[start:], dialect)):
             return cut
     return ""
+
+
+def _starts(text: str) -> Iterator[int]:
+    """Yield where a query may begin within a line: before a FROM of the same line."""
+    at = 0
+    for line in text.split("\n"):
+        last = max((match.start() for match in _FROM.finditer(line)), default=0)
+        yield from (at + match.start() for match in _BEGINS.finditer(line, 0, last))
+        at += len(line) + 1
 
 
 def _cut(text: str, dialect: str) -> str:

@@ -182,6 +182,11 @@ def test_an_answer_without_end_does_not_take_for_ever() -> None:
     assert replies.query("SELECT " + "(" * 20_000) == ""
 
 
+def test_a_model_that_repeats_itself_is_read_once() -> None:
+    """Read from each word to the end, it would take a quarter of an hour."""
+    assert replies.query("select " * 150_000) == ""
+
+
 @pytest.mark.parametrize("end", [")", "'", "SELECT a FROM t WHERE ("])
 def test_many_comments_are_read_in_one_way(end: str) -> None:
     """Doubled for each comment, the time would not end."""
